@@ -1,0 +1,93 @@
+"""Every linear of the models at every tensor-parallel size: the 2:4 product against the dense one, forward and dgrad.
+
+Dense and sparse alternate in one run. Times are medians; the spread is half the distance between the quartiles.
+`floor_ms` is the time that the fewest possible bytes of the sparse product (operand, X and Y once each) take at the
+machine's measured copy bandwidth; `peak_share` is of the datasheet's 2:4 rate.
+"""
+
+from common import bar_chart, copy_bandwidth, machine, print_table, require_gpu, rounded, say, sparse_peak, write_csv
+from models import MODELS, Model
+
+
+def keys(model: Model, tensor_parallel: int, tokens: int, dtype) -> dict:
+    """{(linear, kind): key}."""
+    from slope_megatron.ops.choices import Key
+
+    found = {}
+    for name, (rows, columns) in model.linears(tensor_parallel).items():
+        found[(name, "forward")] = Key("forward", rows, columns, tokens, dtype)
+        found[(name, "dgrad")] = Key("dgrad", columns, rows, tokens, dtype)
+    return found
+
+
+def measured(key, bandwidth: float, peak: float | None) -> dict:
+    """One product's row, without the names of model and linear."""
+    import torch
+
+    from slope_megatron.ops import layout, measure, timing
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    samples = measure.contest(key, device, rounds=11)
+    choice = measure.pick(key, samples)
+    sparse = {name: values for name, values in samples.items() if name != "dense"}
+    best = min(sparse, key=lambda name: timing.median(sparse[name]))
+    sparse_ms, dense_ms = timing.median(sparse[best]), timing.median(samples["dense"])
+    whole = min(timing.median(values) for (tiles, _), values in sparse.items() if tiles == 1)
+    flops = 2e-9 * key.rows * key.columns * key.tokens
+    moved = layout.operand_bytes(key.rows, key.columns) + 2 * key.tokens * (key.rows + key.columns)
+    return rounded(
+        {
+            "rows": key.rows,
+            "columns": key.columns,
+            "tokens": key.tokens,
+            "dense_ms": dense_ms,
+            "sparse_ms": sparse_ms,
+            "ratio": dense_ms / sparse_ms,
+            "chosen_ratio": dense_ms / sparse_ms if choice.sparse else 1.0,
+            "dense_spread": timing.spread(samples["dense"]),
+            "sparse_spread": timing.spread(sparse[best]),
+            "tiles": best[0],
+            "untiled_ratio": dense_ms / whole,
+            "algorithm": best[1].config,
+            "split_k": f"{best[1].split_k}/{best[1].split_k_mode}",
+            "dense_tflops": flops / dense_ms,
+            "sparse_tflops": flops / sparse_ms,
+            "peak_share": flops / sparse_ms / peak if peak else "",
+            "floor_ms": moved / bandwidth * 1e3,
+        }
+    )
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to time")
+    parser.add_argument("--tensor-parallel", nargs="+", type=int, help="tensor-parallel sizes; default: each model's")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens T of the products")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
+
+
+def main(arguments) -> int:
+    require_gpu()
+    import torch
+
+    say(machine())
+    bandwidth, peak = copy_bandwidth(), sparse_peak()
+    say(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    done: dict = {}
+    rows = []
+    for name in arguments.models:
+        model = MODELS[name]
+        for size in arguments.tensor_parallel or model.tensor_parallel:
+            for (linear, kind), key in keys(model, size, arguments.tokens, getattr(torch, arguments.dtype)).items():
+                if key not in done:
+                    done[key] = measured(key, bandwidth, peak)
+                rows.append({"model": name, "tp": size, "linear": linear, "kind": kind, **done[key]})
+        worst = min(row["chosen_ratio"] for row in rows if row["model"] == name)
+        say(f"{name}: worst ratio {worst}")
+    path = write_csv("gemm", rows, arguments.out)
+    print_table(rows, ["model", "tp", "linear", "kind", "dense_ms", "sparse_ms", "ratio", "tiles", "sparse_tflops"])
+    whole = [row for row in rows if row["tp"] == 1]
+    labels = [f"{row['model']} {row['linear']} {row['kind']}" for row in whole]
+    bar_chart("gemm", labels, {"2:4 over dense": [row["ratio"] for row in whole]}, machine(), arguments.out)
+    print(f"wrote {path}")
+    return 0

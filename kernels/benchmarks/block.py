@@ -1,0 +1,194 @@
+"""A whole transformer block, twice from one description: dense linears or 2:4 ones, all else the same.
+
+T = batch x sequence tokens, H hidden, F ffn. Pre-norm, as OPT (LayerNorm, biases, ReLU) or LLaMA (RMSNorm, rotary
+positions, grouped queries, SwiGLU):
+    r = x + proj(attention(qkv(norm(x)))),   y = r + fc2(activation(fc1(norm(r))))
+Attention is torch's scaled_dot_product_attention; norms, biases, activations and residuals are fused by torch.compile.
+"""
+
+import torch
+import torch.nn.functional as F
+from models import Model
+
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops.backend import build_operands
+from slope_megatron.ops.cusparselt import bias_gradient
+from slope_megatron.ops.measure import random_bits
+from slope_megatron.ops.products import choose_column
+
+SEQUENCE = 2048
+DTYPE = torch.bfloat16
+
+
+class Dense(torch.nn.Module):
+    """Y = X W^T (+ b)."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(rows, columns, device="cuda", dtype=DTYPE) * 0.02)
+        self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Sparse(torch.nn.Module):
+    """The same with a packed 2:4 weight, in `paper` mode."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(rows, columns // 2, device="cuda", dtype=DTYPE) * 0.02)
+        self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
+        row_bits = random_bits(rows, columns, torch.device("cuda"))
+        column_bits = choose_column(self.weight.detach(), row_bits)
+        self.operands = build_operands("auto", self.weight.detach(), row_bits, column_bits)
+
+    def forward(self, x):
+        if self.bias is None:
+            return slope_linear(x, self.weight, self.operands)
+        return bias_gradient(slope_linear(x, self.weight, self.operands.with_bias(self.bias)), self.bias)
+
+    def refresh(self) -> None:
+        self.operands.refresh(self.weight.detach())
+
+
+@torch.compile
+def add_layer_norm(residual, x, bias, weight, shift):
+    """r = residual + x + bias, and LayerNorm(r)."""
+    residual = residual + (x + bias)
+    return residual, F.layer_norm(residual, (residual.shape[-1],), weight, shift)
+
+
+@torch.compile
+def layer_norm(x, weight, shift):
+    return F.layer_norm(x, (x.shape[-1],), weight, shift)
+
+
+@torch.compile
+def add_rms_norm(residual, x, weight):
+    """r = residual + x, and RMSNorm(r)."""
+    residual = residual + x
+    return residual, F.rms_norm(residual, (residual.shape[-1],), weight)
+
+
+@torch.compile
+def rms_norm(x, weight):
+    return F.rms_norm(x, (x.shape[-1],), weight)
+
+
+@torch.compile
+def bias_relu(x, bias):
+    return F.relu(x + bias)
+
+
+@torch.compile
+def add_bias(residual, x, bias):
+    return residual + (x + bias)
+
+
+@torch.compile
+def swiglu(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@torch.compile
+def rotate(x, cos, sin):
+    """Rotary positions on `[B, S, heads, d]`; angles `[S, 1, d/2]`."""
+    left, right = x.float().chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
+
+
+class Block(torch.nn.Module):
+    """See the file's docstring; `linear` is Dense or Sparse."""
+
+    def __init__(self, model: Model, linear: type):
+        super().__init__()
+        self.model, hidden = model, model.hidden
+        biased = {"qkv": not model.gated}
+        # Biases other than qkv's are added by the fused pointwise functions, as Megatron does.
+        self.linears = torch.nn.ModuleDict(
+            {name: linear(*shape, biased.get(name, False)) for name, shape in model.linears().items()}
+        )
+        like = {"device": "cuda", "dtype": DTYPE}
+        vectors = {"norm1": hidden, "norm2": hidden}
+        if not model.gated:
+            vectors |= {"shift1": hidden, "shift2": hidden, "proj": hidden, "fc1": model.ffn, "fc2": hidden}
+        self.vectors = torch.nn.ParameterDict({name: torch.ones(size, **like) for name, size in vectors.items()})
+        if model.gated:
+            width = hidden // model.heads
+            speed = 5e5 ** -(torch.arange(0, width, 2, device="cuda") / width)
+            angle = torch.arange(SEQUENCE, device="cuda")[:, None, None] * speed
+            self.cos, self.sin = angle.cos(), angle.sin()
+
+    def attention(self, qkv):
+        """`qkv` `[T, H + 2 groups d]` -> `[T, H]`."""
+        model = self.model
+        width = model.hidden // model.heads
+        sizes = [model.hidden, model.groups * width, model.groups * width]
+        q, k, v = (part.view(-1, SEQUENCE, part.shape[-1] // width, width) for part in qkv.split(sizes, -1))
+        if model.gated:
+            q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=model.groups != model.heads)
+        return context.transpose(1, 2).reshape(-1, model.hidden)
+
+    def forward(self, x):
+        linears, vectors = self.linears, self.vectors
+        if self.model.gated:
+            out = linears["proj"](self.attention(linears["qkv"](rms_norm(x, vectors["norm1"]))))
+            residual, normed = add_rms_norm(x, out, vectors["norm2"])
+            return residual + linears["fc2"](swiglu(linears["fc1"](normed)))
+        out = linears["proj"](self.attention(linears["qkv"](layer_norm(x, vectors["norm1"], vectors["shift1"]))))
+        residual, normed = add_layer_norm(x, out, vectors["proj"], vectors["norm2"], vectors["shift2"])
+        return add_bias(residual, linears["fc2"](bias_relu(linears["fc1"](normed), vectors["fc1"])), vectors["fc2"])
+
+
+def accumulate_in_fp32(module: torch.nn.Module) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Each gradient is added to an fp32 sum as soon as it is there and then dropped: what a bf16 engine does."""
+    sums = {}
+
+    def add(parameter):
+        sums[parameter].add_(parameter.grad)
+        parameter.grad = None
+
+    for parameter in module.parameters():
+        sums[parameter] = torch.zeros(parameter.shape, device="cuda")
+        parameter.register_post_accumulate_grad_hook(add)
+    return sums
+
+
+class Stack:
+    """Blocks one after the other, with what is timed: a training micro-batch and a forward pass."""
+
+    def __init__(self, model: Model, linear: type, blocks: int, tokens: int, accumulate: str):
+        self.blocks = torch.nn.Sequential(*(Block(model, linear) for _ in range(blocks)))
+        self.x = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE, requires_grad=True)
+        self.dy = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE) * 1e-3
+        self.accumulate = accumulate
+        self.sums = accumulate_in_fp32(self.blocks) if accumulate == "fp32" else {}
+
+    def train(self) -> None:
+        """Forward and backward of one micro-batch, gradients accumulated."""
+        self.x.grad = None
+        if self.accumulate == "none":
+            self.blocks.zero_grad(set_to_none=True)
+        self.blocks(self.x).backward(self.dy)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.blocks(self.x)
+
+
+def captured(function, warmups: int = 3) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call: times then hold what the GPU does, not how fast Python asks for it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmups):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph

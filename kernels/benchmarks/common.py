@@ -1,0 +1,96 @@
+"""What every benchmark shares: the machine's description, its copy bandwidth, CSV files and charts."""
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+from slope_megatron.ops import choices, timing
+
+RESULTS = Path(__file__).parent / "results"
+# Dense-equivalent bf16 rate of 2:4 tensor cores by the vendor's datasheets, TFLOP/s.
+SPARSE_PEAK = {"H200": 1979, "H100": 1979, "A100": 624}
+
+
+def machine() -> str:
+    """GPU and versions, in one line."""
+    return " ".join(f"{name}={value.replace(' ', '_')}" for name, value in choices.machine().items())
+
+
+def sparse_peak() -> float | None:
+    """TFLOP/s; None for a GPU that is not listed."""
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in SPARSE_PEAK.items() if part in name), None)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large device-to-device copy."""
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    samples = timing.interleaved({"": lambda: target.copy_(source)}, rounds=9, calls=3)[""]
+    return 2 * source.numel() * source.element_size() / timing.median(samples) * 1e3
+
+
+def write_csv(name: str, rows: list[dict], folder: Path | None = None) -> Path:
+    """`results/<name>.csv`; the first line, a comment, is the machine."""
+    folder = Path(folder or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        file.write(f"# {machine()}\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def rounded(row: dict) -> dict:
+    """Four significant digits are more than the spread allows."""
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def print_table(rows: list[dict], columns: list[str]) -> None:
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in columns}
+    for row in [{name: name for name in columns}, *rows]:
+        print("  ".join(str(row[name]).ljust(widths[name]) for name in columns), flush=True)
+
+
+def bar_chart(name: str, labels: list[str], series: dict[str, list[float]], title: str, folder: Path | None = None):
+    """`results/<name>.png`: groups of bars, a line at 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(max(8, 0.32 * len(labels) * len(series)), 4.5))
+    width = 0.8 / len(series)
+    for index, (label, values) in enumerate(series.items()):
+        axes.bar([place + index * width for place in range(len(labels))], values, width, label=label)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels, rotation=60, ha="right")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_ylabel("times dense")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path = Path(folder or RESULTS) / f"{name}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def require_gpu() -> None:
+    """Refuse a machine where there is nothing to measure.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    from slope_megatron.ops.cusparselt import unsupported
+
+    reason = unsupported()
+    if reason:
+        raise ValueError(f"slope bench measures 2:4 kernels against dense ones, and this machine cannot: {reason}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Kernels of slope-megatron: imports torch, triton and CUDA libraries only. Nothing compiles at import."""

@@ -1,0 +1,49 @@
+"""`slope bench`: 2:4 products and blocks against dense ones on this machine."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+BENCHMARKS = {
+    "gemm": "every linear of the models, forward and dgrad, at each tensor-parallel size",
+    "block": "whole transformer blocks, training and forward alone",
+    "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
+    "refresh": "kernels that move weights, as a share of copy bandwidth",
+}
+FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+
+
+def add_parser(subcommands) -> None:
+    parser = subcommands.add_parser(
+        "bench",
+        help="time sparse products, blocks and steps against dense ones",
+        description="Dense and sparse alternate in one run; results go to a CSV file and a chart.",
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, text in BENCHMARKS.items():
+        # The benchmark's own flags are parsed by it, when it runs: it imports torch, this parser must not.
+        kinds.add_parser(name, help=text, add_help=False, allow_abbrev=False)
+    parser.set_defaults(run=run, rest_is_mine=True)
+
+
+def load(name: str):
+    """The benchmark's module: files of the checkout, not of the installed package.
+
+    Raises:
+        ValueError: there is no checkout.
+    """
+    if not FOLDER.is_dir():
+        raise ValueError(f"slope bench needs a source checkout: {FOLDER} does not exist; clone the repository")
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    return importlib.import_module(f"bench_{name}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    name = arguments.benchmark
+    benchmark = load(name)
+    parser = argparse.ArgumentParser(prog=f"slope bench {name}", description=BENCHMARKS[name], allow_abbrev=False)
+    benchmark.add_arguments(parser)
+    return benchmark.main(parser.parse_args(arguments.rest))

@@ -1,0 +1,226 @@
+"""`slope plan`: which layout, how many nodes, how much memory, how long a step."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from slope_megatron.config import add_config_arguments, read_config
+
+EPILOG = """\
+examples:
+  slope plan --cluster narval --nodes 8 --config launch/models/opt-66b.yaml --global-batch-size 512
+  slope plan --cluster lonestar6 --nodes 8 --config launch/models/opt-66b.yaml --global-batch-size 384 --gradients bf16
+  slope plan --cluster narval --nodes 1 --config run.yaml --check runs/small
+
+Memory is counted from the configuration; times are estimates from measured products (--rates) or a stated MFU.
+"""
+
+
+def add_parser(subcommands) -> None:
+    parser = subcommands.add_parser(
+        "plan",
+        help="memory, nodes and time of every layout on a cluster, dense and 2:4",
+        description="Count memory and estimate time for every TP x PP x DP x ZeRO that divides, and recommend one.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--cluster",
+        default="generic-a100",
+        help="name in launch/clusters, or path of an .env file (default: %(default)s)",
+    )
+    add("--nodes", type=int, default=1, help="nodes of the job (default: %(default)s)")
+    add("--vocabulary", type=int, help="tokens before padding; default: the data's, else 50272 (OPT's)")
+    add("--rates", type=Path, metavar="CSV", help="products measured by `slope bench gemm` on this kind of GPU")
+    add(
+        "--mfu",
+        type=float,
+        default=0.4,
+        help="without --rates: the dense step's share of peak, assumed (default: %(default)s)",
+    )
+    add(
+        "--sparse-speedup",
+        type=float,
+        default=1.3,
+        help="without --rates: of a 2:4 product, assumed (default: %(default)s)",
+    )
+    add("--gradients", default="fp32", choices=("fp32", "bf16"), help="gradient accumulation (default: %(default)s)")
+    add(
+        "--plan-backend",
+        default="kernels",
+        choices=("kernels", "reference"),
+        help="operands held (default: %(default)s)",
+    )
+    add("--adamw", default="fused", choices=("foreach", "fused"), help="form of AdamW (default: %(default)s)")
+    add("--offload", action="store_true", help="optimizer state in host memory")
+    add("--find-nodes", action="store_true", help="also: the fewest nodes for dense and for 2:4")
+    add("--json", type=Path, metavar="FILE", help="write every row as JSON")
+    add("--png", type=Path, metavar="FILE", help="draw the fastest layouts")
+    add("--flags", action="store_true", help="print nothing but the recommended layout's flags (launch/submit.sh)")
+    add("--check", type=Path, metavar="RUN", help="compare the state bytes with those that this finished run measured")
+    add("--check-build", action="store_true", help="compare the parameters with the model built on the meta device")
+    add_config_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def read_vocabulary(arguments, config) -> int:
+    """Given, or the prepared data's, or the model file's, or OPT's."""
+    if arguments.vocabulary:
+        return arguments.vocabulary
+    manifest = Path(config.data.data) / "manifest.json"
+    if config.data.data and manifest.is_file():
+        return json.loads(manifest.read_text())["vocab_size"]
+    return getattr(config.model, "vocab_size", None) or 50272
+
+
+def asked_layout(config, origins: dict[str, str]):
+    """What flags or files fix of the layout; the rest is free."""
+    from slope_megatron.launch.layout import FIELDS, Layout
+
+    fixed: dict[str, Any] = {"tensor": 0, "pipeline": 0, "data": 0, "zero": 0, "recompute": ""}
+    for name, field in {"tensor": "tensor_parallel", **{name: field for name, (field, _) in FIELDS.items()}}.items():
+        if f"parallel.{field}" in origins:
+            fixed[name] = getattr(config.parallel, field)
+    return Layout(**fixed)
+
+
+def question(arguments, config):
+    """The planner's input.
+
+    Raises:
+        ValueError: a number that makes no sense, or an unknown cluster.
+    """
+    from slope_megatron.launch.cluster import read_cluster
+    from slope_megatron.launch.planner import Question
+    from slope_megatron.launch.speed import Rates, read_rates
+
+    cluster = read_cluster(arguments.cluster)
+    if not 0 < arguments.mfu <= 1:
+        raise ValueError(f"--mfu is {arguments.mfu}: it is a share of the GPU's peak, more than 0 and at most 1")
+    if arguments.sparse_speedup <= 0:
+        raise ValueError(f"--sparse-speedup is {arguments.sparse_speedup}: it must be positive")
+    if not 1 <= arguments.nodes <= cluster.max_nodes:
+        raise ValueError(
+            f"--nodes is {arguments.nodes}: {cluster.name} gives a job 1 to {cluster.max_nodes} nodes "
+            "(MAX_NODES of its file)"
+        )
+    measured = read_rates(arguments.rates) if arguments.rates else ()
+    rates = Rates(measured, arguments.mfu, arguments.sparse_speedup)
+    vocabulary = read_vocabulary(arguments, config)
+    return Question(
+        config,
+        vocabulary,
+        cluster,
+        rates,
+        gradients=arguments.gradients,
+        backend=arguments.plan_backend,
+        offload=arguments.offload,
+        fused=arguments.adamw == "fused",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from slope_megatron.launch import planner
+
+    config, origins = read_config(arguments)
+    if arguments.check or arguments.check_build:
+        return check(arguments, config)
+    asked = question(arguments, config)
+    only = asked_layout(config, origins)
+    found = planner.rows(asked, arguments.nodes, only)
+    kind = "sparse" if config.slope.enabled else "dense"
+    if not found:
+        raise ValueError(refusals(asked, arguments.nodes, only))
+    if arguments.flags:
+        best, why = planner.recommend(found, kind)
+        print(" ".join(best.layout.flags()))
+        print(f"{best.layout}, {best.gib:.1f} GiB a GPU, bubble {best.bubble:.1%}: {why}", file=sys.stderr)
+        return 0
+    show(arguments, asked, found, only)
+    return 0
+
+
+def refusals(asked, nodes: int, only) -> str:
+    """Why no layout is left: the first reason against one that was asked for."""
+    from slope_megatron.launch import planner
+    from slope_megatron.launch.layout import layouts
+
+    per_node = asked.cluster.gpus_per_node
+    gpus = nodes * per_node
+    reasons = [no for layout, no in layouts(asked.config, gpus, per_node) if planner.matches(layout, only) and no]
+    if not reasons:
+        wanted = ", ".join(f"{key} {value}" for key, value in vars(only).items() if value)
+        return (
+            f"no layout of {nodes} x {per_node} = {gpus} GPUs has {wanted}: TP x PP x DP must be {gpus}; change --nodes"
+        )
+    return f"no layout of {gpus} GPUs is possible: {reasons[0]}"
+
+
+def show(arguments, asked, found, only) -> None:
+    from slope_megatron.launch import planner
+
+    cluster, data = asked.cluster, asked.config.data
+    tokens = data.global_batch_size * data.seq_length
+    print(
+        f"{cluster.name}: {arguments.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu} "
+        f"({cluster.gpu_memory_gib} GiB), {asked.dtype}, {asked.gradients} gradients, "
+        f"global batch {data.global_batch_size} x {data.seq_length} tokens"
+    )
+    rates = asked.rates
+    source = (
+        f"products of {arguments.rates}" if rates.measured else f"assumed: MFU {rates.mfu}, 2:4 x{rates.sparse_speedup}"
+    )
+    print(f"times are estimates; {source}\n")
+    print(planner.table(found, tokens))
+    for kind, name in (("dense", "dense"), ("sparse", "2:4")):
+        try:
+            best, why = planner.recommend(found, kind)
+            print(f"\n{name}: take {best.layout}: {why}\n  slope pretrain flags: {' '.join(best.layout.flags())}")
+            parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in best.bytes.items())
+            print(f"  {best.gib:.1f} GiB on the fullest GPU: {parts}")
+        except ValueError as error:
+            print(f"\n{name}: {error}")
+        if arguments.find_nodes:
+            needed = planner.nodes_needed(asked, kind)
+            text = f"{needed[0]} nodes ({needed[1].layout})" if needed else f"more than {cluster.max_nodes} nodes"
+            print(f"  the fewest, any layout: {text}")
+    write_files(arguments, asked, found)
+
+
+def write_files(arguments, asked, found) -> None:
+    if arguments.json:
+        rows = [{**dataclasses.asdict(row), "gib": row.gib, "tokens_per_step": tokens_of(asked)} for row in found]
+        partial = arguments.json.with_name(f"{arguments.json.name}.partial")
+        partial.write_text(json.dumps(rows, indent=1) + "\n")
+        os.replace(partial, arguments.json)
+    if arguments.png:
+        from slope_megatron.launch.plan_plot import draw
+
+        title = f"{asked.cluster.name}, {arguments.nodes} nodes, {asked.gradients} gradients"
+        draw(arguments.png, found, asked.cluster.gpu_memory_gib, title)
+
+
+def tokens_of(asked) -> int:
+    return asked.config.data.global_batch_size * asked.config.data.seq_length
+
+
+def check(arguments, config) -> int:
+    """Planner against reality; exit code 1 when they differ by more than 2 %."""
+    from slope_megatron.launch import meta_build, state_check
+
+    found = []
+    if arguments.check:
+        config, summary = state_check.read_run(arguments.check)
+        found += state_check.compare_with_run(config, summary, read_vocabulary(arguments, config))
+    if arguments.check_build:
+        tensor, vocabulary = config.parallel.tensor_parallel, read_vocabulary(arguments, config)
+        built = meta_build.parameters(config, vocabulary)
+        found += state_check.compare_with_build(config, vocabulary, tensor, built)
+    print(state_check.report(found))
+    return 0 if all(entry.close for entry in found) else 1

@@ -1,0 +1,216 @@
+"""`slope quickstart`: corpus, sparse run, dense twin, report, in one command on any machine."""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  slope quickstart
+  slope quickstart --steps 50 --hidden 128 --no-dense-twin --out runs/tiny
+  slope quickstart --source my_texts/ --out runs/mine
+
+Writes OUT/data (tokenizer, tokens), OUT/sparse and OUT/dense (runs), OUT/report.md, OUT/loss.png, OUT/summary.json.
+"""
+
+
+def add_parser(subcommands) -> None:
+    parser = subcommands.add_parser(
+        "quickstart",
+        help="prepare a corpus, train a small sparse model and its dense twin, write a report",
+        description="Pretrain a small 2:4 OPT-shaped model with SLoPe on 4 ranks, then its dense twin; compare them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", default="runs/quickstart", help="folder of everything that is written (default: %(default)s)")
+    add("--source", default="stdlib", help="corpus: stdlib, a folder, .txt, .jsonl, or hf:NAME (default: %(default)s)")
+    add("--vocab-size", type=int, default=2048, help="SentencePiece pieces (default: %(default)s)")
+    add("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
+    add("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
+    add("--layers", type=int, default=4, help="transformer blocks (default: %(default)s)")
+    add("--seq-length", type=int, default=128, help="tokens of a sample (default: %(default)s)")
+    add("--global-batch-size", type=int, default=16, help="samples of a step (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    add("--sparse-lr-multiplier", type=float, default=2.0, help="of the 2:4 weights (default: %(default)s)")
+    add("--ranks", type=int, default=4, help="processes (default: %(default)s)")
+    add("--tensor-parallel", type=int, default=2, help="ranks that share one layer (default: %(default)s)")
+    add("--dtype", default="measure", choices=("measure", "bf16", "fp32"), help="parameter type (default: %(default)s)")
+    add("--seed", type=int, default=1234, help="seed of weights, patterns and data order (default: %(default)s)")
+    add("--no-dense-twin", action="store_true", help="leave the dense run out")
+    add("--resume", action="store_true", help="go on where an interrupted quickstart stopped")
+    add("--overwrite", action="store_true", help="delete an earlier quickstart in OUT")
+    parser.set_defaults(run=run)
+
+
+def pretrain_flags(arguments, out: Path, dtype: str, *, dense: bool) -> list[str]:
+    """The flags of one of the two runs; they differ in `--no-slope` and the folder alone."""
+    save = max(1, arguments.steps // 4)
+    values = {
+        "data": out / "data",
+        "out": out / ("dense" if dense else "sparse"),
+        "steps": arguments.steps,
+        "num-layers": arguments.layers,
+        "hidden-size": arguments.hidden,
+        "num-attention-heads": max(arguments.tensor_parallel, arguments.hidden // 64),
+        "seq-length": arguments.seq_length,
+        "micro-batch-size": max(1, arguments.global_batch_size // (2 * arguments.ranks // arguments.tensor_parallel)),
+        "global-batch-size": arguments.global_batch_size,
+        "tensor-parallel": arguments.tensor_parallel,
+        "lr": arguments.lr,
+        "min-lr": arguments.lr / 10,
+        "warmup-steps": max(1, arguments.steps // 10),
+        "eval-interval": max(1, arguments.steps // 8),
+        "eval-samples": max(1, 32768 // arguments.seq_length),
+        "save-interval": save,
+        "log-interval": 5,
+        "dtype": dtype,
+        "seed": arguments.seed,
+        "slope-adapter-rank": 16,
+        "slope-lazy-fraction": 0.1,
+        "slope-backward-mask-interval": 20,
+        "slope-lr-multiplier": arguments.sparse_lr_multiplier,
+    }
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    return [*flags, "--no-slope"] if dense else flags
+
+
+def check_flags(arguments, out: Path) -> dict[str, dict]:
+    """Both runs' configurations, refused here rather than by four ranks."""
+    from slope_megatron.config import add_config_arguments, read_config
+
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    configs = {}
+    for name in ("sparse",) if arguments.no_dense_twin else ("sparse", "dense"):
+        flags = pretrain_flags(arguments, out, "fp32", dense=name == "dense")
+        config, _ = read_config(parser.parse_args(flags))
+        config.data.micro_batches(config.parallel.data_parallel(arguments.ranks))
+        configs[name] = config.to_dict()
+    return configs
+
+
+def open_folder(arguments, out: Path) -> None:
+    """The rules of a run folder, for the folder of both runs.
+
+    Raises:
+        ValueError: something else is there, or a quickstart that was not to be continued or deleted.
+    """
+    mark = out / "quickstart.json"
+    settings = {
+        k: v
+        for k, v in vars(arguments).items()
+        if k not in ("run", "rest", "resume", "overwrite", "verbose", "command")
+    }
+    if out.exists() and any(out.iterdir()):
+        if not mark.is_file():
+            raise ValueError(f"{out} is not empty and holds no quickstart: give another --out")
+        if arguments.overwrite:
+            shutil.rmtree(out)
+        elif not arguments.resume:
+            raise ValueError(f"{out} holds a quickstart already: give --resume, --overwrite or another --out")
+        elif json.loads(mark.read_text()) != settings:
+            raise ValueError(f"{out} was started with other flags: give the same ones to --resume, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def choose_dtype(arguments) -> tuple[str, str]:
+    """The faster of bf16 and fp32 for this model's MLP on this machine, measured; and the reason in words."""
+    if arguments.dtype != "measure":
+        return arguments.dtype, "as asked for"
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16", "the GPU's sparse tensor cores take it"
+    torch.set_num_threads(1)
+    seconds = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x = torch.randn(2048, arguments.hidden, dtype=dtype)
+        weight = torch.randn(4 * arguments.hidden // arguments.tensor_parallel, arguments.hidden, dtype=dtype)
+        times = []
+        for _ in range(9):
+            started = time.perf_counter()
+            torch.nn.functional.layer_norm(torch.relu(x @ weight.t()) @ weight, (arguments.hidden,))
+            times.append(time.perf_counter() - started)
+        seconds[name] = sorted(times)[len(times) // 2]
+    chosen = min(seconds, key=seconds.get)
+    milliseconds = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
+    return chosen, f"the faster one here, on an MLP of this size and one core: {milliseconds}"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(flags: list[str], ranks: int, run_folder: Path) -> None:
+    """One run under the `deepspeed` launcher; its progress bar is this command's."""
+    if run_folder.exists():
+        flags = [*flags, "--resume"]
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"),
+        *("--master_addr", "127.0.0.1", "--master_port", str(free_port())),
+        *("--module", "slope_megatron", "pretrain", "--brief", *flags),
+    ]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "error"}
+    log = run_folder.with_suffix(".launcher.log")
+    with open(log, "a") as launcher_output:
+        code = subprocess.run(command, env=environment, stdout=launcher_output).returncode
+    if code:
+        failure = run_folder / "ranks" / "failure.txt"
+        said = failure.read_text().strip() if failure.is_file() else f"the launcher's output is in {log}"
+        raise ValueError(f"the run in {run_folder} ended with exit code {code}; {said.removeprefix('slope: error: ')}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The four stages."""
+    from slope_megatron.data.prepare import prepare
+    from slope_megatron.evaluation.quickstart_report import build_summary, write_report
+    from slope_megatron.training.run_folder import versions
+
+    out = Path(arguments.out)
+    configs = check_flags(arguments, out)
+    open_folder(arguments, out)
+    started = time.perf_counter()
+    seconds = {}
+
+    def stage(name: str, text: str):
+        print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
+        seconds[name] = time.perf_counter()
+
+    def finish(name: str):
+        seconds[name] = time.perf_counter() - seconds[name]
+
+    stage("data", f"data: {arguments.source} -> {out / 'data'}")
+    try:
+        manifest = prepare(arguments.source, out / "data", vocab_size=arguments.vocab_size)
+    except ValueError:
+        if not (out / "data").exists():
+            shutil.rmtree(out)  # an unusable corpus leaves nothing behind
+        raise
+    finish("data")
+    dtype, dtype_reason = choose_dtype(arguments)
+    print(f"parameter type: {dtype}, {dtype_reason}", file=sys.stderr)
+    summaries = {}
+    for name in configs:
+        flags = pretrain_flags(arguments, out, dtype, dense=name == "dense")
+        stage(name, f"{name} run: slope pretrain {shlex.join(flags)}")
+        if not (out / name / "summary.json").is_file():
+            launch(flags, arguments.ranks, out / name)
+        summaries[name] = json.loads((out / name / "summary.json").read_text())
+        finish(name)
+    seconds["total"] = time.perf_counter() - started
+    summary = build_summary(summaries["sparse"], summaries.get("dense"), manifest, seconds)
+    write_report(out, summary, configs, manifest, versions(), dtype_reason)
+    print(f"[{seconds['total']:5.0f} s] report: {out / 'report.md'}, plot: {out / 'loss.png'}", file=sys.stderr)
+    return 0

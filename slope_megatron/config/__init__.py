@@ -1,0 +1,20 @@
+"""The configuration: frozen dataclasses, read once from defaults, YAML files and flags, in that order."""
+
+from slope_megatron.config.model import ModelConfig
+from slope_megatron.config.parallel import ParallelConfig
+from slope_megatron.config.reader import Config, add_config_arguments, read_config
+from slope_megatron.config.run import DataConfig, OptimizerConfig, TrainConfig
+from slope_megatron.config.slope import SlopeConfig, parse_nm
+
+__all__ = [
+    "Config",
+    "add_config_arguments",
+    "read_config",
+    "SlopeConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "OptimizerConfig",
+    "DataConfig",
+    "TrainConfig",
+    "parse_nm",
+]

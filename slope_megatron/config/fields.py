@@ -1,0 +1,101 @@
+"""Dataclass fields that are also command-line flags and YAML keys: declared once, read once, with their origin."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+
+def option(default, help: str, *, choices: tuple | None = None):
+    """A config field with its manual line. `choices` are checked for flags and YAML alike."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def flag_of(name: str, prefix: str = "") -> str:
+    """`hidden_size` -> `--hidden-size`; with prefix `slope`: `nm` -> `--slope-nm`, `enabled` -> `--slope`."""
+    if prefix and name == "enabled":
+        return f"--{prefix}"
+    return "--" + "-".join(filter(None, (prefix, name.replace("_", "-"))))
+
+
+def scalar_type(annotation) -> type:
+    """The type that one flag value is parsed with: `int | None` -> int."""
+    if isinstance(annotation, types.UnionType):
+        return next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return annotation
+
+
+def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: str, prefix: str = "") -> None:
+    """One argparse group for `config_class`. Unset flags stay absent, so that YAML and defaults show through."""
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = scalar_type(hints[field.name])
+        common = {
+            "dest": destination(config_class, field.name),
+            "default": argparse.SUPPRESS,
+            "help": f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+        }
+        if kind is bool:
+            group.add_argument(flag_of(field.name, prefix), action=argparse.BooleanOptionalAction, **common)
+        else:
+            choices = field.metadata["choices"]
+            group.add_argument(
+                flag_of(field.name, prefix),
+                type=kind,
+                metavar="{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper(),
+                **common,
+            )
+
+
+def destination(config_class: type, name: str) -> str:
+    return f"{config_class.__name__}.{name}"
+
+
+def check_choices(config, flag_prefix: str = "") -> None:
+    """Reject a value outside its field's choices, and a value of another type.
+
+    Raises:
+        ValueError: names the flag, the value and the rule.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kind = scalar_type(hints[field.name])
+        flag = flag_of(field.name, flag_prefix)
+        if value is None and field.default is None:
+            continue
+        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not kind and not number:
+            raise ValueError(
+                f"{flag} is {value!r}: it must be of type {kind.__name__}; write e.g. {flag} {field.default}"
+            )
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{flag} is {value!r}: it must be one of {', '.join(map(str, choices))}")
+
+
+def load_yaml(path: Path, sections: dict[str, type]) -> dict[str, dict]:
+    """One YAML file of `{section: {field: value}}`, checked against the sections' fields.
+
+    Raises:
+        ValueError: no such file, not a mapping, an unknown section or an unknown key.
+    """
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist: give a YAML file such as launch/models/opt-125m.yaml")
+    content = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"config file {path} holds {type(content).__name__}: it must map sections to keys and values")
+    for section, values in content.items():
+        if section not in sections:
+            raise ValueError(f"{path}: unknown section {section!r}; the sections are {', '.join(sections)}")
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: section {section!r} holds {values!r}: it must map keys to values")
+        known = [field.name for field in dataclasses.fields(sections[section])]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{path}: unknown key {section}.{key}; the keys are {', '.join(known)}")
+    return content

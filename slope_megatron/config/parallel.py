@@ -1,0 +1,58 @@
+"""ParallelConfig: how the model and the data are cut over ranks."""
+
+import dataclasses
+
+from slope_megatron.config.fields import check_choices, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is cut; data parallelism takes the ranks that tensor and pipeline parallelism leave."""
+
+    tensor_parallel: int = option(1, "ranks that share one layer (TP)")
+    sequence_parallel: bool = option(
+        False, "cut the norms' and dropouts' activations along the sequence over the TP ranks"
+    )
+    pipeline_parallel: int = option(1, "stages that the blocks are cut into (PP)")
+    virtual_pipeline: int = option(1, "parts of the model on each stage (interleaved pipeline)")
+    context_parallel: int = option(1, "ranks that share one sequence in attention")
+    recompute: str = option(
+        "none",
+        "activations computed again in backward: of attention (selective) or of whole blocks (full)",
+        choices=("none", "selective", "full"),
+    )
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "context_parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if self.virtual_pipeline > 1:
+            raise ValueError(
+                f"--virtual-pipeline is {self.virtual_pipeline}: DeepSpeed's engine holds one module a rank, so stages "
+                "cannot be interleaved; use 1 and more micro-batches to shrink the pipeline's bubble"
+            )
+        if self.context_parallel > 1:
+            raise ValueError(
+                f"--context-parallel is {self.context_parallel}: attention here sees whole sequences only; use 1 and, "
+                "for long sequences, --sequence-parallel and --recompute"
+            )
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    def data_parallel(self, world_size: int) -> int:
+        """Replicas of the model on `world_size` ranks.
+
+        Raises:
+            ValueError: TP x PP does not divide the number of ranks.
+        """
+        if world_size % self.model_parallel:
+            raise ValueError(
+                f"{world_size} ranks were started with --tensor-parallel {self.tensor_parallel} and "
+                f"--pipeline-parallel {self.pipeline_parallel}: TP x PP x DP must be the number of ranks; "
+                f"start a multiple of {self.model_parallel} ranks"
+            )
+        return world_size // self.model_parallel

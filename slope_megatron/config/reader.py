@@ -1,0 +1,165 @@
+"""Config: the six parts together, the checks that need more than one of them, and where each value came from."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+
+from slope_megatron.config.fields import add_arguments, destination, load_yaml
+from slope_megatron.config.model import ModelConfig
+from slope_megatron.config.parallel import ParallelConfig
+from slope_megatron.config.run import DataConfig, OptimizerConfig, TrainConfig
+from slope_megatron.config.slope import SlopeConfig, parse_nm
+
+# Section of the YAML file -> (class, title in --help, prefix of its flags).
+SECTIONS = {
+    "slope": (SlopeConfig, "SLoPe: sparsity and adapters", "slope"),
+    "model": (ModelConfig, "model", ""),
+    "parallel": (ParallelConfig, "parallel layout", ""),
+    "optimizer": (OptimizerConfig, "optimizer", ""),
+    "data": (DataConfig, "data", ""),
+    "train": (TrainConfig, "run", ""),
+}
+# What may differ between a run and its continuation: none of it changes what is computed, or it only says when to stop.
+FREE_ON_RESUME = {
+    "data": {"data", "cache", "micro_batch_size"},
+    # Checkpoints know canonical names only: any layout can go on from them.
+    "parallel": {field.name for field in dataclasses.fields(ParallelConfig)},
+    "train": {
+        "resume",
+        "auto_resume",
+        "overwrite",
+        "stop_at",
+        "eval_interval",
+        "save_interval",
+        "keep_checkpoints",
+        "log_interval",
+        "out",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run's whole configuration."""
+
+    slope: SlopeConfig = dataclasses.field(default_factory=SlopeConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        check_shapes(self)
+
+    @property
+    def adapter_start(self) -> int | None:
+        """The step, counted from 0, at which the adapters join: floor((1 - f) T); None: never."""
+        if not self.slope.enabled or not self.slope.adapter_rank:
+            return None
+        return int((1.0 - self.slope.lazy_fraction) * self.train.steps + 1e-9)
+
+    def to_dict(self) -> dict[str, dict]:
+        return dataclasses.asdict(self)
+
+    def differences(self, saved: dict[str, dict]) -> list[str]:
+        """What keeps this run from going on where a run of the configuration `saved` stopped."""
+        found = []
+        for section, values in self.to_dict().items():
+            for key, value in values.items():
+                before = saved.get(section, {}).get(key)
+                if value != before and key not in FREE_ON_RESUME.get(section, ()):
+                    found.append(f"{section}.{key}: {before!r} then, {value!r} now")
+        return found
+
+
+def check_shapes(config: Config) -> None:
+    """Every sharded width must be cut where both the N:M groups and the bitmasks' bytes allow it.
+
+    Raises:
+        ValueError: names the width, the parallel size, the rule, and the nearest width that fits.
+    """
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_parallel
+    divided = (
+        ("--num-attention-heads", model.num_attention_heads, "--tensor-parallel", tp),
+        ("--num-query-groups", model.query_groups, "--tensor-parallel", tp),
+        ("--vocab-multiple", model.vocab_multiple, "--tensor-parallel", tp),
+        ("--num-layers", model.num_layers, "--pipeline-parallel", parallel.pipeline_parallel),
+        ("--seq-length", config.data.seq_length, "--tensor-parallel", tp if parallel.sequence_parallel else 1),
+    )
+    for flag, count, by, size in divided:
+        if count % size:
+            raise ValueError(f"{flag} is {count}: {by} {size} must divide it")
+    if model.max_positions is not None and model.max_positions < config.data.seq_length:
+        raise ValueError(
+            f"--seq-length is {config.data.seq_length}: the model has {model.max_positions} positions "
+            "(--max-positions); take a shorter sequence"
+        )
+    check_blocks(config)
+    unit = packing_unit(config.slope)
+    for flag, width in (("--hidden-size", model.hidden_size), ("--ffn-hidden-size", model.ffn)):
+        if width % (unit * tp):
+            nearest = max(1, round(width / (unit * tp))) * unit * tp
+            rule = f"--tensor-parallel {tp} must divide it"
+            if unit > 1:
+                rule += f" and {config.slope.nm} groups with packed patterns need multiples of {unit} on each rank"
+            raise ValueError(f"{flag} is {width}: {rule}; take {nearest}, say")
+
+
+def check_blocks(config: Config) -> None:
+    """Blocks that are named must exist, and one must stay sparse."""
+    own, dense = config.slope.blocks()
+    layers = config.model.num_layers
+    for flag, blocks in (("--slope-nm-by-block", own), ("--slope-dense-blocks", dense)):
+        if blocks and max(blocks) >= layers:
+            raise ValueError(f"{flag} names block {max(blocks)}: the model has blocks 0 to {layers - 1}")
+    if config.slope.enabled and len(dense) == layers:
+        raise ValueError("--slope-dense-blocks names every block: leave one of them sparse, or say --no-slope")
+
+
+def packing_unit(slope: SlopeConfig) -> int:
+    """What the widths on one rank must be multiples of: a byte of the column pattern holds 8 kept weights."""
+    if not slope.enabled:
+        return 1
+    patterns = {slope.nm, *slope.blocks()[0].values()}
+    return math.lcm(*(math.lcm(8 * m // math.gcd(8 * m, n), m) for n, m in map(parse_nm, patterns)))
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of all sections, and `--config FILE` (repeatable; later files win, flags win over files)."""
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="YAML",
+        help="configuration file; may be given more than once, later ones win",
+    )
+    for config_class, title, prefix in SECTIONS.values():
+        add_arguments(parser, config_class, title, prefix)
+
+
+def read_config(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
+    """Defaults < YAML files < flags.
+
+    Returns:
+        the configuration, and for each `section.key` that is no default the place it came from.
+    Raises:
+        ValueError: one sentence on the first thing that is wrong.
+    """
+    values: dict[str, dict] = {section: {} for section in SECTIONS}
+    origins: dict[str, str] = {}
+    classes = {section: config_class for section, (config_class, _, _) in SECTIONS.items()}
+    for path in arguments.config:
+        for section, content in load_yaml(Path(path), classes).items():
+            values[section].update(content)
+            origins.update({f"{section}.{key}": path for key in content})
+    given = vars(arguments)
+    for section, config_class in classes.items():
+        for field in dataclasses.fields(config_class):
+            name = destination(config_class, field.name)
+            if name in given:
+                values[section][field.name] = given[name]
+                origins[f"{section}.{field.name}"] = "flag"
+    return Config(**{section: classes[section](**content) for section, content in values.items()}), origins

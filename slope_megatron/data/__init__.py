@@ -1,0 +1,1 @@
+"""Text in, batches out: sources -> tokenizer -> prepare (once, on one machine) -> batches (on every rank)."""

@@ -1,0 +1,78 @@
+"""Documents from the `datasets` library: streamed from the hub, or from a local folder that it can read."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def hub_documents(name: str, config: str | None, text_key: str) -> Iterator[tuple[str, str]]:
+    """Yield `(name:row, text)` of the train split of dataset `name`.
+
+    Raises:
+        ValueError: the library is missing, the dataset cannot be reached or read, or has no such text column.
+    """
+    # First: importing the hub's client sets its log level.
+    datasets = _library(name)
+    with _quiet_hub():
+        rows = iter(_open(datasets, name, config))
+        number = 0
+        while True:
+            # Streams fetch while they are iterated: they may break off here as well as on opening.
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as failure:
+                raise _unreadable(name, failure) from failure
+            text = row.get(text_key)
+            if not isinstance(text, str):
+                columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
+                raise ValueError(
+                    f"row {number} of dataset {name} has no text in column {text_key!r}: its columns are {columns}; "
+                    "name the text column with --text-key"
+                )
+            yield f"{name}:{number}", text
+            number += 1
+
+
+def _library(name: str):
+    try:
+        import datasets
+    except ImportError as failure:
+        raise ValueError(
+            f"source hf:{name} needs the `datasets` library: pip install datasets, or give a .jsonl file"
+        ) from failure
+    return datasets
+
+
+def _open(datasets, name: str, config: str | None):
+    """Rows in a fixed order: streamed, or from a folder that `save_to_disk` wrote."""
+    try:
+        if (Path(name) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(name)["train"]
+        if (Path(name) / "state.json").is_file():
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, config, split="train", streaming=True)
+    except Exception as failure:
+        raise _unreadable(name, failure) from failure
+
+
+def _unreadable(name: str, failure: Exception) -> ValueError:
+    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0].rstrip(".")
+    return ValueError(
+        f"dataset {name} cannot be read ({reason}): check the name, the configuration (hf:NAME:CONFIG) and the "
+        "network; without a network give a local folder or file"
+    )
+
+
+@contextlib.contextmanager
+def _quiet_hub():
+    """The hub's client logs every retry; the error that follows says it in one sentence."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,93 @@
+"""manifest.json: what a prepared folder holds, and whether it still does."""
+
+import hashlib
+import json
+from pathlib import Path
+
+NAME = "manifest.json"
+# The folder for Megatron's index files, which a run adds later.
+CACHE = "cache"
+FORMAT = 1
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict]:
+    """`{name: {bytes, sha256}}` of every file in `folder`, but for the manifest."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    text = json.dumps({"format": FORMAT, **manifest}, indent=2, ensure_ascii=True)
+    (folder / NAME).write_text(text + "\n")
+
+
+def foreign_entries(folder: Path) -> list[str]:
+    """What is in `folder` that no prepare wrote; all of it, if the manifest is not ours."""
+    entries = {path.name for path in folder.iterdir()}
+    try:
+        manifest = json.loads((folder / NAME).read_text())
+        ours = {NAME, CACHE, *manifest["files"]} if "corpus" in manifest and "splits" in manifest else set()
+    except (OSError, ValueError, TypeError, KeyError):
+        ours = set()
+    return sorted(entries - ours)
+
+
+def load_manifest(folder: str | Path) -> dict:
+    """The manifest of a prepared folder, whose files are there and of their size.
+
+    Raises:
+        ValueError: no such folder, not a prepared one, another format, or a file that is missing or cut.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"data folder {folder} does not exist: write it with `slope data prepare SOURCE --out {folder}`"
+        )
+    if not (folder / NAME).is_file():
+        raise ValueError(f"{folder} holds no {NAME}: give a folder that `slope data prepare` wrote")
+    try:
+        manifest = json.loads((folder / NAME).read_text())
+        found, files = manifest["format"], manifest["files"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{folder / NAME} is damaged: delete {folder} and prepare the data again") from None
+    if found != FORMAT:
+        raise ValueError(
+            f"{folder / NAME} is of format {found}, this version reads {FORMAT}: "
+            "prepare the data again, with --overwrite"
+        )
+    for name, expected in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes, not {expected['bytes']}"
+            raise ValueError(f"{path} {state}: copy it again, or prepare the data again, with --overwrite")
+    return manifest
+
+
+def verify_hashes(folder: str | Path) -> dict:
+    """`load_manifest`, with every byte read and compared.
+
+    Raises:
+        ValueError: what `load_manifest` raises, or a file that is not the one that was written.
+    """
+    manifest = load_manifest(folder)
+    for name, expected in manifest["files"].items():
+        if file_sha256(Path(folder) / name) != expected["sha256"]:
+            raise ValueError(
+                f"{Path(folder) / name} is not the file that was written (its sha256 differs): "
+                "copy it again, or prepare the data again, with --overwrite"
+            )
+    return manifest
+
+
+def fingerprint(folder: str | Path) -> str:
+    """The manifest's sha256: it stands for the content of the whole folder."""
+    return file_sha256(Path(folder) / NAME)

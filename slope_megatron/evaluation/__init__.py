@@ -1,0 +1,1 @@
+"""What a run was worth: reports and plots from run folders."""

@@ -1,0 +1,1 @@
+"""Weights in and out: tables of names, and what is done with them."""

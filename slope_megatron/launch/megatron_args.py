@@ -1,0 +1,92 @@
+"""SlopeConfig's flags for any script with Megatron's kind of argument parser, and the start-up table of all values.
+
+    parse_args(extra_args_provider=add_slope_arguments)     the flags; without --slope the model stays dense
+    slope_config_from_args(args)                            the SlopeConfig they mean
+
+The names are those of `slope pretrain`, of the YAML section `slope` and of the dataclass: one declaration, in
+`slope_megatron.config`.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from slope_megatron.config import Config, SlopeConfig
+from slope_megatron.config.fields import add_arguments, destination, flag_of, load_yaml
+from slope_megatron.config.reader import SECTIONS
+
+TITLE, PREFIX = SECTIONS["slope"][1:]
+
+
+def add_slope_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--slope`, `--slope-nm`, ... and `--slope-config FILE`; returns the parser, as Megatron wants it."""
+    add_arguments(parser, SlopeConfig, TITLE, PREFIX)
+    parser.add_argument("--slope-config", metavar="YAML", help="file with a section `slope`; flags win over it")
+    return parser
+
+
+def slope_config_from_args(args: argparse.Namespace) -> SlopeConfig:
+    """What the flags mean. Unlike in `slope pretrain`, sparsity must be asked for: `--slope`, or `enabled` in the file.
+
+    Raises:
+        ValueError: a wrong value; or flags of sparsity without `--slope`, which would train a dense model in silence.
+    """
+    values: dict = {"enabled": False}
+    path = getattr(args, "slope_config", None)
+    if path:
+        values["enabled"] = True
+        values |= load_yaml(Path(path), {"slope": SlopeConfig}).get("slope", {})
+    names = [field.name for field in dataclasses.fields(SlopeConfig)]
+    given = {name: vars(args)[key] for name in names if (key := destination(SlopeConfig, name)) in vars(args)}
+    values |= given
+    if not values["enabled"] and "enabled" not in given and given:
+        flags = ", ".join(flag_of(name, PREFIX) for name in given)
+        raise ValueError(f"{flags} without --slope: the model would be dense; add --slope, or leave them out")
+    return SlopeConfig(**values)
+
+
+def refusals(args: argparse.Namespace) -> list[str]:
+    """Settings of a Megatron script that packed linears cannot serve, each with the flag to give instead."""
+    rules = (
+        ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
+        (
+            "gradient_accumulation_fusion",
+            True,
+            "--no-gradient-accumulation-fusion: packed gradients go through autograd",
+        ),
+        ("num_experts", None, "a model without experts: expert linears stay dense"),
+    )
+    found = []
+    for name, refused, instead in rules:
+        value = getattr(args, name, None)
+        wrong = value is not None if refused is None else value == refused
+        if wrong:
+            found.append(f"{name} is {value!r} with --slope: use {instead}")
+    return found
+
+
+def value_table(config: Config, origins: dict[str, str]) -> str:
+    """Every effective value and where it came from: a flag, a file, or the default.
+
+    Args:
+        origins: of `read_config`: `section.key` -> "flag" or a file's name; what is absent is a default.
+    """
+    rows = [
+        (
+            SECTIONS[section][1],
+            flag_of(key, SECTIONS[section][2]),
+            str(value),
+            origins.get(f"{section}.{key}", "default"),
+        )
+        for section, values in config.to_dict().items()
+        for key, value in values.items()
+    ]
+    flag_width = max(len(flag) for _, flag, _, _ in rows)
+    value_width = max(len(value) for _, _, value, _ in rows)
+    lines, last = [], None
+    for title, flag, value, origin in rows:
+        if title != last:
+            lines.append(title)
+            last = title
+        lines.append(f"  {flag:{flag_width}}  {value:{value_width}}  {origin}")
+    return "\n".join(lines)

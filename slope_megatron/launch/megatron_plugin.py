@@ -1,0 +1,175 @@
+"""2:4 layers in NVIDIA's own training scripts: what the two lines that `patches/` adds to them call.
+
+    from slope_megatron.launch.megatron_plugin import install as install_slope
+    install_slope(globals())
+
+Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with a sentence. What is done:
+
+    megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
+    GPTModel, BertModel, in the module that builds it    block linears replaced, then filled: the same at every TP size
+    megatron.training.training.train_step                after the optimizer step, operands follow the weights
+
+Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
+"""
+
+import copy
+import functools
+import logging
+import sys
+
+from slope_megatron.launch.megatron_args import add_slope_arguments, refusals, slope_config_from_args
+
+logger = logging.getLogger(__name__)
+# Where the scripts build their model: a module, or the script itself.
+BUILDERS = (("gpt_builders", "GPTModel"), ("megatron.training.models.gpt", "GPTModel"), (None, "BertModel"))
+
+
+def install(script: dict) -> None:
+    """Hook into a script's namespace and the modules it has imported. Twice is once."""
+    import megatron.training.arguments as arguments
+    import megatron.training.training as training
+
+    wrap(vars(arguments), "add_megatron_arguments", with_flags, arguments.__name__)
+    wrap(vars(training), "train_step", with_refresh, training.__name__)
+    found = 0
+    for module, name in BUILDERS:
+        namespace = script if module is None else vars(sys.modules[module]) if module in sys.modules else {}
+        if name in namespace:
+            wrap(namespace, name, with_sparse_layers, module or "the script")
+            found += 1
+    if not found:
+        raise ValueError("this script builds neither GPTModel nor BertModel by name: --slope cannot reach its model")
+
+
+def wrap(namespace: dict, name: str, wrapper, where: str) -> None:
+    """Replace a function by its wrapped form, once; the original stays reachable as `__wrapped__`."""
+    if name not in namespace:
+        raise ValueError(f"{where} has no {name}: this Megatron-LM is not one that patches/README.md lists")
+    if not getattr(namespace[name], "slope_hook", False):
+        namespace[name] = wrapper(namespace[name])
+        namespace[name].slope_hook = True
+
+
+def with_flags(add_megatron_arguments):
+    """The parser with one group more."""
+
+    @functools.wraps(add_megatron_arguments)
+    def add(parser):
+        return add_slope_arguments(add_megatron_arguments(parser))
+
+    return add
+
+
+def settings():
+    """(Megatron's args, the SlopeConfig they mean), refused where they cannot be served.
+
+    Raises:
+        ValueError: all that stands against it, in one sentence.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    slope = slope_config_from_args(args)
+    wrong = refusals(args) if slope.enabled else []
+    if slope.enabled and slope.adapter_rank:
+        wrong.append(
+            f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are `slope pretrain`'s so far; use 0"
+        )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return args, slope
+
+
+def with_sparse_layers(model_class):
+    """The model with its block linears replaced; a dense one, untouched, without `--slope`."""
+
+    # No functools.wraps: the class's own dictionary does not belong on a function.
+    def build(*positional, **keywords):
+        args, slope = settings()
+        if not slope.enabled:
+            return model_class(*positional, **keywords)
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+        from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+        from slope_megatron.models.fill import fill_model
+        from slope_megatron.models.layer_spec import sparsify
+
+        config, stock = keywords["config"], keywords["transformer_layer_spec"]
+        if isinstance(stock, TransformerBlockSubmodules) or keywords.get("vp_stage") is not None:
+            raise ValueError(
+                "--slope wants one layer spec and no virtual pipeline: leave --num-layers-per-virtual-* out"
+            )
+        first = get_transformer_layer_offset(config)
+        stock = with_plain_mlp(stock)
+        specs = [
+            without_new_arguments(sparsify(stock, slope, first + index))
+            for index in range(get_num_layers_to_build(config))
+        ]
+        norm = specs[0].submodules.input_layernorm
+        keywords["transformer_layer_spec"] = TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+        # Megatron's own initialisation is left out: every parameter is filled below.
+        config.perform_initialization = False
+        model = model_class(*positional, **keywords)
+        fill_model(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
+        return model
+
+    build.__wrapped__ = model_class
+    return build
+
+
+def with_plain_mlp(stock):
+    """Core 0.20's specs hold the MLP as a bound builder: turned back into the ModuleSpec that it still takes."""
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    builder = stock.submodules.mlp
+    if isinstance(builder, functools.partial) and hasattr(builder.func, "__self__"):
+        stock = copy.deepcopy(stock)
+        stock.submodules.mlp = ModuleSpec(module=builder.func.__self__, submodules=builder.keywords["submodules"])
+    return stock
+
+
+def without_new_arguments(spec):
+    """Core 0.20 tells every linear its name and all process groups; packed ones know their tensor-parallel group."""
+    from slope_megatron.models.fill import PackedWeight
+
+    holders = (spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules)
+    for holder in holders:
+        for linear in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+            packed = getattr(holder, linear, None)
+            if isinstance(packed, type) and issubclass(packed, PackedWeight):
+                setattr(holder, linear, with_old_arguments(packed))
+    return spec
+
+
+def with_old_arguments(packed: type) -> type:
+    """The same class with the constructor of core 0.16."""
+
+    def init(self, *positional, name=None, pg_collection=None, **keywords):
+        packed.__init__(self, *positional, **keywords)
+
+    return type(packed.__name__, (packed,), {"__init__": init})
+
+
+def with_refresh(train_step):
+    """The step, and after it the operands: new values, and the column pattern when its step has come."""
+
+    @functools.wraps(train_step)
+    def step(forward_step_func, data_iterator, model, *positional, **keywords):
+        result = train_step(forward_step_func, data_iterator, model, *positional, **keywords)
+        args, slope = settings()
+        if slope.enabled:
+            from slope_megatron.models.fill import sparse_modules
+
+            modules = [module for chunk in model for module in sparse_modules(chunk)]
+            if not modules:
+                raise ValueError(
+                    "--slope was given and the model has no 2:4 layer: it was built where the hook does not reach; "
+                    "use a version that patches/README.md lists, or leave --slope out"
+                )
+            interval = slope.backward_mask_interval
+            choose = interval > 0 and (args.curr_iteration + 1) % interval == 0
+            for module in modules:
+                module.update_column_pattern() if choose else module.refresh()
+        return result
+
+    return step

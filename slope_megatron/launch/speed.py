@@ -1,0 +1,162 @@
+"""Time of one step, from measured products or from a stated MFU. An estimate: its assumptions are its arguments.
+
+T tokens of a micro-batch, M micro-batches of a replica, P pipeline stages.
+
+    micro-batch   products + pointwise traffic + tensor-parallel reductions, of the slowest stage
+    step          (M + P - 1) x micro-batch + data-parallel reduction;  bubble = (P - 1) / (M + P - 1)
+"""
+
+import csv
+import dataclasses
+import math
+from collections import Counter
+from pathlib import Path
+
+from slope_megatron.config import Config
+from slope_megatron.launch.cluster import Cluster
+from slope_megatron.launch.layout import Layout
+from slope_megatron.launch.memory import Precision, block_activation_bytes
+from slope_megatron.launch.tensors import block_widths, count, padded_vocabulary, patterns, stage_tensors
+
+# Of one message between GPUs, whatever its size. Assumed.
+LATENCY = 20e-6
+PRODUCTS = ("forward", "dgrad", "wgrad")
+COLUMNS = ("kind", "rows", "columns", "tokens", "dense_ms", "sparse_ms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """One measured product; `tflops` counts the dense product's operations, so that kinds compare."""
+
+    kind: str
+    product: str
+    tokens: int
+    out: int
+    width: int
+    tflops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """How fast products run.
+
+    Args:
+        measured: of a CSV; empty: `mfu` of the GPU's peak for a dense product, which then stands for the whole block.
+        mfu: model FLOPs utilisation that a dense step is said to reach.
+        sparse_speedup: of a 2:4 forward or dgrad over its dense twin, where nothing is measured.
+    """
+
+    measured: tuple[Rate, ...]
+    mfu: float
+    sparse_speedup: float
+
+    def seconds(self, kind: str, product: str, tokens: int, out: int, width: int, peak: float) -> float:
+        """One product of this shape, at the rate of the nearest measured one."""
+        operations = 2.0 * tokens * out * width
+        # The weight's gradient is a dense product (mode "paper"); any dense product of its size stands for it.
+        kind = "dense" if product == "wgrad" else kind
+        near = [rate for rate in self.measured if rate.kind == kind and product in (rate.product, "wgrad")]
+        if near:
+
+            def distance(rate: Rate) -> float:
+                pairs = ((tokens, rate.tokens), (out, rate.out), (width, rate.width))
+                return sum(abs(math.log(ours / theirs)) for ours, theirs in pairs)
+
+            return operations / (min(near, key=distance).tflops * 1e12)
+        faster = self.sparse_speedup if kind == "sparse" else 1.0
+        return operations / (self.mfu * peak * 1e12 * faster)
+
+
+def read_rates(path: Path) -> tuple[Rate, ...]:
+    """Rates that `slope bench gemm` measured: its CSV.
+
+    Where the dense product was the faster one it counts for 2:4 as well: the backend takes it there.
+
+    Raises:
+        ValueError: no such file, or a line that is no measurement.
+    """
+    if not path.is_file():
+        raise ValueError(f"--rates {path} does not exist: give the CSV of `slope bench gemm`, or --mfu")
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    table = csv.DictReader(lines)
+    lacking = set(COLUMNS) - set(table.fieldnames or ())
+    if lacking:
+        raise ValueError(
+            f"--rates {path} lacks the columns {', '.join(sorted(lacking))}: give the CSV of `slope bench gemm`"
+        )
+    found = []
+    for line in table:
+        try:
+            rows, columns, tokens = (int(line[name]) for name in ("rows", "columns", "tokens"))
+            dense_ms, sparse_ms = float(line["dense_ms"]), float(line["sparse_ms"])
+            operations = 2e-9 * rows * columns * tokens
+            # A dgrad's matrix is the weight transposed.
+            out, width = (columns, rows) if line["kind"] == "dgrad" else (rows, columns)
+            found.append(Rate("dense", line["kind"], tokens, out, width, operations / dense_ms))
+            found.append(Rate("sparse", line["kind"], tokens, out, width, operations / min(dense_ms, sparse_ms)))
+        except (ValueError, ZeroDivisionError, TypeError):
+            raise ValueError(f"--rates {path}: {line} is no measurement: give the CSV of `slope bench gemm`") from None
+    if not found:
+        raise ValueError(f"--rates {path} holds no measurement: give the CSV of `slope bench gemm`, or --mfu")
+    return tuple(found)
+
+
+def bubble(layout: Layout, micro_batches: int) -> float:
+    """Share of a step that a pipeline stage waits (1F1B)."""
+    return (layout.pipeline - 1) / (micro_batches + layout.pipeline - 1)
+
+
+def block_seconds(config: Config, layout: Layout, cluster: Cluster, rates: Rates, packed: frozenset, b: int) -> float:
+    """Forward and backward of one micro-batch through one block on one GPU; `packed` names its packed linears."""
+    tokens = config.data.seq_length * config.data.micro_batch_size
+    peak = cluster.peak_tflops
+    passes = ("forward", *PRODUCTS) if layout.recompute == "full" else PRODUCTS
+    seconds = 0.0
+    for name, (out, width, cut) in block_widths(config).items():
+        kind = "sparse" if cluster.sparse_24 and name in packed else "dense"
+        local = (out // layout.tensor, width) if cut == 0 else (out, width // layout.tensor)
+        seconds += sum(rates.seconds(kind, product, tokens, *local, peak) for product in passes)
+    # Causal attention: two products of T x s over half the pairs; backward twice that.
+    attention = 2.0 * tokens * config.data.seq_length * config.model.hidden_size / layout.tensor
+    # `passes` counts right here too: forward once (or twice), backward as two.
+    seconds += attention * len(passes) / (rates.mfu * peak * 1e12)
+    if rates.measured:
+        # Products alone leave out norms, activations and residuals: what is kept is written, read, and read again.
+        seconds += 3 * block_activation_bytes(config, layout, b) / (cluster.memory_gbs * 1e9)
+    # Two reductions of T x h a pass, at ring cost.
+    reductions = 2 * (3 if layout.recompute == "full" else 2)
+    moved = tokens * config.model.hidden_size * b * 2 * (layout.tensor - 1) / layout.tensor
+    messages = LATENCY if layout.tensor > 1 else 0.0
+    return seconds + reductions * (moved / (cluster.intra_gbs * 1e9) + messages)
+
+
+def step_seconds(
+    config: Config, layout: Layout, cluster: Cluster, rates: Rates, vocabulary: int, bytes_of: Precision
+) -> float:
+    """One optimizer step of the whole machine."""
+    micro_batches = config.data.micro_batches(layout.data)
+    tokens = config.data.seq_length * config.data.micro_batch_size
+    # The last stage has the output layer besides: the slowest.
+    share = padded_vocabulary(config, vocabulary) // layout.tensor
+    head = sum(
+        rates.seconds("dense", product, tokens, share, config.model.hidden_size, cluster.peak_tflops)
+        for product in PRODUCTS
+    )
+    kinds = Counter(frozenset(patterns(config.slope, block)) for block in range(config.model.num_layers))
+    whole = sum(
+        many * block_seconds(config, layout, cluster, rates, packed, bytes_of.weight) for packed, many in kinds.items()
+    )
+    micro = whole / layout.pipeline + head
+    per_gpu = cluster.network_gbs * 1e9 / cluster.gpus_per_node
+    if layout.pipeline > 1:
+        moved = tokens * config.model.hidden_size * bytes_of.weight / layout.tensor
+        micro += 2 * (moved / per_gpu + LATENCY)
+    counts = count(stage_tensors(config, vocabulary, layout.pipeline, 0), layout.tensor)
+    spread = layout.gpus > cluster.gpus_per_node
+    link = per_gpu if spread else cluster.intra_gbs * 1e9
+    ring = (layout.data - 1) / layout.data
+    reduction = counts.trained * ring * (2 * bytes_of.gradient + bytes_of.weight) / link
+    if layout.zero == 3:
+        # Weights are gathered in every forward and every backward.
+        reduction += 2 * micro_batches * counts.trained * ring * bytes_of.weight / link
+    return (micro_batches + layout.pipeline - 1) * micro + reduction

@@ -1,0 +1,1 @@
+"""Tensor-parallel SLoPe linears in Megatron's constructor dialect."""

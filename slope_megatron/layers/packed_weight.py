@@ -1,0 +1,236 @@
+"""PackedWeight: what the column- and the row-parallel layer share.
+
+N out, K in (this rank's shard), C = K n/m kept per row, R adapter rank.
+
+    weight          Parameter [N, C]           packed values
+    weight_pattern  buffer uint8 [N, K/8]      row pattern, static
+    weight_column   buffer uint8 [N, C/8]      which values survive the second pruning; state, it cannot be rebuilt
+    adapter_l       Parameter [R, K]           L^T; adapter_r Parameter [N, R]: R^T (SLoPe, section 3.2)
+
+Operands, what a kernel wants, are derived from these on first use, refreshed after each optimizer step and never saved.
+"""
+
+import dataclasses
+import functools
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+from slope_megatron.config import SlopeConfig
+from slope_megatron.layers.communication import TensorParallelCommunication
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops.backend import Operands, build_operands, choose_column_bits
+from slope_megatron.sparsity import counter
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
+from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
+
+# Rows handled at once where a dense copy is needed: bounds the scratch memory of the build and of a pattern update.
+ROWS_AT_ONCE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Where some local rows of a shard lie in the whole matrix, and under which canonical name."""
+
+    name: str
+    local_rows: range
+    first_row: int
+    first_column: int
+    row_length: int
+
+    def rows(self, chunk: range) -> range:
+        """The rows of the whole matrix for a chunk of local rows."""
+        shift = self.first_row - self.local_rows.start
+        return range(chunk.start + shift, chunk.stop + shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class DoublePruning:
+    """Counts of this rank's shard: what the second pruning drops of the kept weights, in number and in energy."""
+
+    weights: int
+    dropped: int
+    energy: float
+    energy_dropped: float
+
+
+def chunks(rows: range, size: int = ROWS_AT_ONCE):
+    """`rows` in pieces of at most `size`, which is a multiple of every group size."""
+    return (range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size))
+
+
+class PackedWeight(torch.nn.Module):
+    """Mixed into Megatron's linears, whose constructor leaves `weight` as `[N, C]`: no dense weight ever exists."""
+
+    weight: torch.nn.Parameter
+    weight_pattern: torch.Tensor
+    weight_column: torch.Tensor
+    slope: SlopeConfig
+    tp_group: dist.ProcessGroup
+
+    @classmethod
+    def configured(cls, slope: SlopeConfig) -> type:
+        """This class with `slope` bound: what Megatron's layer specs take, some of which only call a class."""
+        return type(cls.__name__, (cls,), {"__init__": functools.partialmethod(cls.__init__, slope=slope)})
+
+    def init_packed(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
+        """Buffers, adapters and attributes; called once, at the end of the constructor.
+
+        Args:
+            partition_dim: axis of the weight that tensor parallelism cuts: 0 (column) or 1 (row).
+        Raises:
+            ValueError: the shard cuts a group or a byte of a bitmask.
+        """
+        rows, kept = self.weight.shape
+        columns = kept * slope.m // slope.n
+        check_shard(rows, columns, kept, slope)
+        self.slope = slope
+        device = self.weight.device
+        self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_column", torch.zeros(rows, kept // 8, dtype=torch.uint8, device=device))
+        if not hasattr(self.weight, "tensor_model_parallel"):  # core 0.20 has marked it, and asserts that nobody did
+            set_tensor_model_parallel_attributes(self.weight, True, partition_dim, stride)
+        self.replicated_adapter = "l" if partition_dim == 0 else "r"
+        if slope.adapter_rank:
+            self.adapter_l = torch.nn.Parameter(self.weight.new_zeros(slope.adapter_rank, columns))
+            self.adapter_r = torch.nn.Parameter(self.weight.new_zeros(rows, slope.adapter_rank))
+            cut = self.adapter_r if partition_dim == 0 else self.adapter_l
+            set_tensor_model_parallel_attributes(cut, True, partition_dim, stride)
+        self.adapters_active = False
+        self.initialized = False
+        self._operands: Operands | None = None
+        self._refreshed_version = -1
+        self.register_load_state_dict_post_hook(PackedWeight._after_load)
+
+    # -- the build ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fill_weight(self, seed: int, region: Region, std: float) -> None:
+        """Row pattern and values of one region, from the counter generator at canonical indices.
+
+        The values are those that the dense weight would have there (times sqrt(M/N) with `init_rescale`).
+        """
+        key = counter.key_of(seed, region.name)
+        pattern_key = counter.key_of(seed, f"{region.name}_pattern")
+        n, m, device = self.slope.n, self.slope.m, self.weight.device
+        columns = range(region.first_column, region.first_column + self.weight_pattern.shape[1] * 8)
+        scale = std * (m / n) ** 0.5 if self.slope.init_rescale else std
+        for local in chunks(region.local_rows):
+            rows = region.rows(local)
+            dense = counter.normal(key, rows, columns, region.row_length, device)
+            if self.slope.pattern == "random":
+                words = counter.bits(pattern_key, rows, columns, region.row_length, device)
+                mask = random_pattern(words, n, m)
+            else:
+                mask = magnitude_pattern(dense, n, m)
+            self.weight[local.start : local.stop] = pack(dense * scale, mask).to(self.weight.dtype)
+            self.weight_pattern[local.start : local.stop] = pack_bits(mask)
+        self.initialized = True
+        self._operands = None
+
+    # -- state and operands -------------------------------------------------------------------------------------------
+
+    def row_pattern(self) -> torch.Tensor:
+        """W^R's places: bool `[N, K]`."""
+        return unpack_bits(self.weight_pattern)
+
+    def surviving(self) -> torch.Tensor:
+        """Which kept values W^{R,C} has: bool `[N, C]`."""
+        return unpack_bits(self.weight_column)
+
+    def dense_weight(self) -> torch.Tensor:
+        """W^R `[N, K]`, zeros included."""
+        return unpack(self.weight.detach(), self.row_pattern())
+
+    @torch.no_grad()
+    def update_column_pattern(self) -> None:
+        """Choose the second pruning anew, by magnitude of the present values, and rewrite the backward operand."""
+        values = self.weight.detach()
+        self.weight_column.copy_(choose_column_bits(values, self.weight_pattern, self.slope.n, self.slope.m))
+        if self._operands is not None:
+            self._operands.set_column_pattern(self.weight_column, values)
+            self._refreshed_version = self.weight._version
+
+    def refresh(self) -> None:
+        """Bring the operands up to the present values: after a step that autograd's version counter missed."""
+        if self._operands is not None:
+            self._operands.refresh(self.weight.detach())
+            self._refreshed_version = self.weight._version
+
+    def operands(self) -> Operands:
+        """The operands of the present values: built on first use, refreshed when the parameter was written in place."""
+        if self._operands is None:
+            if not self.initialized:
+                raise RuntimeError(
+                    f"{type(self).__name__} has no pattern yet: fill the built model with "
+                    "slope_megatron.models.fill.fill_model, "
+                    "or load a checkpoint"
+                )
+            self._operands = build_operands(
+                self.slope.backend, self.weight.detach(), self.weight_pattern, self.weight_column
+            )
+            self._refreshed_version = self.weight._version
+        elif self._refreshed_version != self.weight._version:
+            self.refresh()
+        return self._operands
+
+    def drop_operands(self) -> None:
+        """Forget the operands: patterns, dtype or device have changed."""
+        self._operands = None
+
+    def _after_load(self, _incompatible) -> None:
+        self.initialized = True
+        self.drop_operands()
+
+    def _apply(self, *arguments, **keywords):
+        self.drop_operands()
+        return super()._apply(*arguments, **keywords)
+
+    def double_pruning(self) -> DoublePruning:
+        """What the second pruning costs here, measured."""
+        values = self.weight.detach().double()
+        dropped = ~self.surviving()
+        return DoublePruning(
+            weights=self.weight_pattern.numel() * 8,
+            dropped=int(dropped.sum()),
+            energy=float(values.square().sum()),
+            energy_dropped=float(values[dropped].square().sum()),
+        )
+
+    # -- the product --------------------------------------------------------------------------------------------------
+
+    def _forward_impl(self, input, weight, *, bias, allreduce_dgrad, sequence_parallel, tp_group=None, **_):
+        """Megatron's hook for the product itself; gathers and reductions around it are Megatron's own."""
+        communication = TensorParallelCommunication(
+            group=self.tp_group,
+            sequence_parallel=sequence_parallel,
+            allreduce_dgrad=allreduce_dgrad,
+            replicated_adapter=self.replicated_adapter,
+        )
+        adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
+        output = slope_linear(input, weight, self.operands(), adapters=adapters, communication=communication)
+        return output if bias is None else output + bias
+
+
+def check_shard(rows: int, columns: int, kept: int, slope: SlopeConfig) -> None:
+    """Refuse a shard that cuts a group or a byte of a bitmask."""
+    if rows % slope.m or columns % slope.m or columns % 8 or kept % 8:
+        unit = max(8, slope.m, 8 * slope.m // slope.n)
+        raise ValueError(
+            f"a packed {slope.nm} shard of {rows} x {columns} (out x in on this rank) cannot be cut: out "
+            "must be a multiple "
+            f"of {slope.m} and in one of {unit}; choose other widths or a smaller tensor-parallel size"
+        )
+
+
+def refuse_unsupported(config, **asked) -> None:
+    """Options of Megatron's linears that a packed weight cannot serve yet: refused with the reason, never ignored."""
+    if config.gradient_accumulation_fusion:
+        raise ValueError(
+            "gradient_accumulation_fusion is on: packed gradients go through autograd; set "
+            "gradient_accumulation_fusion=False"
+        )
+    for name, value in asked.items():
+        if value:
+            raise ValueError(f"{name} is {value!r}: a packed 2:4 linear does not support it; keep this linear dense")

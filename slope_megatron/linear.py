@@ -1,0 +1,126 @@
+"""The SLoPe linear as an autograd function.
+
+T tokens, N out, K in, C = K n/m kept per row, R adapter rank. The adapter factors are stored like `torch.nn.Linear`
+weights: `adapter_l` is L^T `[R, K]`, `adapter_r` is R^T `[N, R]`.
+
+    forward   Y  = X (W^R)^T + (1/R) (X L) R
+    dgrad     dX = dY W^{R,C} + (1/R) (dY R^T) L^T
+    wgrad     dW = dY^T X at the kept places: packed `[N, C]`, the shape of the parameter
+    adapters  dL^T = ((1/R) dY R^T)^T X,   dR^T = (1/R) dY^T (X L)
+
+Surprising: dgrad reads the doubly pruned W^{R,C}, not the W^R of the forward (SLoPe, section 3.1); the packed values
+enter as a tensor only so that autograd hands them their gradient, the products read the operands derived from them.
+Under tensor parallelism dX is complete only after a reduction; it starts as soon as dX is there, the adapters' share
+included, and travels while dW is computed.
+"""
+
+from typing import Protocol
+
+import torch
+
+from slope_megatron.ops.backend import Operands
+
+
+class Pending(Protocol):
+    """A tensor that may still be on its way."""
+
+    def wait(self) -> torch.Tensor: ...
+
+
+class Communication(Protocol):
+    """What a parallel layer adds around the products."""
+
+    def gather_input(self, x: torch.Tensor) -> Pending:
+        """The whole input, from this rank's part of the sequence."""
+
+    def reduce_input_gradient(self, dx: torch.Tensor) -> Pending:
+        """This rank's part of the sum of dX over the ranks."""
+
+    def reduce_adapter_gradients(self, dl: torch.Tensor, dr: torch.Tensor) -> tuple[Pending, Pending]:
+        """The adapters' gradients, summed over the ranks where a factor is replicated."""
+
+
+class Arrived:
+    """A pending tensor that is already here."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
+
+class NoCommunication:
+    """One rank holds everything."""
+
+    def gather_input(self, x: torch.Tensor) -> Arrived:
+        return Arrived(x)
+
+    def reduce_input_gradient(self, dx: torch.Tensor) -> Arrived:
+        return Arrived(dx)
+
+    def reduce_adapter_gradients(self, dl: torch.Tensor, dr: torch.Tensor) -> tuple[Arrived, Arrived]:
+        return Arrived(dl), Arrived(dr)
+
+
+class SlopeLinearFunction(torch.autograd.Function):
+    """See the module's docstring."""
+
+    @staticmethod
+    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Operands, communication: Communication):
+        full_x = communication.gather_input(x).wait()
+        x_TK = full_x.flatten(0, -2)
+        y_TN = operands.forward(x_TK)
+        hidden_TR = None
+        if adapter_l_RK is not None:
+            hidden_TR = x_TK @ adapter_l_RK.t()
+            y_TN = torch.addmm(y_TN, hidden_TR, adapter_r_NR.t(), alpha=1.0 / adapter_l_RK.shape[0])
+        # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
+        ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR)
+        ctx.operands = operands
+        ctx.communication = communication
+        return y_TN.unflatten(0, full_x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, adapter_l_RK, adapter_r_NR, hidden_TR = ctx.saved_tensors
+        operands, communication = ctx.operands, ctx.communication
+        need_dx, need_values, need_adapters = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            ctx.needs_input_grad[2],
+        )
+        gathering = communication.gather_input(x) if need_values or need_adapters else None
+        dy_TN = dy.flatten(0, -2)
+        dhidden_TR = None
+        if adapter_l_RK is not None:
+            dhidden_TR = dy_TN @ adapter_r_NR / adapter_l_RK.shape[0]
+        x_TK = gathering.wait().flatten(0, -2) if gathering else None
+        reducing = None
+        if need_dx:
+            dx_TK = operands.dgrad(dy_TN)
+            if dhidden_TR is not None:
+                dx_TK = torch.addmm(dx_TK, dhidden_TR, adapter_l_RK)
+            reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
+        adapter_gradients = None
+        if need_adapters:
+            dl_RK = dhidden_TR.t() @ x_TK
+            dr_NR = dy_TN.t() @ hidden_TR / adapter_l_RK.shape[0]
+            adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
+        dvalues_NC = operands.wgrad(dy_TN, x_TK) if need_values else None
+        dx = reducing.wait() if reducing else None
+        dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
+        return dx, dvalues_NC, dl_RK, dr_NR, None, None
+
+
+def slope_linear(x, values_NC, operands, *, adapters=None, communication=None) -> torch.Tensor:
+    """Y for `x` `[..., K]`; the leading axes are tokens.
+
+    Args:
+        values_NC: the packed Parameter; its gradient comes back packed.
+        operands: the backend's operands of the same values.
+        adapters: `(adapter_l_RK, adapter_r_NR)` once they have joined, else None.
+        communication: of a parallel layer; None on one rank.
+    """
+    adapter_l, adapter_r = adapters or (None, None)
+    return SlopeLinearFunction.apply(x, values_NC, adapter_l, adapter_r, operands, communication or NoCommunication())

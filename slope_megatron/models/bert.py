@@ -1,0 +1,198 @@
+"""BERT as published: an encoder with its norms after the residual sums, put together from Megatron's parts.
+
+    embedding   x = LN(word + position + token type)
+    block       x = LN(x + Attention(x));  x = LN(x + MLP(x))
+    MLM head    logits = LN(GELU(x W^T + b)) E^T + c          E the (tied) word embedding
+    NSP head    logits = tanh(x_0 P^T + p) W^T + b            x_0 the first token
+
+Megatron's own BertModel is not this: its norms are before the linears and its embedding has none (post-LN, section 3.1
+of arXiv 1810.04805 after arXiv 1706.03762). Its block's linears become sparse through the same table as GPT's.
+"""
+
+import copy
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.bert.bert_lm_head import BertLMHead
+from megatron.core.models.bert.pooler import Pooler
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.utils import get_linear_layer
+
+from slope_megatron.config import ModelConfig, SlopeConfig
+from slope_megatron.models.layer_spec import sparsify
+
+TOKEN_TYPES = 2
+
+
+def stock_norm(config: TransformerConfig) -> type:
+    """The norm of Megatron's local spec: apex's where it is installed, else torch's."""
+    return get_gpt_layer_local_spec(normalization=config.normalization).submodules.input_layernorm
+
+
+class PostNormLayer(TransformerLayer):
+    """Megatron's transformer layer with its two norms after the residual sums instead of before the linears."""
+
+    def __init__(self, config: TransformerConfig, *arguments, norm: type, **keywords):
+        super().__init__(config, *arguments, **keywords)
+        like = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.post_attention_layernorm = norm(**like)
+        self.post_mlp_layernorm = norm(**like)
+
+    def _forward_attention(self, *arguments, **keywords):
+        hidden, context = super()._forward_attention(*arguments, **keywords)
+        return self.post_attention_layernorm(hidden), context
+
+    def _forward_mlp(self, *arguments, **keywords):
+        return self.post_mlp_layernorm(super()._forward_mlp(*arguments, **keywords))
+
+
+def post_norm_spec(normalization: str) -> ModuleSpec:
+    """The stock block's spec without its norms, for `PostNormLayer`; attention sees both sides."""
+    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization))
+    parts = spec.submodules
+    spec.module, spec.params = PostNormLayer, {"norm": parts.input_layernorm}
+    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+    parts.sharded_state_dict_keys_map = {}
+    parts.self_attention.params = {"attn_mask_type": AttnMaskType.padding}
+    return spec
+
+
+def encoder_spec(slope: SlopeConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The specs of this pipeline stage's blocks. No last norm: the last block ends with one."""
+    first, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    stock = post_norm_spec(config.normalization)
+    specs = [sparsify(stock, slope, first + index) for index in range(count)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=None)
+
+
+class BertEmbedding(LanguageModelEmbedding):
+    """Megatron's embedding with a norm before its dropout."""
+
+    def __init__(self, config: TransformerConfig, **keywords):
+        super().__init__(config, **keywords)
+        self.embedding_dropout = torch.nn.Identity()
+        self.norm = stock_norm(config)(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.dropout = torch.nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids, position_ids, tokentype_ids=None) -> torch.Tensor:
+        """Tokens `[b, s]` -> `[s, b, h]`, or this rank's part of the sequence."""
+        embeddings = self.norm(super().forward(input_ids, position_ids, tokentype_ids))
+        if not self.config.sequence_parallel:
+            return self.dropout(embeddings)
+        # Each rank drops in its own part of the sequence.
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            return self.dropout(embeddings)
+
+
+class BertForPretraining(LanguageModule):
+    """This rank's shard of the encoder with both heads.
+
+    Called as `model(input_ids, attention_mask, tokentype_ids, lm_labels)`: `[b, s]` each, all but the first optional;
+    the mask is 1 where a token is real. Returns `(MLM logits [b, s, v], NSP logits [b, 2])`, v this rank's part of the
+    vocabulary; with labels `(MLM loss [b, s], NSP logits)`; and before the last pipeline stage the hidden states.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        slope: SlopeConfig,
+        *,
+        vocab_size: int,
+        max_sequence_length: int,
+        pre_process: bool,
+        post_process: bool,
+        share_embeddings_and_output_weights: bool,
+    ):
+        super().__init__(config=config)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.model_type = ModelType.encoder_or_decoder
+        if pre_process:
+            self.embedding = BertEmbedding(
+                config,
+                vocab_size=vocab_size,
+                max_sequence_length=max_sequence_length,
+                num_tokentypes=TOKEN_TYPES,
+            )
+        self.encoder = TransformerBlock(
+            config, encoder_spec(slope, config), pre_process=pre_process, post_process=post_process
+        )
+        if post_process:
+            self.lm_head = BertLMHead(config.hidden_size, config)
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=True,
+                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+            )
+            self.pooler = Pooler(config.hidden_size, config.init_method, config, config.sequence_parallel)
+            self.binary_head = get_linear_layer(
+                config.hidden_size, 2, config.init_method, config.perform_initialization
+            )
+        # Megatron's plain linears and embeddings ignore `params_dtype`.
+        self.to(config.params_dtype)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    @property
+    def decoder(self) -> TransformerBlock:
+        """The blocks, by the name that they have in a GPTModel, for code that serves both."""
+        return self.encoder
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """What the previous pipeline stage sent; called by Megatron's schedules."""
+        self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, input_ids, attention_mask=None, tokentype_ids=None, lm_labels=None):
+        # True where attention is forbidden, [b, 1, 1, s]: every token sees the real ones.
+        forbidden = None if attention_mask is None else (attention_mask < 0.5)[:, None, None, :]
+        hidden = None
+        if self.pre_process:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            types = torch.zeros_like(input_ids) if tokentype_ids is None else tokentype_ids
+            hidden = self.embedding(input_ids, positions, types)
+        hidden = self.encoder(hidden_states=hidden, attention_mask=forbidden)
+        if not self.post_process:
+            return hidden
+        binary_logits = self.binary_head(self.pooler(hidden, 0))
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(self.lm_head(hidden), weight=weight)
+        if lm_labels is None:
+            return logits.transpose(0, 1).contiguous(), binary_logits
+        return self.compute_language_model_loss(lm_labels, logits), binary_logits
+
+
+def check_bert(model: ModelConfig) -> None:
+    """Refuse what this BERT has no form for.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    required = {"position": "learned", "normalization": "LayerNorm", "linear_bias": True, "gated_mlp": False}
+    for name, value in required.items():
+        if getattr(model, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} is {getattr(model, name)} with --architecture bert: it must be {value}; "
+                "take --architecture gpt for other shapes"
+            )
+
+
+def build_bert(model: ModelConfig, slope: SlopeConfig, config: TransformerConfig, **ends) -> BertForPretraining:
+    """This rank's shard with memory but without numbers; `ends` are the keywords of BertForPretraining."""
+    check_bert(model)
+    return BertForPretraining(config, slope, **ends)

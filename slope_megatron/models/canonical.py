@@ -1,0 +1,67 @@
+"""Canonical names: every tensor of a model by the name, and at the place, that it has in the unsharded model.
+
+The names are the keys of Megatron's own sharded state dict with the global layer number in them, so that the initial
+fill and the checkpoints speak of the same things.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A part of one tensor of the whole model, held here.
+
+    Args:
+        name: canonical name.
+        local_name: the model's own name of the tensor that `data` is a view of.
+        data: the view.
+        shape: shape of the whole tensor.
+        offset: where `data` lies in it.
+        main: whether this rank's copy is the one that counts (its replicas hold the same).
+    """
+
+    name: str
+    local_name: str
+    data: torch.Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    main: bool
+
+    @property
+    def cut_axis(self) -> int | None:
+        """The axis along which the tensor is cut over ranks; None: whole here."""
+        return next((axis for axis, size in enumerate(self.data.shape) if size != self.shape[axis]), None)
+
+
+def sharded_state_dict(model: torch.nn.Module) -> dict:
+    """Megatron's sharded state dict of the model, keys with global layer numbers."""
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "non_homogeneous_layers": True,
+    }
+    return model.sharded_state_dict(metadata=metadata)
+
+
+def shards(model: torch.nn.Module) -> Iterator[Shard]:
+    """All tensors of the model that a checkpoint holds; fused gate and up come as two shards of one name."""
+    for local_name, entry in sharded_state_dict(model).items():
+        if isinstance(entry, ShardedTensorFactory):
+            parts = entry.build()
+        elif isinstance(entry, ShardedTensor):
+            parts = [entry]
+        else:
+            continue
+        for part in parts:
+            yield Shard(
+                name=part.key,
+                local_name=local_name,
+                data=part.data,
+                shape=tuple(part.global_shape),
+                offset=tuple(part.global_offset),
+                main=not any(part.replica_id) if isinstance(part.replica_id, tuple) else part.replica_id == 0,
+            )

@@ -1,0 +1,75 @@
+"""A Megatron checkpoint on disk as the source of `load_dense`: whole tensors by canonical name, one at a time.
+
+Reads megatron-core's `torch_dist` format (its default), whatever layout wrote it. Both of its forms of a block's
+tensors are understood: one tensor a layer, and all layers in one tensor `[layers, ...]`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from slope_megatron.models.parameters import VOCABULARY_ROWS
+
+LAYER = re.compile(r"^((?:decoder|encoder)\.layers\.)(\d+)\.(.+)$")
+
+
+class MegatronCheckpoint(Mapping):
+    """`{canonical name: whole dense tensor}` of a checkpoint folder; tensors are read when they are asked for.
+
+    Args:
+        prefix: what stands before the model's names, e.g. `model.` where a wrapper added it.
+        vocabulary: entries that count; Megatron-LM's padding depends on its tensor-parallel size, so the rows behind
+            them are left out.
+    Raises:
+        ValueError: no such checkpoint, or one without a dense model.
+    """
+
+    def __init__(self, folder: Path | str, prefix: str = "", vocabulary: int | None = None):
+        self.folder = Path(folder)
+        if not (self.folder / ".metadata").is_file():
+            raise ValueError(
+                f"{self.folder} holds no Megatron checkpoint of the torch_dist format (no .metadata file): give the "
+                "folder of one iteration, such as iter_0001000"
+            )
+        self.prefix, self.vocabulary = prefix, vocabulary
+        entries = checkpoint.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        self.stored: dict[str, TensorStorageMetadata] = {
+            name.removeprefix(prefix): entry
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix) and "_extra_state" not in name
+        }
+        # Optimizer states lie beside the model under names of their own.
+        self.stored = {name: e for name, e in self.stored.items() if not name.startswith(("optimizer.", "chained_"))}
+        packed = next((name for name in self.stored if name.endswith(".weight_pattern")), None)
+        if packed:
+            raise ValueError(f"{self.folder} holds a packed model ({packed}): resume from it, or give a dense one")
+        self.places = dict(self._places())
+
+    def _places(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        """Canonical name -> (stored name, place on the layers' axis)."""
+        for name, entry in self.stored.items():
+            stack, _, leaf = name.partition(".layers.")
+            if not leaf or LAYER.match(name):
+                yield name, (name, None)
+            else:
+                yield from ((f"{stack}.layers.{i}.{leaf}", (name, i)) for i in range(entry.size[0]))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored, layer = self.places[name]
+        entry = self.stored[stored]
+        key = self.prefix + stored
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
+        if name in VOCABULARY_ROWS:
+            return state[key][: self.vocabulary]
+        return state[key] if layer is None else state[key][layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

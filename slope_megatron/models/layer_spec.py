@@ -1,0 +1,95 @@
+"""Layer specs: Megatron's own, with the block linears and the core attention replaced.
+
+The stock local spec is taken as it comes from the installed megatron-core and only its leaves are exchanged, so what
+Megatron changes around them (norms, bias-dropout-add, checkpoint key maps) is inherited.
+"""
+
+import copy
+import dataclasses
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from slope_megatron.config import SlopeConfig
+from slope_megatron.layers.attention import SdpaAttention
+from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
+from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
+
+
+def sparse_linears(slope: SlopeConfig, block: int) -> set[str]:
+    """Which linears of a block (counted from 0 over all pipeline stages) are sparse.
+
+    Source: SLoPe, section 3: all attention and MLP linears but the first one after the input.
+    """
+    if not slope.for_block(block).enabled:
+        return set()
+    names = set()
+    if slope.sparse_attention:
+        names |= {"linear_qkv", "linear_proj"}
+    if slope.sparse_mlp:
+        names |= {"linear_fc1", "linear_fc2"}
+    if block == 0 and slope.dense_first_linear:
+        names.discard("linear_qkv")
+    return names
+
+
+def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
+    """A copy of one transformer block's spec with its sparse linears and the core attention replaced.
+
+    Raises:
+        ValueError: the block is no attention + MLP: experts would silently stay dense.
+    """
+    spec = copy.deepcopy(spec)  # the stock specs share their submodule objects
+    attention = spec.submodules.self_attention.submodules
+    mlp = getattr(spec.submodules.mlp, "submodules", None)
+    if not hasattr(mlp, "linear_fc1"):
+        raise ValueError(
+            "the MLP of this layer spec has no linear_fc1 and linear_fc2 of its own (mixture of experts?): its experts "
+            "would stay dense; give a spec with a plain MLP"
+        )
+    attention.core_attention = SdpaAttention
+    own = slope.for_block(block)
+    column, row = SlopeColumnParallelLinear.configured(own), SlopeRowParallelLinear.configured(own)
+    replacements = {
+        "linear_qkv": (attention, column),
+        "linear_proj": (attention, row),
+        "linear_fc1": (mlp, column),
+        "linear_fc2": (mlp, row),
+    }
+    for name in sparse_linears(slope, block):
+        holder, linear = replacements[name]
+        setattr(holder, name, linear)
+    return spec
+
+
+def block_spec(slope: SlopeConfig, transformer_config) -> TransformerBlockSubmodules:
+    """The specs of this pipeline stage's blocks; which linears are sparse may differ from block to block."""
+    first = get_transformer_layer_offset(transformer_config)
+    count = get_num_layers_to_build(transformer_config)
+    stock = get_gpt_layer_local_spec(normalization=transformer_config.normalization)
+    specs = [sparsify(stock, slope, first + index) for index in range(count)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
+
+
+def block_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The four linears of one built transformer block, by Megatron's names."""
+    return {
+        "linear_qkv": layer.self_attention.linear_qkv,
+        "linear_proj": layer.self_attention.linear_proj,
+        "linear_fc1": layer.mlp.linear_fc1,
+        "linear_fc2": layer.mlp.linear_fc2,
+    }
+
+
+def twin_weights(model: torch.nn.Module, slope: SlopeConfig) -> list[torch.nn.Parameter]:
+    """The weights that are packed in the sparse model, whether `model` is that one or its dense twin."""
+    sparse = dataclasses.replace(slope, enabled=True)
+    return [
+        linear.weight
+        for layer in model.decoder.layers
+        for name, linear in block_linears(layer).items()
+        if name in sparse_linears(sparse, layer.layer_number - 1)
+    ]

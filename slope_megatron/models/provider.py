@@ -1,0 +1,111 @@
+"""The model of a configuration: megatron-core's GPTModel, built bare and then filled canonically."""
+
+import functools
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from slope_megatron.config import Config, ModelConfig
+from slope_megatron.models.bert import build_bert
+from slope_megatron.models.fill import fill_model
+from slope_megatron.models.layer_spec import block_spec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+ACTIVATIONS = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+# Megatron's settings for each `--recompute`.
+RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of the blocks. Initialisation is off: `fill_model` does it, the same at every layout."""
+    model, parallel = config.model, config.parallel
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        activation_func=ACTIVATIONS[model.activation],
+        gated_linear_unit=model.gated_mlp,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_eps,
+        add_bias_linear=model.linear_bias,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,
+        **RECOMPUTE[parallel.recompute],
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # Fusions that need apex or Transformer Engine, or that compile for 20 s on a CPU.
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        cross_entropy_loss_fusion=False,
+    )
+
+
+def padded_vocabulary(model: ModelConfig, tokenizer_size: int) -> int:
+    """The vocabulary padded to a multiple that does not depend on the layout.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model's vocabulary.
+    """
+    if model.vocab_size is not None and model.vocab_size < tokenizer_size:
+        raise ValueError(
+            f"--vocab-size is {model.vocab_size} and the data's tokenizer has {tokenizer_size} tokens: "
+            "the model needs an entry for each; raise it, or leave it unset"
+        )
+    return -(-(model.vocab_size or tokenizer_size) // model.vocab_multiple) * model.vocab_multiple
+
+
+def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:
+    """This rank's shard of the model, with memory but without numbers; on the `meta` device not even that."""
+    blocks = transformer_config(config, dtype)
+    ends = {
+        "vocab_size": padded_vocabulary(config.model, tokenizer_size),
+        "max_sequence_length": config.model.max_positions or config.data.seq_length,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "share_embeddings_and_output_weights": config.model.tie_embeddings,
+    }
+    if config.model.architecture == "bert":
+        return build_bert(config.model, config.slope, blocks, **ends)
+    model = GPTModel(
+        blocks,
+        block_spec(config.slope, blocks),
+        position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
+        rotary_base=config.model.rotary_base,
+        **ends,
+    )
+    # Megatron's position table ignores `params_dtype`.
+    return model.to(dtype)
+
+
+def build_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:
+    """This rank's shard of the model, filled: the same weights at every layout."""
+    model = build_bare_model(config, tokenizer_size, dtype)
+    fill_model(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
+    return model

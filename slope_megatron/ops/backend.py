@@ -1,0 +1,114 @@
+"""Backends: who computes the three products, on which machine, and why not elsewhere."""
+
+import functools
+import logging
+from typing import Protocol
+
+import torch
+
+from slope_megatron.ops import cusparselt, products, reference
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
+from slope_megatron.sparsity.pattern import column_pattern
+
+logger = logging.getLogger(__name__)
+
+
+class Operands(Protocol):
+    """What one backend derives from a packed weight. T tokens, N out, K in, C kept per row.
+
+    The packed values are the state; operands are rebuilt from them and are never saved.
+    """
+
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        """New values, same patterns: after every optimizer step."""
+
+    def set_column_pattern(self, column: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning (bool `[N, C]` or its bitmask uint8 `[N, C/8]`), with the values to go with it."""
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """Y = X (W^R)^T, `[T, N]`."""
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dX = dY W^{R,C}, `[T, K]`."""
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        """dW = dY^T X read at the kept places, `[N, C]`."""
+
+
+# In the order in which "auto" tries them.
+BACKENDS = {"cusparselt": cusparselt, "reference": reference}
+ROWS_AT_ONCE = 4096
+SAYS = {
+    "cusparselt": "2:4 tensor cores, or dense where that measures faster",
+    "reference": "unpack and dense product",
+}
+
+
+def available() -> dict[str, str | None]:
+    """Each backend and the reason why this machine cannot run it; None: it can."""
+    return {name: module.unsupported() for name, module in BACKENDS.items()}
+
+
+@functools.cache
+def choose(requested: str) -> str:
+    """The backend for `requested` ("auto" or a name). Logs the choice and its reason once.
+
+    Raises:
+        ValueError: a backend was asked for by name and cannot run here.
+    """
+    reasons = available()
+    if requested != "auto":
+        if reasons[requested]:
+            raise ValueError(
+                f"--slope-backend {requested} cannot run here: {reasons[requested]}; use --slope-backend auto"
+            )
+        logger.info("sparse products: backend %s, as requested", requested)
+        return requested
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    refused = "".join(f"; {name}: {reason}" for name, reason in reasons.items() if reason)
+    logger.info("sparse products: backend %s (%s)%s", chosen, SAYS[chosen], refused)
+    return chosen
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
+
+
+def build_operands(backend: str, values_NC, row, column) -> Operands:
+    """Operands of one packed weight.
+
+    Args:
+        row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; a bitmask that stays is kept by reference.
+        column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`.
+    Raises:
+        ValueError: a backend was asked for by name and cannot run here, or not this weight.
+    """
+    name = choose(backend)
+    if name == "cusparselt":
+        row_bits = pack_bits(row) if row.dtype == torch.bool else row
+        column_bits = pack_bits(column) if column.dtype == torch.bool else column
+        reason = cusparselt.unsupported_weight(values_NC, row_bits)
+        if reason is None:
+            return cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=backend == "auto")
+        if backend != "auto":
+            raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
+        _say_once(f"sparse products: some weights run on backend reference: {reason}")
+    row_NK = row if row.dtype == torch.bool else unpack_bits(row)
+    column_NC = column if column.dtype == torch.bool else unpack_bits(column)
+    return reference.build(values_NC, row_NK, column_NC)
+
+
+def choose_column_bits(values_NC: torch.Tensor, row_bits: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """The second pruning of the present values by magnitude: bitmask uint8 `[N, C/8]`, the same on every backend.
+
+    One kernel for 2:4 in 16 bits on a GPU; elsewhere plain torch, some rows at a time to bound its scratch memory.
+    """
+    sixteen_bits = values_NC.dtype in (torch.bfloat16, torch.float16)
+    if (n, m) == (2, 4) and sixteen_bits and values_NC.is_cuda and cusparselt.unsupported() is None:
+        return products.choose_column(values_NC, row_bits)
+    parts = []
+    for values, bits in zip(values_NC.split(ROWS_AT_ONCE), row_bits.split(ROWS_AT_ONCE), strict=True):
+        row_NK = unpack_bits(bits)
+        parts.append(pack_bits(pack(column_pattern(unpack(values, row_NK), row_NK, n, m), row_NK)))
+    return torch.cat(parts)

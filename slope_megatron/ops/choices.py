@@ -1,0 +1,171 @@
+"""Which kernel runs each product: measured once, kept for the process, saved as run state.
+
+A product is (forward or dgrad, R x S operand, T tokens, dtype). Its choice is sparse (with how many tiles and which
+algorithm of the library) or dense. Numbers of algorithms mean something only on the machine they were measured on, so a
+saved table names that machine and is ignored elsewhere.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from slope_kernels import cusparselt, cusparselt_library
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One product. `rows` x `columns` is the sparse operand: W^R for forward, the transposed W^{R,C} for dgrad."""
+
+    kind: str
+    rows: int
+    columns: int
+    tokens: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kind} {self.rows}x{self.columns} T{self.tokens} {dtype}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Key":
+        kind, shape, tokens, dtype = text.split()
+        rows, columns = shape.split("x")
+        return cls(kind, int(rows), int(columns), int(tokens[1:]), getattr(torch, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs a product, and the medians (ms) behind it; a time is None where that candidate was not measured."""
+
+    sparse: bool
+    tiles: int = 1
+    algorithm: cusparselt.Algorithm | None = None
+    sparse_ms: float | None = None
+    dense_ms: float | None = None
+
+    def __str__(self) -> str:
+        if not self.sparse:
+            name = "dense"
+        else:
+            tiles = f", {self.tiles} tiles" if self.tiles > 1 else ""
+            config = f", algorithm {self.algorithm.config}" if self.algorithm else ", default algorithm"
+            name = f"2:4{tiles}{config}"
+        times = [f"{label} {ms:.3f} ms" for label, ms in (("2:4", self.sparse_ms), ("dense", self.dense_ms)) if ms]
+        return f"{name} ({', '.join(times)})" if times else name
+
+
+_table: dict[Key, Choice] = {}
+_algorithms: dict[tuple, cusparselt.Algorithm] = {}
+_broadcast: Callable[[dict | None], dict] | None = None
+_decides = True
+
+
+def find(key: Key) -> Choice | None:
+    """The choice for a product; None: not made yet."""
+    return _table.get(key)
+
+
+def fixed_tiles(key: Key) -> int | None:
+    """The tiles that this shape's operands already have, from its choice for another number of tokens."""
+    shape = (key.kind, key.rows, key.columns, key.dtype)
+    for other, choice in _table.items():
+        if choice.sparse and (other.kind, other.rows, other.columns, other.dtype) == shape:
+            return choice.tiles
+    return None
+
+
+def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
+    """The measured algorithm of a product (of one tile, where the operand is cut); None: the library's default."""
+    return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype))
+
+
+def record(key: Key, choice: Choice) -> None:
+    """Adopt a choice and log it."""
+    _table[key] = choice
+    if choice.sparse and choice.algorithm is not None:
+        tokens = cusparselt.padded_tokens(key.tokens)
+        _algorithms[(key.rows // choice.tiles, key.columns, tokens, key.dtype)] = choice.algorithm
+    logger.info("%s: %s", key, choice)
+
+
+def is_empty() -> bool:
+    """Whether no choice has been made: on a machine with one backend there is none."""
+    return not _table
+
+
+def clear() -> None:
+    """Forget all choices."""
+    _table.clear()
+    _algorithms.clear()
+
+
+def decide(key: Key, measure: Callable[[], Choice]) -> Choice:
+    """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several."""
+    found = find(key)
+    if found is not None:
+        return found
+    choice = measure() if _decides or _broadcast is None else None
+    if _broadcast is not None:
+        choice = _from_json(_broadcast(_to_json(choice) if choice else None))
+    record(key, choice)
+    return choice
+
+
+def agree_over(broadcast: Callable[[dict | None], dict] | None, decides: bool) -> None:
+    """Make choices common to a group of ranks that meet the same products in the same order.
+
+    Args:
+        broadcast: gets the deciding rank's choice as a dict (None on the others) and returns it on every rank;
+            None: every process decides for itself.
+        decides: whether this rank is the one that measures.
+    """
+    global _broadcast, _decides
+    _broadcast, _decides = broadcast, decides
+
+
+def machine() -> dict[str, str]:
+    """What the numbers of a table depend on."""
+    if cusparselt_library.unsupported():
+        return {"torch": torch.__version__}
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "architecture": f"sm_{major}{minor}",
+        "cusparselt": ".".join(map(str, cusparselt_library.version())),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def _to_json(choice: Choice) -> dict:
+    return dataclasses.asdict(choice)
+
+
+def _from_json(fields: dict) -> Choice:
+    algorithm = fields.get("algorithm")
+    return Choice(**{**fields, "algorithm": cusparselt.Algorithm(**algorithm) if algorithm else None})
+
+
+def save(path: Path) -> None:
+    """Write the table."""
+    table = {str(key): _to_json(choice) for key, choice in sorted(_table.items(), key=lambda item: str(item[0]))}
+    Path(path).write_text(json.dumps({"machine": machine(), "choices": table}, indent=1) + "\n")
+
+
+def load(path: Path) -> bool:
+    """Adopt a saved table; False, with a log line, when it was made on another machine."""
+    saved = json.loads(Path(path).read_text())
+    here = machine()
+    if saved["machine"] != here:
+        different = sorted(name for name in here if saved["machine"].get(name) != here[name])
+        logger.info("%s was measured with another %s: products are measured anew", path, ", ".join(different))
+        return False
+    for text, fields in saved["choices"].items():
+        record(Key.parse(text), _from_json(fields))
+    return True

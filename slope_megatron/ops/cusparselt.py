@@ -1,0 +1,226 @@
+"""The `cusparselt` backend: both sparse products on 2:4 tensor cores, the dense wgrad read at the kept places.
+
+N out, K in, C = K/2 kept per row, T tokens.
+    forward   Y  = X (W^R)^T           operand W^R [N, K]
+    dgrad     dX = dY W^{R,C}          operand (W^{R,C})^T [K, N]
+    wgrad     dW = (dY^T X) gathered
+Operands are a copy of the values and metadata that depends on the patterns alone: a refresh moves values only. Where a
+measurement favours the dense product, a dense copy of that operand is kept beside it.
+"""
+
+import dataclasses
+import sys
+
+import torch
+
+from slope_kernels import cusparselt, cusparselt_library
+from slope_megatron.ops import choices, layout, measure, products
+from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.sparsity.operand import backward_slots, slot_places
+from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+
+
+def unsupported() -> str | None:
+    """Why this machine cannot run it; None: it can."""
+    reason = cusparselt_library.unsupported()
+    if reason:
+        return reason
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str | None:
+    """Why this weight cannot have operands here; None: it can."""
+    if values_NC.device.type != "cuda":
+        return f"the weight is on {values_NC.device.type}"
+    rows, columns = row_bits.shape[0], row_bits.shape[1] * 8
+    reason = cusparselt.unsupported_shape(rows, columns, values_NC.dtype)
+    if reason:
+        return f"the weight is {reason}"
+    nibbles = torch.stack((row_bits & 15, row_bits >> 4))
+    allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
+    if values_NC.shape[1] * 2 != columns or not torch.isin(nibbles, allowed).all():
+        return "its row pattern is not 2:4"
+    refused = layout.probe(values_NC.device, values_NC.dtype).refused
+    return f"cuSPARSELt {refused}" if refused else None
+
+
+def build(values_NC, row_bits, column_bits, *, dense_allowed: bool = True) -> "CusparseltOperands":
+    return CusparseltOperands(values_NC, row_bits, column_bits, dense_allowed=dense_allowed)
+
+
+class CusparseltOperands:
+    """Operand buffers of one weight; see the module's docstring."""
+
+    def __init__(self, values_NC, row_bits, column_bits, *, dense_allowed: bool = True):
+        """
+        Args:
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+            dense_allowed: whether a product may fall to the dense candidate.
+        """
+        self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
+        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+        self.dtype, self.device = values_NC.dtype, values_NC.device
+        self.dense_allowed = dense_allowed
+        size = layout.operand_bytes(self.rows, self.columns)
+        self.forward_operand = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self.backward_operand = torch.empty_like(self.forward_operand)
+        self.tiles = {"forward": 1, "dgrad": 1}
+        self.dense_forward_NK: torch.Tensor | None = None
+        self.dense_backward_NK: torch.Tensor | None = None
+        self._write_row_metadata()
+        self._write_column_metadata(values_NC)
+        self.refresh(values_NC)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _write_row_metadata(self) -> None:
+        if layout.probe(self.device, self.dtype).known_metadata:
+            metadata = products.row_metadata(self.row_bits)
+        else:
+            metadata = layout.library_metadata(slot_places(unpack_bits(self.row_bits)), self.dtype)
+        layout.metadata_of(self.forward_operand, self.rows, self.columns, 1).copy_(metadata[None])
+
+    def _write_column_metadata(self, values_NC) -> None:
+        if layout.probe(self.device, self.dtype).known_metadata:
+            metadata = products.column_metadata(self.row_bits, self.column_bits)
+        else:
+            survives = unpack_bits(self.column_bits)
+            _, places = backward_slots(values_NC, unpack_bits(self.row_bits), survives)
+            metadata = layout.library_metadata(places, self.dtype)
+        tiles = self.tiles["dgrad"]
+        target = layout.metadata_of(self.backward_operand, self.columns, self.rows, tiles)
+        target.copy_(metadata.view_as(target))
+
+    @torch.no_grad()
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        """New values, same patterns."""
+        products.refresh_(
+            values_NC,
+            self.row_bits,
+            self.column_bits,
+            self.forward_operand,
+            self.backward_operand,
+            self.tiles["forward"],
+            self.tiles["dgrad"],
+        )
+        if self.dense_forward_NK is not None:
+            self.dense_forward_NK.copy_(products.unpack_kept(values_NC, self.row_bits))
+        if self.dense_backward_NK is not None:
+            survivors = values_NC * unpack_bits(self.column_bits)
+            self.dense_backward_NK.copy_(products.unpack_kept(survivors, self.row_bits))
+
+    @torch.no_grad()
+    def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning: bool `[N, C]` or its bitmask."""
+        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
+        self._write_column_metadata(values_NC)
+        self.refresh(values_NC)
+
+    # -- choices ------------------------------------------------------------------------------------------------------
+
+    def _choice(self, kind: str, tokens: int) -> Choice:
+        shape = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
+        key = Key(kind, *shape, tokens, self.dtype)
+        choice = choices.find(key)
+        ready = choice is not None and (
+            choice.tiles == self.tiles[kind] if choice.sparse else self._dense(kind) is not None
+        )
+        if ready:
+            return choice
+        # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
+        adopt = torch.compiler.disable(self._adopt) if "torch._dynamo" in sys.modules else self._adopt
+        return adopt(kind, key)
+
+    @torch.no_grad()
+    def _adopt(self, kind: str, key: Key) -> Choice:
+        """Make the choice if need be, and bring this weight's buffers into the form it wants."""
+        if self.device.type == "cpu" and choices.find(key) is None:
+            choices.record(key, Choice(True))
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
+            )
+        choice = choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=self.dense_allowed))
+        if not choice.sparse:
+            self._make_dense(kind)
+        elif choice.tiles != self.tiles[kind]:
+            name = "forward_operand" if kind == "forward" else "backward_operand"
+            cut = layout.retile(getattr(self, name), key.rows, key.columns, self.tiles[kind], choice.tiles)
+            setattr(self, name, cut)
+            self.tiles[kind] = choice.tiles
+        return choice
+
+    def _dense(self, kind: str) -> torch.Tensor | None:
+        return self.dense_forward_NK if kind == "forward" else self.dense_backward_NK
+
+    def _make_dense(self, kind: str) -> None:
+        """Dense copies from the operand's own values: the caller's may have changed since the last refresh."""
+        if self._dense(kind) is not None:
+            return
+        values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
+        values_NC = values.reshape(self.rows, -1)
+        if kind == "forward":
+            self.dense_forward_NK = products.unpack_kept(values_NC, self.row_bits)
+        else:
+            survivors = values_NC * unpack_bits(self.column_bits)
+            self.dense_backward_NK = products.unpack_kept(survivors, self.row_bits)
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Y = X (W^R)^T (+ bias), `[T, N]`."""
+        if not self._choice("forward", x_TK.shape[0]).sparse:
+            return torch.nn.functional.linear(x_TK, self.dense_forward_NK, bias_N)
+        return products.sparse_mm(self.forward_operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dX = dY W^{R,C}, `[T, K]`."""
+        if not self._choice("dgrad", dy_TN.shape[0]).sparse:
+            return dy_TN @ self.dense_backward_NK
+        return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        """dW = dY^T X at the kept places, `[N, C]`."""
+        return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+
+    def with_bias(self, bias_N: torch.Tensor) -> "BiasedOperands":
+        """These operands with a bias added by the forward product's epilogue."""
+        return BiasedOperands(self, bias_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasedOperands:
+    """Operands whose forward adds a bias on the way out; see `bias_gradient` for the bias's own gradient."""
+
+    operands: CusparseltOperands
+    bias_N: torch.Tensor
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self.operands.forward(x_TK, self.bias_N.detach())
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        return self.operands.dgrad(dy_TN)
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        return self.operands.wgrad(dy_TN, x_TK)
+
+
+class BiasGradient(torch.autograd.Function):
+    """Y, to which an epilogue has added the bias already: forward Y, dY = dY, db = sum of dY over the tokens."""
+
+    @staticmethod
+    def forward(ctx, y_TN, bias_N):
+        return y_TN.view_as(y_TN)
+
+    @staticmethod
+    def backward(ctx, dy_TN):
+        return dy_TN, dy_TN.flatten(0, -2).sum(0)
+
+
+def bias_gradient(y_TN: torch.Tensor, bias_N: torch.Tensor) -> torch.Tensor:
+    """Connects a bias that an epilogue has added to its gradient."""
+    return BiasGradient.apply(y_TN, bias_N)

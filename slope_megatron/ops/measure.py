@@ -1,0 +1,200 @@
+"""Measuring the candidates for one product, behind a numerics gate.
+
+T tokens, R rows and S columns of the operand. Candidates: the dense product, and the sparse one with the library's
+algorithms, whole or cut into halves or squares. Some algorithms of cuSPARSELt have returned wrong results
+(pytorch#155333), so each is compared with the dense product on random data, several times on poisoned outputs, before
+its time counts.
+"""
+
+import dataclasses
+import logging
+
+import torch
+
+from slope_kernels import cusparselt
+from slope_megatron.ops import choices, layout, products, timing
+from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.sparsity.operand import slot_places
+from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.pattern import random_pattern
+
+logger = logging.getLogger(__name__)
+# Both products round the same fp32 sums, which differ in their order alone, to 16 bits: measured errors are near 3e-4.
+MOST_RELATIVE_ERROR = 2e-3
+# No single element may be off by more than a few roundings of itself plus a share of the typical element.
+MOST_ELEMENT_ERROR = 2e-2
+GATE_REPEATS = 3
+# A sparse product must be this much faster, or the dense one stays.
+WORTH_IT = 0.99
+FINALISTS = 3
+# The first algorithms, all that bf16 has on sm_90 (cuSPARSELt 0.8.0). fp16 has 52, of which some past 32 do not merely
+# give wrong results: they end the process's CUDA context with an illegal instruction.
+MOST_CONFIGS = 21
+ROWS_AT_ONCE = 4096
+
+
+@dataclasses.dataclass
+class Trial:
+    """Random data of one product: X, the operand in `tiles` tiles, room for Y, and the dense weight and its Y."""
+
+    key: Key
+    x_TS: torch.Tensor
+    operand: torch.Tensor
+    y_TR: torch.Tensor
+    dense: torch.Tensor
+    expected_TR: torch.Tensor
+
+    def dense_product(self) -> torch.Tensor:
+        """Forward keeps the dense weight as [R, S], dgrad as [S, R]: how each reads its own."""
+        weight = self.dense.t() if self.key.kind == "forward" else self.dense
+        return torch.mm(self.x_TS, weight, out=self.y_TR)
+
+
+def random_bits(rows: int, columns: int, device) -> torch.Tensor:
+    """Bitmask uint8 `[rows, columns/8]` of a random 2:4 pattern."""
+    parts = []
+    for start in range(0, rows, ROWS_AT_ONCE):
+        words = torch.randint(0, 1 << 30, (min(ROWS_AT_ONCE, rows - start), columns), device=device, dtype=torch.int32)
+        parts.append(pack_bits(random_pattern(words, 2, 4)))
+    return torch.cat(parts)
+
+
+def prepare(key: Key, device: torch.device) -> Trial:
+    """Fresh random data; the operand in one tile."""
+    row_bits = random_bits(key.rows, key.columns, device)
+    values = torch.randn(key.rows, key.columns // 2, device=device, dtype=key.dtype)
+    operand = torch.empty(layout.operand_bytes(key.rows, key.columns), dtype=torch.uint8, device=device)
+    layout.values_of(operand, key.rows, key.columns, 1, key.dtype).copy_(values[None])
+    if layout.probe(device, key.dtype).known_metadata:
+        metadata = products.row_metadata(row_bits)
+    else:
+        metadata = layout.library_metadata(slot_places(unpack_bits(row_bits)), key.dtype)
+    layout.metadata_of(operand, key.rows, key.columns, 1).copy_(metadata[None])
+    dense = products.unpack_kept(values, row_bits)
+    if key.kind == "dgrad":
+        dense = dense.t().contiguous()
+    tokens = cusparselt.padded_tokens(key.tokens)
+    x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
+    y = torch.empty(tokens, key.rows, device=device, dtype=key.dtype)
+    trial = Trial(key, x, operand, y, dense, y)
+    trial.expected_TR = trial.dense_product().clone()
+    return trial
+
+
+class Candidate:
+    """A sparse product of a trial: one algorithm, its tiles one after the other."""
+
+    def __init__(self, trial: Trial, algorithm: cusparselt.Algorithm | None, tiles: int = 1):
+        key, device = trial.key, trial.x_TS.device
+        self.trial, self.tiles, self.algorithm = trial, tiles, algorithm
+        product = cusparselt.Product(
+            key.rows // tiles, key.columns, trial.x_TS.shape[0], key.dtype, device.index, key.rows
+        )
+        self.plan = cusparselt.Plan(product, algorithm)
+        self.operand = layout.retile(trial.operand, key.rows, key.columns, 1, tiles) if tiles > 1 else trial.operand
+
+    def __call__(self) -> None:
+        trial = self.trial
+        stream = torch.cuda.current_stream(trial.x_TS.device).cuda_stream
+        step = self.plan.product.rows * trial.x_TS.element_size()
+        for tile in range(self.tiles):
+            start = self.operand.data_ptr() + tile * self.operand.numel() // self.tiles
+            self.plan.run(start, trial.x_TS.data_ptr(), trial.y_TR.data_ptr() + tile * step, stream)
+
+
+def wrong(candidate: Candidate) -> str | None:
+    """The numerics gate: what is wrong with a candidate's results; None: nothing."""
+    trial = candidate.trial
+    for _ in range(GATE_REPEATS):
+        trial.y_TR.fill_(float("nan"))
+        candidate()
+        found, expected = trial.y_TR, trial.expected_TR
+        typical = float(expected.norm(dtype=torch.float32)) / expected.numel() ** 0.5
+        squares, worst = 0.0, 0.0
+        for part, part_expected in zip(found.split(ROWS_AT_ONCE), expected.split(ROWS_AT_ONCE), strict=True):
+            difference = (part.float() - part_expected.float()).abs()
+            squares += float(difference.square().sum())
+            worst = max(worst, float((difference / (part_expected.float().abs() + typical)).nan_to_num(1e9).max()))
+        relative = squares**0.5 / (typical * expected.numel() ** 0.5)
+        if not (relative <= MOST_RELATIVE_ERROR and worst <= MOST_ELEMENT_ERROR):
+            return f"relative error {relative:.1e}, worst element {worst:.1e}"
+    return None
+
+
+def finalists(trial: Trial, tiles: int) -> list[Candidate]:
+    """The fastest of the library's algorithms by a rough timing, as far as they pass the gate.
+
+    They are tried by number, not by the library's own search, which tries all: see MOST_CONFIGS.
+    """
+    count = min(MOST_CONFIGS, Candidate(trial, None, tiles).plan.algorithm_count())
+    timed = []
+    for config in range(count):
+        algorithm = cusparselt.Algorithm(config)
+        try:
+            candidate = Candidate(trial, algorithm, tiles)
+            times = timing.interleaved({"": candidate}, rounds=2, calls=2)[""]
+        except torch.AcceleratorError:
+            # The context is lost: nothing can run after this.
+            raise
+        except RuntimeError as error:
+            logger.debug("%s: algorithm %d cannot run: %s", trial.key, config, error)
+            continue
+        timed.append((min(times), config))
+        candidate.plan.close()
+    passed = []
+    for _, config in sorted(timed)[:FINALISTS]:
+        candidate = Candidate(trial, cusparselt.Algorithm(config), tiles)
+        problem = wrong(candidate)
+        if problem:
+            logger.warning("%s: algorithm %d gives wrong results and is not used: %s", trial.key, config, problem)
+        else:
+            passed.append(candidate)
+    return passed
+
+
+def tilings(key: Key, device: torch.device) -> list[int]:
+    """Whole; where the operand is taller than wide, also in halves, and in squares where it is a whole number high.
+
+    A shape that has been measured for other tokens keeps its tiles: a weight has one operand.
+    """
+    fixed = choices.fixed_tiles(key)
+    if fixed:
+        return [fixed]
+    height = key.rows // key.columns
+    if height < 2 or not layout.probe(device, key.dtype).known_metadata:
+        return [1]
+    cuts = {2, height} if key.rows % key.columns == 0 else {2}
+    return [1, *sorted(tiles for tiles in cuts if key.rows % (64 * tiles) == 0)]
+
+
+def contest(key: Key, device: torch.device, *, rounds: int = 9) -> dict:
+    """Times (ms, one a round) of the dense product, "dense", and of each sparse finalist, (tiles, algorithm).
+
+    Synchronizes; takes about a second for a large product.
+    """
+    trial = prepare(key, device)
+    functions: dict = {"dense": trial.dense_product}
+    for tiles in tilings(key, device):
+        functions |= {(tiles, candidate.algorithm): candidate for candidate in finalists(trial, tiles)}
+    rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
+    return timing.interleaved(functions, rounds=rounds, calls=timing.calls_for(rough))
+
+
+def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:
+    """The choice that a contest's times call for."""
+    times = {name: timing.median(values) for name, values in samples.items()}
+    dense_ms = times.pop("dense")
+    best = min(times, key=times.get, default=None)
+    if best is None and not dense_allowed:
+        raise ValueError(f"no 2:4 algorithm of cuSPARSELt gives right results for {key}; use --slope-backend auto")
+    if best is None or (dense_allowed and times[best] > WORTH_IT * dense_ms):
+        return Choice(False, sparse_ms=times.get(best), dense_ms=dense_ms)
+    return Choice(True, best[0], best[1], times[best], dense_ms)
+
+
+def measure(key: Key, device: torch.device, *, dense_allowed: bool = True) -> Choice:
+    """Measure a product's candidates and choose."""
+    choice = pick(key, contest(key, device), dense_allowed=dense_allowed)
+    # The trial's tensors are large and of sizes that training will not ask for again.
+    torch.cuda.empty_cache()
+    return choice

@@ -1,0 +1,224 @@
+"""Registered ops: plain tensors, with schemas and fakes, so that `torch.compile` and CUDA graphs see through them.
+
+T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
+    slope::sparse_mm      Y [T, R] = X [T, S] W^T (+ bias, ReLU), W an operand buffer
+    slope::gather_kept    dense [N, K] -> its kept values [N, C];   slope::unpack_kept  is its transpose
+    slope::gather_kept_add_   the same, added into an accumulator
+    slope::refresh_       packed values -> both operands' values
+    slope::choose_column  the second pruning by magnitude -> bitmask [N, C/8]
+    slope::row_metadata_, slope::column_metadata_   the operands' metadata
+On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers.
+"""
+
+import torch
+
+from slope_kernels import cusparselt
+from slope_megatron.ops import choices
+from slope_megatron.sparsity.operand import (
+    backward_slots,
+    forward_slots,
+    metadata_sm90,
+    places_sm90,
+    scatter_slots,
+)
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
+from slope_megatron.sparsity.pattern import column_pattern
+
+
+def _padded(x_TS: torch.Tensor) -> torch.Tensor:
+    missing = cusparselt.padded_tokens(x_TS.shape[0]) - x_TS.shape[0]
+    return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else x_TS.contiguous()
+
+
+@torch.library.custom_op("slope::sparse_mm", mutates_args=(), device_types="cuda")
+def sparse_mm(
+    operand: torch.Tensor, x_TS: torch.Tensor, rows: int, tiles: int, bias: torch.Tensor | None, relu: bool
+) -> torch.Tensor:
+    """Y `[T, R]`; runs the algorithm that was measured for this product, else the library's default."""
+    tokens, columns = x_TS.shape
+    x_TS = _padded(x_TS)
+    y_TR = x_TS.new_empty((x_TS.shape[0], rows))
+    device = x_TS.device.index
+    product = cusparselt.Product(rows // tiles, columns, x_TS.shape[0], x_TS.dtype, device, rows, relu)
+    algorithm = choices.algorithm(product)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    operand_start, y_start = operand.data_ptr(), y_TR.data_ptr()
+    for tile in range(tiles):
+        first = tile * (rows // tiles) * x_TS.element_size()
+        plan = cusparselt.plan(product, algorithm, bias.data_ptr() + first if bias is not None else 0)
+        plan.run(operand_start + tile * operand.numel() // tiles, x_TS.data_ptr(), y_start + first, stream)
+    return y_TR[:tokens].clone() if tokens != y_TR.shape[0] else y_TR
+
+
+@sparse_mm.register_kernel("cpu")
+def _(operand, x_TS, rows, tiles, bias, relu):
+    columns = x_TS.shape[1]
+    parts = []
+    size = rows // tiles * columns
+    for tile in operand.view(tiles, -1):
+        values = tile[:size].view(x_TS.dtype).view(rows // tiles, columns // 2)
+        parts.append(scatter_slots(values, places_sm90(tile[size:], rows // tiles, columns // 4)))
+    y_TR = x_TS @ torch.cat(parts).t()
+    y_TR = y_TR if bias is None else y_TR + bias
+    return torch.relu(y_TR) if relu else y_TR
+
+
+@sparse_mm.register_fake
+def _(operand, x_TS, rows, tiles, bias, relu):
+    return x_TS.new_empty((x_TS.shape[0], rows))
+
+
+@torch.library.custom_op("slope::gather_kept", mutates_args=(), device_types="cuda")
+def gather_kept(dense_NK: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
+    """The kept values `[N, C]` of a dense matrix; a gradient's, say."""
+    from slope_kernels.triton.gather import gather
+
+    packed_NC = dense_NK.new_empty((dense_NK.shape[0], dense_NK.shape[1] // 2))
+    gather(dense_NK.contiguous(), row_bits, packed_NC)
+    return packed_NC
+
+
+@gather_kept.register_kernel("cpu")
+def _(dense_NK, row_bits):
+    return pack(dense_NK, unpack_bits(row_bits))
+
+
+@gather_kept.register_fake
+def _(dense_NK, row_bits):
+    return dense_NK.new_empty((dense_NK.shape[0], dense_NK.shape[1] // 2))
+
+
+@torch.library.custom_op("slope::unpack_kept", mutates_args=(), device_types="cuda")
+def unpack_kept(values_NC: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
+    """W^R `[N, K]` with its zeros."""
+    from slope_kernels.triton.gather import unpack as unpack_kernel
+
+    dense_NK = values_NC.new_empty((values_NC.shape[0], values_NC.shape[1] * 2))
+    unpack_kernel(aligned(values_NC), row_bits, dense_NK)
+    return dense_NK
+
+
+@unpack_kept.register_kernel("cpu")
+def _(values_NC, row_bits):
+    return unpack(values_NC, unpack_bits(row_bits))
+
+
+@unpack_kept.register_fake
+def _(values_NC, row_bits):
+    return values_NC.new_empty((values_NC.shape[0], values_NC.shape[1] * 2))
+
+
+def _save_bits(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+gather_kept.register_autograd(lambda ctx, d_NC: (unpack_kept(d_NC, *ctx.saved_tensors), None), setup_context=_save_bits)
+unpack_kept.register_autograd(lambda ctx, d_NK: (gather_kept(d_NK, *ctx.saved_tensors), None), setup_context=_save_bits)
+
+
+@torch.library.custom_op("slope::gather_kept_add_", mutates_args=("packed_NC",), device_types="cuda")
+def gather_kept_add_(packed_NC: torch.Tensor, dense_NK: torch.Tensor, row_bits: torch.Tensor) -> None:
+    """packed += dense at the kept places: a gradient accumulated over micro-batches, in fp32 say."""
+    from slope_kernels.triton.gather import gather_add
+
+    gather_add(dense_NK.contiguous(), row_bits, packed_NC)
+
+
+@gather_kept_add_.register_kernel("cpu")
+def _(packed_NC, dense_NK, row_bits):
+    packed_NC.copy_(packed_NC.float() + pack(dense_NK, unpack_bits(row_bits)).float())
+
+
+@torch.library.custom_op("slope::refresh_", mutates_args=("forward", "backward"), device_types="cuda")
+def refresh_(
+    values_NC: torch.Tensor,
+    row_bits: torch.Tensor,
+    column_bits: torch.Tensor,
+    forward: torch.Tensor | None,
+    backward: torch.Tensor | None,
+    forward_tiles: int,
+    backward_tiles: int,
+) -> None:
+    """Values of both operands from the packed values; their metadata stays."""
+    from slope_kernels.triton.refresh import refresh
+
+    tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
+    refresh(aligned(values_NC), row_bits, column_bits, forward, backward, **tiles)
+
+
+@refresh_.register_kernel("cpu")
+def _(values_NC, row_bits, column_bits, forward, backward, forward_tiles, backward_tiles):
+    rows, columns = values_NC.shape[0], values_NC.shape[1] * 2
+    transposed, _ = backward_slots(values_NC, unpack_bits(row_bits), unpack_bits(column_bits))
+    for buffer, slots, tiles in ((forward, values_NC, forward_tiles), (backward, transposed, backward_tiles)):
+        if buffer is not None:
+            part = buffer.view(tiles, -1)[:, : rows * columns // tiles]
+            part.copy_(slots.contiguous().view(torch.uint8).view_as(part))
+
+
+@torch.library.custom_op("slope::choose_column", mutates_args=(), device_types="cuda")
+def choose_column(values_NC: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
+    """The second pruning of the present values by magnitude: bitmask uint8 `[N, C/8]`."""
+    from slope_kernels.triton.metadata import choose_column as choose
+
+    column_bits = row_bits.new_empty((values_NC.shape[0], values_NC.shape[1] // 8))
+    choose(aligned(values_NC), row_bits, column_bits)
+    return column_bits
+
+
+@choose_column.register_kernel("cpu")
+def _(values_NC, row_bits):
+    row_NK = unpack_bits(row_bits)
+    return pack_bits(pack(column_pattern(unpack(values_NC, row_NK), row_NK, 2, 4), row_NK))
+
+
+@choose_column.register_fake
+def _(values_NC, row_bits):
+    return row_bits.new_empty((values_NC.shape[0], values_NC.shape[1] // 8))
+
+
+@torch.library.custom_op("slope::row_metadata", mutates_args=(), device_types="cuda")
+def row_metadata(row_bits: torch.Tensor) -> torch.Tensor:
+    """The forward operand's metadata, uint8 `[N K / 8]`."""
+    from slope_kernels.triton.metadata import row_metadata as write
+
+    metadata = row_bits.new_empty(row_bits.numel())
+    write(row_bits, metadata)
+    return metadata
+
+
+@row_metadata.register_kernel("cpu")
+def _(row_bits):
+    return metadata_sm90(forward_slots(None, unpack_bits(row_bits))[1])
+
+
+@torch.library.custom_op("slope::column_metadata", mutates_args=(), device_types="cuda")
+def column_metadata(row_bits: torch.Tensor, column_bits: torch.Tensor) -> torch.Tensor:
+    """The backward operand's metadata, uint8 `[N K / 8]`."""
+    from slope_kernels.triton.metadata import column_metadata as write
+
+    metadata = row_bits.new_empty(row_bits.numel())
+    write(row_bits, column_bits, metadata)
+    return metadata
+
+
+@column_metadata.register_kernel("cpu")
+def _(row_bits, column_bits):
+    column_NC = unpack_bits(column_bits)
+    return metadata_sm90(backward_slots(column_NC.to(torch.float32), unpack_bits(row_bits), column_NC)[1])
+
+
+@row_metadata.register_fake
+def _(row_bits):
+    return row_bits.new_empty(row_bits.numel())
+
+
+@column_metadata.register_fake
+def _(row_bits, column_bits):
+    return row_bits.new_empty(row_bits.numel())
+
+
+def aligned(values_NC: torch.Tensor) -> torch.Tensor:
+    """Kernels read pairs of values at once: contiguous, on a 4-byte boundary. A flat buffer may put them elsewhere."""
+    values_NC = values_NC.contiguous()
+    return values_NC if values_NC.data_ptr() % 4 == 0 else values_NC.clone()

@@ -1,0 +1,45 @@
+"""The `reference` backend: unpack once per optimizer step, then dense products. Any device, any dtype; not fast."""
+
+import torch
+
+from slope_megatron.sparsity.packing import kept_index, unpack_bits
+
+
+def unsupported() -> None:
+    """It runs everywhere."""
+    return None
+
+
+def build(values_NC: torch.Tensor, row_NK: torch.Tensor, column_NC: torch.Tensor) -> "ReferenceOperands":
+    operands = ReferenceOperands(row_NK, values_NC.dtype)
+    operands.set_column_pattern(column_NC, values_NC)
+    return operands
+
+
+class ReferenceOperands:
+    """W^R and W^{R,C} as dense matrices, and where their kept weights are. N out, K in, C kept per row, T tokens."""
+
+    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype):
+        self.index_NC = kept_index(row_NK)
+        self.forward_NK = torch.zeros(row_NK.shape, dtype=dtype, device=row_NK.device)
+        self.backward_NK = torch.zeros_like(self.forward_NK)
+        self.column_NC: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        self.forward_NK.scatter_(1, self.index_NC, values_NC)
+        self.backward_NK.scatter_(1, self.index_NC, values_NC * self.column_NC)
+
+    @torch.no_grad()
+    def set_column_pattern(self, column: torch.Tensor, values_NC: torch.Tensor) -> None:
+        self.column_NC = column if column.dtype == torch.bool else unpack_bits(column)
+        self.refresh(values_NC)
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return x_TK @ self.forward_NK.t()
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        return dy_TN @ self.backward_NK
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        return (dy_TN.t() @ x_TK).gather(1, self.index_NC)

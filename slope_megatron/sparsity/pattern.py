@@ -1,0 +1,66 @@
+"""N:M patterns: which weights are kept, and which of those survive the second pruning along the other axis.
+
+N out, K in; a mask is a bool tensor `[N, K]`, True where the weight is kept. The row pattern keeps n of every m
+consecutive weights of a row (the reduction axis of the forward product); the column pattern keeps at most n of every m
+consecutive weights of a column of what the row pattern left (the reduction axis of dgrad). Source: SLoPe, section 3.1.
+"""
+
+from math import comb
+
+import torch
+
+
+def top_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Keep the n highest of every m consecutive scores along the last axis; of equal ones the earlier.
+
+    Args:
+        scores: `[..., K]`, K a multiple of m. NaN counts as the highest.
+    Returns:
+        bool, same shape, exactly n True in each group.
+    """
+    groups = scores.unflatten(-1, (-1, m))
+    if groups.is_floating_point():
+        groups = torch.nan_to_num(groups, nan=float("inf"))
+    position = torch.arange(m, device=scores.device)
+    rank = torch.zeros(groups.shape, dtype=torch.uint8, device=scores.device)
+    # The rank by counting who comes first: m comparisons of whole tensors, no sort.
+    for other in range(m):
+        score = groups[..., other : other + 1]
+        rank += (score > groups) | ((score == groups) & (other < position))
+    return (rank < n).flatten(-2)
+
+
+def magnitude_pattern(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Row pattern by magnitude: bool `[N, K]`."""
+    return top_n_of_m(weight.abs(), n, m)
+
+
+def random_pattern(words: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Row pattern from random words `[N, K]` (`counter.bits`): every choice of n places is equally likely."""
+    return top_n_of_m(words, n, m)
+
+
+def column_pattern(weight: torch.Tensor, row_pattern: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """The second pruning: of the kept weights, the n largest of every m consecutive ones of each column.
+
+    A column group with at most n kept weights loses none. Ties keep the lower row.
+
+    Args:
+        weight: `[N, K]`, N a multiple of m; only its values at kept places matter.
+        row_pattern: bool `[N, K]`.
+    Returns:
+        bool `[N, K]`, a subset of `row_pattern`.
+    """
+    # Dropped places rank below every kept one, a kept zero too.
+    scores = torch.where(row_pattern, weight.abs(), torch.full((), -1.0, dtype=weight.dtype, device=weight.device))
+    survives = top_n_of_m(scores.t().contiguous(), n, m).t()
+    return survives & row_pattern
+
+
+def extra_zeros(n: int, m: int) -> float:
+    """Share of all weights that the second pruning zeroes when rows are independent (SLoPe, lemma 2.1, corrected).
+
+    (1/m) sum over j > n of C(m, j) s^j (1-s)^(m-j) (j - n), with s = n/m. 2:4 gives 0.09375.
+    """
+    s = n / m
+    return sum(comb(m, j) * s**j * (1 - s) ** (m - j) * (j - n) for j in range(n + 1, m + 1)) / m

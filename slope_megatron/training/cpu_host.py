@@ -1,0 +1,138 @@
+"""megatron-core 0.16 and DeepSpeed 0.19 on a machine without CUDA: gloo, one process a rank.
+
+Megatron assumes CUDA in a handful of places. Each is patched here, with its reason, and nowhere else; on a machine with
+a GPU `prepare` returns at once and nothing of this runs.
+"""
+
+import contextlib
+import importlib
+import os
+
+import torch
+
+FACTORIES = ("zeros", "tensor", "empty", "ones")
+
+
+def prepare() -> bool:
+    """Patch torch, megatron-core and DeepSpeed for CPU. Call before a model is built; a second call does nothing.
+
+    Returns:
+        whether this process runs on the CPU.
+    """
+    if torch.cuda.is_available():
+        return False
+    if getattr(prepare, "done", False):
+        return True
+    prepare.done = True
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _patch_devices()
+    _patch_random_states()
+    _patch_norm()
+    _patch_factories()
+    _patch_clipping()
+    _patch_deepspeed()
+    return True
+
+
+def _patch_devices() -> None:
+    """`device=torch.cuda.current_device()` is everywhere in Megatron; `.cuda()` is called on tied embeddings."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda *_, **__: None
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+
+
+def _patch_random_states() -> None:
+    """Megatron's random-state tracker saves and restores CUDA generators: here, the CPU's."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(self, name=megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME):
+        # Megatron's own logs a warning whenever the CPU generator moves, which here is always.
+        if name not in self.states_:
+            raise ValueError(f"random state {name!r} is unknown: call model_parallel_cuda_manual_seed first")
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    megatron_random.CudaRNGStatesTracker.fork = fork
+
+
+def _patch_norm() -> None:
+    """Without apex the only norm is WrappedTorchNorm, which asserts that sequence parallelism is off.
+
+    Torch's norms work on a part of the sequence as they are; their gradients must then be summed over the
+    tensor-parallel ranks, which the parameters' `sequence_parallel` mark asks for.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    def build(cls, config, hidden_size, eps=1e-5, **_):
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = staticmethod(build)
+
+
+class _TorchOnCpu:
+    """The torch module as some Megatron modules see it: factories called with device="cuda" make CPU tensors."""
+
+    def __getattr__(self, name):
+        value = getattr(torch, name)
+        if name not in FACTORIES:
+            return value
+
+        def factory(*arguments, **keywords):
+            if str(keywords.get("device", "")).startswith("cuda"):
+                keywords["device"] = "cpu"
+            return value(*arguments, **keywords)
+
+        return factory
+
+
+def _patch_factories() -> None:
+    """The schedules, Megatron's data parallelism and its optimizer name "cuda" literally."""
+    names = (
+        "pipeline_parallel.schedules",
+        "tensor_parallel.data",
+        "distributed.finalize_model_grads",
+        "distributed.param_and_grad_buffer",
+        "optimizer.optimizer",
+        "optimizer.clip_grads",
+        "utils",
+    )
+    for name in names:
+        importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu()
+
+
+def _patch_clipping() -> None:
+    """Megatron's clipping asserts that gradients are CUDA tensors; torch's own does the same arithmetic."""
+    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+
+    def clip(parameters, max_norm, total_norm, use_decoupled_grad=False):
+        if use_decoupled_grad:
+            raise ValueError("decoupled gradients are not supported on CPUs: leave use_precision_aware_optimizer off")
+        norm = torch.as_tensor(total_norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, float(max_norm), norm)
+
+    optimizer.clip_grad_by_total_norm_fp32 = clip
+
+
+def _patch_deepspeed() -> None:
+    """DeepSpeed compiles a shared-memory collective inside init_distributed; a rank killed meanwhile leaves a lock file
+    behind on which every later run hangs. gloo does without it."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

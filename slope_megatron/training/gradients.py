@@ -1,0 +1,54 @@
+"""Gradients between backward and ZeRO's reduction: sums that belong to the model's own layout."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """The tensor that DeepSpeed will reduce: the fp32 accumulator under bf16, else the ordinary gradient."""
+    for name in ("_hp_grad", "grad_accum", "grad"):
+        found = getattr(parameter, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def measured_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of each parameter's gradient as it is now; parameters without one are left out."""
+    found = {name: gradient(parameter) for name, parameter in model.named_parameters()}
+    return {name: tensor.nbytes for name, tensor in found.items() if tensor is not None}
+
+
+def sum_sequence_parallel(model: torch.nn.Module) -> None:
+    """Norms and row biases see this rank's part of the sequence only: sum their gradients over the TP ranks."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    marked = [parameter for parameter in model.parameters() if getattr(parameter, "sequence_parallel", False)]
+    tensors = [found for found in map(gradient, marked) if found is not None]
+    if not tensors or group.size() == 1:
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together, group=group)
+    for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def tied_weight(model: torch.nn.Module) -> torch.nn.Parameter | None:
+    """The embedding that is also the output layer's weight, where the two lie on different pipeline stages."""
+    if not model.share_embeddings_and_output_weights or model.pre_process == model.post_process:
+        return None
+    return model.shared_embedding_or_output_weight()
+
+
+def mark_tied_copy(model: torch.nn.Module) -> None:
+    """Keep the last stage's copy of a tied embedding out of the gradient norm. Before `deepspeed.initialize`."""
+    weight = tied_weight(model)
+    if weight is not None and model.post_process:
+        weight.ds_pipe_replicated = True
+
+
+def sum_tied_copies(model: torch.nn.Module) -> None:
+    """Both copies of a tied embedding get the sum of their gradients, and so stay equal."""
+    weight = tied_weight(model)
+    if weight is not None:
+        dist.all_reduce(gradient(weight), group=parallel_state.get_embedding_group())

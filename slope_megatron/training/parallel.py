@@ -1,0 +1,69 @@
+"""Ranks and groups: torch.distributed, Megatron's parallel state, and that state as DeepSpeed wants to see it."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from slope_megatron.config import Config
+
+
+class ModelParallelUnit:
+    """The `mpu` argument of `deepspeed.initialize`: DeepSpeed's model-parallel group is Megatron's TP x PP."""
+
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+
+def initialize(config: Config) -> None:
+    """Join the other ranks, as the launcher's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say, and form the groups.
+
+    Without a launcher this process is the only rank.
+    """
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_parallel,
+        pipeline_model_parallel_size=config.parallel.pipeline_parallel,
+    )
+    seed_step(config.train.seed, 0)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Set all random states from (seed, step, stage, replica): nothing random has to be saved to resume exactly."""
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    replica = parallel_state.get_data_parallel_rank()
+    place = replica * parallel_state.get_pipeline_model_parallel_world_size() + stage
+    model_parallel_cuda_manual_seed((seed * 1_000_003 + step * 4099 + place) % 2**31, force_reset_rng=True)
+
+
+def finish() -> None:
+    """Leave the groups in order, so that no rank reports a lost peer."""
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

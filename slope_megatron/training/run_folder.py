@@ -1,0 +1,121 @@
+"""The run folder: one run's configuration, metrics and checkpoints, never two runs mixed."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from slope_megatron.config import Config
+from slope_megatron.data.manifest import fingerprint
+from slope_megatron.training import files
+
+PACKAGES = (
+    "slope-megatron",
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "triton",
+    "numpy",
+    "sentencepiece",
+    "datasets",
+)
+
+
+class RunLock:
+    """One writer for a run folder while this object lives; the kernel drops the lock when the process ends."""
+
+    def __init__(self, run: Path):
+        """Raises ValueError if another process holds it."""
+        self.stream = open(run / "lock", "a+")  # noqa: SIM115 - open as long as the lock is held
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.stream.seek(0)
+            holder = self.stream.read().strip() or "another process"
+            self.stream.close()
+            raise ValueError(f"{run} is being written by {holder}: wait for it to end, or give another --out") from None
+        self.stream.truncate(0)
+        self.stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.stream.flush()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes; missing packages are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def is_resumed(config: Config) -> bool:
+    """Whether this run goes on from a checkpoint: as asked, or because `--auto-resume` finds one.
+
+    Raises:
+        ValueError: `--resume`, and no run is there.
+    """
+    run = Path(config.train.out)
+    if config.train.auto_resume:
+        return any((run / "checkpoints").glob("step_*/manifest.json"))
+    if config.train.resume and not (run / "run.json").is_file():
+        raise ValueError(f"{run} holds no run to resume: leave --resume out to start one")
+    return config.train.resume
+
+
+def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
+    """Create, reopen or replace the run folder; rank 0 calls it, and keeps the lock that it returns.
+
+    Args:
+        dtype: the parameter type that this machine's `auto` means; saved, and the same on resume.
+    Raises:
+        ValueError: the folder holds another run, or something that is no run.
+    """
+    run = Path(config.train.out)
+    if run.exists() and any(run.iterdir()):
+        if not (run / "run.json").is_file():
+            raise ValueError(f"{run} is not empty and holds no run of this program: give another --out")
+        lock = RunLock(run)  # a run in progress is neither joined nor deleted
+        if is_resumed(config):
+            check_same_data(run, config)
+            return lock
+        # Under --auto-resume, what is there has no checkpoint yet.
+        if not (config.train.overwrite or config.train.auto_resume):
+            raise ValueError(
+                f"{run} holds a run already: give --resume to go on, --overwrite to delete it, or another --out"
+            )
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run)
+    content = {
+        "config": config.to_dict(),
+        "origins": origins,
+        "dtype": dtype,
+        "data_sha256": fingerprint(config.data.data),
+        "command": sys.argv,
+        "versions": versions(),
+        "machine": platform.platform(),
+    }
+    files.write_json(run / "run.json", content)
+    return lock
+
+
+def check_same_data(run: Path, config: Config) -> None:
+    """The data may have moved, but must be what the run began with."""
+    began_with = json.loads((run / "run.json").read_text())["data_sha256"]
+    if fingerprint(config.data.data) != began_with:
+        raise ValueError(
+            f"{config.data.data} is not the data that {run} began with: give that --data, or another --out"
+        )
+
+
+def saved_dtype(run: Path) -> str | None:
+    """The parameter type of the run in this folder, if there is one."""
+    description = run / "run.json"
+    return json.loads(description.read_text())["dtype"] if description.is_file() else None

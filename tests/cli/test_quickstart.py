@@ -1,0 +1,88 @@
+"""`slope quickstart` in miniature, its report, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+SMALL = "--hidden 64 --layers 1 --vocab-size 512 --seq-length 32 --global-batch-size 8 --dtype fp32".split()
+
+
+def quickstart(*arguments):
+    command = [sys.executable, "-m", "slope_megatron", "quickstart", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1500)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    import sysconfig
+
+    folder = tmp_path_factory.mktemp("texts")
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.slow
+def test_two_runs_and_a_report(texts, tmp_path):
+    out = tmp_path / "out"
+    result = quickstart("--source", texts, "--out", out, "--steps", 20, *SMALL)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    for scope in ("sparse_layers", "model"):
+        for kind in ("weights", "gradients", "optimizer"):
+            assert 0 < summary["sparse"]["state_bytes"][scope][kind] < summary["dense"]["state_bytes"][scope][kind]
+    sparse, dense = (summary[name]["state_bytes"]["sparse_layers"] for name in ("sparse", "dense"))
+    assert 2 * sparse["optimizer"] == dense["optimizer"]
+    assert summary["sparse"]["tokens"] == summary["dense"]["tokens"] == 20 * 8 * 32
+    assert 0 < summary["sparse"]["val_loss"] < 6.5 and 0 < summary["dense"]["val_loss"] < 6.5
+    assert summary["unigram_entropy"] > 0 and summary["seconds"] > 0
+    assert summary["double_prune_extra_zeros"]["formula"] == 0.09375
+    report = (out / "report.md").read_text()
+    assert f"{summary['sparse']['val_loss']:.4f}" in report and "![loss](loss.png)" in report
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "adapters: rank 16, from step 18 on" in report
+
+    again = quickstart("--source", texts, "--out", out, "--steps", 20, *SMALL)
+    assert again.returncode == 2 and "give --resume, --overwrite or another --out" in again.stderr
+    # What is finished is not done again.
+    resumed = quickstart("--source", texts, "--out", out, "--steps", 20, *SMALL, "--resume")
+    assert resumed.returncode == 0
+    assert json.loads((out / "summary.json").read_text())["sparse"] == summary["sparse"]
+
+
+BAD = [
+    (["--hidden", 72], "--hidden-size is 72: --tensor-parallel 2 must divide it"),
+    (["--ranks", 3], "3 ranks were started with --tensor-parallel 2"),
+    (["--source", "nowhere"], "nowhere"),
+    (["--steps", 0], "--steps is 0: it must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, flags, message):
+    out = tmp_path / "out"
+    result = quickstart("--out", out, *flags)
+    assert result.returncode == 2
+    said = [line for line in result.stderr.splitlines() if line.startswith("slope: error: ")]
+    assert len(said) == 1 and message in said[0]
+    assert not out.exists()
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = quickstart("--source", tmp_path / "empty", "--out", tmp_path / "out")
+    assert result.returncode == 2 and "slope: error: " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not lose me")
+    result = quickstart("--out", tmp_path, "--overwrite")
+    assert result.returncode == 2 and "is not empty and holds no quickstart" in result.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "do not lose me"

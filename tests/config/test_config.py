@@ -1,0 +1,191 @@
+"""Configuration: where values come from, and one clear sentence for each thing that is wrong."""
+
+import argparse
+import itertools
+import re
+
+import pytest
+
+from slope_megatron.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SlopeConfig,
+    TrainConfig,
+    add_config_arguments,
+    read_config,
+)
+
+
+def read(*flags):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    return read_config(parser.parse_args(flags))
+
+
+def test_flags_win_over_files_and_later_files_over_earlier(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("slope: {nm: '1:4', adapter_rank: 8}\nmodel: {num_layers: 3}\n")
+    second.write_text("slope: {nm: '1:2'}\n")
+    config, origins = read(
+        "--config", str(first), "--config", str(second), "--num-layers", "5", "--no-slope-init-rescale"
+    )
+    assert (config.slope.nm, config.slope.adapter_rank, config.model.num_layers) == ("1:2", 8, 5)
+    assert origins == {
+        "slope.nm": str(second),
+        "slope.adapter_rank": str(first),
+        "model.num_layers": "flag",
+        "slope.init_rescale": "flag",
+    }
+
+
+def test_the_defaults_are_the_papers():
+    slope = Config().slope
+    assert (slope.nm, slope.pattern, slope.mode) == ("2:4", "random", "paper")
+    assert (slope.backward_mask_interval, slope.lazy_fraction, slope.init_rescale) == (100, 0.01, False)
+
+
+def test_the_adapters_start_at_the_floor_of_one_minus_f_times_t():
+    def start(steps, fraction, rank=4):
+        return Config(
+            slope=SlopeConfig(adapter_rank=rank, lazy_fraction=fraction), train=TrainConfig(steps=steps)
+        ).adapter_start
+
+    assert start(1000, 0.01) == 990
+    assert start(150, 0.01) == 148
+    assert start(10, 1.0) == 0
+    assert start(1000, 0.01, rank=0) is None
+    # 0.9 * 10 is 9.000000000000002 and 0.1 * 3 is not 0.3 in binary: the floor must not slip.
+    assert start(100, 0.1) == 90 and start(30, 0.9) == 3
+
+
+def test_the_schedule_warms_up_and_ends_at_its_floor():
+    settings = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [settings.lr_at(step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[3:]))
+    assert 0.1 <= rates[-1] < 0.11
+    assert settings.lr_at(20, 20) == pytest.approx(0.1)
+
+
+BAD = [
+    (lambda: SlopeConfig(nm="3:5"), "--slope-nm is '3:5': it must be N:M"),
+    (lambda: SlopeConfig(nm="four"), "--slope-nm is 'four'"),
+    (lambda: SlopeConfig(nm="4:4"), "use 2:4, which runs on sparse tensor cores"),
+    (lambda: SlopeConfig(pattern="best"), "--slope-pattern is 'best': it must be one of random, magnitude"),
+    (lambda: SlopeConfig(lazy_fraction=0.0), "it must be in (0, 1]; for none: --slope-adapter-rank 0"),
+    (lambda: SlopeConfig(adapter_rank=-1), "--slope-adapter-rank is -1"),
+    (lambda: SlopeConfig(adapter_rank="4"), "--slope-adapter-rank is '4': it must be of type int"),
+    (lambda: SlopeConfig(lr_multiplier=0.0), "--slope-lr-multiplier is 0.0: it must be positive"),
+    (lambda: SlopeConfig(sparse_attention=False, sparse_mlp=False), "say --no-slope for a dense run"),
+    (lambda: ModelConfig(hidden_size=100, num_attention_heads=8), "the heads must divide it; take a multiple of 8"),
+    (lambda: ModelConfig(num_attention_heads=12, num_query_groups=5), "it must divide the heads"),
+    (lambda: ModelConfig(num_layers=0), "--num-layers is 0: it must be at least 1"),
+    (lambda: ModelConfig(dropout=1.0), "--dropout is 1.0: it must be in [0, 1)"),
+    (lambda: ParallelConfig(tensor_parallel=0), "--tensor-parallel is 0"),
+    (
+        lambda: ParallelConfig(tensor_parallel=2).data_parallel(3),
+        "3 ranks were started with --tensor-parallel 2 and --pipeline-parallel 1: TP x PP x DP must be",
+    ),
+    (
+        lambda: DataConfig(global_batch_size=6).micro_batches(4),
+        "it must be a multiple of micro-batch x data-parallel = 1 x 4",
+    ),
+    (lambda: ParallelConfig(virtual_pipeline=2), "--virtual-pipeline is 2: DeepSpeed's engine holds one module a rank"),
+    (lambda: ParallelConfig(context_parallel=2), "--context-parallel is 2: attention here sees whole sequences only"),
+    (lambda: Config(parallel=ParallelConfig(pipeline_parallel=5)), "--num-layers is 12: --pipeline-parallel 5 must"),
+    (lambda: SlopeConfig(nm_by_block="3=2:9"), "--slope-nm is '2:9': it must be N:M"),
+    (lambda: SlopeConfig(nm_by_block="b=2:4"), "--slope-nm-by-block holds 'b': blocks are written as `3` or `3-5`"),
+    (lambda: SlopeConfig(dense_blocks="5-3"), "--slope-dense-blocks holds '5-3'"),
+    (
+        lambda: Config(slope=SlopeConfig(dense_blocks="12")),
+        "--slope-dense-blocks names block 12: the model has blocks 0 to",
+    ),
+    (lambda: Config(slope=SlopeConfig(dense_blocks="0-11")), "names every block: leave one of them sparse"),
+    (lambda: Config(model=ModelConfig(max_positions=512)), "--seq-length is 1024: the model has 512 positions"),
+    (lambda: OptimizerConfig(lr=1e-4, min_lr=1e-3), "they must satisfy 0 <= min-lr <= lr"),
+    (lambda: TrainConfig(resume=True, overwrite=True), "--resume and --overwrite are both given"),
+    (lambda: TrainConfig(auto_resume=True, overwrite=True), "--auto-resume and --overwrite are both given"),
+    (
+        lambda: Config(parallel=ParallelConfig(tensor_parallel=5)),
+        "--num-attention-heads is 12: --tensor-parallel 5 must divide it",
+    ),
+    (
+        lambda: Config(model=ModelConfig(hidden_size=72, num_attention_heads=4)),
+        "--hidden-size is 72: --tensor-parallel 1 must divide it and 2:4 groups with packed patterns "
+        "need multiples of 16 "
+        "on each rank; take 64, say",
+    ),
+    (
+        lambda: Config(
+            model=ModelConfig(hidden_size=96, num_attention_heads=12), parallel=ParallelConfig(tensor_parallel=4)
+        ),
+        "--hidden-size is 96: --tensor-parallel 4 must divide it",
+    ),
+    (
+        lambda: Config(
+            parallel=ParallelConfig(tensor_parallel=2, sequence_parallel=True), data=DataConfig(seq_length=15)
+        ),
+        "--seq-length is 15: --tensor-parallel 2 must divide it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_bad_values_get_one_clear_sentence(build, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
+
+
+def test_blocks_may_have_patterns_of_their_own():
+    slope = SlopeConfig(nm_by_block="2-3=2:8,3=1:4", dense_blocks="0")
+    assert [slope.for_block(block).nm for block in range(4)] == ["2:4", "2:4", "2:8", "1:4"]
+    assert [slope.for_block(block).enabled for block in range(4)] == [False, True, True, True]
+
+
+def test_a_dense_run_may_have_widths_that_packing_could_not_cut():
+    slope = SlopeConfig(enabled=False)
+    assert Config(slope=slope, model=ModelConfig(hidden_size=72, num_attention_heads=4)).model.ffn == 288
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("slop: {nm: '2:4'}", "unknown section 'slop'; the sections are slope, model"),
+        ("slope: {mn: '2:4'}", "unknown key slope.mn; the keys are enabled, nm"),
+        ("slope: 3", "section 'slope' holds 3: it must map keys to values"),
+        ("- 1", "holds list: it must map sections"),
+        ("model: {hidden_size: wide}", "--hidden-size is 'wide': it must be of type int"),
+        ("model: {gated_mlp: 1}", "--gated-mlp is 1: it must be of type bool"),
+    ],
+)
+def test_bad_files_get_one_clear_sentence(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read("--config", str(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
+        read("--config", str(tmp_path / "nowhere.yaml"))
+
+
+def test_every_field_is_a_flag_with_a_manual_line():
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    manual = parser.format_help()
+    for flag in (
+        "--slope-nm",
+        "--no-slope",
+        "--slope-lazy-fraction",
+        "--hidden-size",
+        "--tensor-parallel",
+        "--lr",
+        "--out",
+    ):
+        assert flag in manual
+    described = [action for action in parser._actions if action.option_strings and action.help]
+    assert len(described) == len([action for action in parser._actions if action.option_strings])

@@ -1,0 +1,19 @@
+"""Fixtures that more than one folder of tests uses."""
+
+import os
+
+import pytest
+
+# One thread a process: tests run several ranks on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks.run(function, *arguments, world=, tensor_parallel=)`: see helpers.distributed."""
+    from helpers.distributed import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()

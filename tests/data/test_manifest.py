@@ -1,0 +1,63 @@
+"""A prepared folder that is not whole is refused before a run starts on it."""
+
+import json
+import shutil
+
+import pytest
+
+from slope_megatron.data.manifest import load_manifest, verify_hashes
+
+
+@pytest.fixture
+def folder(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "data")
+
+
+def test_a_whole_folder_loads(folder):
+    assert load_manifest(str(folder)) == verify_hashes(folder) == json.loads((folder / "manifest.json").read_text())
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"data folder .*none does not exist: write it with `slope data prepare"):
+        load_manifest(tmp_path / "none")
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no manifest.json: give a folder that `slope data prepare` wrote"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"format": 1'])
+def test_damaged_manifest(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: delete .* and prepare the data again"):
+        load_manifest(folder)
+
+
+def test_another_format(folder):
+    manifest = load_manifest(folder)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(ValueError, match="is of format 99, this version reads 1: prepare the data again"):
+        load_manifest(folder)
+
+
+def test_missing_file(folder):
+    (folder / "valid.idx").unlink()
+    with pytest.raises(ValueError, match=r"valid.idx is missing: copy it again, or prepare the data again"):
+        load_manifest(folder)
+
+
+def test_cut_file(folder):
+    size = (folder / "train.bin").stat().st_size
+    with (folder / "train.bin").open("r+b") as file:
+        file.truncate(size - 2)
+    with pytest.raises(ValueError, match=f"train.bin has {size - 2} bytes, not {size}: copy it again"):
+        load_manifest(folder)
+
+
+def test_changed_file(folder):
+    with (folder / "train.bin").open("r+b") as file:
+        file.write(b"\xff")
+    load_manifest(folder)
+    with pytest.raises(ValueError, match=r"train.bin is not the file that was written \(its sha256 differs\)"):
+        verify_hashes(folder)

@@ -1,0 +1,208 @@
+"""A prepared folder is what its manifest says, the same every time, and never half there."""
+
+import json
+import logging
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import DOCUMENTS, VOCABULARY, write_corpus
+
+from slope_megatron.data import prepare as prepare_module
+from slope_megatron.data.indexed import indexed_dataset_module, unigram_entropy
+from slope_megatron.data.prepare import prepare
+from slope_megatron.data.sources import open_source
+from slope_megatron.data.splits import SPLITS
+from slope_megatron.data.tokenizer import load_tokenizer
+
+SETTINGS = {"vocab_size": VOCABULARY, "valid_percent": 10, "test_percent": 5}
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def documents_of(folder, split):
+    """Token lists of one split, read back from the files."""
+    dataset = indexed_dataset_module().IndexedDataset(str(folder / split))
+    return [dataset[number].tolist() for number in range(len(dataset))]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_two_prepares_give_identical_bytes(corpus_folder, prepared, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(prepare_module, "BATCH", 20_000)
+    prepare(str(corpus_folder), tmp_path / "again", workers=workers, **SETTINGS)
+    assert content(tmp_path / "again") == content(prepared)
+    assert set(content(prepared)) == {
+        "manifest.json",
+        "tokenizer.model",
+        *(f"{split}.{end}" for split in SPLITS for end in ("bin", "idx")),
+    }
+
+
+def test_reading_back_gives_the_documents_each_in_one_split(corpus_folder, prepared):
+    tokenizer = load_tokenizer(prepared / "tokenizer.model")
+    expected = Counter(text for _, text in open_source(str(corpus_folder)).documents())
+    found = Counter()
+    for split in SPLITS:
+        for ids in documents_of(prepared, split):
+            assert ids[-1] == tokenizer.eod and tokenizer.eod not in ids[:-1]
+            text = tokenizer.decode(ids)
+            assert tokenizer.encode(text) == ids[:-1]
+            found[text] += 1
+    # Every document is there as often as in the corpus; none twice, so none in two splits.
+    assert found == expected
+    assert sum(found.values()) == DOCUMENTS
+
+
+def test_the_manifests_figures_are_true(corpus_folder, prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    tokenizer = load_tokenizer(prepared / "tokenizer.model")
+    texts = [text for _, text in open_source(str(corpus_folder)).documents()]
+    assert manifest["corpus"]["documents"] == DOCUMENTS
+    assert manifest["corpus"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert (manifest["vocab_size"], manifest["eod"]) == (tokenizer.vocab_size, tokenizer.eod)
+    assert manifest["dtype"] == "uint16"
+    for split in SPLITS:
+        figures = manifest["splits"][split]
+        tokens = np.fromfile(prepared / f"{split}.bin", dtype=np.uint16)
+        documents = documents_of(prepared, split)
+        assert figures["tokens"] == len(tokens) == sum(map(len, documents))
+        assert figures["documents"] == len(documents) == (tokens == tokenizer.eod).sum() > 0
+        assert figures["bytes"] == sum(len(tokenizer.decode(ids).encode()) for ids in documents)
+        shares = [count / len(tokens) for count in Counter(tokens.tolist()).values()]
+        # Sums of at most 400 terms of one sign: well inside 1e-12.
+        assert figures["unigram_entropy"] == pytest.approx(-sum(p * math.log(p) for p in shares), rel=1e-12)
+
+
+@pytest.mark.parametrize(("counts", "entropy"), [([5], 0.0), ([1, 1, 0], math.log(2)), ([3] * 8, math.log(8))])
+def test_unigram_entropy(counts, entropy):
+    assert unigram_entropy(np.array(counts)) == pytest.approx(entropy, abs=1e-15)
+
+
+def test_records_are_split_by_their_text(tmp_path):
+    records = [f"record {number} " * 20 for number in range(40)]
+    for name, order in (("one", records), ("two", records[::-1] + records[:5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in order))
+        prepare(str(tmp_path / f"{name}.jsonl"), tmp_path / name, vocab_size=280)
+    texts = {}
+    for name in ("one", "two"):
+        tokenizer = load_tokenizer(tmp_path / name / "tokenizer.model")
+        for split in SPLITS:
+            texts[name, split] = {tokenizer.decode(ids) for ids in documents_of(tmp_path / name, split)}
+    assert all(texts["one", split] == texts["two", split] for split in SPLITS)
+
+
+def test_max_documents(corpus_folder, tmp_path):
+    manifest = prepare(str(corpus_folder), tmp_path / "some", max_documents=10, vocab_size=350)
+    assert manifest["corpus"]["documents"] == 10
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 10
+
+
+def test_no_test_split(corpus_folder, tmp_path):
+    manifest = prepare(str(corpus_folder), tmp_path / "data", vocab_size=VOCABULARY, test_percent=0)
+    assert manifest["splits"]["test"] == {"documents": 0, "bytes": 0, "tokens": 0, "unigram_entropy": 0.0}
+
+
+def test_a_finished_folder_is_reused(corpus_folder, prepared, caplog):
+    before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    with caplog.at_level(logging.INFO, "slope_megatron"):
+        manifest = prepare(str(corpus_folder), prepared, **SETTINGS)
+    assert "already holds this corpus prepared with these settings: nothing to do" in caplog.text
+    assert manifest == json.loads((prepared / "manifest.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
+
+
+def test_something_else_is_refused_unless_overwritten(prepared, corpus_folder, tmp_path):
+    out = tmp_path / "data"
+    shutil.copytree(prepared, out)
+    (out / "cache").mkdir()
+    with pytest.raises(ValueError, match=r"prepared with other settings \(vocab_size 400 then, 380 now\).*--overwrite"):
+        prepare(str(corpus_folder), out, **{**SETTINGS, "vocab_size": 380})
+    other = str(write_corpus(tmp_path / "other", seed=1))
+    with pytest.raises(
+        ValueError, match=r"holds another corpus \(source .*\): choose another folder, or .*--overwrite"
+    ):
+        prepare(other, out, **SETTINGS)
+    assert content(out) == content(prepared)
+    prepare(other, out, overwrite=True, **SETTINGS)
+    assert content(out)["train.bin"] != content(prepared)["train.bin"]
+    assert not (out / "cache").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "other"]
+
+
+def test_what_prepare_did_not_write_is_never_replaced(prepared, corpus_folder, tmp_path):
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "manifest.json").write_text('{"files": {}}')
+    mixed = tmp_path / "data"
+    shutil.copytree(prepared, mixed)
+    (mixed / "my-run").mkdir()
+    for out, name in ((foreign, "manifest.json"), (mixed, "my-run")):
+        with pytest.raises(ValueError, match=rf"did not write \({name}\): choose another folder"):
+            prepare(str(corpus_folder), out, overwrite=True, **SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: choose a folder"):
+        prepare(str(corpus_folder), tmp_path / "file", overwrite=True, **SETTINGS)
+
+
+def test_out_inside_the_source_is_refused(corpus_folder):
+    with pytest.raises(ValueError, match=r"lies inside the source folder .*: choose a folder outside of it"):
+        prepare(str(corpus_folder), corpus_folder / "data", **SETTINGS)
+
+
+@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_behind(corpus_folder, tmp_path, monkeypatch, failure):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(prepare_module.manifests, "write_manifest", fail)
+    expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ValueError
+    with pytest.raises(expected) as refusal:
+        prepare(str(corpus_folder), tmp_path / "data", **SETTINGS)
+    if expected is ValueError:
+        assert "failed (No space left on device)" in str(refusal.value) and "is unchanged" in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rename_puts_the_old_folder_back(prepared, corpus_folder, tmp_path, monkeypatch):
+    from slope_megatron.data import scratch
+
+    out = tmp_path / "data"
+    shutil.copytree(prepared, out)
+    rename = scratch.os.rename
+
+    def fail_on_the_new(source, target):
+        if source.name == "prepared":
+            raise OSError("quota exceeded")
+        rename(source, target)
+
+    monkeypatch.setattr(scratch.os, "rename", fail_on_the_new)
+    with pytest.raises(ValueError, match="quota exceeded"):
+        prepare(str(corpus_folder), out, overwrite=True, **SETTINGS)
+    assert content(out) == content(prepared)
+
+
+def test_an_unwritable_place_is_refused(corpus_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file cannot be written to \(.*\): choose a folder you may write to"):
+        prepare(str(corpus_folder), tmp_path / "file" / "data", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 0}, "--vocab-size is 0: it must be positive"),
+        ({"max_documents": 0}, "--max-documents is 0: it must be at least 1"),
+        ({"valid_percent": -1}, "--valid-percent is -1 and --test-percent 2.0: they must not be negative"),
+        ({"valid_percent": 60, "test_percent": 40}, "must leave something to train on"),
+        ({"test_percent": math.nan}, "--test-percent nan"),
+        ({"workers": 0}, "--workers is 0: it must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(corpus_folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(str(corpus_folder), tmp_path / "data", **settings)
+    assert list(tmp_path.iterdir()) == []

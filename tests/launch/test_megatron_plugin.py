@@ -1,0 +1,78 @@
+"""The plugin behind the patches, on a megatron-core model without Megatron's training scripts."""
+
+import types
+
+import pytest
+
+from slope_megatron.launch import megatron_plugin
+
+
+def build_and_train(steps):
+    """A small GPT through the plugin's builder, trained by a bare step with the plugin's refresh around it."""
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from slope_megatron.config import SlopeConfig
+    from slope_megatron.models.fill import sparse_modules
+
+    args = types.SimpleNamespace(seed=1, init_method_std=0.02, num_layers=2, curr_iteration=0)
+    slope = SlopeConfig(backend="reference", backward_mask_interval=3)
+    megatron_plugin.settings = lambda: (args, slope)
+    off = "gradient_accumulation_fusion persist_layer_norm masked_softmax_fusion bias_dropout_fusion".split()
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        **dict.fromkeys(off, False),
+    )
+    build = megatron_plugin.with_sparse_layers(GPTModel)
+    spec = get_gpt_layer_local_spec()
+    model = build(config=config, transformer_layer_spec=spec, vocab_size=128, max_sequence_length=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    tokens = torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(0))
+    losses = []
+
+    def bare_step(_forward, _data, chunks):
+        loss = chunks[0](tokens, torch.arange(32).expand(2, 32), None, labels=tokens.roll(-1, 1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    step = megatron_plugin.with_refresh(bare_step)
+    for args.curr_iteration in range(steps):
+        step(None, None, [model])
+    refusal = None
+    try:
+        megatron_plugin.with_refresh(lambda *_: None)(None, None, [torch.nn.Linear(2, 2)])
+    except ValueError as error:
+        refusal = str(error)
+    fresh = [torch.equal(module.operands().forward_NK, module.dense_weight()) for module in sparse_modules(model)]
+    return losses, fresh, refusal
+
+
+def test_the_model_is_sparse_trains_and_its_operands_follow(ranks):
+    (found,) = ranks.run(build_and_train, 12, world=1)
+    losses, fresh, refusal = found
+    assert len(fresh) == 7, "all block linears but the first QKV"
+    assert all(fresh)
+    assert losses[-1] < losses[0] - 1.0
+    assert "--slope was given and the model has no 2:4 layer" in refusal, "never a dense run in silence"
+
+
+def test_what_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="somewhere has no train_step"):
+        megatron_plugin.wrap({}, "train_step", megatron_plugin.with_refresh, "somewhere")
+
+
+def test_hooking_twice_is_once():
+    namespace = {"add_megatron_arguments": lambda parser: parser}
+    for _ in range(2):
+        megatron_plugin.wrap(namespace, "add_megatron_arguments", megatron_plugin.with_flags, "here")
+    hooked = namespace["add_megatron_arguments"]
+    assert hooked.slope_hook and not hasattr(hooked.__wrapped__, "__wrapped__")

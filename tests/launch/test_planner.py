@@ -1,0 +1,272 @@
+"""The planner: counts against a real build, memory and time formulas, layouts and their refusals."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from slope_megatron.cli import plan
+from slope_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, SlopeConfig
+from slope_megatron.launch import memory, planner, speed
+from slope_megatron.launch.cluster import CLUSTERS, read_cluster
+from slope_megatron.launch.layout import Layout, layouts
+from slope_megatron.launch.memory import GIB, Holding, precision
+from slope_megatron.launch.tensors import count, stage_tensors, tensors
+
+OPT66B = Config(
+    model=ModelConfig(num_layers=64, hidden_size=9216, num_attention_heads=72),
+    data=DataConfig(seq_length=2048, global_batch_size=512),
+)
+SMALL = Config(model=ModelConfig(num_layers=4), data=DataConfig(seq_length=256, global_batch_size=8))
+ROOT = Path(__file__).resolve().parents[2]
+STATED = speed.Rates((), 0.4, 1.3)
+KERNELS = Holding(precision("bf16", "fp32"), "kernels", fused=True)
+
+
+def gib(config, layout, how=KERNELS):
+    return math.fsum(memory.fullest_gpu(config, layout, 50272, how).values()) / GIB
+
+
+def dense(config):
+    return dataclasses.replace(config, slope=SlopeConfig(enabled=False))
+
+
+def test_opt_66b_has_the_published_size():
+    elements = sum(tensor.elements() for tensor in tensors(dense(OPT66B), 50272))
+    assert elements == pytest.approx(65.72e9, rel=1e-3)
+    packed = count(list(tensors(OPT66B, 50272)), 1)
+    assert packed.packed_dense == (64 * 12 - 3) * 9216**2, "all block linears but the first QKV"
+
+
+def test_shards_and_stages_add_up_to_the_model():
+    whole = count(list(tensors(SMALL, 500)), 1)
+    for pipeline in (1, 2, 4):
+        stages = [count(stage_tensors(SMALL, 500, pipeline, stage), 1) for stage in range(pipeline)]
+        assert sum(stage.packed for stage in stages) == whole.packed
+        # The last stage of several has the tied embedding again.
+        again = 768 * 768 if pipeline > 1 else 0
+        assert sum(stage.other for stage in stages) == whole.other + again
+    halves = count(list(tensors(SMALL, 500)), 2)
+    assert halves.packed * 2 == whole.packed
+
+
+def test_blocks_may_differ():
+    slope = SlopeConfig(nm_by_block="1=1:4", dense_blocks="3")
+    found = count(list(tensors(dataclasses.replace(SMALL, slope=slope), 500)), 1)
+    square = 768**2
+    assert found.packed_dense == (3 * 12 - 3) * square
+    assert found.packed == ((12 - 3) + 12) * square // 2 + 12 * square // 4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_bytes_of_a_sparse_weight(dtype):
+    """DESIGN, section 3: a dense bf16 weight costs 1 + 1.125 + 1.125 + 0.19 bytes, gradients 2, state 6."""
+    counts = count(list(tensors(OPT66B, 50272)), 1)
+    only = dataclasses.replace(counts, other=0, adapters=0)
+    sizes = memory.state_bytes(only, precision(dtype, "fp32"), "kernels")
+    b = 1 if dtype == "bf16" else 2
+    per_weight = {name: size / only.packed_dense for name, size in sizes.items()}
+    assert per_weight == {
+        "weights": b,
+        "patterns": 0.1875,
+        "operands": 2 * (b + 0.125),
+        "gradients": 2.0,
+        "optimizer": 6.0,
+    }
+
+
+def test_what_opt_66b_needs():
+    """The headline: 2:4 fits 8 nodes of Narval at TP 4 x PP 8 and of Lonestar 6 at TP 3 x PP 8, dense does not."""
+    narval = Layout(4, 8, 1, recompute="full", sequence_parallel=True)
+    lonestar = Layout(3, 8, 1, recompute="full")
+    for layout in (narval, lonestar):
+        assert gib(OPT66B, layout) <= 38.5 < gib(dense(OPT66B), layout)
+    assert gib(OPT66B, narval) == pytest.approx(28.1, abs=0.1)
+    assert gib(OPT66B, dataclasses.replace(narval, recompute="none")) == pytest.approx(36.8, abs=0.1)
+    unfused = dataclasses.replace(KERNELS, fused=False)
+    assert gib(OPT66B, lonestar, unfused) > 38.5, "AdamW's temporaries are what is too much there"
+
+
+def test_memory_falls_with_every_cut():
+    base = gib(OPT66B, Layout(1, 1, 32))
+    for layout in (Layout(2, 1, 16), Layout(1, 2, 16), Layout(1, 1, 32, zero=2), Layout(1, 1, 32, zero=3)):
+        assert gib(OPT66B, layout) < base
+    assert gib(OPT66B, Layout(1, 1, 32, recompute="full")) < base
+    assert gib(OPT66B, Layout(1, 1, 32), dataclasses.replace(KERNELS, offload=True)) < base
+
+
+def test_bubble():
+    assert speed.bubble(Layout(1, 8, 1), 64) == pytest.approx(7 / 71)
+    assert speed.bubble(Layout(4, 1, 1), 64) == 0.0
+
+
+def test_time_follows_the_stated_mfu():
+    """One GPU, no cut: 6 operations a parameter and token, and attention, at MFU x peak."""
+    cluster = read_cluster("generic-h100")
+    config = dense(SMALL)
+    seconds = speed.step_seconds(config, Layout(1, 1, 1), cluster, STATED, 500, precision("bf16", "fp32"))
+    tokens = 8 * 256
+    matrices = 4 * 12 * 768 * 768 + 768 * 768
+    attention = 6 * tokens * 256 * 768 * 4
+    assert seconds == pytest.approx((6 * tokens * matrices + attention) / (0.4 * 989e12), rel=1e-3)
+    sparse = speed.step_seconds(SMALL, Layout(1, 1, 1), cluster, STATED, 500, precision("bf16", "fp32"))
+    assert sparse < seconds
+
+
+def test_measured_rates_are_read_and_the_faster_product_counts(tmp_path):
+    path = tmp_path / "gemm.csv"
+    header = "model,tp,linear,kind,rows,columns,tokens,dense_ms,sparse_ms"
+    path.write_text(f"# gpu\n{header}\nm,1,fc1,forward,1000,500,1000,1.0,0.5\nm,1,fc1,dgrad,500,1000,1000,1.0,2.0\n")
+    rates = speed.Rates(speed.read_rates(path), 0.4, 1.3)
+    operations = 2.0 * 1000 * 1000 * 500
+    assert rates.seconds("dense", "forward", 1000, 1000, 500, 1) == pytest.approx(1e-3)
+    assert rates.seconds("sparse", "forward", 1000, 1000, 500, 1) == pytest.approx(0.5e-3)
+    assert rates.seconds("sparse", "dgrad", 1000, 1000, 500, 1) == pytest.approx(1e-3), "dense is always a candidate"
+    assert rates.seconds("sparse", "wgrad", 2000, 1000, 500, 1) == pytest.approx(2 * operations / 1e12)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="lacks the columns columns, dense_ms, kind"):
+        speed.read_rates(path)
+
+
+def test_every_possible_layout_is_a_partition_and_the_rest_has_a_reason():
+    found = list(layouts(OPT66B, 32, 4))
+    assert all(layout.gpus == 32 for layout, _ in found)
+    assert {layout.tensor for layout, reason in found if reason is None} == {1, 2, 4}
+    reasons = {layout.tensor: reason for layout, reason in found if layout.tensor == 8}
+    assert "TP 8 must divide the 4 GPUs of a node" in reasons[8]
+    three = dict(layouts(OPT66B, 24, 3))
+    assert three[Layout(3, 8, 1)] is None
+    assert "PP 24 must divide the 64 layers" in three[Layout(1, 24, 1)]
+    assert not Layout(3, 8, 1).sequence_parallel, "3 ranks cannot share 2048 tokens out"
+
+
+def test_pipeline_means_zero_1():
+    assert all(layout.zero == 1 for layout, _ in layouts(OPT66B, 32, 4) if layout.pipeline > 1)
+
+
+def test_what_pretrain_cannot_run_is_said():
+    known = {field.name for field in dataclasses.fields(ParallelConfig)}
+    reason = Layout(1, 1, 4, zero=3).not_trainable()
+    assert (reason is None) == ("zero_stage" in known)
+    assert Layout(2, 1, 2).not_trainable() is None
+
+
+def test_the_recommendation_is_the_fastest_that_fits():
+    question = planner.Question(OPT66B, 50272, read_cluster("narval"), STATED)
+    rows = planner.rows(question, 8)
+    best, why = planner.recommend(rows, "sparse")
+    assert best.fits and (best.layout.tensor, best.layout.pipeline) == (4, 8)
+    assert "possible layouts" in why
+    with pytest.raises(ValueError, match=r"the dense model fits none of \d+ layouts: the least is .* GiB a GPU"):
+        planner.recommend(rows, "dense")
+    assert planner.nodes_needed(question, "sparse")[0] < planner.nodes_needed(question, "dense")[0]
+
+
+def test_mist_counts_dense_operands():
+    """No 2:4 units: the reference backend holds two dense copies and an index."""
+    question = planner.Question(OPT66B, 50272, read_cluster("mist"), STATED)
+    assert question.holding.backend == "reference" and question.dtype == "fp16"
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.env")), ids=lambda path: path.stem)
+def test_every_cluster_file_is_complete(path):
+    cluster = read_cluster(path.stem)
+    assert cluster.gpus_per_node >= 1 and cluster.tested
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("GPUS=4", "unknown key GPUS"),
+        ("GPUS_PER_NODE=four", "GPUS_PER_NODE is 'four': it must be of type int"),
+        ("SPARSE_24=maybe", "SPARSE_24 is 'maybe': it must be yes or no"),
+        ("LAUNCHER=ssh", "LAUNCHER is 'ssh': it must be one of srun"),
+        ("SBATCH_ARGS=--a --b", "quote values that hold spaces"),
+        ("export GPU=A100", "is no KEY=value"),
+    ],
+)
+def test_a_wrong_cluster_file_is_refused(tmp_path, line, message):
+    path = tmp_path / "here.env"
+    path.write_text((CLUSTERS / "narval.env").read_text() + line + "\n")
+    with pytest.raises(ValueError) as error:
+        read_cluster(str(path))
+    assert message in str(error.value)
+
+
+def test_an_unknown_cluster_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"cluster 'narwal' has no file .*use one of .*narval"):
+        read_cluster("narwal")
+
+
+def slope_plan(*flags):
+    parser = argparse.ArgumentParser()
+    plan.add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(["plan", *map(str, flags)])
+    return arguments.run(arguments)
+
+
+MODEL = "--num-layers 4 --hidden-size 768 --num-attention-heads 12 --seq-length 256 --global-batch-size 48".split()
+
+
+def test_the_command_prints_writes_and_recommends(tmp_path, capsys):
+    files = ["--json", tmp_path / "rows.json", "--png", tmp_path / "plan.png"]
+    assert slope_plan("--cluster", "narval", "--nodes", 2, *MODEL, *files, "--find-nodes") == 0
+    said = capsys.readouterr().out
+    assert "2:4: take TP" in said and "the fewest, any layout: 1 nodes" in said and "assumed: MFU 0.4" in said
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["kind"] for row in rows} == {"dense", "sparse"}
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert slope_plan("--cluster", "narval", "--nodes", 2, *MODEL, "--tensor-parallel", 2, "--flags") == 0
+    assert capsys.readouterr().out.startswith("--tensor-parallel 2 --sequence-parallel")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nodes", 9], "--nodes is 9: lonestar6 gives a job 1 to 8 nodes"),
+        (["--mfu", 40], "--mfu is 40.0: it is a share"),
+        (["--sparse-speedup", 0], "--sparse-speedup is 0.0: it must be positive"),
+        (["--tensor-parallel", 2], "no layout of 1 x 3 = 3 GPUs has tensor 2"),
+        (["--rates", "nowhere.csv"], "--rates nowhere.csv does not exist"),
+        (["--check", "nowhere"], "--check nowhere has no run.json"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message):
+    with pytest.raises(ValueError) as error:
+        slope_plan("--cluster", "lonestar6", *MODEL, *flags)
+    assert message in str(error.value)
+
+
+def test_counts_are_those_of_the_model_package(capsys):
+    """The same configuration built by megatron-core on the meta device: equal to the element."""
+    flags = ["--tensor-parallel", 2, "--slope-adapter-rank", 8, "--check-build", "--vocabulary", 500]
+    assert slope_plan(*MODEL, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.split()[-1] == "0.000%" for line in lines[1:])
+
+
+@pytest.mark.slow
+def test_state_bytes_are_those_of_a_real_run(tmp_path, capsys):
+    """One step of `slope pretrain`, sparse with adapters: what it measured, to the byte."""
+    from slope_megatron.data.prepare import prepare
+
+    (tmp_path / "texts").mkdir()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
+        (tmp_path / "texts" / path.name).write_bytes(path.read_bytes())
+    prepare(str(tmp_path / "texts"), tmp_path / "data", vocab_size=512, valid_percent=10.0)
+    small = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-multiple 48 --steps 4"
+    run = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--stop-at", 1, "--slope-adapter-rank", 4]
+    command = [sys.executable, "-m", "slope_megatron", "pretrain", *small.split(), *map(str, run)]
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"})
+    assert slope_plan("--check", tmp_path / "run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all(line.split()[-1] == "0.000%" for line in lines[1:])
+    assert slope_plan("--check", tmp_path / "run", "--vocabulary", 5000) == 1, "another model is noticed"

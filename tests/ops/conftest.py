@@ -1,0 +1,36 @@
+"""Problems and devices of the tests of the products."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined: before any module of slope_kernels.triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The GPU where there is one; the ops' plain-torch kernels run elsewhere."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture
+def fresh_choices():
+    """No choice made before; none left behind."""
+    from slope_megatron.ops import choices
+
+    choices.clear()
+    yield choices
+    choices.clear()
+    choices.agree_over(None, True)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        from slope_megatron.ops.cusparselt import unsupported
+
+        reason = unsupported()
+        if reason:
+            pytest.skip(reason)

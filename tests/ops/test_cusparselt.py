@@ -1,0 +1,163 @@
+"""The backend's operands against the reference backend; on a CPU the ops' plain-torch kernels stand in."""
+
+import pytest
+import torch
+
+from helpers.numerics import relative_error
+from helpers.packed import packed_weight
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops import reference
+from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.cusparselt import CusparseltOperands, unsupported_weight
+
+DTYPE = torch.bfloat16
+
+
+def both(device, rows=128, columns=192, seed=0, dtype=DTYPE):
+    weight = packed_weight(rows, columns, dtype, device, seed=seed, whole_numbers=True)
+    ours = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+    return weight, ours, reference.build(weight.values, weight.row, weight.column)
+
+
+def whole_numbers(*shape, device, dtype=DTYPE):
+    return torch.randint(-1, 2, shape, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_equal_the_reference_s(device, dtype, fresh_choices):
+    """Whole numbers whose sums stay under 256: exact in either backend."""
+    _, ours, theirs = both(device, dtype=dtype)
+    x = whole_numbers(48, 192, device=device, dtype=dtype)
+    dy = whole_numbers(48, 128, device=device, dtype=dtype)
+    assert torch.equal(ours.forward(x), theirs.forward(x))
+    assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
+    assert torch.equal(ours.wgrad(dy, x), theirs.wgrad(dy, x))
+
+
+@pytest.mark.parametrize("kind", ["forward", "dgrad"])
+def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(device, kind, fresh_choices):
+    weight, ours, theirs = both(device)
+    shape = (128, 192) if kind == "forward" else (192, 128)
+    fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(False))
+    operand = whole_numbers(48, shape[1], device=device)
+    assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
+    for operands in (ours, theirs):
+        operands.refresh(weight.values * 2)
+    assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
+
+
+@pytest.mark.parametrize("kind", ["forward", "dgrad"])
+def test_a_tiled_choice_cuts_the_operand_and_follows_refreshes(device, kind, fresh_choices):
+    weight, ours, theirs = both(device)
+    shape = (128, 192) if kind == "forward" else (192, 128)
+    fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(True, tiles=shape[0] // 64))
+    operand = whole_numbers(48, shape[1], device=device)
+    assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
+    for operands in (ours, theirs):
+        operands.refresh(-weight.values)
+    assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
+
+
+def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_choices):
+    weight, ours, theirs = both(device)
+    other = packed_weight(128, 192, DTYPE, device, seed=0)
+    column = packed_weight(128, 192, DTYPE, device, seed=0).column
+    assert not torch.equal(column, weight.column)
+    assert torch.equal(other.row, weight.row)
+    before = ours.forward_operand.clone()
+    for operands in (ours, theirs):
+        operands.set_column_pattern(column, weight.values)
+    assert torch.equal(ours.forward_operand, before)
+    dy = whole_numbers(48, 128, device=device)
+    assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
+
+
+def test_the_autograd_function_on_these_operands(device, fresh_choices):
+    weight, ours, theirs = both(device)
+    x, dy = whole_numbers(2, 24, 192, device=device), whole_numbers(2, 24, 128, device=device)
+    results = []
+    for operands in (ours, theirs):
+        leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
+        y = slope_linear(leaf, values, operands)
+        y.backward(dy)
+        results.append((y.detach(), leaf.grad, values.grad))
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
+def test_reasons_for_refusing_a_weight():
+    weight = packed_weight(64, 64, torch.bfloat16, "cpu")
+    assert unsupported_weight(weight.values, weight.row_bits) == "the weight is on cpu"
+
+
+@pytest.mark.gpu
+def test_reasons_for_refusing_a_weight_on_the_gpu(device):
+    weight = packed_weight(64, 64, torch.float32, device)
+    assert "float32" in unsupported_weight(weight.values, weight.row_bits)
+    odd = packed_weight(96, 64, torch.bfloat16, device)
+    assert "multiples of 64" in unsupported_weight(odd.values, odd.row_bits)
+    weight = packed_weight(64, 64, torch.bfloat16, device)
+    assert "not 2:4" in unsupported_weight(weight.values, torch.full_like(weight.row_bits, 0b00010111))
+    assert unsupported_weight(weight.values, weight.row_bits) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(2048, 1024, 512), (320, 4096, 1000), (1536, 512, 777)])
+def test_random_products_are_as_near_fp64_as_dense_ones(rows, columns, tokens, dtype, device, fresh_choices):
+    """The bound is twice the dense product's own error: both round fp32 sums once to 16 bits."""
+    weight = packed_weight(rows, columns, dtype, device)
+    ours = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+    for kind, dense, width in (("forward", weight.dense().t(), columns), ("dgrad", weight.doubly_pruned(), rows)):
+        x = torch.randn(tokens, width, device=device).to(dtype)
+        exact = x.double() @ dense.double()
+        bound = 2 * relative_error(x @ dense, exact)
+        assert relative_error(getattr(ours, kind)(x), exact) <= bound
+
+
+@pytest.mark.gpu
+def test_under_a_cuda_graph(device, fresh_choices):
+    """Captured once, replayed on new inputs and new values."""
+    weight, ours, theirs = both(device, rows=512, columns=256)
+    x, dy = whole_numbers(64, 256, device=device), whole_numbers(64, 512, device=device)
+    run = lambda: (ours.forward(x), ours.dgrad(dy), ours.wgrad(dy, x))  # noqa: E731
+    with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run()
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    x.copy_(whole_numbers(64, 256, device=device))
+    dy.copy_(whole_numbers(64, 512, device=device))
+    for operands in (ours, theirs):
+        operands.refresh(-weight.values)
+    graph.replay()
+    expected = (theirs.forward(x), theirs.dgrad(dy), theirs.wgrad(dy, x))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_on_another_stream(device, fresh_choices):
+    _, ours, theirs = both(device, rows=512, columns=256)
+    x = whole_numbers(64, 256, device=device)
+    expected = theirs.forward(x)
+    ours.forward(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = x + 0
+        found = ours.forward(late)
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_the_product_of_a_step_does_not_synchronize(device, fresh_choices):
+    weight, ours, _ = both(device, rows=512, columns=256)
+    x, dy = whole_numbers(64, 256, device=device), whole_numbers(64, 512, device=device)
+    step = lambda: (ours.refresh(weight.values), ours.forward(x), ours.dgrad(dy), ours.wgrad(dy, x))  # noqa: E731
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,139 @@
+"""The registered ops: schemas, fakes and derivatives (opcheck), and each against plain torch."""
+
+import pytest
+import torch
+
+from helpers.packed import packed_weight
+from slope_megatron.ops import layout, products
+from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots, slot_places, slots
+from slope_megatron.sparsity.packing import pack, unpack
+
+SHAPES = [(64, 64), (128, 192)]
+
+
+def operand_of(weight, device, dtype):
+    """The forward operand of a packed weight, written by the ops."""
+    rows, columns = weight.row.shape
+    buffer = torch.full((layout.operand_bytes(rows, columns),), 0xAB, dtype=torch.uint8, device=device)
+    layout.values_of(buffer, rows, columns, 1, dtype).copy_(weight.values[None])
+    layout.metadata_of(buffer, rows, columns, 1).copy_(products.row_metadata(weight.row_bits)[None])
+    return buffer
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_places_survive_the_metadata_layout(rows, columns):
+    weight = packed_weight(rows, columns, torch.float32, "cpu")
+    places = slot_places(weight.row)
+    assert torch.equal(places_sm90(metadata_sm90(places), rows, columns // 4), places)
+
+
+def test_slots_stand_for_the_same_matrix_even_where_fewer_than_two_survive():
+    generator = torch.Generator().manual_seed(0)
+    alive = torch.rand(64, 64, generator=generator) < 0.3
+    alive &= alive.view(64, 16, 4).cumsum(-1).view(64, 64) <= 2
+    dense = torch.randn(64, 64, generator=generator)
+    values, places = slots(dense, alive)
+    assert torch.equal(scatter_slots(values, places), dense * alive)
+    assert (places[..., 0] < places[..., 1]).all()
+
+
+@pytest.mark.parametrize("tokens", [16, 40, 7])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_sparse_mm_of_whole_numbers_is_exact(rows, columns, tokens, device):
+    dtype = torch.bfloat16
+    weight = packed_weight(rows, columns, dtype, device, seed=tokens, whole_numbers=True)
+    x = torch.randint(-2, 3, (tokens, columns), device=device).to(dtype)
+    bias = torch.randint(-2, 3, (rows,), device=device).to(dtype)
+    operand = operand_of(weight, device, dtype)
+    # Sums stay under 256 in magnitude, the last whole number that bf16 holds without gaps.
+    exact = x.double() @ weight.dense().double().t()
+    assert exact.abs().max() < 254
+    assert torch.equal(products.sparse_mm(operand, x, rows, 1, None, False).double(), exact)
+    biased = products.sparse_mm(operand, x, rows, 1, bias, True)
+    assert torch.equal(biased.double(), torch.relu(exact + bias.double()))
+
+
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_tiles_change_nothing(tiles, device):
+    rows, columns, dtype = 192, 64, torch.bfloat16
+    rows = 64 * tiles
+    weight = packed_weight(rows, columns, dtype, device, whole_numbers=True)
+    x = torch.randint(-2, 3, (32, columns), device=device).to(dtype)
+    whole = operand_of(weight, device, dtype)
+    cut = layout.retile(whole, rows, columns, 1, tiles)
+    assert torch.equal(layout.retile(cut, rows, columns, tiles, 1), whole)
+    bias = torch.randint(-2, 3, (rows,), device=device).to(dtype)
+    assert torch.equal(
+        products.sparse_mm(cut, x, rows, tiles, bias, False), products.sparse_mm(whole, x, rows, 1, bias, False)
+    )
+
+
+def test_inputs_that_are_not_contiguous(device):
+    dtype = torch.bfloat16
+    weight = packed_weight(64, 128, dtype, device, whole_numbers=True)
+    operand = operand_of(weight, device, dtype)
+    x = torch.randint(-2, 3, (128, 32), device=device).to(dtype).t()
+    expected = products.sparse_mm(operand, x.contiguous(), 64, 1, None, False)
+    assert torch.equal(products.sparse_mm(operand, x, 64, 1, None, False), expected)
+    dense = torch.randn(128, 64, device=device).to(dtype).t()
+    assert torch.equal(products.gather_kept(dense, weight.row_bits), pack(dense, weight.row))
+
+
+def test_values_on_an_odd_address(device):
+    """A flat buffer of an optimizer may put a parameter two bytes off a word."""
+    dtype = torch.bfloat16
+    weight = packed_weight(64, 128, dtype, device)
+    flat = torch.zeros(1 + weight.values.numel(), dtype=dtype, device=device)
+    shifted = flat[1:].view_as(weight.values)
+    shifted.copy_(weight.values)
+    assert torch.equal(products.unpack_kept(shifted, weight.row_bits), weight.dense())
+    assert torch.equal(products.choose_column(shifted, weight.row_bits), weight.column_bits)
+
+
+def test_gather_and_unpack_are_each_other_s_derivative(device):
+    weight = packed_weight(64, 64, torch.bfloat16, device)
+    dense = torch.randn(64, 64, device=device).to(torch.bfloat16).requires_grad_()
+    packed = products.gather_kept(dense, weight.row_bits)
+    packed.backward(weight.values)
+    assert torch.equal(dense.grad, unpack(weight.values, weight.row))
+    values = weight.values.clone().requires_grad_()
+    products.unpack_kept(values, weight.row_bits).backward(dense.detach())
+    assert torch.equal(values.grad, packed.detach())
+
+
+def op_arguments(device):
+    """One call of each op."""
+    dtype = torch.bfloat16
+    weight = packed_weight(64, 128, dtype, device)
+    dense = torch.randn(64, 128, device=device).to(dtype)
+    x = torch.randn(32, 128, device=device).to(dtype)
+    bias = torch.randn(64, device=device).to(dtype)
+    operand = operand_of(weight, device, dtype)
+    bits = (weight.row_bits, weight.column_bits)
+    return {
+        "sparse_mm": (operand, x, 64, 1, bias, False),
+        "gather_kept": (dense, weight.row_bits),
+        "unpack_kept": (weight.values, weight.row_bits),
+        "gather_kept_add_": (torch.zeros(64, 64, device=device), dense, weight.row_bits),
+        "refresh_": (weight.values, *bits, operand.clone(), operand.clone(), 1, 1),
+        "choose_column": (weight.values, weight.row_bits),
+        "row_metadata": (weight.row_bits,),
+        "column_metadata": bits,
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sparse_mm",
+        "gather_kept",
+        "unpack_kept",
+        "gather_kept_add_",
+        "refresh_",
+        "choose_column",
+        "row_metadata",
+        "column_metadata",
+    ],
+)
+def test_opcheck(name, device):
+    torch.library.opcheck(getattr(torch.ops.slope, name).default, op_arguments(device)[name])

@@ -1,0 +1,104 @@
+"""The autograd function against the dense oracle: forward, dX, packed dW, the adapters' gradients."""
+
+import pytest
+import torch
+
+from helpers.numerics import integers
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops.backend import build_operands
+from slope_megatron.sparsity import reference
+from slope_megatron.sparsity.packing import pack, unpack
+from slope_megatron.sparsity.pattern import column_pattern, magnitude_pattern
+
+PATTERNS = [(1, 2), (2, 4), (1, 4), (2, 8)]
+
+
+def problem(n, m, rank, seed, dtype=torch.float64, rows=24, columns=64, tokens=(3, 5)):
+    """Small whole numbers (rank a power of two, so 1/rank is exact): every product and sum below is exact in fp64."""
+    weight = integers(rows, columns, seed=seed, dtype=dtype)
+    mask = magnitude_pattern(weight, n, m)
+    column = column_pattern(weight, mask, n, m)
+    x = integers(*tokens, columns, seed=seed + 1, dtype=dtype)
+    dy = integers(*tokens, rows, seed=seed + 2, dtype=dtype)
+    adapter_l = integers(columns, rank, seed=seed + 3, dtype=dtype) if rank else None
+    adapter_r = integers(rank, rows, seed=seed + 4, dtype=dtype) if rank else None
+    return weight, mask, column, x, dy, adapter_l, adapter_r
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_products_and_gradients_equal_the_oracle_to_the_bit(n, m, rank, seed):
+    weight, mask, column, x, dy, adapter_l, adapter_r = problem(n, m, rank, seed)
+    values = torch.nn.Parameter(pack(weight, mask))
+    operands = build_operands("reference", values.detach(), mask, pack(column, mask))
+    x = x.requires_grad_()
+    adapters = None
+    if rank:
+        adapters = (torch.nn.Parameter(adapter_l.t().contiguous()), torch.nn.Parameter(adapter_r.t().contiguous()))
+    y = slope_linear(x, values, operands, adapters=adapters)
+    y.backward(dy)
+
+    flat_x, flat_dy = x.detach().flatten(0, 1), dy.flatten(0, 1)
+    assert torch.equal(y.flatten(0, 1), reference.forward(flat_x, weight, mask, adapter_l, adapter_r))
+    expected = reference.backward(flat_x, flat_dy, weight, mask, column, adapter_l, adapter_r)
+    assert torch.equal(x.grad.flatten(0, 1), expected.x_TK)
+    assert values.grad.shape == values.shape
+    assert torch.equal(unpack(values.grad, mask), expected.weight_NK)
+    if rank:
+        assert torch.equal(adapters[0].grad.t(), expected.adapter_l_KR)
+        assert torch.equal(adapters[1].grad.t(), expected.adapter_r_RN)
+
+
+def test_dgrad_reads_the_doubly_pruned_weight():
+    """Were dX computed with the forward's weight, this would pass a plain gradient check, and must not."""
+    weight, mask, column, _, dy, *_ = problem(2, 4, 0, 0)
+    assert (mask & ~column).any()
+    values = pack(weight, mask)
+    operands = build_operands("reference", values, mask, pack(column, mask))
+    dx = operands.dgrad(dy.flatten(0, 1))
+    assert not torch.equal(dx, dy.flatten(0, 1) @ (weight * mask))
+
+
+def test_the_adapters_change_nothing_while_r_is_zero():
+    weight, mask, column, x, _, adapter_l, _ = problem(2, 4, 4, 0)
+    values = pack(weight, mask)
+    operands = build_operands("reference", values, mask, pack(column, mask))
+    with_adapters = slope_linear(x, values, operands, adapters=(adapter_l.t(), torch.zeros(24, 4, dtype=x.dtype)))
+    assert torch.equal(with_adapters, slope_linear(x, values, operands))
+
+
+def test_the_exact_parts_pass_gradcheck():
+    """With nothing dropped by the second pruning, and for the adapters always, backward is the gradient of forward."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(8, 16, dtype=torch.bool)
+    mask[:, 0::2] = True
+    mask[1::2] = ~mask[1::2]
+    column = column_pattern(weight, mask, 2, 4)
+    assert torch.equal(column, mask)
+
+    class Operands:
+        """Reference operands of whatever values come in: gradcheck moves them."""
+
+        def __init__(self, values):
+            self.inner = build_operands("reference", values.detach(), mask, pack(column, mask))
+            self.forward, self.dgrad, self.wgrad = self.inner.forward, self.inner.dgrad, self.inner.wgrad
+
+    def function(x, values, adapter_l, adapter_r):
+        return slope_linear(x, values, Operands(values), adapters=(adapter_l, adapter_r))
+
+    inputs = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 16), (2, 16), (8, 2))]
+    x, adapter_l, adapter_r = (tensor.requires_grad_() for tensor in inputs)
+    values = pack(weight, mask).requires_grad_()
+    assert torch.autograd.gradcheck(function, (x, values, adapter_l, adapter_r))
+
+
+def test_frozen_weights_get_no_gradient():
+    weight, mask, column, x, dy, *_ = problem(2, 4, 0, 0)
+    values = pack(weight, mask)
+    operands = build_operands("reference", values, mask, pack(column, mask))
+    x = x.requires_grad_()
+    slope_linear(x, values, operands).backward(dy)
+    assert values.grad is None
+    assert x.grad is not None

@@ -1,0 +1,124 @@
+"""A checkpoint of one layout, loaded at others: the same state to the bit, the same losses up to the order of sums."""
+
+import pytest
+import torch
+
+from helpers.models import VOCABULARY, small_config, step_batches
+
+SLOPE = {"adapter_rank": 4, "lazy_fraction": 0.5, "backward_mask_interval": 4}
+STEPS, SAVED, END = 10, 6, 9
+
+
+FAMILIES = {"opt": {}, "llama": {"gated": True}, "bert": {"bert": True}}
+
+
+def config_of(family, sizes, **more):
+    return small_config(**FAMILIES[family], slope=SLOPE, steps=STEPS, layers=4, **sizes, **more)
+
+
+def build_engine(config, dtype):
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.engine import Engine
+
+    return Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+
+
+def train(engine, config, until):
+    from megatron.core import parallel_state
+
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    losses = []
+    while engine.steps_done < until:
+        losses.append(engine.train_step(step_batches(config, engine.steps_done, replica, replicas)).loss)
+    return losses
+
+
+def canonical_state(engine):
+    """This rank's shards of model, masters and moments by canonical name, and the optimizer's step counters."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    from slope_megatron.training import checkpoint
+
+    checkpoint.link_optimizer_state(engine)
+    found = []
+    for entries in checkpoint.sharded_engine_state(engine, filled=True).values():
+        for entry in entries.values():
+            parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+            for part in parts:
+                if isinstance(part, ShardedTensor):
+                    found.append((part.key, part.global_offset, part.global_shape, part.data.detach().clone()))
+    return found, checkpoint.optimizer_steps(engine)
+
+
+def save_and_go_on(config, dtype, run):
+    from slope_megatron.training import checkpoint
+
+    engine = build_engine(config, dtype)
+    train(engine, config, SAVED)
+    checkpoint.save(engine, run)
+    state = canonical_state(engine)
+    return state, train(engine, config, END)
+
+
+def load_and_go_on(config, dtype, run):
+    from slope_megatron.training import checkpoint
+
+    engine = build_engine(config, dtype)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.fill_(7.0)
+    folder = checkpoint.newest(run)
+    checkpoint.read_state(folder, config)
+    checkpoint.load(engine, folder)
+    state = canonical_state(engine)
+    return state, train(engine, config, END)
+
+
+def assemble(results):
+    """Whole tensors by canonical name."""
+    whole = {}
+    for (parts, _), _ in results:
+        for key, offset, shape, data in parts:
+            target = whole.setdefault(key, torch.zeros(shape, dtype=data.dtype))
+            target[tuple(slice(start, start + size) for start, size in zip(offset, data.shape, strict=True))] = data
+    return whole
+
+
+def check_resharding(ranks, run, family, dtype, saved_at, loaded_at):
+    def layout(tensor_parallel, pipeline_parallel, data_parallel, **more):
+        sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+        world = tensor_parallel * pipeline_parallel * data_parallel
+        return config_of(family, sizes, **more), {"world": world, **sizes}
+
+    config, sizes = layout(*saved_at)
+    results = ranks.run(save_and_go_on, config, dtype, run, **sizes)
+    expected, (_, steps), losses = assemble(results), results[0][0], results[0][1]
+    assert steps["sparse"] == SAVED and steps["adapters"] == SAVED - STEPS // 2
+    names = ("weight", "weight_pattern", "weight_column", "adapter_l", "adapter_r")
+    fc2 = f"{'encoder' if family == 'bert' else 'decoder'}.layers.3.mlp.linear_fc2"
+    kinds = ("optimizer.fp32.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")
+    assert {f"{fc2}.{name}" for name in names} | {f"{kind}{fc2}.adapter_r" for kind in kinds} <= expected.keys()
+    for place in loaded_at:
+        config, sizes = layout(*place)
+        results = ranks.run(load_and_go_on, config, dtype, run, **sizes)
+        found = assemble(results)
+        assert found.keys() == expected.keys()
+        different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+        assert not different, f"{place}: {different}"
+        assert results[0][0][1] == steps
+        # Only the order of sums differs from here on; bf16 rounds each product to 3 digits.
+        bound = 1e-5 if dtype == torch.float32 else 5e-3
+        assert results[0][1] == pytest.approx(losses, rel=bound), place
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_loads_at_other_layouts(ranks, tmp_path, family):
+    check_resharding(ranks, tmp_path, family, torch.float32, (2, 2, 1), [(1, 1, 1), (4, 1, 1), (1, 2, 2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_checkpoint_of_eight_ranks_loads_at_other_layouts(ranks, tmp_path, dtype):
+    check_resharding(
+        ranks, tmp_path, "llama", dtype, (2, 2, 2), [(1, 2, 1), (4, 1, 2), (2, 1, 1), (1, 1, 4), (1, 4, 1)]
+    )
