@@ -14,6 +14,4 @@ def ranks():
     """`ranks.run(function, *arguments, world=, tensor_parallel=)`: see helpers.distributed."""
     from helpers.distributed import RankPool
 
-    pool = RankPool()
-    yield pool
-    pool.close()
+    return RankPool()

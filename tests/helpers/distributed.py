@@ -1,14 +1,21 @@
-"""Run a test function on several ranks: processes that stay alive between tests, gloo, a file rendezvous each time."""
+"""Run a test function on several ranks: processes forked for each call, gloo, a file rendezvous each time.
 
-import contextlib
+Threads of process groups outlive the groups, thousands of them after some dozens of layouts, and slow a machine to a
+crawl: so no process plays a rank twice. They are forked from one server that has imported the frameworks.
+"""
+
+import ctypes
 import itertools
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 import traceback
 from pathlib import Path
 
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 600
+PR_SET_PDEATHSIG = 1
 
 
 def _start_groups(rendezvous: str, rank: int, world: int, tensor_parallel: int, pipeline_parallel: int) -> None:
@@ -33,57 +40,63 @@ def _stop_groups() -> None:
     dist.destroy_process_group()
 
 
-def _worker(pipe) -> None:
-    """One rank: takes (function, arguments, layout), answers ("ok", result) or ("error", traceback)."""
-    import torch
+def _play_rank(pipe, function, arguments, layout) -> None:
+    """One rank: answers ("ok", result) or ("error", traceback)."""
+    # Nothing of a test run that was killed stays behind: ranks end with the server, the server with the tests.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        _start_groups(*layout)
+        answer = ("ok", function(*arguments))
+        _stop_groups()
+    except BaseException:
+        answer = ("error", traceback.format_exc())
+    pipe.send(answer)
+    # Leaving at once skips the teardown of libraries that may wait for peers.
+    pipe.close()
+    os._exit(0)
 
-    from slope_megatron.training import cpu_host
 
-    torch.set_num_threads(1)
-    cpu_host.prepare()
-    while (job := pipe.recv()) is not None:
-        function, arguments, rendezvous, rank, world, *sizes = job
-        try:
-            _start_groups(rendezvous, rank, world, *sizes)
-            answer = ("ok", function(*arguments))
-            _stop_groups()
-        except BaseException:
-            answer = ("error", traceback.format_exc())
-        pipe.send(answer)
+def fork_server():
+    """A multiprocessing context whose processes are forked from one that has imported the frameworks."""
+    context = multiprocessing.get_context("forkserver")
+    # The server sees the environment, not this process's import path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    context.set_forkserver_preload(["helpers.imported"])
+    return context
 
 
 class RankPool:
-    """Processes that play ranks. A failed call ends them all: peers may hang in a collective."""
+    """Starts ranks. A failed call ends all of its processes: peers may hang in a collective."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory()
         self.numbers = itertools.count()
-        self.workers: list = []
-
-    def _grow(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        while len(self.workers) < size:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs,), daemon=False)
-            process.start()
-            theirs.close()
-            self.workers.append((process, ours))
+        self.context = fork_server()
 
     def run(self, function, *arguments, world: int, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list:
         """What `function(*arguments)` returned on each of `world` ranks; `function` must be importable by name."""
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        self._grow(world)
-        rendezvous = Path(self.folder.name) / f"rendezvous{next(self.numbers)}"
-        ranks = self.workers[:world]
-        for rank, (_, pipe) in enumerate(ranks):
-            pipe.send((function, arguments, str(rendezvous), rank, world, tensor_parallel, pipeline_parallel))
+        rendezvous = str(Path(self.folder.name) / f"rendezvous{next(self.numbers)}")
+        ranks = []
+        for rank in range(world):
+            ours, theirs = self.context.Pipe()
+            layout = (rendezvous, rank, world, tensor_parallel, pipeline_parallel)
+            process = self.context.Process(target=_play_rank, args=(theirs, function, arguments, layout))
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
         results = []
-        for rank, (_, pipe) in enumerate(ranks):
-            kind, value = self._answer(pipe, rank)
-            if kind == "error":
-                self.close(patience=0.0)
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results.append(value)
+        try:
+            for rank, (_, pipe) in enumerate(ranks):
+                kind, value = self._answer(pipe, rank)
+                assert kind == "ok", f"rank {rank} failed:\n{value}"
+                results.append(value)
+        finally:
+            for process, pipe in ranks:
+                if len(results) < world:
+                    process.kill()
+                process.join()
+                pipe.close()
         return results
 
     def _answer(self, pipe, rank: int):
@@ -94,15 +107,3 @@ class RankPool:
         except EOFError:
             problem = "ended without an answer"
         return "error", f"rank {rank} {problem}"
-
-    def close(self, patience: float = 20.0) -> None:
-        """End all processes, by force after `patience` seconds; a later `run` starts new ones."""
-        for _, pipe in self.workers:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process, pipe in self.workers:
-            process.join(patience)
-            process.kill()
-            process.join()
-            pipe.close()
-        self.workers = []

@@ -1,8 +1,8 @@
 """OPT-66B at TP 4 x PP 8 x DP 2, built without memory: every rank's shapes, packed sizes and bytes add up."""
 
-import multiprocessing
-
 import pytest
+
+from helpers.distributed import fork_server
 
 TENSOR, PIPELINE, DATA = 4, 8, 2
 WORLD = TENSOR * PIPELINE * DATA
@@ -79,7 +79,7 @@ def build_all(pipe, config):
 
 @pytest.fixture(scope="module")
 def built():
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     ours, theirs = context.Pipe()
     config = config_66b()
     process = context.Process(target=build_all, args=(theirs, config))
