@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -50,7 +51,8 @@ def _play_rank(pipe, function, arguments, layout) -> None:
         _stop_groups()
     except BaseException:
         answer = ("error", traceback.format_exc())
-    pipe.send(answer)
+    # Plain pickle: torch's own would leave tensors in shared memory that ends with this process.
+    pipe.send_bytes(pickle.dumps(answer))
     # Leaving at once skips the teardown of libraries that may wait for peers.
     pipe.close()
     os._exit(0)
@@ -87,8 +89,8 @@ class RankPool:
             ranks.append((process, ours))
         results = []
         try:
-            for rank, (_, pipe) in enumerate(ranks):
-                kind, value = self._answer(pipe, rank)
+            for rank, (process, pipe) in enumerate(ranks):
+                kind, value = self._answer(pipe, process)
                 assert kind == "ok", f"rank {rank} failed:\n{value}"
                 results.append(value)
         finally:
@@ -99,11 +101,12 @@ class RankPool:
                 pipe.close()
         return results
 
-    def _answer(self, pipe, rank: int):
+    @staticmethod
+    def _answer(pipe, process):
         try:
             if pipe.poll(TIMEOUT_SECONDS):
-                return pipe.recv()
-            problem = f"gave no answer in {TIMEOUT_SECONDS} s"
+                return pickle.loads(pipe.recv_bytes())
+            return "error", f"no answer in {TIMEOUT_SECONDS} s"
         except EOFError:
-            problem = "ended without an answer"
-        return "error", f"rank {rank} {problem}"
+            process.join()
+            return "error", f"ended with exit code {process.exitcode} and no answer"
