@@ -53,9 +53,6 @@ def _play_rank(pipe, function, arguments, layout) -> None:
         answer = ("error", traceback.format_exc())
     # Plain pickle: torch's own would leave tensors in shared memory that ends with this process.
     pipe.send_bytes(pickle.dumps(answer))
-    # Leaving at once skips the teardown of libraries that may wait for peers.
-    pipe.close()
-    os._exit(0)
 
 
 def fork_server():
