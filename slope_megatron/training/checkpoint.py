@@ -23,7 +23,9 @@ from slope_megatron.training import files
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.engine_state import (
     install_engine_state,
+    install_loss_scaler,
     link_optimizer_state,
+    loss_scaler_state,
     optimizer_steps,
     sharded_engine_state,
 )
@@ -56,6 +58,7 @@ def save(engine: Engine, run: Path) -> Path:
             "format": FORMAT,
             "steps_done": engine.steps_done,
             "optimizer_steps": steps,
+            "loss_scaler": loss_scaler_state(engine),
             "config": engine.config.to_dict(),
         }
         files.write_json(partial / "state.json", state)
@@ -162,5 +165,6 @@ def load(engine: Engine, folder: Path) -> None:
     sharded = sharded_engine_state(engine, filled=False)
     loaded = dist_checkpointing.load(sharded, str(folder))
     install_engine_state(engine, loaded, state["optimizer_steps"])
+    install_loss_scaler(engine, state["loss_scaler"])
     engine.steps_done = state["steps_done"]
     engine.enter_phase()
