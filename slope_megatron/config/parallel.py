@@ -21,6 +21,21 @@ class ParallelConfig:
         "activations computed again in backward: of attention (selective) or of whole blocks (full)",
         choices=("none", "selective", "full"),
     )
+    zero_stage: int = option(
+        1,
+        "what DeepSpeed ZeRO cuts over the replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too",
+        choices=(1, 2, 3),
+    )
+    offload_optimizer: str = option(
+        "none",
+        "where masters, moments and the update live: none (the GPU), cpu (host memory), nvme (ZeRO-3 alone)",
+        choices=("none", "cpu", "nvme"),
+    )
+    zero3_resident_operands: bool = option(
+        False,
+        "ZeRO-3: keep every packed layer's operands between its uses instead of building them from the gathered "
+        "values in each forward and backward: faster, for two dense-sized copies of memory",
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -36,6 +51,21 @@ class ParallelConfig:
             raise ValueError(
                 f"--context-parallel is {self.context_parallel}: attention here sees whole sequences only; use 1 and, "
                 "for long sequences, --sequence-parallel and --recompute"
+            )
+
+        self._check_zero()
+
+    def _check_zero(self) -> None:
+        if self.pipeline_parallel > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"--zero-stage is {self.zero_stage} with --pipeline-parallel {self.pipeline_parallel}: stages 2 and 3 "
+                "reduce gradients inside each backward, and the pipeline's schedule has several in flight; use "
+                "--zero-stage 1, or --pipeline-parallel 1"
+            )
+        if self.zero3_resident_operands and self.zero_stage != 3:
+            raise ValueError(
+                f"--zero3-resident-operands is given with --zero-stage {self.zero_stage}: operands stay resident there "
+                "anyway; leave it out"
             )
 
     @property

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from slope_megatron.config.fields import add_arguments, destination, load_yaml
 from slope_megatron.config.model import ModelConfig
+from slope_megatron.config.optimizer import OptimizerConfig
 from slope_megatron.config.parallel import ParallelConfig
-from slope_megatron.config.run import DataConfig, OptimizerConfig, TrainConfig
+from slope_megatron.config.run import DataConfig, TrainConfig
 from slope_megatron.config.slope import SlopeConfig, parse_nm
 
 # Section of the YAML file -> (class, title in --help, prefix of its flags).
@@ -25,6 +26,7 @@ FREE_ON_RESUME = {
     "data": {"data", "cache", "micro_batch_size"},
     # Checkpoints know canonical names only: any layout can go on from them.
     "parallel": {field.name for field in dataclasses.fields(ParallelConfig)},
+    "optimizer": {"adam_backend"},
     "train": {
         "resume",
         "auto_resume",

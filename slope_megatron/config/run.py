@@ -1,39 +1,8 @@
-"""The rest of a run: optimizer, data, and the run itself."""
+"""The rest of a run: data, and the run itself."""
 
 import dataclasses
-import math
 
 from slope_megatron.config.fields import check_choices, option
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW on fp32 masters; cosine schedule with linear warm-up, a function of the step alone."""
-
-    lr: float = option(6e-4, "peak learning rate")
-    min_lr: float = option(6e-5, "learning rate at the last step")
-    warmup_steps: int = option(100, "steps of linear warm-up")
-    weight_decay: float = option(0.1, "decoupled weight decay (none on biases and norms)")
-    beta1: float = option(0.9, "AdamW beta1")
-    beta2: float = option(0.95, "AdamW beta2")
-    eps: float = option(1e-8, "AdamW epsilon")
-    clip_grad: float = option(1.0, "global gradient norm to clip at; 0: no clipping")
-
-    def __post_init__(self):
-        check_choices(self)
-        if not 0 <= self.min_lr <= self.lr or self.lr <= 0:
-            raise ValueError(
-                f"--lr is {self.lr} and --min-lr {self.min_lr}: they must satisfy 0 <= min-lr <= lr and lr > 0"
-            )
-        if self.warmup_steps < 0:
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}: it must not be negative")
-
-    def lr_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of the `step`-th update, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +50,11 @@ class TrainConfig:
         None, "stop cleanly after this step, as if the time were up; schedules still aim at --steps"
     )
     seed: int = option(1234, "seed of everything random: weights, patterns, data order, dropout")
-    dtype: str = option("auto", "parameter type; auto: bf16 on GPUs, on CPUs fp32", choices=("auto", "bf16", "fp32"))
+    dtype: str = option(
+        "auto",
+        "parameter type; auto: bf16 on GPUs, on CPUs fp32; fp16 scales the loss (--initial-loss-scale)",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
     eval_interval: int = option(200, "steps between two validations")
     eval_samples: int = option(64, "validation samples, the same ones each time")
     save_interval: int = option(500, "steps between two checkpoints")

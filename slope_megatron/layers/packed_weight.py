@@ -19,8 +19,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
+from slope_megatron.layers.passing_operands import PassingOperands
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops.backend import Operands, build_operands, choose_column_bits
+from slope_megatron.ops.backend import PRODUCTS, Operands, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
@@ -98,6 +99,7 @@ class PackedWeight(torch.nn.Module):
             cut = self.adapter_r if partition_dim == 0 else self.adapter_l
             set_tensor_model_parallel_attributes(cut, True, partition_dim, stride)
         self.adapters_active = False
+        self.keep_operands = True
         self.initialized = False
         self._operands: Operands | None = None
         self._refreshed_version = -1
@@ -161,19 +163,27 @@ class PackedWeight(torch.nn.Module):
     def operands(self) -> Operands:
         """The operands of the present values: built on first use, refreshed when the parameter was written in place."""
         if self._operands is None:
-            if not self.initialized:
-                raise RuntimeError(
-                    f"{type(self).__name__} has no pattern yet: fill the built model with "
-                    "slope_megatron.models.fill.fill_model, "
-                    "or load a checkpoint"
-                )
-            self._operands = build_operands(
-                self.slope.backend, self.weight.detach(), self.weight_pattern, self.weight_column
-            )
+            self._operands = self.new_operands(PRODUCTS)
             self._refreshed_version = self.weight._version
         elif self._refreshed_version != self.weight._version:
             self.refresh()
         return self._operands
+
+    def new_operands(self, products: tuple[str, ...]) -> Operands:
+        """Operands of the present values that serve `products`."""
+        if not self.initialized:
+            raise RuntimeError(
+                f"{type(self).__name__} has no pattern yet: fill the built model with "
+                "slope_megatron.models.fill.fill_model, "
+                "or load a checkpoint"
+            )
+        values = self.weight.detach()
+        return build_operands(self.slope.backend, values, self.weight_pattern, self.weight_column, products)
+
+    @property
+    def has_operands(self) -> bool:
+        """Whether operands are there now."""
+        return self._operands is not None
 
     def drop_operands(self) -> None:
         """Forget the operands: patterns, dtype or device have changed."""
@@ -209,7 +219,8 @@ class PackedWeight(torch.nn.Module):
             replicated_adapter=self.replicated_adapter,
         )
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
-        output = slope_linear(input, weight, self.operands(), adapters=adapters, communication=communication)
+        operands = self.operands() if self.keep_operands else PassingOperands(self.new_operands)
+        output = slope_linear(input, weight, operands, adapters=adapters, communication=communication)
         return output if bias is None else output + bias
 
 

@@ -13,7 +13,7 @@ from slope_megatron.models.bert import build_bert
 from slope_megatron.models.fill import fill_model
 from slope_megatron.models.layer_spec import block_spec
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 ACTIVATIONS = {
     "relu": torch.nn.functional.relu,
     "gelu": torch.nn.functional.gelu,
@@ -54,6 +54,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         # Fusions that need apex or Transformer Engine, or that compile for 20 s on a CPU.

@@ -35,6 +35,7 @@ class Operands(Protocol):
         """dW = dY^T X read at the kept places, `[N, C]`."""
 
 
+PRODUCTS = reference.PRODUCTS
 # In the order in which "auto" tries them.
 BACKENDS = {"cusparselt": cusparselt, "reference": reference}
 ROWS_AT_ONCE = 4096
@@ -75,12 +76,13 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def build_operands(backend: str, values_NC, row, column) -> Operands:
+def build_operands(backend: str, values_NC, row, column, products_wanted=PRODUCTS) -> Operands:
     """Operands of one packed weight.
 
     Args:
         row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; a bitmask that stays is kept by reference.
         column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`.
+        products_wanted: those that they will serve; a kernel that writes both operands at once does so anyway.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
@@ -96,7 +98,7 @@ def build_operands(backend: str, values_NC, row, column) -> Operands:
         _say_once(f"sparse products: some weights run on backend reference: {reason}")
     row_NK = row if row.dtype == torch.bool else unpack_bits(row)
     column_NC = column if column.dtype == torch.bool else unpack_bits(column)
-    return reference.build(values_NC, row_NK, column_NC)
+    return reference.build(values_NC, row_NK, column_NC, products_wanted)
 
 
 def choose_column_bits(values_NC: torch.Tensor, row_bits: torch.Tensor, n: int, m: int) -> torch.Tensor:

@@ -4,14 +4,18 @@ import torch
 
 from slope_megatron.sparsity.packing import kept_index, unpack_bits
 
+PRODUCTS = ("forward", "dgrad", "wgrad")
+
 
 def unsupported() -> None:
     """It runs everywhere."""
     return None
 
 
-def build(values_NC: torch.Tensor, row_NK: torch.Tensor, column_NC: torch.Tensor) -> "ReferenceOperands":
-    operands = ReferenceOperands(row_NK, values_NC.dtype)
+def build(
+    values_NC: torch.Tensor, row_NK: torch.Tensor, column_NC: torch.Tensor, products: tuple[str, ...] = PRODUCTS
+) -> "ReferenceOperands":
+    operands = ReferenceOperands(row_NK, values_NC.dtype, products)
     operands.set_column_pattern(column_NC, values_NC)
     return operands
 
@@ -19,16 +23,22 @@ def build(values_NC: torch.Tensor, row_NK: torch.Tensor, column_NC: torch.Tensor
 class ReferenceOperands:
     """W^R and W^{R,C} as dense matrices, and where their kept weights are. N out, K in, C kept per row, T tokens."""
 
-    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[str, ...] = PRODUCTS):
         self.index_NC = kept_index(row_NK)
-        self.forward_NK = torch.zeros(row_NK.shape, dtype=dtype, device=row_NK.device)
-        self.backward_NK = torch.zeros_like(self.forward_NK)
+
+        def zeros() -> torch.Tensor:
+            return torch.zeros(row_NK.shape, dtype=dtype, device=row_NK.device)
+
+        self.forward_NK = zeros() if "forward" in products else None
+        self.backward_NK = zeros() if "dgrad" in products else None
         self.column_NC: torch.Tensor | None = None
 
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
-        self.forward_NK.scatter_(1, self.index_NC, values_NC)
-        self.backward_NK.scatter_(1, self.index_NC, values_NC * self.column_NC)
+        if self.forward_NK is not None:
+            self.forward_NK.scatter_(1, self.index_NC, values_NC)
+        if self.backward_NK is not None:
+            self.backward_NK.scatter_(1, self.index_NC, values_NC * self.column_NC)
 
     @torch.no_grad()
     def set_column_pattern(self, column: torch.Tensor, values_NC: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """Measured bytes and measured extra zeros of one model, summed over the ranks that share it."""
 
+import itertools
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -7,8 +9,9 @@ from megatron.core import parallel_state
 from slope_megatron.models.fill import sparse_modules
 from slope_megatron.models.layer_spec import twin_weights
 from slope_megatron.sparsity.pattern import extra_zeros
+from slope_megatron.training import zero
 from slope_megatron.training.engine import Engine
-from slope_megatron.training.optimizer import SPARSE, model_parameters
+from slope_megatron.training.optimizer import ADAPTERS, SPARSE, is_adapter, model_parameters
 
 KINDS = ("weights", "patterns", "operands", "gradients", "optimizer")
 
@@ -19,9 +22,11 @@ def tensors_of(value) -> list[torch.Tensor]:
 
 
 def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
-    """Bytes held by this rank, for the packed linears (or their dense twins) and for the whole model."""
-    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
-    twins = {names[id(weight)] for weight in twin_weights(engine.model, engine.config.slope)}
+    """Bytes of this rank's share of one model, for the packed linears (or their dense twins) and for the whole model.
+
+    Weights and gradients as they are in use, whole; the optimizer's as ZeRO has cut it.
+    """
+    twins = {id(weight) for weight in twin_weights(engine.model, engine.config.slope)}
     sizes = {scope: dict.fromkeys(KINDS, 0) for scope in ("sparse_layers", "model")}
 
     def add(kind: str, count: int, sparse: bool) -> None:
@@ -30,17 +35,25 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
             sizes["sparse_layers"][kind] += count
 
     for name, parameter in model_parameters(engine.model):
-        add("weights", parameter.nbytes, name in twins)
-        add("gradients", engine.gradient_bytes.get(name, 0), name in twins)
+        elements = zero.shape_of(parameter).numel()
+        has_gradient = engine.gradients_of_adapters or not is_adapter(name)
+        add("weights", elements * parameter.element_size(), id(parameter) in twins)
+        # Accumulated in fp32 over the micro-batches, whatever the weights' type.
+        add("gradients", elements * 4 * has_gradient, id(parameter) in twins)
     for module in sparse_modules(engine.model):
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
-        add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands())), True)
-    base = engine.optimizer.optimizer
-    for group in base.param_groups:
-        for partition in group["params"]:
-            states = [value for value in base.state[partition].values() if torch.is_tensor(value) and value.dim()]
-            add("optimizer", sum(tensor.nbytes for tensor in (partition, *states)), group["name"] == SPARSE)
+        if module.keep_operands:
+            with zero.gathered(module.weight):
+                add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands())), True)
+    for partition in zero.partitions(engine.optimizer):
+        tensors = (partition.masters, *moments_of(engine, partition))
+        add("optimizer", sum(tensor.nbytes for tensor in tensors), partition.group["name"] == SPARSE)
     return sizes
+
+
+def moments_of(engine: Engine, partition: zero.Partition) -> list[torch.Tensor]:
+    state = engine.optimizer.optimizer.state[partition.masters]
+    return [value for value in state.values() if torch.is_tensor(value) and value.dim()]
 
 
 def state_bytes(engine: Engine) -> dict[str, dict[str, int]]:
@@ -55,13 +68,91 @@ def state_bytes(engine: Engine) -> dict[str, dict[str, int]]:
     return {scope: dict(zip(KINDS, row, strict=True)) for scope, row in zip(local, shards.tolist(), strict=True)}
 
 
+# -- one rank ----------------------------------------------------------------------------------------------------------
+
+
+def state_bytes_per_rank(engine: Engine) -> dict[str, dict[str, int]]:
+    """Bytes of training state on the fullest rank, `measured` (memory behind the tensors) and by `formula`; collective.
+
+    Weights, gradients and optimizer as the ZeRO stage cuts them; with offload the optimizer's are in host memory.
+    """
+    found = {"measured": measured_rank_bytes(engine), "formula": formula_rank_bytes(engine)}
+    table = torch.tensor([list(sizes.values()) for sizes in found.values()], device=engine.device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    kinds = found["measured"]
+    return {how: dict(zip(kinds, row, strict=True)) for how, row in zip(found, table.tolist(), strict=True)}
+
+
+def measured_rank_bytes(engine: Engine) -> dict[str, int]:
+    """What this rank's tensors occupy; gradients as they were noted before the step."""
+    named = [parameter for _, parameter in model_parameters(engine.model)]
+    weights = [*named, *(parameter.ds_tensor for parameter in named if hasattr(parameter, "ds_tensor"))]
+    partitions = zero.partitions(engine.optimizer)
+    states = [tensor for part in partitions for tensor in (part.masters, *moments_of(engine, part))]
+    return {
+        "weights": zero.storage_bytes(weights),
+        "gradients": engine.gradient_bytes or 0,
+        "optimizer": zero.storage_bytes(states),
+    }
+
+
+def formula_rank_bytes(engine: Engine) -> dict[str, int]:
+    """The same from shapes, stage, replicas and type alone.
+
+    P elements of a group, D replicas, b bytes a weight; groups padded to multiples of 2 D, in stage 3 parameters to D:
+
+        stage       1                        2              3
+        weights     b P                      b P            b P / D, and what is small whole
+        gradients   4 P                      4 P / D        4 P / D
+        optimizer   12 P / D                 12 P / D       12 P / D
+    """
+    parallel = engine.config.parallel
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    sizes = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
+    offloaded = parallel.offload_optimizer != "none"
+    width = engine.dtype.itemsize
+    for name, members in engine.members.items():
+        counts = [zero.shape_of(parameter).numel() for parameter in members]
+        if parallel.zero_stage == 3:
+            parts = [-(-count // replicas) for count in counts]
+            limit = zero.small_parameter(engine.config)
+            small = [part for part, count in zip(parts, counts, strict=True) if count <= limit]
+            sizes["weights"] += width * (sum(parts) + replicas * sum(small))
+            sizes["gradients"] += 4 * sum(parts)
+            sizes["optimizer"] += 12 * sum(parts)
+            continue
+        whole = -(-sum(counts) // (2 * replicas)) * 2 * replicas
+        part = whole // replicas
+        sizes["weights"] += width * whole
+        sizes["optimizer"] += 12 * part
+        if parallel.zero_stage == 2 and (offloaded or width == 2):
+            sizes["gradients"] += 4 * part
+        elif parallel.zero_stage == 2:
+            sizes["gradients"] += 4 * touched(counts, replica * part, (replica + 1) * part)
+        elif engine.dtype == torch.bfloat16 and not offloaded:
+            sizes["gradients"] += 4 * whole
+        elif name != ADAPTERS or engine.gradients_of_adapters:
+            sizes["gradients"] += 4 * sum(counts)
+    return sizes
+
+
+def touched(counts: list[int], start: int, end: int) -> int:
+    """Elements of the parameters of which a part lies in [start, end) of their group: DeepSpeed keeps those whole."""
+    last = list(itertools.accumulate(counts))
+    return sum(count for count, stop in zip(counts, last, strict=True) if stop > start and stop - count < end)
+
+
+# -- the second pruning, parameters ------------------------------------------------------------------------------------
+
+
 def double_pruning(engine: Engine) -> dict[str, float] | None:
     """The second pruning over the whole model, measured, beside the formula; None for a dense model."""
     if not engine.config.slope.enabled:
         return None
     sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
     for module in sparse_modules(engine.model):
-        count = module.double_pruning()
+        with zero.gathered(module.weight):
+            count = module.double_pruning()
         expected = count.weights * extra_zeros(module.slope.n, module.slope.m)
         row = [count.weights, count.dropped, expected, count.energy, count.energy_dropped]
         sums += torch.tensor(row, dtype=torch.float64, device=engine.device)
@@ -78,7 +169,7 @@ def parameter_count(engine: Engine) -> int:
     """Parameters held by one replica of the model: shards added up, replicated ones and tied copies once."""
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     here = sum(
-        parameter.numel()
+        zero.shape_of(parameter).numel()
         for _, parameter in model_parameters(engine.model)
         if (tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
         and not getattr(parameter, "ds_pipe_replicated", False)

@@ -136,3 +136,5 @@ def _patch_deepspeed() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed asks for fast fp16 instructions; torch computes fp16 on any CPU, slowly.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True

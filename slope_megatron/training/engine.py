@@ -1,7 +1,7 @@
 """One training step: fetch, forward, backward, reduce, clip, step, refresh, log, in that order.
 
-Megatron's schedule runs the micro-batches on the bare module, so that gradients add up locally; DeepSpeed ZeRO-1 then
-reduces them over the data-parallel ranks once, clips, updates its fp32 partitions and gathers the weights.
+How forward, backward and reduce go depends on the ZeRO stage (`accumulation`). DeepSpeed then clips, updates its fp32
+partitions and gathers the weights (stage 3: each layer's, when it is used).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from slope_megatron.config import Config
 from slope_megatron.models.fill import sparse_modules
-from slope_megatron.training import gradients
+from slope_megatron.training import accumulation, gradients, zero
 from slope_megatron.training import optimizer as optim
 from slope_megatron.training.objectives import OBJECTIVES
 from slope_megatron.training.parallel import ModelParallelUnit, seed_step
@@ -25,32 +25,48 @@ from slope_megatron.training.phases import Phases
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one step did: mean loss over the global batch (nats per token), global gradient norm before clipping."""
+    """What one step did: mean loss over the global batch (nats per token), global gradient norm before clipping.
+
+    `skipped`: gradients were not finite, so that nothing was updated (the norm is infinite then); the step counts.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     seconds: float
+    loss_scale: float = 1.0
+    skipped: bool = False
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO-1, and the step counter."""
+    """A model under DeepSpeed ZeRO, and the step counter."""
 
     def __init__(self, model: torch.nn.Module, config: Config, dtype: torch.dtype):
+        zero.check_offload(config)
         self.config = config
+        self.dtype = dtype
         self.phases = Phases(config)
         self.objective = OBJECTIVES[config.model.architecture]
         self.steps_done = 0
+        self.skipped_steps = 0
         self.device = next(model.parameters()).device
-        self.gradient_bytes: dict[str, int] = {}
+        self.gradient_bytes: int | None = None
+        self.gradients_of_adapters = False
         gradients.mark_tied_copy(model)
+        groups = optim.parameter_groups(model, config)
+        self.members = {group["name"]: list(group["params"]) for group in groups}
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=optim.build_adamw(model, config),
+            optimizer=optim.build_optimizer(groups, config),
             mpu=ModelParallelUnit,
-            config=optim.deepspeed_config(config, dtype, parallel_state.get_data_parallel_world_size()),
+            config=zero.deepspeed_config(config, dtype, parallel_state.get_data_parallel_world_size()),
         )
-        # The caller owns the boundary: one reduction a step, after all micro-batches.
+        if config.optimizer.optimizer == "lamb":
+            optim.attach_lamb(self.optimizer, self.members)
+        for module in sparse_modules(self.model):
+            module.keep_operands = config.parallel.zero_stage < 3 or config.parallel.zero3_resident_operands
+        self.accumulation = accumulation.build(self)
+        # The caller owns the boundary: one update a step, after all micro-batches.
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.enter_phase()
 
@@ -66,11 +82,13 @@ class Engine:
         step = self.steps_done
         self.enter_phase()
         self.model.train()
-        loss = self.forward_backward(list(batches))
-        self.reduce_gradients()
+        loss = self.forward_backward_reduce(list(batches))
+        loss_scale = float(self.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
         self.deepspeed.step()
+        skipped = not self.deepspeed.was_step_applied()
+        self.skipped_steps += skipped
         self.steps_done = step + 1
         self.refresh()
         return StepResult(
@@ -78,6 +96,8 @@ class Engine:
             grad_norm=float(self.deepspeed.get_global_grad_norm() or 0.0),
             learning_rate=self.config.optimizer.lr_at(step, self.config.train.steps),
             seconds=time.perf_counter() - started,
+            loss_scale=loss_scale,
+            skipped=skipped,
         )
 
     def enter_phase(self) -> None:
@@ -88,21 +108,29 @@ class Engine:
         for module in sparse_modules(self.model):
             module.adapters_active = self.phases.adapters_on(step)
         if self.phases.adapters_join(step):
-            optim.reset_state(self.optimizer, optim.ADAPTERS)
+            zero.reset_state(self.optimizer, optim.ADAPTERS)
 
-    def forward_backward(self, batches: list[dict]) -> float:
-        """Gradients of all micro-batches, added up; returns the mean loss over the global batch."""
-        results = self.schedule(batches, self.training_loss, forward_only=False)
-        # Only the last pipeline stage has losses.
-        loss = torch.stack([result["loss"] for result in results]).mean() if results else torch.zeros(())
+    def forward_backward_reduce(self, batches: list[dict]) -> float:
+        """Reduced gradients of all micro-batches; returns the mean loss over the global batch."""
+        loss = self.accumulation.run(batches)
         total = self.sum_over_ranks(loss.double().to(self.device))
         return float(total) / parallel_state.get_data_parallel_world_size()
+
+    def note_gradients(self, tensors) -> None:
+        """Keep the bytes that this rank's gradients take, for the accounting: in the first step, and with adapters."""
+        adapters = self.phases.adapters_on(self.steps_done)
+        if self.gradient_bytes is None or adapters != self.gradients_of_adapters:
+            self.gradient_bytes = zero.storage_bytes(tensors)
+            self.gradients_of_adapters = adapters
+
+    def to_device(self, batch: dict) -> dict:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def schedule(self, batches: list[dict], loss_of, *, forward_only: bool) -> list[dict]:
         """Megatron's schedule (1F1B with stages) over the bare module; what `loss_of` reported of each batch."""
 
         def forward_step(iterator, model):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(iterator).items()}
+            batch = self.to_device(next(iterator))
             return self.objective.forward(model, batch), functools.partial(loss_of, batch)
 
         return get_forward_backward_func()(
@@ -126,22 +154,17 @@ class Engine:
         sums = torch.stack([(self.objective.token_losses(output).double() * mask).sum(), mask.sum()])
         return sums[0].clone(), {"sums": sums}
 
-    def reduce_gradients(self) -> None:
-        """Complete the gradients within the model, then average them over the data-parallel ranks."""
-        gradients.sum_sequence_parallel(self.model)
-        gradients.sum_tied_copies(self.model)
-        if not self.gradient_bytes:
-            self.gradient_bytes = gradients.measured_bytes(self.model)
-        self.deepspeed.allreduce_gradients()
-
     def refresh(self) -> None:
         """After the weights' gather: operands follow the values, and the column pattern when its step has come."""
         choose = self.phases.new_column_pattern(self.steps_done)
         for module in sparse_modules(self.model):
-            if choose:
-                module.update_column_pattern()
-            else:
-                module.refresh()
+            if not choose and not module.has_operands:
+                continue
+            with zero.gathered(module.weight):
+                if choose:
+                    module.update_column_pattern()
+                else:
+                    module.refresh()
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

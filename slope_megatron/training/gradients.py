@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from slope_megatron.training import zero
+
 
 def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     """The tensor that DeepSpeed will reduce: the fp32 accumulator under bf16, else the ordinary gradient."""
@@ -14,10 +16,21 @@ def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return None
 
 
-def measured_bytes(model: torch.nn.Module) -> dict[str, int]:
-    """Bytes of each parameter's gradient as it is now; parameters without one are left out."""
+def held(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Each parameter's gradient as it is now; parameters without one are left out."""
     found = {name: gradient(parameter) for name, parameter in model.named_parameters()}
-    return {name: tensor.nbytes for name, tensor in found.items() if tensor is not None}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def held_cut(optimizer) -> list[torch.Tensor]:
+    """This rank's part of the reduced gradients (stages 2 and 3), right after the last backward.
+
+    With offload DeepSpeed has moved them beside the masters.
+    """
+    beside = [partition.masters.grad for partition in zero.partitions(optimizer)]
+    if any(tensor is not None for tensor in beside):
+        return beside
+    return [tensor for kept in optimizer.averaged_gradients.values() for tensor in kept or ()]
 
 
 def sum_sequence_parallel(model: torch.nn.Module) -> None:

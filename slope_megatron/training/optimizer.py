@@ -1,4 +1,4 @@
-"""Parameter groups, the DeepSpeed configuration, and what ZeRO keeps for a group."""
+"""Parameter groups, and the optimizer over them."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,9 @@ from megatron.core import parallel_state
 
 from slope_megatron.config import Config
 from slope_megatron.models.layer_spec import twin_weights
+from slope_megatron.training import zero
+from slope_megatron.training.adam import build_adamw
+from slope_megatron.training.lamb import Lamb
 
 SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
 
@@ -20,19 +23,25 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict]:
     for name, parameter in model.named_parameters():
         if id(parameter) in sparse:
             members[SPARSE].append(parameter)
-        elif name.endswith((".adapter_l", ".adapter_r")):
+        elif is_adapter(name):
             members[ADAPTERS].append(parameter)
         elif parameter.dim() < 2:
             members[NO_DECAY].append(parameter)
         else:
             members[DENSE].append(parameter)
     fill_empty_groups(model, members)
-    decay = config.optimizer.weight_decay
+    decay = dict.fromkeys(members, config.optimizer.weight_decay) | {NO_DECAY: 0.0}
+    if config.slope.enabled:
+        decay[SPARSE] = config.optimizer.sparse_decay
     return [
-        {"name": name, "params": parameters, "weight_decay": 0.0 if name == NO_DECAY else decay}
+        {"name": name, "params": parameters, "weight_decay": decay[name]}
         for name, parameters in members.items()
         if parameters
     ]
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((".adapter_l", ".adapter_r"))
 
 
 def fill_empty_groups(model: torch.nn.Module, members: dict[str, list]) -> None:
@@ -59,42 +68,35 @@ def model_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     return ((name, parameter) for name, parameter in named if not getattr(parameter, "is_placeholder", False))
 
 
-def build_adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the named groups; DeepSpeed puts its fp32 partitions in their place."""
+def build_optimizer(groups: list[dict], config: Config) -> torch.optim.Optimizer:
+    """AdamW or LAMB over the named groups; DeepSpeed puts its fp32 partitions in their place."""
     settings = config.optimizer
-    return torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        # The default form on GPUs keeps temporaries of the size of the parameters.
-        fused=torch.cuda.is_available(),
-    )
+    if settings.optimizer == "adamw":
+        return build_adamw(groups, config)
+    betas = (settings.beta1, settings.beta2)
+    return Lamb(groups, lr=settings.lr, betas=betas, eps=settings.eps, trust_no_decay=settings.lamb_trust_no_decay)
 
 
-def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> dict:
-    """DeepSpeed's JSON for ZeRO-1, from this run's configuration."""
-    settings = {
-        "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
-        "gradient_accumulation_steps": config.data.micro_batches(data_parallel),
-        "gradient_clipping": config.optimizer.clip_grad,
-        "zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": True},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-    if dtype == torch.bfloat16:
-        # fp32 accumulation over micro-batches; this path never reaches DeepSpeed's own end-of-backward hook.
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
+def attach_lamb(zero_optimizer, members: dict[str, list[torch.nn.Parameter]]) -> None:
+    """Tell LAMB where ZeRO has put the parameters, and over which ranks their norms are summed.
 
+    Args:
+        members: the parameters of each group by its name, as they were before `deepspeed.initialize`.
+    """
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    group = parallel_state.get_tensor_and_data_parallel_group()
+    device = torch.device(torch.cuda.current_device())
 
-def reset_state(optimizer, group_name: str) -> None:
-    """Zero the moments and the step counter of one group: its Adam starts as if new (for the lazy adapters)."""
-    base = optimizer.optimizer
-    for group in base.param_groups:
-        if group["name"] == group_name:
-            for partition in group["params"]:
-                for value in base.state[partition].values():
-                    value.zero_()
+    def piece(segment: zero.Segment) -> tuple[slice, bool]:
+        counted = first or getattr(segment.parameter, "tensor_model_parallel", False)
+        return slice(segment.start, segment.start + segment.numel), counted
+
+    def sum_over_ranks(squares: torch.Tensor) -> None:
+        # Offloaded state is on the CPU, where NCCL cannot reach.
+        total = squares.to(device)
+        dist.all_reduce(total, group=group)
+        squares.copy_(total)
+
+    flats = [partition.masters for partition in zero.partitions(zero_optimizer)]
+    pieces = [[piece(segment) for segment in own] for own in zero.segments(zero_optimizer, members)]
+    zero_optimizer.optimizer.attach(list(zip(flats, pieces, strict=True)), sum_over_ranks)

@@ -1,0 +1,96 @@
+"""OptimizerConfig: the update rule, who computes it, the learning rate's schedule, and fp16's loss scale."""
+
+import dataclasses
+import math
+
+from slope_megatron.config.fields import check_choices, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW or LAMB on fp32 masters; the learning rate is a function of the step alone, with linear warm-up."""
+
+    optimizer: str = option(
+        "adamw",
+        "update rule; lamb: Adam's update scaled per parameter by its trust ratio, for BERT's large batches "
+        "(as published: --beta2 0.999 --eps 1e-6 --weight-decay 0.01 --lr-schedule poly --min-lr 0)",
+        choices=("adamw", "lamb"),
+    )
+    adam_backend: str = option(
+        "auto",
+        "whose AdamW; auto: with --offload-optimizer DeepSpeed's for CPUs where it builds, on GPUs apex's where it "
+        "is installed, otherwise torch's; the choice and its reason are logged",
+        choices=("auto", "torch", "apex", "deepspeed"),
+    )
+    lr: float = option(6e-4, "peak learning rate")
+    min_lr: float = option(6e-5, "learning rate at the last step; of no effect on a constant schedule")
+    lr_schedule: str = option(
+        "cosine",
+        "from the peak to --min-lr after warm-up: cosine, linear, poly ((1 - p)^power at progress p, as BERT); "
+        "constant stays at the peak",
+        choices=("cosine", "linear", "poly", "constant"),
+    )
+    poly_power: float = option(0.5, "exponent of the poly schedule; BERT's is 0.5")
+    warmup_steps: int = option(100, "steps of linear warm-up")
+    warmup_fraction: float | None = option(None, "warm-up as a share of --steps; given, it replaces --warmup-steps")
+    weight_decay: float = option(0.1, "decoupled weight decay (none on biases and norms)")
+    sparse_weight_decay: float | None = option(None, "weight decay of the packed values; unset: --weight-decay")
+    beta1: float = option(0.9, "decay of the first moment")
+    beta2: float = option(0.95, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    lamb_trust_no_decay: bool = option(
+        False, "LAMB: a trust ratio for biases and norms too; as published, what does not decay has none"
+    )
+    clip_grad: float = option(1.0, "global gradient norm to clip at; 0: no clipping")
+    initial_loss_scale: float = option(65536.0, "fp16: the loss scale at the start, a power of two; overflows halve it")
+    loss_scale_window: int = option(1000, "fp16: steps without overflow after which the loss scale doubles")
+    loss_scale_hysteresis: int = option(2, "fp16: overflows that it takes to halve the loss scale")
+
+    def __post_init__(self):
+        check_choices(self)
+        if not 0 <= self.min_lr <= self.lr or self.lr <= 0:
+            raise ValueError(
+                f"--lr is {self.lr} and --min-lr {self.min_lr}: they must satisfy 0 <= min-lr <= lr and lr > 0"
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"--warmup-steps is {self.warmup_steps}: it must not be negative")
+        if self.warmup_fraction is not None and not 0.0 <= self.warmup_fraction <= 1.0:
+            raise ValueError(f"--warmup-fraction is {self.warmup_fraction}: it must be in [0, 1]")
+        for name in ("weight_decay", "sparse_weight_decay"):
+            if (getattr(self, name) or 0.0) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative")
+        for name in ("poly_power", "loss_scale_window", "loss_scale_hysteresis"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
+        if self.initial_loss_scale < 1 or not math.log2(self.initial_loss_scale).is_integer():
+            raise ValueError(
+                f"--initial-loss-scale is {self.initial_loss_scale}: it must be a power of two, 1 or more; take 65536"
+            )
+        if self.optimizer == "lamb" and self.adam_backend != "auto":
+            raise ValueError(
+                f"--adam-backend is {self.adam_backend} with --optimizer lamb: it chooses between AdamWs; leave it out"
+            )
+
+    @property
+    def sparse_decay(self) -> float:
+        """Weight decay of the packed values."""
+        return self.weight_decay if self.sparse_weight_decay is None else self.sparse_weight_decay
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of linear warm-up in a run of `total_steps`."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * total_steps)
+
+    def lr_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of the `step`-th update, counted from 0."""
+        warmup = self.warmup(total_steps)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return self.min_lr + (self.lr - self.min_lr) * self.remaining(progress)
+
+    def remaining(self, progress: float) -> float:
+        """What is left, from 1 to 0, of the way from the peak to the floor at `progress` in [0, 1] after warm-up."""
+        if self.lr_schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        power = {"linear": 1.0, "poly": self.poly_power, "constant": 0.0}[self.lr_schedule]
+        return (1.0 - progress) ** power

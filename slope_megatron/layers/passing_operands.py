@@ -1,0 +1,31 @@
+"""Operands of a weight whose values are here only while its layer computes, as under ZeRO-3."""
+
+from collections.abc import Callable
+
+import torch
+
+from slope_megatron.ops.backend import Operands
+
+
+class PassingOperands:
+    """Built from the values for each use and dropped after it: in forward, and once in backward for both products.
+
+    The memory is scratch: the next layer's operands take it. The weight must be gathered whenever a product is asked
+    for, which ZeRO-3's hooks around a layer's forward and backward see to.
+    """
+
+    def __init__(self, new_operands: Callable[[tuple[str, ...]], Operands]):
+        self.new_operands = new_operands
+        self.of_backward: Operands | None = None
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self.new_operands(("forward",)).forward(x_TK)
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        self.of_backward = self.new_operands(("dgrad", "wgrad"))
+        return self.of_backward.dgrad(dy_TN)
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        operands = self.of_backward or self.new_operands(("wgrad",))
+        self.of_backward = None
+        return operands.wgrad(dy_TN, x_TK)
