@@ -37,17 +37,17 @@ def canonical_state(engine):
     """This rank's shards of model, masters and moments by canonical name, and the optimizer's step counters."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training import engine_state
 
-    checkpoint.link_optimizer_state(engine)
+    engine_state.link_optimizer_state(engine)
     found = []
-    for entries in checkpoint.sharded_engine_state(engine, filled=True).values():
+    for entries in engine_state.sharded_engine_state(engine, filled=True).values():
         for entry in entries.values():
             parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
             for part in parts:
                 if isinstance(part, ShardedTensor):
                     found.append((part.key, part.global_offset, part.global_shape, part.data.detach().clone()))
-    return found, checkpoint.optimizer_steps(engine)
+    return found, engine_state.optimizer_steps(engine)
 
 
 def save_and_go_on(config, dtype, run):
