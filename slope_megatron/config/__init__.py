@@ -5,6 +5,7 @@ from slope_megatron.config.parallel import ParallelConfig
 from slope_megatron.config.reader import Config, add_config_arguments, read_config
 from slope_megatron.config.run import DataConfig, OptimizerConfig, TrainConfig
 from slope_megatron.config.slope import SlopeConfig, parse_nm
+from slope_megatron.config.watch import WatchConfig
 
 __all__ = [
     "Config",
@@ -16,5 +17,6 @@ __all__ = [
     "OptimizerConfig",
     "DataConfig",
     "TrainConfig",
+    "WatchConfig",
     "parse_nm",
 ]

@@ -25,12 +25,16 @@ from slope_megatron.training.phases import Phases
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one step did: mean loss over the global batch (nats per token), global gradient norm before clipping."""
+    """What one step did: mean loss over the global batch (nats per token), global gradient norm before clipping.
+
+    `skipped`: gradients were not finite, so that nothing was updated (the norm is infinite then); the step counts.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     seconds: float
+    skipped: bool = False
 
 
 class Engine:
@@ -43,6 +47,9 @@ class Engine:
         self.steps_done = 0
         self.device = next(model.parameters()).device
         self.gradient_bytes: dict[str, int] = {}
+        # Whoever looks on: told the part of a step that begins, and the loss when the gradients are ready to be used.
+        self.on_part = lambda part: None
+        self.before_step = lambda loss: None
         gradients.mark_tied_copy(model)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -66,10 +73,14 @@ class Engine:
         step = self.steps_done
         self.enter_phase()
         self.model.train()
+        self.on_part("forward and backward")
         loss = self.forward_backward(list(batches))
+        self.on_part("gradients")
         self.reduce_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
+        self.before_step(loss)
+        self.on_part("update")
         self.deepspeed.step()
         self.steps_done = step + 1
         self.refresh()
@@ -78,6 +89,7 @@ class Engine:
             grad_norm=float(self.deepspeed.get_global_grad_norm() or 0.0),
             learning_rate=self.config.optimizer.lr_at(step, self.config.train.steps),
             seconds=time.perf_counter() - started,
+            skipped=not self.deepspeed.was_step_applied(),
         )
 
     def enter_phase(self) -> None:
