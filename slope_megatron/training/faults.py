@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 from slope_megatron.training import heartbeat
@@ -18,7 +19,7 @@ from slope_megatron.training.heartbeat import Heartbeat, Pulse
 POLL_SECONDS = 0.5
 # A rank on another host is taken for dead after this long without a heartbeat.
 SILENCE_SECONDS = 45.0
-# A thread that beats every half second and has not for this long is stopped, or its host is.
+# A thread that beats every half second and has not for this long, or half of --hang-timeout, is stopped.
 STOPPED_SECONDS = 5.0
 DEAD_PEER_EXIT_CODE = 70
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -63,6 +64,11 @@ class RankWatch:
         self.pulse.reach(step, part)
         self.pulse.watched = self.hang_timeout > 0
 
+    def await_verdict(self) -> None:
+        """A collective failed in the main thread: perhaps its peer is gone, which the thread says in a moment."""
+        elsewhere = any(beat.host != self.host for beat in self.beats())
+        time.sleep(4 * POLL_SECONDS + (SILENCE_SECONDS if elsewhere else 0.0))
+
     def stop(self) -> None:
         """This rank is done: its absence is no fault."""
         self.stopped.set()
@@ -90,8 +96,11 @@ class RankWatch:
                 name = signal.Signals(signals[0]).name
                 print(f"slope: rank {self.rank} got {name}: saving after this step", file=sys.stderr, flush=True)
             if self.hang_timeout and self.pulse.still() > self.hang_timeout:
-                hung = suspects(beats)
+                hung = suspects(beats, self.silence())
                 self._end(f"{describe_hang(hung, beats, self.hang_timeout)}; the run stops.", hung)
+
+    def silence(self) -> float:
+        return min(STOPPED_SECONDS, self.hang_timeout / 2)
 
     def beats(self) -> list[Heartbeat]:
         """The last word of every rank that has announced itself and is not done."""
@@ -118,7 +127,7 @@ class RankWatch:
         for beat in hung:
             # A stopped process would keep its device and its ports; it cannot end itself.
             here = beat.host == self.host and beat.rank != self.rank
-            if here and beat.silent > STOPPED_SECONDS and not self.is_dead(beat):
+            if here and beat.silent > self.silence() and not self.is_dead(beat):
                 os.kill(beat.pid, signal.SIGKILL)
         os._exit(DEAD_PEER_EXIT_CODE)
 
@@ -127,9 +136,13 @@ def names(beats: list[Heartbeat]) -> str:
     return ", ".join(map(str, beats))
 
 
-def suspects(beats: list[Heartbeat]) -> list[Heartbeat]:
-    """Which ranks keep the others waiting: the silent; else those behind; else those that do not wait themselves."""
-    silent = [beat for beat in beats if beat.silent > STOPPED_SECONDS]
+def suspects(beats: list[Heartbeat], silence: float) -> list[Heartbeat]:
+    """Which ranks keep the others waiting: the silent; else those behind; else those that do not wait themselves.
+
+    Args:
+        silence: seconds without a heartbeat from which on a rank is silent.
+    """
+    silent = [beat for beat in beats if beat.silent > silence]
     if silent:
         return silent
     behind = min(beat.reached for beat in beats)

@@ -2,7 +2,8 @@
 
     grad_norm    Euclidean norm of the step's gradient before clipping, over the replicas' mean and all shards
     drift        ||W - W0|| / ||W0||, W0 being the weights at the first step, measured on SAMPLES elements of each shard
-                 spread evenly (all of a smaller one): a standard error of about 1 %, for 16 KiB a shard, not a copy
+                 spread evenly (all of a smaller one): a standard error of about 1 %, for 16 KiB a shard, not a copy;
+                 left out where W0 is zero (adapters)
     energy_lost  share of sum w^2 that the second pruning drops; sparse linears only
 
 Gradient norms cost one more sum of the gradients over the replicas in the steps that are looked at, nothing in others.
@@ -119,7 +120,9 @@ def merge(rows: dict[str, tuple[list[float], bool]]) -> dict[str, dict[str, floa
             sparse |= {name} if is_sparse else set()
     figures = {}
     for name, (gradient, moved, start, energy, dropped) in sums.items():
-        figures[name] = {"grad_norm": gradient**0.5, "drift": (moved / start) ** 0.5 if start else 0.0}
+        figures[name] = {"grad_norm": gradient**0.5}
+        if start:
+            figures[name]["drift"] = (moved / start) ** 0.5
         if name in sparse:
             figures[name]["energy_lost"] = dropped / energy if energy else 0.0
     return figures

@@ -99,7 +99,11 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     writers: list = []
     on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
     stats = layer_stats.LayerStats(engine, start) if wants_layers else None
-    summary = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats).train()
+    try:
+        summary = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats).train()
+    except RuntimeError:
+        watch.await_verdict()
+        raise
     summary["dtype"] = dtype
     if dist.get_rank() == 0:
         write_results(run, summary, config.train.steps)
