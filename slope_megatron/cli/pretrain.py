@@ -9,8 +9,11 @@ import warnings
 from slope_megatron.config import Config, add_config_arguments, read_config
 
 logger = logging.getLogger(__name__)
-# sysexits' EX_TEMPFAIL: told to stop, the checkpoint is saved, start me again.
+# As in sysexits.h. EX_TEMPFAIL: told to stop, the checkpoint is saved, start me again. EX_IOERR: the last checkpoint
+# could not be written. EX_DATAERR: losses or gradients were not finite, step after step.
 STOPPED_EARLY = 75
+UNSAVED = 74
+DIVERGED = 65
 EPILOG = """\
 examples:
   slope pretrain --data corpus --out runs/small --hidden-size 256 --num-layers 4 --num-attention-heads 4 --steps 200
@@ -76,11 +79,21 @@ def run(arguments: argparse.Namespace) -> int:
         # torch.compile of small pointwise functions costs more than it gives on CPUs.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from slope_megatron.training.pretrain import pretrain
+    from slope_megatron.training.watch import Diverged
 
-    summary = pretrain(config, origins)
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{config.train.out}: step {summary['steps']}, validation loss {summary['val_loss']:.4f} nats per token",
-            file=sys.stderr,
-        )
+    try:
+        summary = pretrain(config, origins)
+    except Diverged as error:
+        say(f"slope: error: {error}")
+        return DIVERGED
+    say(f"{config.train.out}: step {summary['steps']}, validation loss {summary['val_loss']:.4f} nats per token")
+    if summary["unsaved"]:
+        say(f"slope: error: the last checkpoint could not be written: {summary['unsaved']}")
+        return UNSAVED
     return STOPPED_EARLY if summary["stopped_early"] else 0
+
+
+def say(line: str) -> None:
+    """One line to the terminal, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)

@@ -6,6 +6,7 @@ from slope_megatron.config.parallel import ParallelConfig
 from slope_megatron.config.reader import Config, add_config_arguments, read_config
 from slope_megatron.config.run import DataConfig, TrainConfig
 from slope_megatron.config.slope import SlopeConfig, parse_nm
+from slope_megatron.config.watch import WatchConfig
 
 __all__ = [
     "Config",
@@ -17,5 +18,6 @@ __all__ = [
     "OptimizerConfig",
     "DataConfig",
     "TrainConfig",
+    "WatchConfig",
     "parse_nm",
 ]

@@ -11,6 +11,7 @@ from slope_megatron.config.optimizer import OptimizerConfig
 from slope_megatron.config.parallel import ParallelConfig
 from slope_megatron.config.run import DataConfig, TrainConfig
 from slope_megatron.config.slope import SlopeConfig, parse_nm
+from slope_megatron.config.watch import WatchConfig
 
 # Section of the YAML file -> (class, title in --help, prefix of its flags).
 SECTIONS = {
@@ -20,6 +21,7 @@ SECTIONS = {
     "optimizer": (OptimizerConfig, "optimizer", ""),
     "data": (DataConfig, "data", ""),
     "train": (TrainConfig, "run", ""),
+    "watch": (WatchConfig, "watchfulness and metrics", ""),
 }
 # What may differ between a run and its continuation: none of it changes what is computed, or it only says when to stop.
 FREE_ON_RESUME = {
@@ -35,9 +37,12 @@ FREE_ON_RESUME = {
         "eval_interval",
         "save_interval",
         "keep_checkpoints",
+        "keep_every",
+        "async_save",
         "log_interval",
         "out",
     },
+    "watch": {field.name for field in dataclasses.fields(WatchConfig)},
 }
 
 
@@ -51,6 +56,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
     def __post_init__(self):
         check_shapes(self)

@@ -59,10 +59,18 @@ class TrainConfig:
     eval_samples: int = option(64, "validation samples, the same ones each time")
     save_interval: int = option(500, "steps between two checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
+    keep_every: int | None = option(None, "checkpoints of every n-th step are kept for ever; unset: none")
+    async_save: bool = option(
+        True,
+        "write checkpoints in the background: the state is copied to host memory, and training goes on while a thread "
+        "of each rank writes and checks its file; the next checkpoint waits for the last",
+    )
     log_interval: int = option(10, "steps between two lines of metrics.jsonl")
     resume: bool = option(False, "go on from the newest checkpoint of the run folder")
     auto_resume: bool = option(
-        False, "go on if the run folder has a checkpoint, else start: for jobs that are requeued"
+        False,
+        "go on if the run folder has a checkpoint, else start: for jobs that are requeued; a corrupt newest checkpoint "
+        "is set aside, and the one before it taken",
     )
     overwrite: bool = option(False, "delete the run that is in the run folder, and start anew")
 
@@ -74,9 +82,10 @@ class TrainConfig:
             "eval_samples",
             "save_interval",
             "keep_checkpoints",
+            "keep_every",
             "log_interval",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         given = [flag for flag in ("resume", "auto_resume", "overwrite") if getattr(self, flag)]
         if len(given) > 1:

@@ -177,3 +177,16 @@ def parameter_count(engine: Engine) -> int:
     total = torch.tensor([here], device=engine.device)
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total)
+
+
+def checkpoint_bytes(engine: Engine) -> int:
+    """Bytes of one checkpoint: the weights, their fp32 masters and two moments, and the patterns."""
+    weights, patterns = 0, 0
+    for _, parameter in model_parameters(engine.model):
+        if getattr(parameter, "tensor_model_parallel", False) or parallel_state.get_tensor_model_parallel_rank() == 0:
+            weights += getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + 12)
+    for module in sparse_modules(engine.model):
+        patterns += module.weight_pattern.nbytes + module.weight_column.nbytes
+    total = torch.tensor([weights + patterns], device=engine.device)
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total)

@@ -5,13 +5,14 @@
                     .../manifest.json  size and SHA-256 of every file
     RUN/checkpoints/latest           name of the newest complete one, written last
 
-A checkpoint appears by one rename when all of it is on disk. Random states and the data position are functions of the
-step, so nothing of them is saved.
+A checkpoint appears by one rename when all of it is on disk, and disappears by one. Random states and the data position
+are functions of the step, so nothing of them is saved.
 """
 
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -29,9 +30,11 @@ from slope_megatron.training.engine_state import (
     optimizer_steps,
     sharded_engine_state,
 )
+from slope_megatron.training.snapshot import Snapshot, Written
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
+STEP = re.compile(r"step_(\d{8,})")
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -41,43 +44,93 @@ def folder_of(run: Path, step: int) -> Path:
 # -- save --------------------------------------------------------------------------------------------------------------
 
 
-def save(engine: Engine, run: Path) -> Path:
-    """Write a checkpoint of the present step; all ranks call it. Keeps the newest `keep_checkpoints`."""
-    target = folder_of(run, engine.steps_done)
-    partial = target.with_name(f"{target.name}.partial")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    link_optimizer_state(engine)
-    steps = optimizer_steps(engine)
-    dist_checkpointing.save(sharded_engine_state(engine, filled=True), str(partial))
-    if first:
-        state = {
+class Saving:
+    """A checkpoint of the present step on its way to the disk: begun by all ranks, written by each, finished by all.
+
+    Begin and finish are collective. Between them `write` touches the disk and talks to nobody, so that it may run in a
+    thread while training goes on.
+    """
+
+    def __init__(self, engine: Engine, run: Path):
+        self.run = run
+        self.settings = engine.config.train
+        self.target = folder_of(run, engine.steps_done)
+        self.partial = self.target.with_name(f"{self.target.name}.partial")
+        if dist.get_rank() == 0:
+            # Before the first collective: no rank writes until this one has joined it.
+            shutil.rmtree(self.partial, ignore_errors=True)
+        link_optimizer_state(engine)
+        self.state = {
             "format": FORMAT,
             "steps_done": engine.steps_done,
-            "optimizer_steps": steps,
+            "optimizer_steps": optimizer_steps(engine),
             "loss_scaler": loss_scaler_state(engine),
             "config": engine.config.to_dict(),
         }
-        files.write_json(partial / "state.json", state)
-        publish(partial, target)
-        prune(run, engine.config.train.keep_checkpoints)
-    dist.barrier()
-    return target
+        self.snapshot = Snapshot(sharded_engine_state(engine, filled=True))
+        self.written: Written | None = None
+        self.problem: str | None = None
+
+    def write(self) -> None:
+        """This rank's file; what goes wrong is kept for `finish`."""
+        try:
+            self.written = self.snapshot.write(self.partial)
+        except Exception as error:
+            self.problem = f"rank {dist.get_rank()}: {files.reason(error)}"
+
+    def finish(self) -> str | None:
+        """Complete and publish it, or remove what there is of it; older checkpoints stay as they are.
+
+        Returns:
+            why it could not be written, the same on every rank; None: it is there.
+        """
+        first = dist.get_rank() == 0
+        parts = [None] * dist.get_world_size() if first else None
+        dist.gather_object((self.written, self.problem), parts, dst=0)
+        verdict = [None]
+        if first:
+            verdict[0] = next((problem for _, problem in parts if problem), None)
+            if verdict[0] is None:
+                verdict[0] = self.complete([written for written, _ in parts])
+            if verdict[0]:
+                shutil.rmtree(self.partial, ignore_errors=True)
+        dist.broadcast_object_list(verdict, src=0)
+        return verdict[0]
+
+    def complete(self, parts: list[Written]) -> str | None:
+        """Rank 0's share; returns why it failed."""
+        try:
+            manifest = self.snapshot.write_index(self.partial, parts)
+            files.write_json(self.partial / "state.json", self.state)
+            manifest["state.json"] = files.seal(self.partial / "state.json")
+            publish(self.partial, self.target, manifest)
+        except Exception as error:
+            return f"rank 0: {files.reason(error)}"
+        prune(self.run, self.settings.keep_checkpoints, self.settings.keep_every)
+        return None
 
 
-def publish(partial: Path, target: Path) -> None:
+def save(engine: Engine, run: Path) -> Path:
+    """Write a checkpoint of the present step and wait for it; all ranks call it.
+
+    Raises:
+        OSError: it could not be written, on every rank.
+    """
+    saving = Saving(engine, run)
+    saving.write()
+    problem = saving.finish()
+    if problem:
+        raise OSError(f"checkpoint {saving.target} could not be written: {problem}")
+    return saving.target
+
+
+def publish(partial: Path, target: Path, manifest: dict[str, dict]) -> None:
     """Seal a complete folder with its manifest, give it its name, and only then point `latest` at it."""
-    names = sorted(path.name for path in partial.iterdir())
-    manifest = {
-        name: {"bytes": (partial / name).stat().st_size, "sha256": files.sha256(partial / name)} for name in names
-    }
     files.write_json(partial / "manifest.json", manifest)
     files.sync_folder(partial)
     if target.exists():
-        shutil.rmtree(target)
+        # A name without a digit at its end never counts as a checkpoint; the next start removes it.
+        os.rename(target, target.with_name(f"{target.name}.old.partial"))
     os.rename(partial, target)
     files.sync_folder(target.parent)
     files.write_text(target.parent / "latest", f"{target.name}\n")
@@ -86,12 +139,30 @@ def publish(partial: Path, target: Path) -> None:
 def complete_checkpoints(run: Path) -> list[Path]:
     """Sealed checkpoints of a run, oldest first."""
     found = (run / "checkpoints").glob("step_*/manifest.json")
-    return sorted(path.parent for path in found if not path.parent.name.endswith(".partial"))
+    return sorted(path.parent for path in found if STEP.fullmatch(path.parent.name))
 
 
-def prune(run: Path, keep: int) -> None:
+def prune(run: Path, keep: int, keep_every: int | None) -> None:
+    """Remove all but the newest `keep`, and those of every `keep_every`-th step; what cannot be removed is logged."""
     for folder in complete_checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+        if keep_every and int(STEP.fullmatch(folder.name)[1]) % keep_every == 0:
+            continue
+        try:
+            # Out of the list by one rename first: half of a checkpoint must never look like one.
+            doomed = folder.with_name(f"{folder.name}.old.partial")
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("checkpoint %s could not be removed: %s", folder, files.reason(error))
+
+
+def remove_partial(run: Path) -> None:
+    """What runs that died left half-written or half-removed; rank 0 calls it before the first save."""
+    for folder in (run / "checkpoints").glob("*.partial"):
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.unlink(missing_ok=True)
 
 
 # -- load --------------------------------------------------------------------------------------------------------------
@@ -114,26 +185,59 @@ def newest(run: Path) -> Path:
     return named
 
 
+class CorruptCheckpoint(ValueError):
+    """Files of a checkpoint are not what was written."""
+
+
 def verify(folder: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        ValueError: a file is missing or differs; names it, and the checkpoint to use instead.
+        CorruptCheckpoint: a file is missing or differs; names it, and the checkpoint to use instead.
     """
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            problem = f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        elif files.sha256(path) != expected["sha256"]:
-            problem = "has another checksum"
-        else:
-            continue
+    damage = find_damage(folder)
+    if damage:
         others = [other.name for other in complete_checkpoints(folder.parent.parent) if other != folder]
         way_out = f"remove {folder} to resume from {others[-1]}" if others else "start anew with --overwrite"
-        raise ValueError(f"checkpoint {folder} is corrupt: its file {name} {problem}; {way_out}")
+        raise CorruptCheckpoint(f"checkpoint {folder} is corrupt: its file {damage}; {way_out}")
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first file that is not what was written, and how it differs."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        expected_of = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json cannot be read"
+    for name, (size, digest) in expected_of.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if files.sha256(path) != digest:
+            return f"{name} has another checksum"
+    return None
+
+
+def newest_good(run: Path, config: Config) -> Path:
+    """For jobs that nobody watches: the newest checkpoint that is intact; corrupt ones after it are set aside.
+
+    Raises:
+        ValueError: none is intact, or it is of another run.
+    """
+    candidates = complete_checkpoints(run)[::-1]
+    for index, folder in enumerate(candidates):
+        damage = find_damage(folder)
+        if damage is None:
+            check_state(folder, config)
+            for corrupt in candidates[:index]:
+                aside = corrupt.with_name(f"{corrupt.name}.corrupt")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(corrupt, aside)
+            return folder
+        logger.warning("checkpoint %s is corrupt (its file %s): set aside, taking the one before it", folder, damage)
+    raise ValueError(f"no checkpoint of {run} is intact ({len(candidates)} looked at): start anew with --overwrite")
 
 
 def read_state(folder: Path, config: Config) -> dict:
@@ -143,6 +247,11 @@ def read_state(folder: Path, config: Config) -> dict:
         ValueError: corrupt, of another format, or of another model or schedule.
     """
     verify(folder)
+    return check_state(folder, config)
+
+
+def check_state(folder: Path, config: Config) -> dict:
+    """`state.json` of an intact checkpoint; raises ValueError as `read_state` does."""
     state = json.loads((folder / "state.json").read_text())
     if state["format"] != FORMAT:
         raise ValueError(

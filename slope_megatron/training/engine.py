@@ -52,6 +52,9 @@ class Engine:
         self.device = next(model.parameters()).device
         self.gradient_bytes: int | None = None
         self.gradients_of_adapters = False
+        # Whoever looks on: told the part of a step that begins, and the loss when the gradients are ready to be used.
+        self.on_part = lambda part: None
+        self.before_step = lambda loss: None
         gradients.mark_tied_copy(model)
         groups = optim.parameter_groups(model, config)
         self.members = {group["name"]: list(group["params"]) for group in groups}
@@ -82,10 +85,13 @@ class Engine:
         step = self.steps_done
         self.enter_phase()
         self.model.train()
+        self.on_part("forward and backward")
         loss = self.forward_backward_reduce(list(batches))
         loss_scale = float(self.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
+        self.before_step(loss)
+        self.on_part("update")
         self.deepspeed.step()
         skipped = not self.deepspeed.was_step_applied()
         self.skipped_steps += skipped

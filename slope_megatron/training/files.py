@@ -41,3 +41,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def seal(path: Path) -> dict:
+    """Size and SHA-256 of a file, as manifests hold them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def reason(error: BaseException) -> str:
+    """Why writing failed, in words: the system's own error if one is behind it (torch wraps it when a disk is full)."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{cause.strerror}{f': {cause.filename}' if cause.filename else ''}"
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,34 +1,8 @@
-"""Metrics: one JSON line a logged step, and one moving line for whoever watches."""
+"""One moving line for whoever watches. The figures themselves: `writers`."""
 
-import json
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
-
-from slope_megatron.training import files
-
-
-class Metrics:
-    """metrics.jsonl of a run; on resume, lines of steps that will be done again are dropped."""
-
-    def __init__(self, path: Path, steps_done: int):
-        self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def write(self, **values) -> None:
-        """Append one line; `step` counts finished steps."""
-        with open(self.path, "a") as stream:
-            stream.write(json.dumps(values) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """All complete lines; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 class Progress:

@@ -187,3 +187,135 @@ def test_the_manifest_covers_every_file(run_folder):
     folder = checkpoint.newest(run_folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+
+
+def saved_in_the_background(config, run, dtype):
+    """Saves of steps 2 and 4 by thread while steps go on; the writer is held until two more steps are done."""
+    import threading
+
+    from slope_megatron.training.saver import Saver
+    from slope_megatron.training.snapshot import Snapshot
+
+    engine = build_engine(config, dtype)
+    saver, gate, original = Saver(engine, run), threading.Event(), Snapshot.write
+    Snapshot.write = lambda self, folder: (gate.wait(), original(self, folder))[1]
+    results = []
+    for until in (2, 4):
+        results += train(engine, config, until)
+        gate.clear()
+        saver.save()
+        results += train(engine, config, until + 1)
+        assert saver.busy() and not (run / "checkpoints" / f"step_{until:08d}").exists()
+        gate.set()
+    saver.finish()
+    assert saver.failure is None and not saver.pending
+    return results + train(engine, config, 10), state_of(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_steps_do_not_leak_into_a_save_that_is_still_being_written(ranks, tmp_path, dtype):
+    config = small_config(slope=SLOPE, steps=10, tensor_parallel=2)
+    layout = {"world": 2, "tensor_parallel": 2}
+    expected = ranks.run(saved_in_the_background, config, tmp_path, dtype, **layout)
+    for step in (2, 4):
+        found = ranks.run(resumed, config, dtype, tmp_path, step, **layout)
+        for (results, state), (expected_results, expected_state) in zip(found, expected, strict=True):
+            assert results == expected_results[step:]
+            assert_same(state, expected_state)
+
+
+def save_a_state_that_is_not_finite(config, run):
+    from slope_megatron.training import checkpoint
+
+    engine = build_engine(config, torch.float32)
+    train(engine, config, 1, (1,), run)
+    with torch.no_grad():
+        engine.optimizer.optimizer.param_groups[0]["params"][0].view(-1)[7] = torch.nan
+    engine.steps_done = 2
+    with pytest.raises(OSError, match=r"could not be written: rank 0: optimizer\.fp32\..* holds numbers that are not"):
+        checkpoint.save(engine, run)
+    return [folder.name for folder in checkpoint.complete_checkpoints(run)], sorted(
+        path.name for path in (run / "checkpoints").iterdir()
+    )
+
+
+def test_a_state_that_is_not_finite_is_never_written(ranks, tmp_path):
+    [(complete, names)] = ranks.run(save_a_state_that_is_not_finite, small_config(layers=1), tmp_path, world=1)
+    assert complete == ["step_00000001"] and names == ["latest", "step_00000001"]
+
+
+def sealed(run, *steps):
+    """Checkpoints of two small files."""
+    from slope_megatron.training import checkpoint, files
+
+    for step in steps:
+        partial = checkpoint.folder_of(run, step).with_suffix(".partial")
+        partial.mkdir(parents=True)
+        state = {"format": 1, "steps_done": step, "config": small_config().to_dict()}
+        (partial / "state.json").write_text(json.dumps(state))
+        (partial / "data.distcp").write_bytes(bytes(100))
+        manifest = {path.name: files.seal(path) for path in partial.iterdir()}
+        checkpoint.publish(partial, checkpoint.folder_of(run, step), manifest)
+
+
+def steps_of(run):
+    from slope_megatron.training import checkpoint
+
+    return [int(folder.name.removeprefix("step_")) for folder in checkpoint.complete_checkpoints(run)]
+
+
+def test_every_nth_checkpoint_is_kept_for_ever(tmp_path):
+    from slope_megatron.training import checkpoint
+
+    for step in range(1, 11):
+        sealed(tmp_path, step)
+        checkpoint.prune(tmp_path, 2, 4)
+    assert steps_of(tmp_path) == [4, 8, 9, 10]
+    checkpoint.prune(tmp_path, 1, None)
+    assert steps_of(tmp_path) == [10]
+
+
+def test_leftovers_are_removed_and_checkpoints_are_not(tmp_path):
+    from slope_megatron.training import checkpoint
+
+    sealed(tmp_path, 2, 4)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_00000006.partial").mkdir()
+    (folder / "step_00000006.partial" / "__0_0.distcp").write_bytes(bytes(10))
+    (folder / "latest.partial").write_text("step_00000006")
+    (folder / "step_00000003.corrupt").mkdir()
+    checkpoint.remove_partial(tmp_path)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["latest", "step_00000002", "step_00000003.corrupt", "step_00000004"]
+
+
+def test_saving_a_step_again_replaces_it_in_one_rename(tmp_path):
+    from slope_megatron.training import checkpoint
+
+    sealed(tmp_path, 2)
+    sealed(tmp_path, 2)
+    assert steps_of(tmp_path) == [2]
+    checkpoint.verify(checkpoint.newest(tmp_path))
+    checkpoint.remove_partial(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+
+
+def test_an_unattended_job_takes_the_newest_intact_checkpoint(tmp_path, caplog):
+    from slope_megatron.training import checkpoint
+
+    sealed(tmp_path, 2, 4, 6)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_00000006" / "data.distcp").write_bytes(bytes(99))
+    (folder / "step_00000004" / "manifest.json").write_text('{"state.js')
+    other = small_config(slope={"nm": "1:2"})
+    with pytest.raises(ValueError, match="of another run"):
+        checkpoint.newest_good(tmp_path, other)
+    assert steps_of(tmp_path) == [2, 4, 6], "nothing is touched for a run that may not go on"
+    assert checkpoint.newest_good(tmp_path, small_config()).name == "step_00000002"
+    assert steps_of(tmp_path) == [2]
+    assert "step_00000006 is corrupt (its file data.distcp has 99 bytes instead of 100): set aside" in caplog.text
+    assert "step_00000004 is corrupt (its file manifest.json cannot be read): set aside" in caplog.text
+    (folder / "step_00000002" / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is intact \(1 looked at\): start anew with --overwrite"):
+        checkpoint.newest_good(tmp_path, small_config())
+    assert steps_of(tmp_path) == [2], "the last one is not set aside: nothing would be left to look at"

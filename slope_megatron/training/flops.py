@@ -1,0 +1,88 @@
+"""Floating-point operations of one token in training, and the share of the device's peak that they reach (MFU).
+
+Convention: a multiply-add is 2 operations. Counted are the blocks' linears, attention's two products over whole
+sequences (causal or not), and the output layer; not the embedding look-up, norms, biases, softmax, the optimizer, nor
+what recomputation does again. Backward is twice forward.
+
+    dense-equivalent   as if nothing were sparse: what the dense twin would do (PaLM, appendix B, plus the output layer)
+    actual             an N:M product counts N/M of it: forward and dgrad; wgrad is a dense product in `paper` mode;
+                       adapters, once they have joined, add theirs
+
+MFU = dense-equivalent operations per second / the device's dense peak, so a sparse model may exceed its dense twin's
+ceiling; `mfu_actual` counts what is really multiplied.
+"""
+
+import dataclasses
+
+import torch
+
+from slope_megatron.config import Config
+from slope_megatron.config.slope import parse_nm
+from slope_megatron.models.layer_spec import sparse_linears
+
+# Dense tensor-core peaks in TFLOP/s by a part of the device's name; bf16, where the device has it, else fp16.
+PEAKS = (("H200", 989.0), ("H100", 989.0), ("A100", 312.0), ("V100", 125.0))
+# H100 cards other than SXM have lower peaks.
+LOWER = ("PCIE", "NVL")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations for one token, forward and backward."""
+
+    dense_equivalent: float
+    actual: float
+
+
+def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """`(out, in)` of a block's linears, unsharded."""
+    model = config.model
+    head = model.hidden_size // model.num_attention_heads
+    return {
+        "linear_qkv": (model.hidden_size + 2 * head * model.query_groups, model.hidden_size),
+        "linear_proj": (model.hidden_size, model.hidden_size),
+        "linear_fc1": (model.ffn * (2 if model.gated_mlp else 1), model.hidden_size),
+        "linear_fc2": (model.hidden_size, model.ffn),
+    }
+
+
+def flops_per_token(config: Config, vocabulary: int, *, adapters: bool = False) -> Flops:
+    """Operations per token of a training step.
+
+    Args:
+        vocabulary: rows of the output layer, padding included.
+        adapters: whether the low-rank adapters take part.
+    """
+    model, slope = config.model, config.slope
+    # Scores and their product with the values: 2 products x 2 s h; three times for forward and backward.
+    rest = 3 * (model.num_layers * 4 * config.data.seq_length * model.hidden_size + 2 * vocabulary * model.hidden_size)
+    dense, actual = float(rest), float(rest)
+    for block in range(model.num_layers):
+        sparse = sparse_linears(slope, block)
+        n, m = parse_nm(slope.for_block(block).nm)
+        for name, (rows, columns) in linear_shapes(config).items():
+            product = 2.0 * rows * columns
+            dense += 3 * product
+            actual += product * ((2 * n / m + 1) if name in sparse else 3)
+            if adapters and name in sparse:
+                actual += 3 * 2.0 * slope.adapter_rank * (rows + columns)
+    return Flops(dense, actual)
+
+
+def peak_tflops(config: Config) -> float | None:
+    """Dense peak of one device: as given, or of a GPU that is known; None: unknown."""
+    if config.watch.peak_tflops:
+        return config.watch.peak_tflops
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().upper()
+    if "H100" in name and any(kind in name for kind in LOWER):
+        return None
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def speed(flops: Flops, tokens_per_second: float, devices: int, peak: float | None) -> dict[str, float]:
+    """TFLOP/s of each device, and MFU where the peak is known, for the metrics."""
+    dense, actual = (count * tokens_per_second / devices / 1e12 for count in (flops.dense_equivalent, flops.actual))
+    found = {"model_tflops": dense, "actual_tflops": actual}
+    return {**found, "mfu": dense / peak, "mfu_actual": actual / peak} if peak else found

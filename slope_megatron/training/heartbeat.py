@@ -1,0 +1,131 @@
+"""What each rank tells the others through RUN/ranks: that it lives, and how far its main thread has come."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from slope_megatron.training import files
+
+# Parts of a step in the order in which the main thread reaches them.
+PARTS = ("start", "batch", "forward and backward", "gradients", "update", "validation", "checkpoint")
+# Written in place in one piece of always the same size: no new space is needed, even on a full disk.
+RECORD_BYTES = 512
+PACKAGE = f"{os.sep}slope_megatron{os.sep}"
+COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Heartbeat:
+    """One rank's last word.
+
+    Args:
+        born: when its process started (clock ticks after boot), so that a number used again is not mistaken for it.
+        step: steps done; `part`: what it was doing then.
+        still: seconds for which its main thread had not come further; negative: not watched yet.
+        where: the place in the code, and `waits`: whether that is a wait for other ranks.
+        silent: seconds since it was written.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    born: int
+    step: int
+    part: str
+    still: float
+    where: str
+    waits: bool
+    silent: float = 0.0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        return self.step, PARTS.index(self.part)
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.json"
+
+
+def read(folder: Path, rank: int) -> Heartbeat | None:
+    """A rank's last word; None: not announced yet, done, or being written."""
+    path = file_of(folder, rank)
+    try:
+        content = json.loads(path.read_text())
+        return Heartbeat(**content, silent=max(0.0, time.time() - path.stat().st_mtime))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def born(pid: int) -> int | None:
+    """When a process started; None: it is gone, or dead and not yet collected by its parent."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+class Pulse:
+    """Writes this rank's heartbeat, and remembers how far the main thread has come."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank = folder, rank
+        self.host = socket.gethostname()
+        self.born = born(os.getpid()) or 0
+        self.main = threading.main_thread().ident
+        self.progress = (0, "start", time.monotonic())
+        self.watched = False
+
+    def reach(self, step: int, part: str) -> None:
+        """The main thread begins `part` after `step` steps."""
+        self.progress = (step, part, time.monotonic())
+
+    def announce(self) -> None:
+        """The first word: this creates the file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(file_of(self.folder, self.rank), self.record())
+
+    def beat(self) -> None:
+        """The next one. A disk that cannot be written now is no reason to die: the time of the file is set then."""
+        path = file_of(self.folder, self.rank)
+        try:
+            with open(path, "r+b", buffering=0) as stream:
+                stream.write(self.record().encode())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            file_of(self.folder, self.rank).unlink(missing_ok=True)
+
+    def still(self) -> float:
+        return time.monotonic() - self.progress[2] if self.watched else -1.0
+
+    def record(self) -> str:
+        step, part, _ = self.progress
+        where, waits = self.place()
+        content = {"rank": self.rank, "pid": os.getpid(), "host": self.host, "born": self.born, "step": step}
+        content |= {"part": part, "still": round(self.still(), 1), "where": where[-120:], "waits": waits}
+        return json.dumps(content).ljust(RECORD_BYTES - 1) + "\n"
+
+    def place(self) -> tuple[str, bool]:
+        """The innermost line of this program that the main thread is in, and whether it waits in a collective."""
+        frame = sys._current_frames().get(self.main)
+        waits = False
+        while frame is not None:
+            name = frame.f_code.co_filename
+            waits = waits or any(part in name for part in COLLECTIVES)
+            if PACKAGE in name:
+                return f"{name.rpartition(PACKAGE)[2]}:{frame.f_lineno}", waits
+            frame = frame.f_back
+        return "outside this program", waits

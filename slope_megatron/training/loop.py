@@ -1,0 +1,210 @@
+"""The loop around the step: data, validation, metrics, checkpoints, and what is watched."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from slope_megatron.data.batches import MicroBatches, ValidationBatches
+from slope_megatron.ops.backend import choose
+from slope_megatron.training import accounting, checkpoint, flops, kernel_choices
+from slope_megatron.training.engine import Engine, StepResult
+from slope_megatron.training.faults import RankWatch
+from slope_megatron.training.layer_stats import LayerStats
+from slope_megatron.training.metrics import Progress
+from slope_megatron.training.saver import Saver
+from slope_megatron.training.watch import Diverged, StepWatch
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One run, from the step that its engine stands at to its last.
+
+    Args:
+        datasets: training and validation samples.
+        vocabulary: entries of the tokenizer.
+        writers: where metrics go; empty but on rank 0.
+        layer_stats: figures of each layer, if asked for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: Path,
+        datasets,
+        vocabulary: int,
+        watch: RankWatch,
+        writers: list,
+        layer_stats: LayerStats | None = None,
+    ):
+        config = engine.config
+        self.engine, self.config, self.run, self.vocabulary, self.watch = engine, config, run, vocabulary, watch
+        self.first = dist.get_rank() == 0
+        self.writers, self.layer_stats = writers, layer_stats
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        train_set, valid_set = datasets
+        micro = config.data.micro_batch_size
+        self.batches = MicroBatches(train_set, config.data.global_batch_size, micro, replica, replicas)
+        self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
+        self.saver = Saver(engine, run)
+        self.steps = StepWatch(engine, config.watch, config.data.global_batch_size)
+        self.judge_gradients = engine.before_step
+        engine.before_step = self.before_step
+        self.tokens = config.data.global_batch_size * config.data.seq_length
+        self.peak = flops.peak_tflops(config)
+        self.last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
+        self.val_loss: float | None = None
+        self.train_seconds = 0.0
+        self.stopped = False
+        self.steps_here = 0
+
+    def train(self) -> dict:
+        """Train to the end.
+
+        Returns:
+            the run in figures.
+        Raises:
+            Diverged: too many bad steps in a row; what is on disk is of the last good one.
+        """
+        progress = Progress(self.run.name, self.last_step, self.engine.steps_done, visible=self.first)
+        started = time.perf_counter()
+        try:
+            while self.engine.steps_done < self.last_step and not self.stopped:
+                result = self.engine.train_step(self.batches.step(self.engine.steps_done))
+                self.train_seconds += result.seconds
+                self.steps_here += 1
+                if self.steps_here == 1:
+                    kernel_choices.save(self.run)
+                    # The first step may compile and search kernels, each rank its own: watched from here on.
+                    self.engine.on_part = lambda part: self.watch.reach(self.engine.steps_done, part)
+                progress.step(result.loss, self.tokens / result.seconds)
+                self.after_step(self.engine.steps_done, result)
+                self.watch.reach(self.engine.steps_done, "batch")
+        except Diverged as error:
+            self.saver.finish()
+            raise Diverged(f"{error}. {what_is_safe(self.run)}") from None
+        finally:
+            progress.close()
+        self.saver.finish()
+        return self.summary(time.perf_counter() - started)
+
+    def before_step(self, loss: float) -> None:
+        """Gradients are reduced, nothing is updated yet."""
+        if self.layer_stats and self.layer_stats.due(self.engine.steps_done + 1):
+            self.layer_stats.note_gradients()
+        self.judge_gradients(loss)
+
+    def after_step(self, done: int, result: StepResult) -> None:
+        """Metrics; validation and checkpoints at their intervals and at the end, and right before the adapters join."""
+        self.log_step(done, result)
+        self.agree()
+        last = done == self.last_step or self.stopped
+        if last or done % self.config.train.eval_interval == 0 or done == self.config.adapter_start:
+            self.watch.reach(done, "validation")
+            self.validate(done)
+        if last or done % self.config.train.save_interval == 0:
+            self.watch.reach(done, "checkpoint")
+            self.saver.save()
+
+    def log_step(self, done: int, result: StepResult) -> None:
+        """One line at the interval; bad steps, spikes and figures of layers have theirs whenever they come."""
+        news = {}
+        try:
+            news = self.steps.look(result, done)
+        except Diverged:
+            self.write(done, result, {"bad": True})
+            raise
+        if self.layer_stats and self.layer_stats.due(done):
+            news = {**news, "layers": self.layer_stats.collect()}
+        if news or done % self.config.train.log_interval == 0 or done in (1, self.last_step):
+            self.write(done, result, news)
+
+    def write(self, done: int, result: StepResult, news: dict) -> None:
+        tokens_per_second = self.tokens / result.seconds
+        adapters = self.engine.phases.adapters_on(done - 1)
+        counts = flops.flops_per_token(self.config, self.vocabulary, adapters=adapters)
+        self.record(
+            step=done,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            tokens_per_second=tokens_per_second,
+            adapters=adapters,
+            **({"loss_scale": result.loss_scale} if self.engine.dtype == torch.float16 else {}),
+            **flops.speed(counts, tokens_per_second, dist.get_world_size(), self.peak),
+            **news,
+        )
+
+    def record(self, **values) -> None:
+        for writer in self.writers:
+            writer.write(values)
+
+    def agree(self) -> None:
+        """Whether any rank was told to stop (USR1 or TERM): all then save after the same step. And whether every rank
+        has written its part of a checkpoint: all then publish it."""
+        here = [int(self.watch.stop_requested.is_set()), int(self.saver.busy())]
+        told = torch.tensor(here, device=self.engine.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        stop, busy = map(bool, told.tolist())
+        self.stopped = stop
+        if self.saver.pending and not busy:
+            self.saver.finish()
+
+    def validate(self, done: int) -> None:
+        self.val_loss = self.engine.evaluate(self.validation)
+        self.record(step=done, val_loss=self.val_loss, double_pruning=accounting.double_pruning(self.engine))
+
+    def unigram_entropy(self) -> float:
+        """What knowing the frequencies of the validated tokens, and nothing else, would reach: nats per token."""
+        counts = torch.zeros(self.vocabulary, dtype=torch.int64, device=self.engine.device)
+        for batch in self.validation:
+            counted = batch["labels"][batch["loss_mask"] > 0].to(counts.device)
+            counts += torch.bincount(counted, minlength=self.vocabulary)
+        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        return entropy(counts)
+
+    def summary(self, wall_seconds: float) -> dict:
+        """The run in figures. A run that was already complete is validated once more."""
+        if self.val_loss is None:
+            self.validate(self.engine.steps_done)
+        return {
+            "steps": self.engine.steps_done,
+            "stopped_early": self.stopped and self.engine.steps_done < self.config.train.steps,
+            "unsaved": self.saver.failure,
+            "bad_steps": self.steps.bad_steps,
+            "tokens": self.engine.steps_done * self.tokens,
+            "val_loss": self.val_loss,
+            "unigram_entropy": self.unigram_entropy(),
+            "parameters": accounting.parameter_count(self.engine),
+            "tokens_per_second": self.steps_here * self.tokens / self.train_seconds if self.train_seconds else None,
+            "train_seconds": self.train_seconds,
+            "wall_seconds": wall_seconds,
+            "state_bytes": accounting.state_bytes(self.engine),
+            "state_bytes_per_rank": accounting.state_bytes_per_rank(self.engine),
+            "zero_stage": self.config.parallel.zero_stage,
+            "skipped_steps": self.engine.skipped_steps,
+            "double_pruning": accounting.double_pruning(self.engine),
+            "ranks": dist.get_world_size(),
+            "pipeline_parallel": self.config.parallel.pipeline_parallel,
+            "tensor_parallel": self.config.parallel.tensor_parallel,
+            "data_parallel": parallel_state.get_data_parallel_world_size(),
+            "backend": choose(self.config.slope.backend) if self.config.slope.enabled else "dense",
+        }
+
+
+def what_is_safe(run: Path) -> str:
+    """For the message of a fault: what is kept, and how to go on."""
+    complete = checkpoint.complete_checkpoints(run)
+    if not complete:
+        return "No checkpoint was written yet: start anew with --overwrite."
+    return f"Checkpoint {complete[-1]} is complete: the same command with --resume goes on from it."
+
+
+def entropy(counts: torch.Tensor) -> float:
+    """Entropy of a distribution given by counts, in nats."""
+    shares = counts[counts > 0].double() / counts.sum()
+    return float(-(shares * shares.log()).sum())

@@ -1,0 +1,113 @@
+"""Where metrics go, and that no writer stops a run."""
+
+import dataclasses
+import errno
+import json
+import math
+import sys
+import types
+
+import pytest
+
+from helpers.models import small_config
+from slope_megatron.config import WatchConfig
+
+
+def configured(**watch):
+    return dataclasses.replace(small_config(), watch=WatchConfig(**watch))
+
+
+def test_lines_of_steps_to_be_done_again_are_dropped(tmp_path):
+    from slope_megatron.training.writers import open_writers, read_lines
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 3, "lo')
+    [writer] = open_writers(configured(), tmp_path, 1)
+    writer.write({"step": 2, "loss": math.nan, "layers": {"fc1": {"drift": math.inf}}, "bad": True})
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    # Neither NaN nor infinity is JSON.
+    assert json.loads(lines[1], parse_constant=pytest.fail) == {
+        "step": 2,
+        "loss": None,
+        "layers": {"fc1": {"drift": None}},
+        "bad": True,
+    }
+    assert read_lines(path)[0] == {"step": 1, "loss": 3.0}
+
+
+def test_a_full_disk_costs_lines_and_is_said_once(tmp_path, monkeypatch, caplog):
+    from slope_megatron.training import writers
+
+    [writer] = writers.open_writers(configured(), tmp_path, 0)
+    writer.write({"step": 1})
+    original = writers.json.dumps
+
+    def half_a_line(values):
+        with open(tmp_path / "metrics.jsonl", "a") as stream:
+            stream.write('{"st')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writers.json, "dumps", half_a_line)
+    writer.write({"step": 2})
+    writer.write({"step": 3})
+    monkeypatch.setattr(writers.json, "dumps", original)
+    writer.write({"step": 4})
+    assert [line["step"] for line in writers.read_lines(tmp_path / "metrics.jsonl")] == [1, 4]
+    said = [record.message for record in caplog.records]
+    assert said == ["metrics: JsonLines failed (No space left on device); the run goes on"]
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from slope_megatron.training.writers import open_writers
+
+    _, writer = open_writers(configured(tensorboard=True), tmp_path, 0)
+    writer.write({"step": 3, "loss": 2.5, "adapters": True, "layers": {"fc1": {"drift": 0.25}}, "note": None})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["adapters", "layers/fc1/drift", "loss"]
+    [event] = events.Scalars("layers/fc1/drift")
+    assert (event.step, event.value) == (3, 0.25)
+
+
+def test_weights_and_biases_is_offline_unless_told(tmp_path, monkeypatch):
+    """What our side says to the package; the package itself is played."""
+    from slope_megatron.training.writers import open_writers
+
+    calls = []
+    run = types.SimpleNamespace(log=lambda *a, **k: calls.append((a, k)), finish=lambda: calls.append("finish"))
+    fake = types.SimpleNamespace(init=lambda **settings: (calls.append(settings), run)[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    _, writer = open_writers(configured(wandb="project"), tmp_path, 0)
+    writer.write({"step": 3, "loss": 2.5})
+    writer.close()
+    begun, logged, ended = calls
+    assert (begun["project"], begun["mode"], begun["dir"]) == ("project", "offline", str(tmp_path))
+    assert begun["config"]["model"]["hidden_size"] == 64
+    assert logged == (({"loss": 2.5},), {"step": 3})
+    assert ended == "finish"
+
+
+@pytest.mark.parametrize(("watch", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
+def test_a_missing_package_is_one_sentence(monkeypatch, watch, package):
+    from slope_megatron.training import writers
+
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"--{package} needs the package {package}: pip install {package}, or leave"):
+        writers.check_installed(configured(**watch))
+    writers.check_installed(configured())
+
+
+def test_a_writer_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch, caplog):
+    from slope_megatron.training import writers
+
+    def broken(*_):
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr(writers, "WeightsAndBiases", broken)
+    assert len(writers.open_writers(configured(wandb="project"), tmp_path, 0)) == 1
+    assert "one writer could not be opened (no route); the run goes on" in caplog.text
