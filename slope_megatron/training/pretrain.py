@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.config import Config
-from slope_megatron.data.batches import MicroBatches, ValidationBatches, build_datasets, load_manifest
+from slope_megatron.data.batches import MicroBatches, ValidationBatches, datasets_for, load_manifest
 from slope_megatron.models.dense import load_dense
 from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
 from slope_megatron.models.provider import DTYPES, build_model
@@ -57,14 +57,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     run = Path(config.train.out)
     manifest = on_first_rank(lambda: load_manifest(config.data.data))
     # Before anything is written or built: a split may be too short for the sequence length.
-    datasets = build_datasets(
-        config.data.data,
-        seq_length=config.data.seq_length,
-        train_samples=config.train.steps * config.data.global_batch_size,
-        valid_samples=config.train.eval_samples,
-        seed=config.train.seed,
-        cache=config.data.cache,
-    )
+    datasets = datasets_for(config)
     dtype = on_first_rank(lambda: resolve_dtype(config))
     if config.train.init_from:
         on_first_rank(lambda: len(MegatronCheckpoint(config.train.init_from)))

@@ -98,7 +98,7 @@ BAD = [
     (["--slope-nm", "5:4"], "--slope-nm is '5:4'"),
     (["--tensor-parallel", 2], "1 ranks were started with --tensor-parallel 2 and"),
     (["--global-batch-size", 7], "--global-batch-size is 7: it must be a multiple"),
-    (["--architecture", "bert"], "--architecture is bert: the model can be built, but"),
+    (["--architecture", "bert"], "was prepared with --kind gpt and --architecture is bert: prepare the text with"),
     (["--init-from", "nowhere"], "nowhere holds no Megatron checkpoint"),
     (["--data", "nowhere"], "data folder nowhere does not exist"),
     (["--seq-length", 10**7], "one sample of --seq-length 10000000 needs"),
