@@ -38,6 +38,10 @@ class BertSamples:
 
     def __init__(self, dataset):
         self.dataset = dataset
+        vocabulary = dataset.config.tokenizer
+        marks = {vocabulary.pad, vocabulary.cls, vocabulary.sep, vocabulary.mask}
+        # Megatron draws random tokens from all of them; a [PAD] in the text would then be taken for padding.
+        dataset.token_lookup = [token for token in dataset.token_lookup if token not in marks]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -79,5 +83,6 @@ def bert_config(tokenizer: FastTokenizer, seq_length: int, seed: int, masking):
 
 def usable_documents(prefix: Path) -> int:
     """Documents of two sentences or more: the others give no pair. Megatron would look for ever in a split of none."""
-    documents = indexed_dataset_module().IndexedDataset(str(prefix)).document_indices
-    return int((np.diff(documents) >= 2).sum())
+    # Kept by name: its arrays are views of a mapped file that goes with it.
+    dataset = indexed_dataset_module().IndexedDataset(str(prefix))
+    return int((np.diff(dataset.document_indices) >= 2).sum())

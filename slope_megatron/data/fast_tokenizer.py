@@ -95,8 +95,8 @@ class FastTokenizer:
 
     @property
     def inverse_vocabulary(self) -> dict[int, str]:
-        """`{id: token}`."""
-        return {number: token for token, number in self._vocabulary.items()}
+        """`{id: token}`, by id: the library's own order changes from process to process."""
+        return dict(sorted((number, token) for token, number in self._vocabulary.items()))
 
 
 def load_fast_tokenizer(path: Path, eod: str | None, lowercase: bool) -> FastTokenizer:

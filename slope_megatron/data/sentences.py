@@ -11,7 +11,7 @@ END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s+[^\sa-z])")
 LAST_WORD = re.compile(r"(?:^|[\s(\"'])([^\s(\"']+)$")
 ABBREVIATIONS = frozenset(
     """
-    mr mrs ms dr prof st sr jr rev gen col lt capt sgt gov sen rep hon vs etc e.g i.e cf al fig figs eq eqs no nos vol
+    mr mrs ms dr prof st sr jr rev gen col lt capt sgt gov sen rep hon vs etc e.g i.e cf al fig figs eq eqs nos vol
     pp ed eds inc ltd co corp jan feb mar apr jun jul aug sep sept oct nov dec u.s u.k a.m p.m ph.d approx dept est
     """.split()
 )

@@ -35,6 +35,9 @@ class PrepareSettings:
     lowercase: bool = True
 
     def __post_init__(self):
+        # 0 and 0.0 are the same setting, and must be the same bytes in the manifest.
+        for name in ("valid_percent", "test_percent"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name, choices in (("kind", KINDS), ("bad_records", ("refuse", "skip"))):
             if getattr(self, name) not in choices:
                 flag = name.replace("_", "-")

@@ -188,13 +188,39 @@ def test_an_unwritable_place_is_refused(corpus_folder, tmp_path):
     [
         ({"vocab_size": 0}, "--vocab-size is 0: it must be positive"),
         ({"max_documents": 0}, "--max-documents is 0: it must be at least 1"),
-        ({"valid_percent": -1}, "--valid-percent is -1 and --test-percent 2.0: they must not be negative"),
+        ({"valid_percent": -1}, "--valid-percent is -1.0 and --test-percent 2.0: they must not be negative"),
         ({"valid_percent": 60, "test_percent": 40}, "must leave something to train on"),
         ({"test_percent": math.nan}, "--test-percent nan"),
         ({"workers": 0}, "--workers is 0: it must be at least 1"),
+        ({"kind": "t5"}, "--kind is 't5': it must be one of gpt, bert"),
+        ({"bad_records": "eat"}, "--bad-records is 'eat': it must be one of refuse, skip"),
+        ({"max_document_bytes": -1}, "--max-document-bytes is -1: it must be positive"),
+        ({"split_seed": 1}, "--split-seed is 1 with --valid-percent 5.0 and --test-percent 2.0: such a split has two"),
+        ({"split_seed": 1, "test_percent": 0, "deduplicate": True}, "with --deduplicate: a published split numbers"),
+        (
+            {"tokenizer": "nowhere"},
+            "--tokenizer is nowhere: it must be one of sentencepiece, bpe, wordpiece, or a file",
+        ),
+        ({"kind": "bert", "tokenizer": "bpe"}, "--tokenizer is bpe with --kind bert: it needs a WordPiece vocabulary"),
     ],
 )
 def test_bad_settings_are_refused(corpus_folder, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         prepare(str(corpus_folder), tmp_path / "data", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_published_split_and_a_given_tokenizer(corpus_folder, prepared, tmp_path):
+    """The tokenizer of one prepare serves another; and the command in the manifest gives the same bytes."""
+    import shlex
+
+    from slope_megatron.cli import main
+
+    settings = {"tokenizer": str(prepared), "valid_percent": 12.5, "test_percent": 0, "split_seed": 7}
+    manifest = prepare(str(corpus_folder), tmp_path / "data", **settings)
+    assert manifest["splits"]["valid"]["documents"] == DOCUMENTS // 8
+    assert manifest["tokenizer"] == json.loads((prepared / "manifest.json").read_text())["tokenizer"]
+    assert (tmp_path / "data" / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
+    program, *words = shlex.split(manifest["command"])
+    assert program == "slope" and main([*words, "--out", str(tmp_path / "again"), "--workers", "3"]) == 0
+    assert content(tmp_path / "again") == content(tmp_path / "data")

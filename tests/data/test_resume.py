@@ -58,7 +58,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(corpus_folder, tmp_path, s
     out = tmp_path / "data"
     work = out.with_name(".data.preparing")
     # What gets a name, in order: the work folder's identity, 4 parts of text, their end, the tokenizer, 4 parts of
-    # tokens, the result. Each start counts from what it finds, so these are: part 1, part 3, the tokenizer, tokens 1, 2.
+    # tokens, the result. Each start counts from what it finds: killed at text 1, text 3, the tokenizer, tokens 1 and 2.
     finished: dict = {}
     for at in (3, 3, 3, 3, 2):
         assert kill_at(corpus_folder, out, at) == -signal.SIGKILL
@@ -144,9 +144,9 @@ def test_one_folder_has_one_writer(tmp_path):
     from slope_megatron.data.scratch import workspace_beside
 
     with workspace_beside(tmp_path / "data", {}):
-        with pytest.raises(ValueError, match="another process is preparing .*data: wait for it"):
-            with workspace_beside(tmp_path / "data", {}):
-                pass
+        second = workspace_beside(tmp_path / "data", {})
+        with pytest.raises(ValueError, match=r"another process is preparing .*data: wait for it"):
+            second.__enter__()
         assert (tmp_path / ".data.preparing" / "identity.json").is_file()
 
 
