@@ -46,7 +46,7 @@ def config_of(root, steps, size=1, **slope):
             vocab_multiple=32,
         ),
         parallel=ParallelConfig(tensor_parallel=size),
-        optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=10),
+        optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-4, warmup_steps=10),
         data=DataConfig(data=f"{root}/data", seq_length=SEQ, micro_batch_size=16, global_batch_size=32),
         train=TrainConfig(out=f"{root}/run{size}", steps=steps, eval_samples=32, dtype="fp32"),
     )
