@@ -82,7 +82,9 @@ class TrainConfig:
 
     out: str = option("", "run folder: configuration, metrics, checkpoints")
     init_from: str | None = option(
-        None, "dense checkpoint (Megatron's torch_dist, or of a --no-slope run); pruned on load"
+        None,
+        "start from these weights, with a new optimizer: a run folder (its newest checkpoint) or a checkpoint; "
+        "packed ones keep their patterns, dense ones (also Megatron's torch_dist) are pruned on load",
     )
     steps: int = option(1000, "optimizer steps in all")
     stop_at: int | None = option(

@@ -10,14 +10,13 @@ from megatron.core import parallel_state
 
 from slope_megatron.config import Config
 from slope_megatron.data.batches import MicroBatches, ValidationBatches, datasets_for, load_manifest
-from slope_megatron.models.dense import load_dense
-from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.table import sparsity_table
 from slope_megatron.ops.backend import choose
 from slope_megatron.training import accounting, checkpoint, files, kernel_choices, parallel, run_folder
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
+from slope_megatron.training.init_from import check_init, load_init
 from slope_megatron.training.metrics import Metrics, Progress
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     datasets = datasets_for(config)
     dtype = on_first_rank(lambda: resolve_dtype(config))
     if config.train.init_from:
-        on_first_rank(lambda: len(MegatronCheckpoint(config.train.init_from)))
+        on_first_rank(lambda: check_init(config))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))
@@ -70,7 +69,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     logger.info("%s", sparsity_table(config))
     model = build_model(config, manifest["vocab_size"], DTYPES[dtype])
     if config.train.init_from and not resume_from:
-        load_dense(model, config, MegatronCheckpoint(config.train.init_from), config.slope.pattern)
+        load_init(model, config)
     engine = Engine(model, config, DTYPES[dtype])
     if resume_from:
         checkpoint.load(engine, resume_from)
