@@ -1,36 +1,69 @@
 """`slope data`: text into what `slope pretrain` reads."""
 
 import argparse
+import dataclasses
 import sys
 
 from slope_megatron.data.settings import PrepareSettings
 
 DESCRIPTION = """\
-Turn a corpus of text into a folder that `slope pretrain --data FOLDER` reads:
+Turn text into a folder that `slope pretrain --data FOLDER` reads:
 
-  tokenizer.model          SentencePiece BPE, trained on the training documents, lossless
-  train, valid, test       .bin and .idx, in Megatron's format; every document ends with <eod>
-  manifest.json            what is in them: documents, bytes, tokens, hashes, and each split's
-                           unigram entropy (nats per token: what a model without context reaches)
+  tokenizer.model or .json  the tokenizer, trained on the training documents or the one that was given
+  train, valid, test        .bin and .idx, in Megatron's format; every document ends with the end-of-document token
+  manifest.json             what is in them: documents, bytes, tokens, hashes, versions, the command, and each split's
+                            unigram entropy (nats per token: what a model without context reaches)
 
 SOURCE is one of
-  stdlib                   the source text of this Python's standard library; needs no network
-  FOLDER                   every UTF-8 file below it is a document (hidden and binary files are passed
-                           over); a folder of nothing but .jsonl files is read as records
-  FILE.jsonl               every line is a record {"text": "..."}, and a document
-  FILE                     one document
-  hf:NAME[:CONFIG]         the train split of a dataset that the `datasets` library streams from the hub
-                           or reads from a local folder
+  stdlib                    the source text of this Python's standard library; needs no network
+  FOLDER                    every UTF-8 file below it is a document (hidden and binary files are passed over); a folder
+                            of nothing but .jsonl, .jsonl.gz, .json.gz or .parquet files is read as records
+  FILE.jsonl, .parquet      every line {"text": "..."}, or every row, is a document
+  FILE                      one document
+  hf:NAME[:CONFIG]          the train split of a dataset that the `datasets` library streams from the hub, or reads
+                            from a local folder
+Several sources are blended when a run reads them, by the weights given as SOURCE=WEIGHT, or by their tokens.
 
-A document is in one split only: a hash of its name decides (for records: of its text). The same text and
-settings give the same files. A finished folder is kept if it was made from the same text with the same settings.
+A document is in one split only: a hash of its name decides (for records: of its text). The same text and settings give
+the same files, whatever the workers. A prepare that was killed goes on where it stopped when the same command is given
+again; a finished folder is kept if it was made from the same text with the same settings.
 """
 EPILOG = """\
 examples:
   slope data prepare stdlib --out data/stdlib
   slope data prepare corpus.jsonl --text-key content --vocab-size 8192 --out data/corpus
+  slope data prepare wiki/=0.7 books.parquet=0.3 --tokenizer models/llama-3 --deduplicate --out data/mix
+  slope data prepare hf:wikimedia/wikipedia:20231101.en --kind bert --tokenizer bert-large-uncased/ --out data/bert
+  slope data prepare hf:Skylion007/openwebtext --tokenizer gpt2/ --valid-percent 0.05 --test-percent 0 \\
+      --split-seed 2357 --out data/openwebtext          (OpenWebText with its published split)
   slope data prepare hf:allenai/c4:en --max-documents 1000000 --vocab-size 32000 --out data/c4
 """
+DEFAULT = PrepareSettings()
+# Field of PrepareSettings -> metavar and help.
+TEXT_FLAGS = {
+    "kind": ("{gpt,bert}", "gpt: a document is a run of tokens; bert: a list of sentences, for pairs"),
+    "tokenizer": (
+        "NAME|PATH",
+        "trained on this text: sentencepiece, bpe (as GPT-2's) or wordpiece (as BERT's); or a finished one: "
+        "tokenizer.model, tokenizer.json, or a folder of them, of vocab.json and merges.txt, or of vocab.txt "
+        "(default: sentencepiece, or wordpiece for --kind bert)",
+    ),
+    "eod": ("TOKEN", "end-of-document token of a finished tokenizer (default: what its files say)"),
+    "text_key": ("KEY", "where a record's text is: key of a .jsonl line, column of a dataset"),
+    "bad_records": ("{refuse,skip}", "records that cannot be read end the prepare, or are counted and passed over"),
+}
+NUMBER_FLAGS = {
+    "vocab_size": ("INT", "tokens of a tokenizer that is trained"),
+    "valid_percent": ("FLOAT", "share of the documents for the valid split; 0: none"),
+    "test_percent": ("FLOAT", "share of the documents for the test split; 0: none"),
+    "max_document_bytes": ("INT", "documents longer than this are counted and passed over; 0: none is too long"),
+    "max_documents": ("INT", "read the first so many of each source (default: all of them)"),
+    "split_seed": (
+        "INT",
+        "split as `train_test_split(valid_percent / 100, seed)` of `datasets` does, for published splits "
+        "(default: by hash)",
+    ),
+}
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -39,44 +72,33 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser(
         "prepare",
-        help="tokenizer, token files and manifest from a corpus",
+        help="tokenizer, token files and manifest from text",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = PrepareSettings()
-    prepare.add_argument("source", metavar="SOURCE", help="stdlib, FOLDER, FILE.jsonl, FILE or hf:NAME[:CONFIG]")
+    prepare.add_argument("source", metavar="SOURCE", nargs="+", help="one of the above; several, each with =WEIGHT")
     prepare.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; appears only when finished")
-    prepare.add_argument(
-        "--vocab-size",
-        type=int,
-        default=default.vocab_size,
-        metavar="INT",
-        help="tokens of the tokenizer, 256 bytes and <eod> among them (default: %(default)s)",
-    )
-    prepare.add_argument(
-        "--text-key",
-        default=default.text_key,
-        metavar="KEY",
-        help="where a record's text is: key of a .jsonl line, column of a dataset (default: %(default)s)",
-    )
-    for split in ("valid", "test"):
+    for name, (metavar, text) in {**TEXT_FLAGS, **NUMBER_FLAGS}.items():
+        value = getattr(DEFAULT, name)
+        kind = str if name in TEXT_FLAGS else float if metavar == "FLOAT" else int
+        shown = "" if value is None else f" (default: {value})"
         prepare.add_argument(
-            f"--{split}-percent",
-            type=float,
-            default=getattr(default, f"{split}_percent"),
-            metavar="FLOAT",
-            help=f"share of the documents for the {split} split; 0: none (default: %(default)s)",
+            f"--{name.replace('_', '-')}", type=kind, default=value, metavar=metavar, help=text + shown
         )
+    prepare.add_argument("--deduplicate", action="store_true", help="keep the first of several equal documents")
     prepare.add_argument(
-        "--max-documents", type=int, default=None, metavar="INT", help="read the first so many (default: all of them)"
+        "--no-lowercase",
+        dest="lowercase",
+        action="store_false",
+        help="WordPiece keeps case and accents (BERT cased; where the tokenizer's files do not say)",
     )
     prepare.add_argument(
         "--workers",
         type=int,
         default=None,
         metavar="INT",
-        help="threads that encode; changes nothing that is written (default: one a core)",
+        help="processes that encode; changes nothing that is written (default: one a core)",
     )
     prepare.add_argument(
         "--overwrite",
@@ -95,16 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from slope_megatron.data.prepare import prepare
 
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(PrepareSettings)}
     manifest = prepare(
-        arguments.source,
-        arguments.out,
-        vocab_size=arguments.vocab_size,
-        text_key=arguments.text_key,
-        valid_percent=arguments.valid_percent,
-        test_percent=arguments.test_percent,
-        max_documents=arguments.max_documents,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
+        arguments.source, arguments.out, workers=arguments.workers, overwrite=arguments.overwrite, **settings
     )
     sys.stdout.write(describe(manifest, arguments.out))
     return 0

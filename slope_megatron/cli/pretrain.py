@@ -53,11 +53,6 @@ def check(config: Config) -> None:
         raise ValueError("no run folder: give --out FOLDER")
     if not config.data.data:
         raise ValueError("no data: give --data FOLDER, a folder that `slope data prepare` wrote")
-    if config.model.architecture == "bert":
-        raise ValueError(
-            "--architecture is bert: the model can be built, but masked-language-model batches are not made yet, so it "
-            "cannot be trained; take gpt"
-        )
     load_manifest(config.data.data)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config.data.micro_batches(config.parallel.data_parallel(ranks))

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import math
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from slope_megatron.config.model import ModelConfig
 from slope_megatron.config.optimizer import OptimizerConfig
 from slope_megatron.config.parallel import ParallelConfig
 from slope_megatron.config.run import DataConfig, TrainConfig
+from slope_megatron.config.scale import scale_values
 from slope_megatron.config.slope import SlopeConfig, parse_nm
 from slope_megatron.config.watch import WatchConfig
 
+logger = logging.getLogger(__name__)
 # Section of the YAML file -> (class, title in --help, prefix of its flags).
 SECTIONS = {
     "slope": (SlopeConfig, "SLoPe: sparsity and adapters", "slope"),
@@ -144,12 +147,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="configuration file; may be given more than once, later ones win",
     )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=None,
+        metavar="FLOAT",
+        help="make what the configuration files say smaller, for a small machine: steps and batch by this factor, the "
+        "model and the sequence by its root; what it does is logged, and flags still win",
+    )
     for config_class, title, prefix in SECTIONS.values():
         add_arguments(parser, config_class, title, prefix)
 
 
 def read_config(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
-    """Defaults < YAML files < flags.
+    """Defaults < YAML files (made smaller by `--scale`) < flags.
 
     Returns:
         the configuration, and for each `section.key` that is no default the place it came from.
@@ -164,6 +175,10 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
             values[section].update(content)
             origins.update({f"{section}.{key}": path for key in content})
     given = vars(arguments)
+    if given.get("scale") is not None:
+        changed = scale_values(values, classes, arguments.scale)
+        logger.info("--scale %s: %s", arguments.scale, "; ".join(changed) or "nothing changes")
+        origins.update({line.split()[0]: f"--scale {arguments.scale}" for line in changed})
     for section, config_class in classes.items():
         for field in dataclasses.fields(config_class):
             name = destination(config_class, field.name)

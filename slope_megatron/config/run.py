@@ -14,12 +14,20 @@ class DataConfig:
     seq_length: int = option(1024, "tokens of one sample")
     micro_batch_size: int = option(1, "samples of one forward pass on one replica")
     global_batch_size: int = option(8, "samples of one optimizer step over all replicas")
+    mlm_probability: float = option(0.15, "bert: share of the tokens that are asked for")
+    mlm_whole_words: bool = option(False, "bert: hide all pieces of a word together")
+    short_sequences: float = option(0.1, "bert: share of the samples that are shorter than the sequence")
 
     def __post_init__(self):
         check_choices(self)
         for name in ("seq_length", "micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if not (0 < self.mlm_probability < 1 and 0 <= self.short_sequences <= 1):
+            raise ValueError(
+                f"--mlm-probability is {self.mlm_probability} and --short-sequences {self.short_sequences}: they are "
+                "shares, the first one neither 0 nor 1; take 0.15 and 0.1"
+            )
 
     def micro_batches(self, data_parallel: int) -> int:
         """Micro-batches of one step on one replica.
@@ -43,7 +51,9 @@ class TrainConfig:
 
     out: str = option("", "run folder: configuration, metrics, checkpoints")
     init_from: str | None = option(
-        None, "dense checkpoint (Megatron's torch_dist, or of a --no-slope run); pruned on load"
+        None,
+        "start from these weights, with a new optimizer: a run folder (its newest checkpoint) or a checkpoint; "
+        "packed ones keep their patterns, dense ones (also Megatron's torch_dist) are pruned on load",
     )
     steps: int = option(1000, "optimizer steps in all")
     stop_at: int | None = option(

@@ -1,7 +1,7 @@
 """Prepared data as batches. Where a run stands in the data is a function of its step alone, so resuming is exact.
 
-Samples are Megatron's: the split's documents, shuffled, laid end to end, cut into `seq_length + 1` tokens that overlap
-by one; the cuts are shuffled again, and after one epoch comes the next.
+Samples are Megatron's. For GPT: the split's documents, shuffled, laid end to end, cut into `seq_length + 1` tokens that
+overlap by one; the cuts are shuffled again, and after one epoch comes the next. For BERT: see `data.bert`.
 
 Legend: b micro-batch, s sequence.
 """
@@ -12,11 +12,10 @@ import torch
 
 from slope_megatron.config import DataConfig
 from slope_megatron.data.manifest import load_manifest
-from slope_megatron.data.samples import build_datasets
+from slope_megatron.data.samples import build_datasets, datasets_for
 
-__all__ = ["load_manifest", "build_datasets", "MicroBatches", "ValidationBatches"]
+__all__ = ["load_manifest", "build_datasets", "datasets_for", "MicroBatches", "ValidationBatches"]
 
-KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 Batch = dict[str, torch.Tensor]
 Dataset = Sequence[Mapping[str, torch.Tensor]]
 
@@ -57,7 +56,8 @@ class MicroBatches:
     def step(self, step: int) -> Iterator[Batch]:
         """Yield the `count` micro-batches of this rank for the `step`-th update, counted from 0.
 
-        Each holds tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32, on the CPU.
+        Each holds what the samples hold, stacked: for GPT tokens, labels, position_ids [b, s] int64 and loss_mask
+        [b, s] fp32, on the CPU.
 
         Raises:
             ValueError: the dataset was built for fewer steps.
@@ -110,4 +110,4 @@ class ValidationBatches:
 
 
 def _stack(samples: list[Mapping[str, torch.Tensor]]) -> Batch:
-    return {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}

@@ -5,9 +5,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from slope_megatron.data.records import BadRecord, BadRecords
 
-def hub_documents(name: str, config: str | None, text_key: str) -> Iterator[tuple[str, str]]:
-    """Yield `(name:row, text)` of the train split of dataset `name`.
+
+def hub_documents(
+    name: str, config: str | None, text_key: str, bad: BadRecords, start: int = 0
+) -> Iterator[tuple[str, str]]:
+    """Yield `(name:row, text)` of the train split of dataset `name`, from row `start` on.
 
     Raises:
         ValueError: the library is missing, the dataset cannot be reached or read, or has no such text column.
@@ -15,8 +19,8 @@ def hub_documents(name: str, config: str | None, text_key: str) -> Iterator[tupl
     # First: importing the hub's client sets its log level.
     datasets = _library(name)
     with _quiet_hub():
-        rows = iter(_open(datasets, name, config))
-        number = 0
+        rows = iter(_open(datasets, name, config, start))
+        number = start
         while True:
             # Streams fetch while they are iterated: they may break off here as well as on opening.
             try:
@@ -25,15 +29,25 @@ def hub_documents(name: str, config: str | None, text_key: str) -> Iterator[tupl
                 return
             except Exception as failure:
                 raise _unreadable(name, failure) from failure
-            text = row.get(text_key)
-            if not isinstance(text, str):
-                columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
-                raise ValueError(
-                    f"row {number} of dataset {name} has no text in column {text_key!r}: its columns are {columns}; "
-                    "name the text column with --text-key"
-                )
-            yield f"{name}:{number}", text
             number += 1
+            try:
+                text = _text_of_row(row, text_key, f"row {number - 1} of dataset {name}")
+            except BadRecord as failure:
+                bad.meet(failure)
+            else:
+                yield f"{name}:{number - 1}", text
+
+
+def _text_of_row(row: dict, text_key: str, where: str) -> str:
+    text = row.get(text_key)
+    if not isinstance(text, str):
+        columns = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
+        raise BadRecord(
+            "no string",
+            f"{where} has no text in column {text_key!r}: its columns are {columns}; name the text column with "
+            "--text-key",
+        )
+    return text
 
 
 def _library(name: str):
@@ -46,14 +60,19 @@ def _library(name: str):
     return datasets
 
 
-def _open(datasets, name: str, config: str | None):
-    """Rows in a fixed order: streamed, or from a folder that `save_to_disk` wrote."""
+def _open(datasets, name: str, config: str | None, start: int):
+    """Rows in a fixed order from `start` on: streamed, or from a folder that `save_to_disk` wrote.
+
+    Nothing that was fetched is executed or unpickled: the library has given up dataset scripts.
+    """
     try:
         if (Path(name) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(name)["train"]
-        if (Path(name) / "state.json").is_file():
-            return datasets.load_from_disk(name)
-        return datasets.load_dataset(name, config, split="train", streaming=True)
+            rows = datasets.load_from_disk(name)["train"]
+        elif (Path(name) / "state.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, config, split="train", streaming=True)
+        return rows.skip(start) if start else rows
     except Exception as failure:
         raise _unreadable(name, failure) from failure
 

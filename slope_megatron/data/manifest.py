@@ -7,7 +7,12 @@ from pathlib import Path
 NAME = "manifest.json"
 # The folder for Megatron's index files, which a run adds later.
 CACHE = "cache"
-FORMAT = 1
+FORMAT = 2
+
+
+def dataset_name(split: str, source: int, sources: int) -> str:
+    """The name, without .bin and .idx, of one source's part of a split."""
+    return split if sources == 1 else f"{split}_{source}"
 
 
 def file_sha256(path: Path) -> str:

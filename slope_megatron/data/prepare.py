@@ -1,12 +1,21 @@
-"""`slope data prepare`: a source's text becomes a tokenizer, three indexed datasets and a manifest."""
+"""`slope data prepare`: text becomes a tokenizer, indexed datasets and a manifest.
+
+    read     each source once, into parts of text
+    train    a tokenizer on a sample of the training documents, or take a finished one
+    encode   each part, on all workers
+    join     the parts of each split, in order; then the manifest, and one rename
+
+Parts are whole or not there, in a hidden folder beside the output: a killed prepare goes on behind what is finished.
+"""
 
 import dataclasses
 import itertools
 import logging
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,33 +24,41 @@ from tqdm import tqdm
 
 from slope_megatron.data import manifest as manifests
 from slope_megatron.data.corpus import Corpus, read_corpus
-from slope_megatron.data.indexed import IndexedWriter
-from slope_megatron.data.scratch import move_into_place, scratch_beside
-from slope_megatron.data.settings import PrepareSettings
-from slope_megatron.data.sources import Source, describe_skipped, open_source
-from slope_megatron.data.splits import SPLITS, assign_splits
-from slope_megatron.data.tokenizer import Tokenizer, train_tokenizer, training_chunks
+from slope_megatron.data.encode import encode_parts
+from slope_megatron.data.fast_tokenizer import FastTokenizer, train_fast_tokenizer
+from slope_megatron.data.figures import command_of, figures_of
+from slope_megatron.data.indexed import join_parts, token_dtype
+from slope_megatron.data.scratch import explain, move_into_place, sealed_folder, workspace_beside
+from slope_megatron.data.settings import TRAINED, PrepareSettings
+from slope_megatron.data.sources import Source, describe_skipped, open_source, parse_specs
+from slope_megatron.data.splits import SPLITS, assign_splits, published_splits
+from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer, training_chunks
 
-TOKENIZER = "tokenizer.model"
-# Bytes of training text that the tokenizer learns from: a second of work, and more would hardly change it.
+# Bytes of training text that a tokenizer learns from, and for each of its tokens: seconds of work, and more would
+# hardly change it.
 TOKENIZER_SAMPLE = 4_000_000
-# Bytes of text that are encoded at a time, over all workers.
-BATCH = 4_000_000
+SAMPLE_PER_TOKEN = 1000
+PACKAGES = ("numpy", "sentencepiece", "tokenizers", "pyarrow", "datasets")
 
 logger = logging.getLogger(__name__)
 
 
 def prepare(
-    source: str,
+    source: str | Sequence[str],
     out: str | Path,
     *,
     workers: int | None = None,
     overwrite: bool = False,
     **settings,
 ) -> dict:
-    """Write the prepared folder `out` from `source`, or find it finished; `settings` as in PrepareSettings.
+    """Write the prepared folder `out` from one source or several, or find it finished.
 
-    The same text and settings give the same bytes, whatever the number of workers (default: one a core).
+    The same text and settings give the same bytes, whatever the number of workers (default: one a core), and however
+    often it was killed and started again.
+
+    Args:
+        source: as `open_source` takes them; several may have weights, `["a.jsonl=0.7", "b.jsonl=0.3"]`.
+        settings: as in PrepareSettings.
 
     Returns:
         the manifest.
@@ -54,23 +71,36 @@ def prepare(
     if workers < 1:
         raise ValueError(f"--workers is {workers}: it must be at least 1; leave it out to use every core")
     out = Path(out).absolute()
-    text = open_source(source, chosen.text_key)
-    _check_target(out, text, chosen, overwrite)
+    specs, weights = parse_specs([source] if isinstance(source, str) else source)
+    texts = [
+        open_source(
+            spec,
+            chosen.text_key,
+            refuse_bad_records=chosen.bad_records == "refuse",
+            max_document_bytes=chosen.max_document_bytes,
+        )
+        for spec in specs
+    ]
+    given = _given_tokenizer(chosen)
+    _check_target(out, texts, chosen, overwrite)
+    identity = {
+        "settings": dataclasses.asdict(chosen),
+        "weights": weights,
+        "sources": [text.fingerprint() for text in texts],
+        "tokenizer": given.unique_identifiers if given else None,
+        "versions": _versions(),
+    }
     try:
-        with scratch_beside(out) as scratch:
-            corpus = _read(text, scratch / "corpus", chosen.max_documents)
-            if not overwrite and (finished := _finished(out, corpus)):
+        with workspace_beside(out, identity) as work:
+            corpora = _read(texts, work, chosen)
+            if not overwrite and (finished := _finished(out, corpora, weights)):
                 logger.info(f"{out} already holds this corpus prepared with these settings: nothing to do")
                 return finished
-            folder = scratch / "prepared"
-            folder.mkdir()
-            manifest = _write(folder, corpus, text, chosen, workers)
+            folder = _write(work, corpora, specs, weights, chosen, given, workers)
             move_into_place(folder, out)
-            return manifest
+            return manifests.load_manifest(out)
     except OSError as failure:
-        raise ValueError(
-            f"preparing {source} failed ({failure}): {out} is unchanged; mend that and run it again"
-        ) from failure
+        raise ValueError(f"preparing {out} did not finish: {explain(failure, out)}") from failure
 
 
 def available_cores() -> int:
@@ -78,14 +108,32 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_target(out: Path, text: Source, chosen: PrepareSettings, overwrite: bool) -> None:
+def _given_tokenizer(chosen: PrepareSettings) -> Tokenizer | FastTokenizer | None:
+    """The finished tokenizer that was asked for; None: one is to be trained."""
+    name = chosen.tokenizer_or_default
+    if name in TRAINED:
+        tokenizer = None
+    elif not Path(name).exists():
+        raise ValueError(f"--tokenizer is {name}: it must be one of {', '.join(TRAINED)}, or a file or folder")
+    else:
+        tokenizer = load_tokenizer(name, eod=chosen.eod, lowercase=chosen.lowercase)
+    if chosen.kind == "bert":
+        if name in ("sentencepiece", "bpe") or isinstance(tokenizer, Tokenizer):
+            raise ValueError(f"--tokenizer is {name} with --kind bert: it needs a WordPiece vocabulary; take wordpiece")
+        if tokenizer is not None and tokenizer.mark("pad") != 0:
+            raise ValueError(f"the tokenizer {name} has [PAD] at {tokenizer.mark('pad')}: Megatron needs it at 0")
+    return tokenizer
+
+
+def _check_target(out: Path, texts: list[Source], chosen: PrepareSettings, overwrite: bool) -> None:
     """Refuse, before any work, an `out` that must not be replaced.
 
     Raises:
         ValueError: see the messages.
     """
-    if text.folder is not None and out.resolve().is_relative_to(text.folder.resolve()):
-        raise ValueError(f"--out {out} lies inside the source folder {text.folder}: choose a folder outside of it")
+    for text in texts:
+        if text.folder is not None and out.resolve().is_relative_to(text.folder.resolve()):
+            raise ValueError(f"--out {out} lies inside the source folder {text.folder}: choose a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: choose a folder")
     if not out.exists() or not any(out.iterdir()):
@@ -108,85 +156,123 @@ def _check_target(out: Path, text: Source, chosen: PrepareSettings, overwrite: b
         )
 
 
-def _finished(out: Path, corpus: Corpus) -> dict | None:
-    """The manifest of `out` if it was prepared from this corpus; its settings have been compared before.
+def _finished(out: Path, corpora: list[Corpus], weights: list[float] | None) -> dict | None:
+    """The manifest of `out` if it was prepared from these corpora; its settings have been compared before.
 
     Raises:
-        ValueError: it was prepared from another corpus.
+        ValueError: it was prepared from others.
     """
     if not (out / manifests.NAME).is_file():
         return None
     finished = manifests.load_manifest(out)
-    if finished["corpus"]["sha256"] != corpus.sha256:
+    before = [(part["corpus"]["sha256"], part["weight"]) for part in finished["sources"]]
+    now = list(zip([corpus.sha256 for corpus in corpora], weights or itertools.repeat(None), strict=False))
+    if before != now:
         raise ValueError(
             f"--out {out} holds another corpus (source {finished['source']}, sha256 "
-            f"{finished['corpus']['sha256'][:12]}..., now {corpus.sha256[:12]}...): "
+            f"{', '.join(sha[:12] for sha, _ in before)}..., now {', '.join(sha[:12] for sha, _ in now)}...): "
             "choose another folder, or replace it with --overwrite"
         )
     return finished
 
 
-def _read(text: Source, path: Path, max_documents: int | None) -> Corpus:
-    with _progress("read", None) as bar:
-        corpus = read_corpus(text, path, max_documents, bar.update)
-    skipped = f"; passed over: {describe_skipped(text.skipped)}" if text.skipped else ""
-    logger.info(f"read {len(corpus.bytes_D):,} documents, {corpus.bytes / 1e6:.1f} MB{skipped}")
-    return corpus
+def _read(texts: list[Source], work: Path, chosen: PrepareSettings) -> list[Corpus]:
+    """The corpora of all sources; a text that several of them hold stays with the first one, if duplicates go."""
+    corpora, seen = [], set()
+    for number, text in enumerate(texts):
+        with _progress("read", None) as bar:
+            corpus = read_corpus(
+                text,
+                work / f"text_{number}",
+                max_documents=chosen.max_documents,
+                deduplicate=chosen.deduplicate,
+                seen=seen,
+                advance=bar.update,
+            )
+        if not corpus.parts:
+            raise ValueError(f"source {text.spec} holds no text that an earlier source does not hold: leave it out")
+        passed = f"; passed over: {describe_skipped(corpus.skipped)}" if corpus.skipped else ""
+        size = corpus.bytes / 1e6
+        logger.info(f"read {text.spec}: {len(corpus.keys_D):,} documents, {size:.1f} MB{passed}")
+        corpora.append(corpus)
+    return corpora
 
 
-def _write(folder: Path, corpus: Corpus, text: Source, chosen: PrepareSettings, workers: int) -> dict:
-    """Fill `folder`; returns the manifest, which is written last."""
-    splits_D = assign_splits(corpus.keys_D, chosen.valid_percent, chosen.test_percent)
-    share = TOKENIZER_SAMPLE / max(1, int(corpus.bytes_D[splits_D == 0].sum()))
-    training = (content for content, split in zip(corpus.texts(), splits_D, strict=True) if split == 0)
-    model = train_tokenizer(training_chunks(training, share), chosen.vocab_size)
-    tokenizer = Tokenizer(model)
-    (folder / TOKENIZER).write_bytes(model)
-    logger.info(f"trained a tokenizer of {tokenizer.vocab_size:,} tokens on {min(1.0, share):.0%} of the training text")
+def _splits(corpus: Corpus, chosen: PrepareSettings) -> np.ndarray:
+    if chosen.split_seed is not None:
+        return published_splits(len(corpus.keys_D), chosen.valid_percent, chosen.split_seed)
+    return assign_splits(corpus.keys_D, chosen.valid_percent, chosen.test_percent)
 
-    writers = [IndexedWriter(folder, name, tokenizer.vocab_size) for name in SPLITS]
-    with _progress("encode", corpus.bytes) as bar:
-        for documents in _batches(corpus, splits_D):
-            ids = tokenizer.encode_all([content for content, _, _ in documents], workers)
-            for tokens, (_, split, size) in zip(ids, documents, strict=True):
-                writers[split].add([*tokens, tokenizer.eod], size)
-                bar.update(size)
-    for writer in writers:
-        writer.close()
-    figures = {name: writer.figures() for name, writer in zip(SPLITS, writers, strict=True)}
-    logger.info("encoded " + ", ".join(f"{name} {figures[name]['tokens']:,}" for name in SPLITS) + " tokens")
 
-    manifests.write_manifest(
-        folder,
-        {
-            "source": text.spec,
-            "settings": dataclasses.asdict(chosen),
-            "corpus": {
-                "documents": len(corpus.bytes_D),
-                "bytes": corpus.bytes,
-                "sha256": corpus.sha256,
-                "skipped": dict(sorted(text.skipped.items())),
-            },
-            "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.eod,
-            "dtype": np.dtype(writers[0].dtype).name,
-            "splits": figures,
-            "files": manifests.describe_files(folder),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("megatron-core", "numpy", "sentencepiece")},
-            },
-        },
+def _write(work: Path, corpora, specs, weights, chosen: PrepareSettings, given, workers: int) -> Path:
+    """The prepared folder, complete, in the work folder."""
+    splits = [_splits(corpus, chosen) for corpus in corpora]
+    tokenizer = _tokenizer(work / "tokenizer", corpora, splits, chosen, given)
+    dtype = token_dtype(tokenizer.vocab_size)
+    tasks, encoded = [], []
+    for number, (corpus, splits_D) in enumerate(zip(corpora, splits, strict=True)):
+        ends = np.cumsum([len(part.bytes_D) for part in corpus.parts])
+        targets = [work / f"tokens_{number}" / part.folder.name for part in corpus.parts]
+        tasks += zip(corpus.parts, np.split(splits_D, ends[:-1]), targets, strict=True)
+        encoded.append(targets)
+    with _progress("encode", sum(corpus.bytes for corpus in corpora)) as bar:
+        encode_parts(tasks, work / "tokenizer", chosen.kind, workers, bar.update)
+
+    folder = work / "prepared"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / "tokenizer", folder)
+    counts = []
+    for number, parts in enumerate(encoded):
+        names = {split: manifests.dataset_name(split, number, len(corpora)) for split in SPLITS}
+        counts.append({split: join_parts(folder, names[split], dtype, parts, split) for split in SPLITS})
+    manifest = {
+        "source": ", ".join(specs),
+        "kind": chosen.kind,
+        "command": command_of(specs, weights, chosen),
+        "settings": dataclasses.asdict(chosen),
+        **figures_of(corpora, counts, specs, weights),
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "tokenizer": {**tokenizer.unique_identifiers, "eod_text": tokenizer.eod_text},
+        "dtype": dtype.name,
+        "files": manifests.describe_files(folder),
+        "versions": _versions(),
+    }
+    manifests.write_manifest(folder, manifest)
+    logger.info("encoded " + ", ".join(f"{name} {manifest['splits'][name]['tokens']:,}" for name in SPLITS) + " tokens")
+    return folder
+
+
+def _tokenizer(place: Path, corpora, splits, chosen: PrepareSettings, given) -> Tokenizer | FastTokenizer:
+    """The tokenizer, whose files are then in the folder `place`."""
+    if place.is_dir():
+        return load_tokenizer(place)
+    tokenizer = given or _trained(corpora, splits, chosen)
+    with sealed_folder(place) as partial:
+        for name, content in tokenizer.files.items():
+            (partial / name).write_bytes(content)
+    return tokenizer
+
+
+def _trained(corpora: list[Corpus], splits, chosen: PrepareSettings) -> Tokenizer | FastTokenizer:
+    size = sum(int(corpus.bytes_D[splits_D == 0].sum()) for corpus, splits_D in zip(corpora, splits, strict=True))
+    share = max(TOKENIZER_SAMPLE, SAMPLE_PER_TOKEN * chosen.vocab_size) / max(1, size)
+    documents = ((corpus.texts(), splits_D) for corpus, splits_D in zip(corpora, splits, strict=True))
+    training = (
+        text for texts, splits_D in documents for text, split in zip(texts, splits_D, strict=True) if split == 0
     )
-    return manifests.load_manifest(folder)
+    chunks = training_chunks(training, share)
+    form = chosen.tokenizer_or_default
+    if form == "sentencepiece":
+        tokenizer = Tokenizer(train_tokenizer(chunks, chosen.vocab_size))
+    else:
+        tokenizer = train_fast_tokenizer(form, chunks, chosen.vocab_size, chosen.lowercase)
+    logger.info(f"trained a tokenizer of {tokenizer.vocab_size:,} tokens on {min(1.0, share):.0%} of the training text")
+    return tokenizer
 
 
-def _batches(corpus: Corpus, splits_D: np.ndarray) -> Iterator[list[tuple[str, int, int]]]:
-    """`(text, split, bytes)` of all documents, in lists of about BATCH bytes."""
-    documents = zip(corpus.texts(), splits_D.tolist(), corpus.bytes_D.tolist(), strict=True)
-    ends_D = np.cumsum(corpus.bytes_D)
-    for _, batch in itertools.groupby(zip(documents, ends_D.tolist(), strict=True), key=lambda item: item[1] // BATCH):
-        yield [document for document, _ in batch]
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def _progress(title: str, total: int | None) -> tqdm:

@@ -1,21 +1,64 @@
-"""The prepared splits as Megatron's GPTDataset: which tokens are sample number i.
+"""The prepared splits as Megatron's datasets: which tokens are sample number i.
 
 Megatron keeps the answer in index files, which rank 0 writes and all ranks map. Here they are written into a scratch
 folder that is then renamed: a run killed meanwhile leaves no half-written index for the next one to trust.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
-from slope_megatron.data.manifest import CACHE, fingerprint, load_manifest
+from slope_megatron.config import Config, DataConfig
+from slope_megatron.data import bert
+from slope_megatron.data.blend import Blend, samples_needed
+from slope_megatron.data.manifest import CACHE, dataset_name, fingerprint, load_manifest
 from slope_megatron.data.scratch import scratch_beside
 from slope_megatron.data.tokenizer import load_tokenizer
+
+SAMPLED = ("train", "valid")
+MASKING = ("mlm_probability", "mlm_whole_words", "short_sequences")
+
+
+def datasets_for(config: Config):
+    """`build_datasets` of a run: its data, its architecture, as many samples as it will take.
+
+    Raises:
+        ValueError: as `build_datasets`, and data that was prepared for another architecture.
+    """
+    data = config.data
+    kind = load_manifest(data.data)["kind"]
+    if kind != config.model.architecture:
+        raise ValueError(
+            f"{data.data} was prepared with --kind {kind} and --architecture is {config.model.architecture}: prepare "
+            f"the text with --kind {config.model.architecture}"
+        )
+    return build_datasets(
+        data.data,
+        seq_length=data.seq_length,
+        train_samples=config.train.steps * data.global_batch_size,
+        valid_samples=config.train.eval_samples,
+        seed=config.train.seed,
+        cache=data.cache,
+        masking=data,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One source's samples of one split."""
+
+    split: str
+    prefix: Path
+    tokens: int
+    weight: float
+    samples: int = 0
 
 
 def build_datasets(
@@ -25,12 +68,18 @@ def build_datasets(
     valid_samples: int,
     seed: int,
     cache: str | Path | None = None,
+    masking: DataConfig | None = None,
 ):
     """The train and validation datasets of a prepared folder; to be called on all ranks alike.
 
-    Item i is a dict of tokens, labels, position_ids [s] int64 and loss_mask [s] fp32. More samples than one epoch
-    holds repeat the split in another order. The order depends on all arguments but `cache`: a continued run must
-    give the same ones. The index files go to `cache` (default: a folder in the prepared one), which all nodes must see.
+    Item i is a dict: for a folder of kind gpt tokens, labels, position_ids [s] int64 and loss_mask [s] fp32; for kind
+    bert see BertSamples. More samples than one epoch holds repeat the split in another order (bert: with other tokens
+    hidden). Several sources are blended by their weights, or by their tokens where they have none. The order depends on
+    all arguments but `cache`: a continued run must give the same ones. The index files go to `cache` (default: a folder
+    in the prepared one), which all nodes must see.
+
+    Args:
+        masking: the MASKING fields of DataConfig, for kind bert (default: the defaults).
 
     Returns:
         (train, valid), each of at least as many items as asked for; None where none were asked for.
@@ -38,61 +87,107 @@ def build_datasets(
         ValueError: on every rank: no prepared folder, a split shorter than one sample, or an unusable cache folder.
     """
     folder = Path(folder).resolve()
-    samples = {"train": train_samples, "valid": valid_samples}
-    splits = load_manifest(folder)["splits"]
-    for name, count in samples.items():
-        _check_length(folder, name, splits[name]["tokens"], seq_length, count)
-    config = _dataset_config(folder, seq_length, samples, seed)
+    masking = masking or DataConfig()
+    samples = dict(zip(SAMPLED, (train_samples, valid_samples), strict=True))
+    manifest = load_manifest(folder)
+    parts = {split: _parts(folder, manifest, split, count) for split, count in samples.items()}
+    _check_lengths(folder, manifest["kind"], seq_length, parts, samples)
+    config, dataset_class = _dataset_config(folder, manifest["kind"], seq_length, seed, masking)
     root = Path(cache).absolute() if cache is not None else folder / CACHE
-    place = root / _cache_name(folder, seq_length, samples, seed)
-    _write_index_once(place, config, samples)
-    config.path_to_cache = str(place)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-        from megatron.core.datasets.gpt_dataset import GPTDataset
-    train, valid, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [train_samples, valid_samples, 0], lambda: True, config
-    ).build()
+    place = root / _cache_name(folder, seq_length, samples, seed, masking if manifest["kind"] == "bert" else None)
+    every = [part for split in SAMPLED for part in parts[split]]
+    _write_index_once(place, lambda at: [_dataset(dataset_class, config, part, at) for part in every])
+
+    def whole(split: str):
+        datasets = [_dataset(dataset_class, config, part, place) for part in parts[split]]
+        if manifest["kind"] == "bert":
+            datasets = [bert.BertSamples(dataset) for dataset in datasets]
+        if len(datasets) < 2:
+            return datasets[0] if datasets else None
+        return Blend(datasets, [part.weight for part in parts[split]], samples[split])
+
+    train, valid = map(whole, SAMPLED)
     return train, valid
 
 
-def _check_length(folder: Path, name: str, tokens: int, seq_length: int, count: int) -> None:
+def _parts(folder: Path, manifest: dict, split: str, count: int) -> list[_Part]:
+    """What each source gives to `count` samples of a split; nothing for none."""
     if count < 0:
-        raise ValueError(f"{count} {name} samples were asked for: it must be 0 (none) or more")
-    # Labels are the next tokens: one token more than the sample is long.
-    if count and tokens < seq_length + 1:
-        raise ValueError(
-            f"the {name} split of {folder} has {tokens} tokens: one sample of --seq-length {seq_length} needs "
-            f"{seq_length + 1}; take a shorter --seq-length, or prepare more text"
-        )
+        raise ValueError(f"{count} {split} samples were asked for: it must be 0 (none) or more")
+    sources = manifest["sources"]
+    parts = []
+    for number, source in enumerate(sources):
+        tokens = source["splits"][split]["tokens"]
+        weight = source["weight"] if source["weight"] is not None else tokens
+        if count and (weight or len(sources) == 1):
+            parts.append(_Part(split, folder / dataset_name(split, number, len(sources)), tokens, weight or 1))
+    counts = samples_needed([part.weight for part in parts], count)
+    # A source of a small share may give nothing to a few samples, and Megatron has no datasets of none.
+    return [dataclasses.replace(part, samples=max(1, count)) for part, count in zip(parts, counts, strict=True)]
 
 
-def _dataset_config(folder: Path, seq_length: int, samples: dict[str, int], seed: int):
+def _check_lengths(folder: Path, kind: str, seq_length: int, parts: dict, samples: dict[str, int]) -> None:
+    if kind == "bert" and seq_length < bert.SHORTEST:
+        raise ValueError(f"--seq-length is {seq_length}: BERT's pairs need at least {bert.SHORTEST}")
+    for split in SAMPLED:
+        if samples[split] and not parts[split]:
+            raise ValueError(f"the {split} split of {folder} has no text: prepare more, or a larger --{split}-percent")
+        for part in parts[split]:
+            name = part.prefix.name
+            # Labels are the next tokens: one token more than the sample is long.
+            if kind == "gpt" and part.tokens < seq_length + 1:
+                raise ValueError(
+                    f"the {name} split of {folder} has {part.tokens} tokens: one sample of --seq-length {seq_length} "
+                    f"needs {seq_length + 1}; take a shorter --seq-length, or prepare more text"
+                )
+            if kind == "bert" and not bert.usable_documents(part.prefix):
+                raise ValueError(
+                    f"the {name} split of {folder} has no document of two sentences: BERT's pairs need one; prepare "
+                    "other text, or more of it"
+                )
+
+
+def _dataset_config(folder: Path, kind: str, seq_length: int, seed: int, masking: DataConfig):
+    """Megatron's settings, and its class of dataset."""
+    tokenizer = load_tokenizer(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    blend = [([str(folder / name)], None) if count else None for name, count in samples.items()]
-    return GPTDatasetConfig(
+        from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    if kind == "bert":
+        return bert.bert_config(tokenizer, seq_length, seed, masking), BERTMaskedWordPieceDataset
+    config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
-        blend_per_split=[*blend, None],
-        tokenizer=load_tokenizer(folder / "tokenizer.model"),
+        blend_per_split=[None, None, None],
+        tokenizer=tokenizer,
         # Documents of one sample see each other, as in GPT pretraining; the mask is the causal one, made in attention.
         create_attention_mask=False,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
+    return config, GPTDataset
 
 
-def _cache_name(folder: Path, seq_length: int, samples: dict[str, int], seed: int) -> str:
+def _dataset(dataset_class, config, part: _Part, index: Path):
+    """Megatron's dataset of one part; its index is read from the folder `index`, or written there."""
+    from megatron.core.datasets.utils import Split
+
+    config.path_to_cache = str(index)
+    tokens = dataset_class.build_low_level_dataset(str(part.prefix), config)
+    documents = np.arange(dataset_class.numel_low_level_dataset(tokens), dtype=np.int32)
+    return dataset_class(tokens, str(part.prefix), documents, part.samples, Split[part.split], config)
+
+
+def _cache_name(folder: Path, seq_length: int, samples: dict[str, int], seed: int, masking: DataConfig | None) -> str:
     """Everything that the index depends on. The path is Megatron's wish: it is part of its file names."""
     parts = [str(folder), fingerprint(folder), seq_length, samples, seed]
+    parts += [getattr(masking, name) for name in MASKING] if masking else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _write_index_once(place: Path, config, samples: dict[str, int]) -> None:
+def _write_index_once(place: Path, build: Callable[[Path], object]) -> None:
     """Rank 0 writes the index folder unless it is there; then every rank looks whether it sees it.
 
     Raises:
@@ -101,7 +196,7 @@ def _write_index_once(place: Path, config, samples: dict[str, int]) -> None:
     alone = not dist.is_initialized()
     error = None
     if alone or dist.get_rank() == 0:
-        error = _write_index(place, config, samples)
+        error = _write_index(place, build)
     if not alone:
         dist.barrier()
     if error is None and not place.is_dir():
@@ -117,24 +212,15 @@ def _write_index_once(place: Path, config, samples: dict[str, int]) -> None:
         raise ValueError(first)
 
 
-def _write_index(place: Path, config, samples: dict[str, int]) -> str | None:
+def _write_index(place: Path, build: Callable[[Path], object]) -> str | None:
     """Returns what went wrong, if anything."""
     if place.is_dir():
         return None
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-    from megatron.core.datasets.utils import Split
-
     try:
         with scratch_beside(place) as scratch:
             finished = scratch / "index"
             finished.mkdir()
-            config.path_to_cache = str(finished)
-            for name, count in samples.items():
-                if count:
-                    prefix = config.blend_per_split[Split[name].value][0][0]
-                    tokens = GPTDataset.build_low_level_dataset(prefix, config)
-                    documents = np.arange(GPTDataset.numel_low_level_dataset(tokens), dtype=np.int32)
-                    GPTDataset(tokens, prefix, documents, count, Split[name], config)
+            build(finished)
             os.rename(finished, place)
     except (OSError, ValueError) as failure:
         # Another run may have been faster; its index is the same.

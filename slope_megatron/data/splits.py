@@ -1,6 +1,7 @@
 """Which documents train, validate and test: a hash decides, so that none is in two splits and none ever moves."""
 
 import hashlib
+import math
 
 import numpy as np
 
@@ -39,4 +40,23 @@ def assign_splits(keys_D: np.ndarray, valid_percent: float, test_percent: float)
             sizes = [len(np.unique(keys_D[splits_D == other])) for other in range(len(SPLITS))]
             spare = keys_D[splits_D == int(np.argmax(sizes))].min()
             splits_D[keys_D == spare] = split
+    return splits_D
+
+
+def published_splits(documents: int, valid_percent: float, seed: int) -> np.ndarray:
+    """Index into SPLITS of each document as `datasets.Dataset.train_test_split(valid_percent / 100, seed=seed)` cuts.
+
+    The library draws one permutation with numpy's default generator; its head is the held-out part. OpenWebText's
+    published split is 0.05 percent with seed 2357 (the FlashAttention training code).
+
+    Raises:
+        ValueError: too few documents to leave some on both sides.
+    """
+    held_out = math.ceil(valid_percent / 100 * documents)
+    if not 0 < held_out < documents:
+        raise ValueError(
+            f"--valid-percent {valid_percent} of {documents} documents leaves a split empty: give more documents"
+        )
+    splits_D = np.zeros(documents, dtype=np.int64)
+    splits_D[np.random.default_rng(seed).permutation(documents)[:held_out]] = 1
     return splits_D

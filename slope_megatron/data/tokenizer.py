@@ -1,4 +1,4 @@
-"""A SentencePiece BPE tokenizer that loses nothing: decode(encode(text)) == text for every text."""
+"""SentencePiece tokenizers; the one trained here loses nothing: decode(encode(text)) == text for every text."""
 
 import hashlib
 import io
@@ -6,7 +6,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from slope_megatron.data.fast_tokenizer import FAST_FILES, FastTokenizer, load_fast_tokenizer
+
 EOD = "<eod>"
+SENTENCEPIECE_FILE = "tokenizer.model"
+# Where a folder holds several, the first one counts.
+TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, *FAST_FILES)
 # SentencePiece writes a space as this character and reads it back as a space; a true one must go around it.
 SPACE_SIGN = "\u2581"
 # Characters. Long enough for runs of empty lines to be seen, short enough to sample finely.
@@ -19,24 +24,42 @@ class Tokenizer:
     There is deliberately no `pad`: Megatron masks the loss of every token of that id.
     """
 
+    kind = "SentencePiece"
+
     def __init__(self, model: bytes):
-        """`model`: the bytes of a SentencePiece model with an `<eod>` symbol."""
+        """`model`: the bytes of a SentencePiece model with an `<eod>` symbol, or failing that with `</s>`."""
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.vocab_size()
         self.eod: int = self._processor.piece_to_id(EOD)
-        if not self._processor.is_control(self.eod):
+        # Only a model that neither normalises nor adds a space can be fed the text in parts.
+        self._lossless = self._processor.is_control(self.eod)
+        if not self._lossless:
+            self.eod = self._processor.eos_id()
+        if self.eod < 0:
             raise ValueError(
-                f"the tokenizer has no {EOD} symbol: use one that `slope data prepare` wrote, or train it with "
-                f"--control_symbols={EOD}"
+                f"the tokenizer has neither {EOD} nor an end-of-sentence symbol: use one that `slope data prepare` "
+                f"wrote, or train it with --control_symbols={EOD}"
             )
         self._space_sign = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
+        self._files = {SENTENCEPIECE_FILE: model}
         # Goes into the names of Megatron's cached indices.
-        self.unique_identifiers = {"class": "SentencePiece", "sha256": hashlib.sha256(model).hexdigest()}
+        self.unique_identifiers = {"class": self.kind, "sha256": hashlib.sha256(model).hexdigest()}
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """`{file name: content}` from which `load_tokenizer` makes this tokenizer again."""
+        return self._files
+
+    @property
+    def eod_text(self) -> str:
+        return self._processor.id_to_piece(self.eod)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without EOD."""
+        if not self._lossless:
+            return self._processor.encode(text)
         ids = []
         for number, part in enumerate(text.split(SPACE_SIGN)):
             ids += self._space_sign if number else []
@@ -45,24 +68,40 @@ class Tokenizer:
 
     def encode_all(self, texts: list[str], workers: int = 1) -> list[list[int]]:
         """`encode` of each text, on `workers` threads."""
-        plain = [text for text in texts if SPACE_SIGN not in text]
-        encoded = iter(self._processor.encode(plain, num_threads=workers))
-        return [self.encode(text) if SPACE_SIGN in text else next(encoded) for text in texts]
+        special = self._lossless and any(SPACE_SIGN in text for text in texts)
+        plain = [text for text in texts if SPACE_SIGN not in text] if special else texts
+        encoded = self._processor.encode(plain, num_threads=workers)
+        if not special:
+            return encoded
+        rest = iter(encoded)
+        return [self.encode(text) if SPACE_SIGN in text else next(rest) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; EOD is nothing."""
         return self._processor.decode([int(token) for token in ids])
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model file.
+def load_tokenizer(path: str | Path, *, eod: str | None = None, lowercase: bool = True) -> Tokenizer | FastTokenizer:
+    """The tokenizer of a file, or of a folder that holds one: a prepared folder, or one that a model came with.
 
+    Args:
+        path: `tokenizer.model` (SentencePiece), `tokenizer.json`, or a folder of one of them, or of `vocab.json` and
+            `merges.txt` (GPT-2), or of `vocab.txt` (BERT).
+        eod: the token that ends a document, where the files do not say.
+        lowercase: for `vocab.txt` alone, which does not say.
     Raises:
-        ValueError: no such file, no SentencePiece model, or one without an EOD symbol.
+        ValueError: no such file, no tokenizer, or one without an EOD symbol.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"tokenizer {path} does not exist: give a folder that `slope data prepare` wrote")
+    if path.is_dir():
+        found = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"{path} holds no tokenizer: it must hold one of {', '.join(TOKENIZER_FILES)}")
+        path = found
+    if path.name in TOKENIZER_FILES and path.name != SENTENCEPIECE_FILE:
+        return load_fast_tokenizer(path, eod, lowercase)
     try:
         return Tokenizer(path.read_bytes())
     except RuntimeError as failure:

@@ -9,8 +9,8 @@ Batch = dict[str, torch.Tensor]
 
 
 def masked_mean(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of per-token losses over the tokens that count."""
-    return (losses.float() * mask).sum() / mask.sum()
+    """Mean of per-token losses over the tokens that count; 0 where none does (a very short BERT sample)."""
+    return (losses.float() * mask).sum() / mask.sum().clamp(min=1)
 
 
 class CausalLanguageModel:

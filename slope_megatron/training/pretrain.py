@@ -7,9 +7,7 @@ import torch
 import torch.distributed as dist
 
 from slope_megatron.config import Config
-from slope_megatron.data.batches import build_datasets, load_manifest
-from slope_megatron.models.dense import load_dense
-from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
+from slope_megatron.data.batches import datasets_for, load_manifest
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.table import sparsity_table
 from slope_megatron.training import (
@@ -24,6 +22,7 @@ from slope_megatron.training import (
 )
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
+from slope_megatron.training.init_from import check_init, load_init
 from slope_megatron.training.loop import Run, what_is_safe
 from slope_megatron.training.writers import check_installed, open_writers
 
@@ -66,17 +65,10 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     on_first_rank(lambda: disk.probe(run))
     manifest = on_first_rank(lambda: load_manifest(config.data.data))
     # Before anything is written or built: a split may be too short for the sequence length.
-    datasets = build_datasets(
-        config.data.data,
-        seq_length=config.data.seq_length,
-        train_samples=config.train.steps * config.data.global_batch_size,
-        valid_samples=config.train.eval_samples,
-        seed=config.train.seed,
-        cache=config.data.cache,
-    )
+    datasets = datasets_for(config)
     dtype = on_first_rank(lambda: resolve_dtype(config))
     if config.train.init_from:
-        on_first_rank(lambda: len(MegatronCheckpoint(config.train.init_from)))
+        on_first_rank(lambda: check_init(config))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))
@@ -88,7 +80,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     model = build_model(config, manifest["vocab_size"], DTYPES[dtype])
     wants_layers = config.watch.layer_stats_interval > 0
     if config.train.init_from and (wants_layers or not resume_from):
-        load_dense(model, config, MegatronCheckpoint(config.train.init_from), config.slope.pattern)
+        load_init(model, config)
     start = layer_stats.sample_all(model) if wants_layers else None
     engine = Engine(model, config, DTYPES[dtype])
     if resume_from:

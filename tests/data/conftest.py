@@ -2,8 +2,13 @@
 
 import random
 
+import hypothesis
 import pytest
 import torch.distributed as dist
+
+# What a busy machine takes says nothing of the code.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 VOCABULARY = 400
 DOCUMENTS = 80

@@ -37,7 +37,7 @@ def test_damaged_manifest(folder, text):
 def test_another_format(folder):
     manifest = load_manifest(folder)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(ValueError, match="is of format 99, this version reads 1: prepare the data again"):
+    with pytest.raises(ValueError, match="is of format 99, this version reads 2: prepare the data again"):
         load_manifest(folder)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import DOCUMENTS, VOCABULARY, write_corpus
 
-from slope_megatron.data import prepare as prepare_module
+from slope_megatron.data import corpus as corpus_module
 from slope_megatron.data.indexed import indexed_dataset_module, unigram_entropy
 from slope_megatron.data.prepare import prepare
 from slope_megatron.data.sources import open_source
@@ -32,7 +32,7 @@ def documents_of(folder, split):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_two_prepares_give_identical_bytes(corpus_folder, prepared, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(prepare_module, "BATCH", 20_000)
+    monkeypatch.setattr(corpus_module, "PART", 20_000)
     prepare(str(corpus_folder), tmp_path / "again", workers=workers, **SETTINGS)
     assert content(tmp_path / "again") == content(prepared)
     assert set(content(prepared)) == {
@@ -103,7 +103,13 @@ def test_max_documents(corpus_folder, tmp_path):
 
 def test_no_test_split(corpus_folder, tmp_path):
     manifest = prepare(str(corpus_folder), tmp_path / "data", vocab_size=VOCABULARY, test_percent=0)
-    assert manifest["splits"]["test"] == {"documents": 0, "bytes": 0, "tokens": 0, "unigram_entropy": 0.0}
+    assert manifest["splits"]["test"] == {
+        "documents": 0,
+        "bytes": 0,
+        "tokens": 0,
+        "sequences": 0,
+        "unigram_entropy": 0.0,
+    }
 
 
 def test_a_finished_folder_is_reused(corpus_folder, prepared, caplog):
@@ -153,20 +159,6 @@ def test_out_inside_the_source_is_refused(corpus_folder):
         prepare(str(corpus_folder), corpus_folder / "data", **SETTINGS)
 
 
-@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing_behind(corpus_folder, tmp_path, monkeypatch, failure):
-    def fail(*_):
-        raise failure
-
-    monkeypatch.setattr(prepare_module.manifests, "write_manifest", fail)
-    expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ValueError
-    with pytest.raises(expected) as refusal:
-        prepare(str(corpus_folder), tmp_path / "data", **SETTINGS)
-    if expected is ValueError:
-        assert "failed (No space left on device)" in str(refusal.value) and "is unchanged" in str(refusal.value)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_failed_rename_puts_the_old_folder_back(prepared, corpus_folder, tmp_path, monkeypatch):
     from slope_megatron.data import scratch
 
@@ -196,13 +188,39 @@ def test_an_unwritable_place_is_refused(corpus_folder, tmp_path):
     [
         ({"vocab_size": 0}, "--vocab-size is 0: it must be positive"),
         ({"max_documents": 0}, "--max-documents is 0: it must be at least 1"),
-        ({"valid_percent": -1}, "--valid-percent is -1 and --test-percent 2.0: they must not be negative"),
+        ({"valid_percent": -1}, "--valid-percent is -1.0 and --test-percent 2.0: they must not be negative"),
         ({"valid_percent": 60, "test_percent": 40}, "must leave something to train on"),
         ({"test_percent": math.nan}, "--test-percent nan"),
         ({"workers": 0}, "--workers is 0: it must be at least 1"),
+        ({"kind": "t5"}, "--kind is 't5': it must be one of gpt, bert"),
+        ({"bad_records": "eat"}, "--bad-records is 'eat': it must be one of refuse, skip"),
+        ({"max_document_bytes": -1}, "--max-document-bytes is -1: it must be positive"),
+        ({"split_seed": 1}, "--split-seed is 1 with --valid-percent 5.0 and --test-percent 2.0: such a split has two"),
+        ({"split_seed": 1, "test_percent": 0, "deduplicate": True}, "with --deduplicate: a published split numbers"),
+        (
+            {"tokenizer": "nowhere"},
+            "--tokenizer is nowhere: it must be one of sentencepiece, bpe, wordpiece, or a file",
+        ),
+        ({"kind": "bert", "tokenizer": "bpe"}, "--tokenizer is bpe with --kind bert: it needs a WordPiece vocabulary"),
     ],
 )
 def test_bad_settings_are_refused(corpus_folder, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         prepare(str(corpus_folder), tmp_path / "data", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_published_split_and_a_given_tokenizer(corpus_folder, prepared, tmp_path):
+    """The tokenizer of one prepare serves another; and the command in the manifest gives the same bytes."""
+    import shlex
+
+    from slope_megatron.cli import main
+
+    settings = {"tokenizer": str(prepared), "valid_percent": 12.5, "test_percent": 0, "split_seed": 7}
+    manifest = prepare(str(corpus_folder), tmp_path / "data", **settings)
+    assert manifest["splits"]["valid"]["documents"] == DOCUMENTS // 8
+    assert manifest["tokenizer"] == json.loads((prepared / "manifest.json").read_text())["tokenizer"]
+    assert (tmp_path / "data" / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
+    program, *words = shlex.split(manifest["command"])
+    assert program == "slope" and main([*words, "--out", str(tmp_path / "again"), "--workers", "3"]) == 0
+    assert content(tmp_path / "again") == content(tmp_path / "data")

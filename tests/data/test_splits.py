@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slope_megatron.data.splits import SPLITS, assign_splits, split_key
+from slope_megatron.data.splits import SPLITS, assign_splits, published_splits, split_key
 
 identities = st.lists(st.text(max_size=5), min_size=3, max_size=40)
 
@@ -58,3 +58,19 @@ def test_keys_are_fixed_for_ever():
     assert split_key("os.py") == 0.943812766417913
     assert 0 <= split_key("") < 1
     assert split_key("\udce9") != split_key("e")
+
+
+@pytest.mark.parametrize(("documents", "percent", "seed"), [(1001, 0.5, 2357), (40, 10, 1), (4000, 0.05, 2357)])
+def test_published_splits_are_the_librarys(documents, percent, seed):
+    import datasets
+
+    whole = datasets.Dataset.from_dict({"number": list(range(documents))})
+    parts = whole.train_test_split(test_size=percent / 100, seed=seed, shuffle=True)
+    splits = published_splits(documents, percent, seed)
+    assert set(np.flatnonzero(splits == 1)) == set(parts["test"]["number"])
+    assert set(np.flatnonzero(splits == 0)) == set(parts["train"]["number"])
+
+
+def test_published_splits_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"--valid-percent 99.9 of 3 documents leaves a split empty"):
+        published_splits(3, 99.9, 1)

@@ -103,10 +103,11 @@ def test_a_model_without_eod_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["some words and some more words"]),
         model_prefix=str(prefix),
-        vocab_size=15,
+        vocab_size=14,
+        eos_id=-1,
         minloglevel=9,
     )
-    with pytest.raises(ValueError, match="the tokenizer has no <eod> symbol: use one that"):
+    with pytest.raises(ValueError, match="has neither <eod> nor an end-of-sentence symbol: use one"):
         load_tokenizer(f"{prefix}.model")
 
 

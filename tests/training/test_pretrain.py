@@ -98,7 +98,7 @@ BAD = [
     (["--slope-nm", "5:4"], "--slope-nm is '5:4'"),
     (["--tensor-parallel", 2], "1 ranks were started with --tensor-parallel 2 and"),
     (["--global-batch-size", 7], "--global-batch-size is 7: it must be a multiple"),
-    (["--architecture", "bert"], "--architecture is bert: the model can be built, but"),
+    (["--architecture", "bert"], "was prepared with --kind gpt and --architecture is bert: prepare the text with"),
     (["--init-from", "nowhere"], "nowhere holds no Megatron checkpoint"),
     (["--data", "nowhere"], "data folder nowhere does not exist"),
     (["--seq-length", 10**7], "one sample of --seq-length 10000000 needs"),
@@ -150,8 +150,11 @@ def test_a_dense_run_goes_on_sparse(corpus, tmp_path):
     assert begun.returncode == 0, begun.stderr
     assert slope(*common, *magnitude, "--out", fresh).returncode == 0
     assert losses(sparse)[1] < losses(fresh)[1] - 0.1
-    packed = slope(*common, "--out", tmp_path / "x", "--init-from", sparse / "checkpoints" / "step_00000001")
-    assert packed.returncode == 2 and "holds a packed model" in packed.stderr
+    again = slope(*common, *magnitude, "--out", tmp_path / "again", "--init-from", sparse)
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "again")[1] < losses(fresh)[1] - 0.1
+    packed = slope(*common, "--out", tmp_path / "x", "--init-from", sparse, "--no-slope")
+    assert packed.returncode == 2 and "holds a packed model and this run is dense" in packed.stderr
 
 
 @pytest.mark.slow

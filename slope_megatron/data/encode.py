@@ -1,0 +1,182 @@
+"""Parts of text into parts of tokens, on several processes; a part is finished or not there.
+
+Legend: D documents, S sequences (a document, or for BERT a sentence), V vocabulary.
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+
+from slope_megatron.data.corpus import TextPart
+from slope_megatron.data.indexed import token_dtype
+from slope_megatron.data.scratch import sealed_folder
+from slope_megatron.data.sentences import split_sentences
+from slope_megatron.data.splits import SPLITS
+from slope_megatron.data.tokenizer import load_tokenizer
+
+# Characters that are given to a tokenizer at a time; a longer document is cut behind a line end, which bounds memory.
+BATCH = 1_000_000
+# Megatron's BERT samples leave a document out that has a sentence of more than 512 tokens.
+LONGEST_SENTENCE = 500
+
+Task = tuple[TextPart, np.ndarray, Path]
+_state: dict = {}
+
+
+def encode_parts(
+    tasks: Sequence[Task], tokenizer: Path, kind: str, workers: int, advance: Callable[[int], object]
+) -> None:
+    """Encode each `(part, split of each document, target folder)` whose target is not there yet.
+
+    Args:
+        tokenizer: the folder that holds it.
+        advance: called with the bytes of text of each part, also of those that were there.
+    Raises:
+        OSError: a file could not be written, or a worker was killed; finished parts stay.
+    """
+    waiting = []
+    for task in tasks:
+        if task[2].is_dir():
+            advance(int(task[0].bytes_D.sum()))
+        else:
+            waiting.append(task)
+    if workers == 1 or len(waiting) <= 1:
+        with _one_thread():
+            _set_up(tokenizer, kind)
+            for task in waiting:
+                advance(encode_part(*task))
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = min(workers, len(waiting))
+    with (
+        _one_thread(),
+        concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, kind)) as pool,
+    ):
+        futures = [pool.submit(encode_part, *task) for task in waiting]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                advance(future.result())
+        except BrokenProcessPool:
+            raise OSError("a worker was killed, for want of memory perhaps: fewer --workers need less") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The `tokenizers` library of this process, and of those it starts, takes one thread."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _start_worker(tokenizer: Path, kind: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _set_up(tokenizer, kind)
+
+
+def _end_with_parent() -> None:
+    """A killed parent tells nobody: its workers would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _set_up(tokenizer: Path, kind: str) -> None:
+    _state.update(tokenizer=load_tokenizer(tokenizer), kind=kind)
+
+
+def encode_part(part: TextPart, splits_D: np.ndarray, target: Path) -> int:
+    """Write `target/SPLIT.bin` and `.npz` (lengths, sequences of each document, token counts, bytes of text).
+
+    Returns:
+        bytes of text.
+    """
+    tokenizer, kind = _state["tokenizer"], _state["kind"]
+    dtype = token_dtype(tokenizer.vocab_size)
+    sequences_of = _sentences if kind == "bert" else _documents
+    tokens: list[list[np.ndarray]] = [[] for _ in SPLITS]
+    lengths: list[list[int]] = [[] for _ in SPLITS]
+    sequences: list[list[int]] = [[] for _ in SPLITS]
+    sizes = [0] * len(SPLITS)
+    documents = zip(sequences_of(part.texts(), tokenizer), splits_D.tolist(), part.bytes_D.tolist(), strict=True)
+    for ids_S, split, size in documents:
+        if not ids_S:
+            continue
+        count = sum(map(len, ids_S))
+        tokens[split].append(np.fromiter(itertools.chain.from_iterable(ids_S), dtype=dtype, count=count))
+        lengths[split].extend(map(len, ids_S))
+        sequences[split].append(len(ids_S))
+        sizes[split] += size
+    with sealed_folder(target) as partial:
+        for index, split in enumerate(SPLITS):
+            whole = np.concatenate([np.zeros(0, dtype), *tokens[index]])
+            whole.tofile(partial / f"{split}.bin")
+            np.savez_compressed(
+                partial / f"{split}.npz",
+                lengths_S=np.array(lengths[index], dtype=np.int32),
+                sequences_D=np.array(sequences[index], dtype=np.int64),
+                counts_V=np.bincount(whole, minlength=tokenizer.vocab_size),
+                bytes=sizes[index],
+            )
+    return int(part.bytes_D.sum())
+
+
+def _documents(texts: Iterator[str], tokenizer) -> Iterator[list[list[int]]]:
+    """Of each document its one sequence, EOD included."""
+    for batch in _batches(texts):
+        pieces = [list(_pieces(text)) for text in batch]
+        encoded = iter(tokenizer.encode_all([piece for several in pieces for piece in several]))
+        for several in pieces:
+            ids = [token for _ in several[1:] for token in next(encoded)]
+            ids += next(encoded)
+            ids.append(tokenizer.eod)
+            yield [ids]
+
+
+def _sentences(texts: Iterator[str], tokenizer) -> Iterator[list[list[int]]]:
+    """Of each document its sentences that have tokens; over-long ones are cut."""
+    for batch in _batches(texts):
+        pieces = [split_sentences(text) for text in batch]
+        encoded = iter(tokenizer.encode_all([piece for several in pieces for piece in several]))
+        for several in pieces:
+            ids_S = [next(encoded) for _ in several]
+            yield [ids[at : at + LONGEST_SENTENCE] for ids in ids_S for at in range(0, len(ids), LONGEST_SENTENCE)]
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Lists of documents of about BATCH characters."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > BATCH:
+        end = text.rfind("\n", start, start + BATCH) + 1
+        end = end if end > start else start + BATCH
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -1,0 +1,216 @@
+"""Tokenizers of the `tokenizers` library: `tokenizer.json`, GPT-2's and BERT's older files, and training of both."""
+
+import collections
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+FAST_FILE = "tokenizer.json"
+FAST_CONFIG = "tokenizer_config.json"
+# vocab.json needs merges.txt beside it.
+FAST_FILES = (FAST_FILE, "vocab.json", "vocab.txt")
+GPT2_EOD = "<|endoftext|>"
+# Ends of a document as published models call them; BERT has none and ends a sentence instead.
+KNOWN_EODS = (GPT2_EOD, "<|end_of_text|>", "<eod>", "</s>", "[SEP]")
+BERT_MARKS = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+# In this order their ids are 0 to 4 where the vocabulary is trained here; Megatron wants [PAD] to be 0.
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Characters of a trained WordPiece vocabulary; rarer ones are [UNK].
+MAX_ALPHABET = 1000
+
+
+class FastTokenizer:
+    """Text to token ids and back, with what Megatron's datasets ask for; marks like `[CLS]` are never added.
+
+    There is deliberately no `pad`: Megatron masks the loss of every token of that id.
+    """
+
+    kind = "tokenizers"
+
+    def __init__(self, content: str, eod: str | None = None):
+        """
+        Args:
+            content: the text of a `tokenizer.json`.
+            eod: the token that ends a document; unset: the first of KNOWN_EODS that there is.
+        """
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as failure:  # the library raises plain Exception
+            raise ValueError(f"this is no tokenizer.json ({failure}): give one of the `tokenizers` library") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # What is written in a document never ends it.
+        self._tokenizer.encode_special_tokens = True
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        # Ids may have holes; every id must have a row.
+        self.vocab_size: int = max(self._vocabulary.values()) + 1
+        self.eod_text = self._find_eod(eod)
+        self.eod: int = self._vocabulary[self.eod_text]
+        self._content = content
+        parts = {"class": self.kind, "sha256": hashlib.sha256(content.encode()).hexdigest(), "eod": self.eod}
+        self.unique_identifiers = parts
+
+    def _find_eod(self, eod: str | None) -> str:
+        if eod is not None and eod not in self._vocabulary:
+            raise ValueError(f"--eod is {eod!r}: the tokenizer has no such token; name one that it has")
+        found = eod or next((name for name in KNOWN_EODS if name in self._vocabulary), None)
+        if found is None:
+            raise ValueError(
+                f"the tokenizer has none of {', '.join(KNOWN_EODS)}: name the token that ends a document with --eod"
+            )
+        return found
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """`{file name: content}` from which this tokenizer is made again, here and by `transformers`."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eod_text}
+        return {FAST_FILE: self._content.encode(), FAST_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without EOD."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts: list[str], workers: int = 1) -> list[list[int]]:
+        """`encode` of each text; the library takes as many threads as TOKENIZERS_PARALLELISM allows."""
+        return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; EOD is nothing."""
+        kept = [int(token) for token in ids if token != self.eod]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def mark(self, name: str) -> int:
+        """Id of one of BERT's marks: `pad`, `cls`, `sep` or `mask`.
+
+        Raises:
+            ValueError: this is no BERT vocabulary.
+        """
+        text = BERT_MARKS[name]
+        if text not in self._vocabulary:
+            raise ValueError(f"the tokenizer has no {text}: BERT needs a WordPiece vocabulary with {text}")
+        return self._vocabulary[text]
+
+    @property
+    def inverse_vocabulary(self) -> dict[int, str]:
+        """`{id: token}`, by id: the library's own order changes from process to process."""
+        return dict(sorted((number, token) for token, number in self._vocabulary.items()))
+
+
+def load_fast_tokenizer(path: Path, eod: str | None, lowercase: bool) -> FastTokenizer:
+    """The tokenizer of a tokenizer.json, vocab.json (with merges.txt) or vocab.txt.
+
+    Raises:
+        ValueError: a file that is none or is missing, or no token to end a document with.
+    """
+    settings = _read_json(path.with_name(FAST_CONFIG)) if path.with_name(FAST_CONFIG).is_file() else {}
+    if eod is None:
+        named = settings.get("eos_token")
+        eod = named.get("content") if isinstance(named, dict) else named
+    try:
+        if path.name == "vocab.json":
+            content = _from_gpt2(path)
+        elif path.name == "vocab.txt":
+            content = _from_bert(path, settings.get("do_lower_case", lowercase))
+        else:
+            content = path.read_text(encoding="utf-8")
+        return FastTokenizer(content, eod)
+    except UnicodeDecodeError:
+        raise ValueError(f"tokenizer {path} is not UTF-8: fetch it again") from None
+    except ValueError as failure:
+        raise ValueError(f"tokenizer {path}: {failure}") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object: fetch it again")
+    return content
+
+
+def _from_gpt2(path: Path) -> str:
+    import tokenizers
+
+    merges = path.with_name("merges.txt")
+    if not merges.is_file():
+        raise ValueError(f"{merges} is missing: GPT-2's tokenizer is the two files together")
+    vocabulary = _read_json(path)
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    try:
+        tokenizer = tokenizers.ByteLevelBPETokenizer(vocabulary, pairs)
+    except Exception as failure:  # the library raises plain Exception
+        raise ValueError(f"the files do not fit each other ({failure})") from None
+    if GPT2_EOD in vocabulary:
+        tokenizer.add_special_tokens([GPT2_EOD])
+    return tokenizer.to_str()
+
+
+def _from_bert(path: Path, lowercase: bool) -> str:
+    import tokenizers
+
+    words = path.read_text(encoding="utf-8").splitlines()
+    vocabulary = {word: number for number, word in enumerate(words)}
+    missing = [mark for mark in BERT_SPECIAL if mark not in vocabulary]
+    if missing:
+        raise ValueError(f"a BERT vocabulary must have {', '.join(missing)}")
+    tokenizer = tokenizers.BertWordPieceTokenizer(vocabulary, lowercase=lowercase)
+    tokenizer.add_special_tokens(BERT_SPECIAL)
+    return tokenizer.to_str()
+
+
+def train_fast_tokenizer(form: str, chunks: Iterable[str], vocab_size: int, lowercase: bool) -> FastTokenizer:
+    """A byte-level BPE as GPT-2's (`bpe`) or a WordPiece as BERT's (`wordpiece`) of at most `vocab_size` tokens.
+
+    The same chunks give the same tokenizer.
+
+    Raises:
+        ValueError: the vocabulary is too small for the form.
+    """
+    return _train_bpe(chunks, vocab_size) if form == "bpe" else _train_wordpiece(list(chunks), vocab_size, lowercase)
+
+
+def _train_bpe(chunks: Iterable[str], vocab_size: int) -> FastTokenizer:
+    import tokenizers
+
+    if vocab_size < 257:
+        raise ValueError(f"--vocab-size is {vocab_size}: bytes and {GPT2_EOD} alone take 257; give 257 or more")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(chunks, vocab_size=vocab_size, special_tokens=[GPT2_EOD], show_progress=False)
+    return FastTokenizer(tokenizer.to_str(), GPT2_EOD)
+
+
+def _train_wordpiece(chunks: list[str], vocab_size: int, lowercase: bool) -> FastTokenizer:
+    """The library numbers the `##` characters in the order of a hash table: here they are given to it, sorted."""
+    import tokenizers
+
+    tokenizer = tokenizers.BertWordPieceTokenizer(lowercase=lowercase)
+    counts: collections.Counter = collections.Counter()
+    for chunk in chunks:
+        counts.update(tokenizer.normalizer.normalize_str(chunk))
+    frequent = sorted((-count, character) for character, count in counts.items() if not character.isspace())
+    alphabet = sorted(character for _, character in frequent[:MAX_ALPHABET])
+    first = [*BERT_SPECIAL, *(f"##{character}" for character in alphabet)]
+    least = len(first) + len(alphabet)
+    if vocab_size < least:
+        raise ValueError(
+            f"--vocab-size is {vocab_size}: marks and single characters of this corpus alone take {least}; "
+            f"give --vocab-size {least} or more"
+        )
+    tokenizer.train_from_iterator(
+        chunks,
+        vocab_size=vocab_size,
+        special_tokens=first,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    # Made anew, so that the `##` characters are ordinary tokens again.
+    trained = tokenizers.BertWordPieceTokenizer(tokenizer.get_vocab(), lowercase=lowercase)
+    trained.add_special_tokens(BERT_SPECIAL)
+    return FastTokenizer(trained.to_str(), BERT_MARKS["sep"])

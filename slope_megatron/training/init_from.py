@@ -1,0 +1,131 @@
+"""`--init-from`: a new run starts from the weights of another one, dense (then pruned) or packed (then as they are)."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader
+
+from slope_megatron.config import Config
+from slope_megatron.models.canonical import sharded_state_dict
+from slope_megatron.models.dense import load_dense
+from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
+from slope_megatron.models.fill import sparse_modules
+from slope_megatron.training import checkpoint
+
+logger = logging.getLogger(__name__)
+ADAPTERS = (".adapter_l", ".adapter_r")
+# What decides names, shapes and meaning of packed tensors.
+PACKED_FORM = ("nm", "nm_by_block", "dense_blocks", "dense_first_linear", "sparse_attention", "sparse_mlp")
+FREE_IN_MODEL = ("dropout", "init_std", "max_positions")
+
+
+def check_init(config: Config) -> None:
+    """Refuse, before anything is written, a checkpoint that this run cannot start from; rank 0 calls it.
+
+    Raises:
+        ValueError: no such checkpoint, a corrupt one, or one of another model.
+    """
+    folder = resolve(config.train.init_from)
+    if not is_packed(folder):
+        MegatronCheckpoint(folder)
+        return
+    if not config.slope.enabled:
+        raise ValueError(f"{folder} holds a packed model and this run is dense: leave --no-slope out")
+    checkpoint.verify(folder)
+    state = json.loads((folder / "state.json").read_text())
+    saved = state["config"]
+    differences = [
+        f"{section}.{key}: {saved[section].get(key)!r} there, {value!r} here"
+        for section, key, value in _form(config)
+        if saved[section].get(key) != value
+    ]
+    before, now = _positions(saved), _positions(config.to_dict())
+    if before != now:
+        differences.append(f"--max-positions (or the sequence length): {before} there, {now} here")
+    if differences:
+        raise ValueError(
+            f"{folder} is of another model ({'; '.join(differences)}): give the same settings, or another --init-from"
+        )
+    _check_adapters(folder, config, saved, state["steps_done"])
+
+
+def _form(config: Config):
+    """(section, key, value) of everything that must agree with a packed checkpoint."""
+    values = config.to_dict()
+    for key, value in values["model"].items():
+        if key not in FREE_IN_MODEL:
+            yield "model", key, value
+    for key in PACKED_FORM:
+        yield "slope", key, values["slope"][key]
+
+
+def _positions(values: dict) -> int | None:
+    """Rows of the learned position table."""
+    if values["model"]["position"] != "learned":
+        return None
+    return values["model"]["max_positions"] or values["data"]["seq_length"]
+
+
+def _check_adapters(folder: Path, config: Config, saved: dict, steps_done: int) -> None:
+    rank = saved["slope"]["adapter_rank"]
+    start = int((1.0 - saved["slope"]["lazy_fraction"]) * saved["train"]["steps"] + 1e-9)
+    if not rank or steps_done <= start:
+        return
+    if config.slope.adapter_rank != rank or config.adapter_start:
+        raise ValueError(
+            f"the adapters of {folder} have joined its model: go on with them from the first step "
+            f"(--slope-adapter-rank {rank} --slope-lazy-fraction 1.0), or start from a checkpoint of before"
+        )
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest one of a run folder.
+
+    Raises:
+        ValueError: a run folder without a complete checkpoint.
+    """
+    path = Path(path)
+    return checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Names of the tensors of a checkpoint; none where it is no checkpoint."""
+    if not (folder / ".metadata").is_file():
+        return set()
+    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def is_packed(folder: Path) -> bool:
+    return any(name.endswith(".weight_pattern") for name in stored_names(folder))
+
+
+def load_init(model: torch.nn.Module, config: Config) -> None:
+    """Fill a built model from `--init-from`; all ranks call it, after `check_init`."""
+    folder = resolve(config.train.init_from)
+    if is_packed(folder):
+        load_packed(model, folder)
+    else:
+        load_dense(model, config, MegatronCheckpoint(folder), config.slope.pattern)
+
+
+@torch.no_grad()
+def load_packed(model: torch.nn.Module, folder: Path) -> None:
+    """Values, row and column patterns, and adapters where the checkpoint has them; at any layout.
+
+    The optimizer starts anew, from masters that are these weights.
+    """
+    stored = stored_names(folder)
+    state = {
+        name: entry
+        for name, entry in sharded_state_dict(model).items()
+        if entry.key in stored or not name.endswith(ADAPTERS)
+    }
+    fresh = sum(name.endswith(ADAPTERS) for name in model.state_dict()) - sum(name.endswith(ADAPTERS) for name in state)
+    loaded = dist_checkpointing.load(state, str(folder))
+    model.load_state_dict(loaded, strict=False)
+    for module in sparse_modules(model):
+        module.drop_operands()
+    logger.info("weights and patterns of %s%s", folder, "; its adapters are new" if fresh else "")

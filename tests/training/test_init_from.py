@@ -1,0 +1,108 @@
+"""A run that starts from a packed one has its weights and patterns to the bit, at any layout."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.models import VOCABULARY, small_config, step_batches
+
+
+def with_run(config, out, **train):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, out=str(out), **train))
+
+
+def shards_of(model):
+    from slope_megatron.models.canonical import shards
+
+    return [(shard.name, shard.offset, shard.shape, shard.data.detach().clone()) for shard in shards(model)]
+
+
+def begin(config, steps):
+    """Train and save; this rank's tensors."""
+    from megatron.core import parallel_state
+
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training import checkpoint
+    from slope_megatron.training.engine import Engine
+
+    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for step in range(steps):
+        engine.train_step(step_batches(config, step, replica, replicas))
+    checkpoint.save(engine, Path(config.train.out))
+    return shards_of(engine.model)
+
+
+def start_from(config):
+    """A new run's tensors before its first step, whether its operands follow them, and a step."""
+    from megatron.core import parallel_state
+
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.engine import Engine
+    from slope_megatron.training.init_from import check_init, load_init
+
+    check_init(config)
+    model = build_model(config, VOCABULARY, torch.float32)
+    load_init(model, config)
+    parts = shards_of(model)
+    engine = Engine(model, config, torch.float32)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    first = engine.train_step(step_batches(config, 0, replica, replicas))
+    return parts, first.loss
+
+
+def whole(results):
+    tensors = {}
+    for parts in results:
+        for name, offset, shape, data in parts:
+            target = tensors.setdefault(name, torch.full(shape, -1, dtype=data.dtype))
+            target[tuple(slice(at, at + size) for at, size in zip(offset, data.shape, strict=True))] = data
+    return tensors
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_weights_and_patterns_to_the_bit(ranks, tmp_path, before, after):
+    first = with_run(small_config(tensor_parallel=before), tmp_path / "one")
+    first = dataclasses.replace(first, slope=dataclasses.replace(first.slope, adapter_rank=0, backward_mask_interval=2))
+    saved = whole(ranks.run(begin, first, 4, world=before, tensor_parallel=before))
+    second = with_run(small_config(tensor_parallel=after), tmp_path / "two", init_from=str(tmp_path / "one"), seed=99)
+    second = dataclasses.replace(second, slope=dataclasses.replace(second.slope, adapter_rank=4, lazy_fraction=0.5))
+    results = ranks.run(start_from, second, world=after, tensor_parallel=after)
+    found = whole([parts for parts, _ in results])
+    adapters = {name for name in found if ".adapter_" in name}
+    assert adapters and set(found) - adapters == set(saved)
+    assert any(name.endswith("weight_column") for name in saved)
+    for name, tensor in saved.items():
+        assert torch.equal(found[name], tensor), name
+    assert all((tensor == 0).all() == name.endswith("adapter_r") for name, tensor in found.items() if name in adapters)
+
+
+def test_what_does_not_fit_is_refused(ranks, tmp_path):
+    first = with_run(small_config(), tmp_path / "one", steps=4)
+    first = dataclasses.replace(first, slope=dataclasses.replace(first.slope, adapter_rank=4, lazy_fraction=0.5))
+    ranks.run(begin, first, 3, world=1)
+    second = with_run(first, tmp_path / "two", init_from=str(tmp_path / "one"))
+
+    def changed(section, **values):
+        return dataclasses.replace(second, **{section: dataclasses.replace(getattr(second, section), **values)})
+
+    from slope_megatron.training.init_from import check_init
+
+    check_init(changed("slope", lazy_fraction=1.0))
+    longer = second.data.seq_length * 2
+    for config, message in (
+        (changed("slope", enabled=False), "holds a packed model and this run is dense: leave --no-slope out"),
+        (changed("slope", nm="1:4"), "is of another model .slope.nm: '2:4' there, '1:4' here.: give the same settings"),
+        (changed("model", num_layers=4), "model.num_layers: 2 there, 4 here"),
+        (changed("data", seq_length=longer), rf"sequence length.: {longer // 2} there, {longer} here"),
+        (second, r"have joined its model: go on with them .*--slope-adapter-rank 4 --slope-lazy-fraction 1.0"),
+        (with_run(second, "x", init_from=str(tmp_path)), "holds no Megatron checkpoint of the torch_dist format"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_init(config)
+    (weights,) = (tmp_path / "one" / "checkpoints" / "step_00000003").glob("*0_0.distcp")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"is corrupt: its file .* has \d+ bytes instead of"):
+        check_init(changed("slope", lazy_fraction=1.0))
