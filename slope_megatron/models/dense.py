@@ -15,17 +15,19 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import Config
+from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.packed_weight import PackedWeight, Region, chunks
+from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
-from slope_megatron.models.fill import fill_dense, packed_region, sparse_modules
+from slope_megatron.models.fill import choose_derived, fill_dense, packed_region
 from slope_megatron.models.parameters import VOCABULARY_ROWS, canonical_shapes
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
 
 PATTERNS = ("magnitude", "random")
-# Buffers of a packed linear: chosen here, never read from a dense model.
-DERIVED = ("weight_pattern", "weight_column")
+# Buffers of a pruned linear: chosen here, never read from a dense model.
+DERIVED = ("weight_pattern", "weight_column", "weight_mask")
 ADAPTERS = ("adapter_l", "adapter_r")
 
 Source = Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
@@ -63,9 +65,10 @@ def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: 
         if shard.local_name in parameters and shard.cut_axis is not None:
             # Megatron marks its own parameters where it initialises them, which is switched off.
             mark_cut(parameters[shard.local_name], shard.cut_axis)
-        if packed and leaf in DERIVED:
+        pruned = isinstance(owner, PrunedLinear)
+        if pruned and leaf in DERIVED:
             continue
-        if packed and leaf in ADAPTERS:
+        if pruned and leaf in ADAPTERS:
             fill_dense(shard, config.train.seed, 1.0)
         elif packed and leaf == "weight":
             start = first_local_row.get(shard.local_name, 0)
@@ -75,8 +78,7 @@ def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: 
             prune_into(owner, region, whole, pattern, config.train.seed)
         else:
             copy_part(shard, fetch(shard.name))
-    for module in sparse_modules(model):
-        module.update_column_pattern()
+    choose_derived(model)
 
 
 def mark_cut(parameter: torch.nn.Parameter, axis: int) -> None:
@@ -169,21 +171,26 @@ def dense_parts(model: torch.nn.Module) -> Iterator[DensePart]:
     for shard in shards(model):
         owner_name, _, leaf = shard.local_name.rpartition(".")
         owner = modules.get(owner_name)
-        if not isinstance(owner, PackedWeight) or leaf == "bias":
+        if not isinstance(owner, PrunedLinear) or leaf == "bias":
             yield DensePart(shard.name, shard.data.detach(), shard.shape, shard.offset, shard.main)
         elif leaf == "weight":
             start = first_local_row.get(shard.local_name, 0)
             first_local_row[shard.local_name] = start + shard.data.shape[0]
-            region = packed_region(shard, start, owner)
-            shape = (shard.shape[0], region.row_length)
-            offset = (shard.offset[0], region.first_column)
-            yield DensePart(shard.name, dense_rows(owner, region.local_rows), shape, offset, shard.main)
+            rows = range(start, start + shard.data.shape[0])
+            shape, offset = shard.shape, shard.offset
+            if isinstance(owner, PackedWeight):
+                region = packed_region(shard, start, owner)
+                shape, offset = (shard.shape[0], region.row_length), (shard.offset[0], region.first_column)
+            yield DensePart(shard.name, dense_rows(owner, rows), shape, offset, shard.main)
 
 
-def dense_rows(owner: PackedWeight, rows: range) -> torch.Tensor:
-    """Some local rows of W^R (+ (1/R) R^T L^T where the adapters are active), `[rows, K]`."""
+def dense_rows(owner: PrunedLinear, rows: range) -> torch.Tensor:
+    """Some local rows of what is multiplied (+ (1/R) R^T L^T where the adapters are active), `[rows, K]`."""
     part = slice(rows.start, rows.stop)
-    dense = unpack(owner.weight[part].detach(), unpack_bits(owner.weight_pattern[part]))
+    if isinstance(owner, MaskedWeight):
+        dense = owner.dense_weight()[part]
+    else:
+        dense = unpack(owner.weight[part].detach(), unpack_bits(owner.weight_pattern[part]))
     if owner.adapters_active:
         dense = torch.addmm(dense, owner.adapter_r[part], owner.adapter_l, alpha=1.0 / owner.adapter_l.shape[0])
     return dense

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 
 from slope_megatron.config import Config
 from slope_megatron.models.canonical import sharded_state_dict
-from slope_megatron.models.fill import sparse_modules
+from slope_megatron.models.fill import pruned_modules
 from slope_megatron.training import files
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import model_parameters
@@ -103,7 +103,7 @@ def install_engine_state(engine: Engine, state: dict, steps: dict[str, float]) -
         for partition in group["params"]:
             base.state[partition]["step"].fill_(steps[group["name"]])
     engine.optimizer.update_lp_params()
-    for module in sparse_modules(engine.model):
+    for module in pruned_modules(engine.model):
         module.drop_operands()
 
 

@@ -15,8 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from slope_megatron.config import Config
-from slope_megatron.models.fill import sparse_modules
-from slope_megatron.training import gradients
+from slope_megatron.models.draws import attach_draws
+from slope_megatron.models.fill import pruned_modules, sparse_modules
+from slope_megatron.training import baselines, gradients
 from slope_megatron.training import optimizer as optim
 from slope_megatron.training.objectives import OBJECTIVES
 from slope_megatron.training.parallel import ModelParallelUnit, seed_step
@@ -43,6 +44,7 @@ class Engine:
         self.steps_done = 0
         self.device = next(model.parameters()).device
         self.gradient_bytes: dict[str, int] = {}
+        self.draws = attach_draws(model, config.train.seed)
         gradients.mark_tied_copy(model)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -50,6 +52,7 @@ class Engine:
             mpu=ModelParallelUnit,
             config=optim.deepspeed_config(config, dtype, parallel_state.get_data_parallel_world_size()),
         )
+        baselines.add_decay(model, self.optimizer, optim.SPARSE)
         # The caller owns the boundary: one reduction a step, after all micro-batches.
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.enter_phase()
@@ -85,8 +88,10 @@ class Engine:
         step = self.steps_done
         if self.config.model.dropout:
             seed_step(self.config.train.seed, step)
-        for module in sparse_modules(self.model):
+        for module in pruned_modules(self.model):
             module.adapters_active = self.phases.adapters_on(step)
+        baselines.enter_phase(self.model, self.phases, step)
+        self.draws.step = step
         if self.phases.adapters_join(step):
             optim.reset_state(self.optimizer, optim.ADAPTERS)
 
@@ -101,13 +106,17 @@ class Engine:
     def schedule(self, batches: list[dict], loss_of, *, forward_only: bool) -> list[dict]:
         """Megatron's schedule (1F1B with stages) over the bare module; what `loss_of` reported of each batch."""
 
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
         def forward_step(iterator, model):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(iterator).items()}
-            return self.objective.forward(model, batch), functools.partial(loss_of, batch)
+            index, batch = next(iterator)
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            self.draws.micro_batch = index * replicas + replica
+            return self.draws.follow(self.objective.forward(model, batch)), functools.partial(loss_of, batch)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=enumerate(batches),
             model=[self.model],
             num_microbatches=len(batches),
             seq_length=self.config.data.seq_length,
@@ -142,6 +151,7 @@ class Engine:
                 module.update_column_pattern()
             else:
                 module.refresh()
+        baselines.refresh(self.model, self.phases, self.steps_done)
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

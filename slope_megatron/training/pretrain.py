@@ -211,7 +211,7 @@ class Run:
             "pipeline_parallel": self.config.parallel.pipeline_parallel,
             "tensor_parallel": self.config.parallel.tensor_parallel,
             "data_parallel": parallel_state.get_data_parallel_world_size(),
-            "backend": choose(self.config.slope.backend) if self.config.slope.enabled else "dense",
+            "backend": choose(self.config.slope.backend) if self.config.slope.packed else "dense",
         }
 
 
