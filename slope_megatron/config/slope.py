@@ -87,12 +87,6 @@ class SlopeConfig:
     """SLoPe's own settings (paper: arXiv 2405.16325). Read once; passed as an object from there on."""
 
     enabled: bool = option(True, "2:4 layers; --no-slope trains the dense twin with everything else the same")
-    method: str = option(
-        "slope",
-        "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (Extended SR-STE, "
-        "dynamic masks), fst (transposable masks, MLP only), dense (the same as --no-slope)",
-        choices=("slope", "dense", "srste", "fst"),
-    )
     nm: str = option("2:4", "sparsity pattern N:M along the input dimension")
     nm_by_block: str = option(
         "", "other patterns for some blocks, counted from 0: `12-23=2:8` or `0=1:2,5-7=1:4`; later entries win"
@@ -109,6 +103,12 @@ class SlopeConfig:
         "paper: sparse forward and dgrad, dense wgrad read at the kept places; full: wgrad reads an unbiased 2:4 "
         "estimate of the output gradient (backend reference only)",
         choices=("paper", "full"),
+    )
+    method: str = option(
+        "slope",
+        "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (Extended SR-STE, "
+        "dynamic masks), fst (transposable masks, MLP only), dense (the same as --no-slope)",
+        choices=("slope", "dense", "srste", "fst"),
     )
     backward_mask_interval: int = option(
         100,

@@ -37,7 +37,13 @@ Source = Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
 
 
 @torch.no_grad()
-def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: str = "magnitude") -> None:
+def load_dense(
+    model: torch.nn.Module,
+    config: Config,
+    source: Source,
+    pattern: str = "magnitude",
+    masks: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Fill a built model, bare or filled, with the weights of a dense one.
 
     Args:
@@ -45,13 +51,14 @@ def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: 
             Embeddings may have fewer rows than the padded vocabulary: the rest is zero.
         pattern: which weights of a packed linear stay: the largest ones, or the seed's random pattern, the one that
             training from the first step would have.
+        masks: instead of a pattern, `{packed weight's name in the model: bool [N, K] of this rank}`.
 
     Adapters start as in training: L random, R zero. Operands and the column patterns are made anew.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or belongs to no part of this model.
     """
-    if pattern not in PATTERNS:
+    if masks is None and pattern not in PATTERNS:
         raise ValueError(f"the pattern to prune with is {pattern!r}: it must be one of {', '.join(PATTERNS)}")
     if isinstance(source, Mapping):
         refuse_unknown(config, source)
@@ -75,7 +82,8 @@ def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: 
             first_local_row[shard.local_name] = start + shard.data.shape[0]
             region = packed_region(shard, start, owner)
             whole = checked(fetch(shard.name), shard.name, (shard.shape[0], region.row_length))
-            prune_into(owner, region, whole, pattern, config.train.seed)
+            mask = masks[shard.local_name] if masks is not None else None
+            prune_into(owner, region, whole, pattern, config.train.seed, mask)
         else:
             copy_part(shard, fetch(shard.name))
     choose_derived(model)
@@ -128,15 +136,28 @@ def copy_part(shard: Shard, whole: torch.Tensor) -> None:
     shard.data[part.shape[0] :].zero_()
 
 
-def prune_into(owner: PackedWeight, region: Region, whole_NK: torch.Tensor, pattern: str, seed: int) -> None:
-    """Row pattern and values of one region of a packed linear, from the whole dense weight `[N, K]`."""
+def prune_into(
+    owner: PackedWeight,
+    region: Region,
+    whole_NK: torch.Tensor,
+    pattern: str,
+    seed: int,
+    own_mask: torch.Tensor | None = None,
+) -> None:
+    """Row pattern and values of one region of a packed linear, from the whole dense weight `[N, K]`.
+
+    Args:
+        own_mask: of all of this rank's rows, instead of `pattern`.
+    """
     n, m, device = owner.slope.n, owner.slope.m, owner.weight.device
     columns = range(region.first_column, region.first_column + owner.weight_pattern.shape[1] * 8)
     key = counter.key_of(seed, f"{region.name}_pattern")
     for local in chunks(region.local_rows):
         rows = region.rows(local)
         dense = whole_NK[rows.start : rows.stop, columns.start : columns.stop].to(device)
-        if pattern == "random":
+        if own_mask is not None:
+            mask = own_mask[local.start : local.stop]
+        elif pattern == "random":
             mask = random_pattern(counter.bits(key, rows, columns, region.row_length, device), n, m)
         else:
             mask = magnitude_pattern(dense, n, m)

@@ -15,7 +15,7 @@ from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.table import sparsity_table
 from slope_megatron.ops.backend import choose
-from slope_megatron.training import accounting, checkpoint, files, kernel_choices, parallel, run_folder
+from slope_megatron.training import accounting, checkpoint, files, kernel_choices, parallel, run_folder, wanda
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.metrics import Metrics, Progress
@@ -68,6 +68,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     dtype = on_first_rank(lambda: resolve_dtype(config))
     if config.train.init_from:
         on_first_rank(lambda: len(MegatronCheckpoint(config.train.init_from)))
+        on_first_rank(lambda: run_folder.is_resumed(config) or wanda.check(config, len(datasets[0])))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))
@@ -77,7 +78,10 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     logger.info("%s", sparsity_table(config))
     model = build_model(config, manifest["vocab_size"], DTYPES[dtype])
     if config.train.init_from and not resume_from:
-        load_dense(model, config, MegatronCheckpoint(config.train.init_from), config.slope.pattern)
+        source, masks = MegatronCheckpoint(config.train.init_from), None
+        if config.slope.packed and config.slope.pattern == "wanda":
+            masks = wanda.calibrated_masks(config, manifest["vocab_size"], DTYPES[dtype], source, datasets[0])
+        load_dense(model, config, source, config.slope.pattern, masks)
     engine = Engine(model, config, DTYPES[dtype])
     if resume_from:
         checkpoint.load(engine, resume_from)
@@ -129,7 +133,8 @@ class Run:
         self.batches = MicroBatches(train_set, config.data.global_batch_size, micro, replica, replicas)
         self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
         self.metrics = Metrics(run / "metrics.jsonl", engine.steps_done) if self.first else None
-        self.last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
+        stop_at = config.train.steps if config.train.stop_at is None else config.train.stop_at
+        self.last_step = min(config.train.steps, stop_at)
         self.val_loss: float | None = None
         self.train_seconds = 0.0
         self.stopped = False
@@ -140,6 +145,8 @@ class Run:
         progress = Progress(name, self.last_step, self.engine.steps_done, visible=self.first)
         tokens = self.config.data.global_batch_size * self.config.data.seq_length
         started = time.perf_counter()
+        if self.last_step == self.engine.steps_done == 0:
+            self.after_step(0)  # nothing is trained: what the run begins with is validated and saved
         while self.engine.steps_done < self.last_step and not self.stopped:
             result = self.engine.train_step(self.batches.step(self.engine.steps_done))
             done = self.engine.steps_done

@@ -92,3 +92,108 @@ def test_layouts_are_equal(ranks, method, family):
                 assert same == 1.0 or name.endswith("weight_column"), name
             else:
                 assert relative_error(found[name], tensor) < 1e-3, name
+
+
+def plain_training(config):
+    """SR-STE and FST in a dense model of one process, from helpers.plain_baselines: the same results as `train`."""
+    from helpers.plain_baselines import PlainLinear
+    from slope_megatron.models.layer_spec import block_linears, sparse_linears
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.objectives import OBJECTIVES
+    from slope_megatron.training.optimizer import parameter_groups
+
+    slope, settings = config.slope, config.optimizer
+    dense = dataclasses.replace(config, slope=dataclasses.replace(slope, enabled=False))
+    model = build_model(dense, VOCABULARY, torch.float32)
+    place = type("Place", (), {"step": 0, "micro_batch": 0})()
+    linears = []
+    for layer in model.decoder.layers:
+        for name, stock in block_linears(layer).items():
+            if name in sparse_linears(slope, layer.layer_number - 1):
+                part = "mlp" if "fc" in name else "self_attention"
+                canonical = f"decoder.layers.{layer.layer_number - 1}.{part}.{name}.weight"
+                linear = PlainLinear(stock, slope.method, estimate_of(canonical, config, place), place)
+                setattr(getattr(layer, part), name, linear)
+                linears.append(linear)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, dense), betas=(settings.beta1, settings.beta2), eps=settings.eps
+    )
+    objective, results = OBJECTIVES["gpt"], []
+    dense_from = round(STEPS * (1 - slope.fst_dense_tail)) if slope.method == "fst" else STEPS
+    for step in range(STEPS):
+        place.step = step
+        for linear in linears:
+            linear.masking = step < dense_from
+            if slope.method == "fst" and step % slope.fst_mask_interval == 0:
+                linear.search()
+        batches = step_batches(config, step, 0, 1)
+        optimizer.zero_grad()
+        total = 0.0
+        for place.micro_batch, batch in enumerate(batches):
+            loss = objective.loss(batch, objective.forward(model, batch)) / len(batches)
+            loss.backward()
+            total += loss.item()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad))
+        for linear in linears:
+            linear.weight.grad += slope.decay * linear.weight.detach() * ~linear.mask().bool()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(step, STEPS)
+        optimizer.step()
+        results.append((total, norm))
+    weights = [linear.weight.detach().clone() for linear in linears]
+    return results, weights, [linear.mask() for linear in linears]
+
+
+def estimate_of(name, config, place):
+    """dY and micro-batch -> its estimate, with words asked for one by one at their place."""
+    from slope_megatron.sparsity import counter
+    from slope_megatron.sparsity.mvue import mvue
+
+    def estimate(dy_TN, micro_batch):
+        tokens, out = dy_TN.shape
+        key = counter.key_of(config.train.seed, f"{name}:mvue:{place.step}:{micro_batch}")
+        index = torch.arange(out * (tokens // 4))
+        words = counter.philox(key, index // 4)[torch.arange(len(index)), index % 4]
+        return mvue(dy_TN.t(), words.view(out, -1), 2, 4).t()
+
+    return estimate
+
+
+def trained_masks(config):
+    from slope_megatron.models.fill import masked_modules
+    from slope_megatron.models.layer_spec import block_linears
+
+    engine = build_engine(config)
+    results = [engine.train_step(step_batches(config, step, 0, 1)) for step in range(STEPS)]
+    masked = {id(module) for module in masked_modules(engine.model)}
+    modules = [linear for layer in engine.model.decoder.layers for linear in block_linears(layer).values()]
+    modules = [module for module in modules if id(module) in masked]
+    numbers = [(result.loss, result.grad_norm) for result in results]
+    return numbers, [module.weight.detach().clone() for module in modules], [module.mask() for module in modules]
+
+
+@pytest.mark.parametrize("method", ["srste", "fst"])
+def test_a_baseline_is_its_few_lines_of_torch(ranks, method):
+    config = small_config(slope=METHODS[method], steps=STEPS)
+    expected, weights, masks = ranks.run(plain_training, config, world=1)[0]
+    results, found_weights, found_masks = ranks.run(trained_masks, config, world=1)[0]
+    assert len(weights) == len(found_weights) == {"srste": 7, "fst": 4}[method]
+    assert results == [pytest.approx(pair, rel=1e-5) for pair in expected]
+    for weight, mask, found, found_mask in zip(weights, masks, found_weights, found_masks, strict=True):
+        assert relative_error(found, weight) < 1e-4
+        assert float((found_mask == mask).float().mean()) > 0.999, "rounding may turn a tie"
+    kept = float(found_masks[0].float().mean())
+    assert kept == (1.0 if method == "fst" else 0.5), "FST ends dense"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_exact(ranks, tmp_path, method):
+    """Step 4 lies inside FST's mask interval: its masks are in the checkpoint, not made of the weights found there."""
+    config = config_of(method, tensor_parallel=2)
+    layout = {"world": 2, "tensor_parallel": 2}
+    expected = ranks.run(train, config, STEPS, (4,), tmp_path, **layout)
+    found = ranks.run(train, config, STEPS, (), tmp_path, 4, **layout)
+    for (results, parts), (expected_results, expected_parts) in zip(found, expected, strict=True):
+        assert results == expected_results[4:]
+        for (name, *_, data), (*_, expected_data) in zip(parts, expected_parts, strict=True):
+            assert torch.equal(data, expected_data), name
