@@ -22,8 +22,10 @@ def flag_of(name: str, prefix: str = "") -> str:
 
 
 def scalar_type(annotation) -> type:
-    """The type that one flag value is parsed with: `int | None` -> int."""
+    """The type that one flag value is parsed with: `int | None` -> int; `int | str` -> str, which its class reads."""
     if isinstance(annotation, types.UnionType):
+        if str in typing.get_args(annotation):
+            return str
         return next(kind for kind in typing.get_args(annotation) if kind is not type(None))
     return annotation
 
@@ -67,6 +69,8 @@ def check_choices(config, flag_prefix: str = "") -> None:
         kind = scalar_type(hints[field.name])
         flag = flag_of(field.name, flag_prefix)
         if value is None and field.default is None:
+            continue
+        if set(typing.get_args(hints[field.name])) == {int, str} and type(value) in (int, str):
             continue
         number = kind is float and isinstance(value, int) and not isinstance(value, bool)
         if type(value) is not kind and not number:

@@ -62,7 +62,17 @@ class Config:
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
     def __post_init__(self):
+        object.__setattr__(self, "slope", self.slope.with_rank_for(self.model.hidden_size))
         check_shapes(self)
+        if self.slope.enabled and not self.slope.packed and self.parallel.zero_stage == 3:
+            raise ValueError(
+                f"--slope-method {self.slope.method} with --zero-stage 3: its masks need whole weights between steps; "
+                "use --zero-stage 1 or 2"
+            )
+        if self.slope.packed and self.slope.pattern == "wanda" and not self.train.init_from:
+            raise ValueError(
+                "--slope-pattern wanda prunes a trained model: give --init-from DENSE, or take random or magnitude"
+            )
 
     @property
     def adapter_start(self) -> int | None:
@@ -135,6 +145,8 @@ def packing_unit(slope: SlopeConfig) -> int:
     if not slope.enabled:
         return 1
     patterns = {slope.nm, *slope.blocks()[0].values()}
+    if not slope.packed:  # masks are bitmasks of the dense width
+        return math.lcm(8, *(m for _, m in map(parse_nm, patterns)))
     return math.lcm(*(math.lcm(8 * m // math.gcd(8 * m, n), m) for n, m in map(parse_nm, patterns)))
 
 

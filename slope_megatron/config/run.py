@@ -57,7 +57,9 @@ class TrainConfig:
     )
     steps: int = option(1000, "optimizer steps in all")
     stop_at: int | None = option(
-        None, "stop cleanly after this step, as if the time were up; schedules still aim at --steps"
+        None,
+        "stop cleanly after this step, as if the time were up; schedules still aim at --steps; 0: only validate and "
+        "save what the run would begin with",
     )
     seed: int = option(1234, "seed of everything random: weights, patterns, data order, dropout")
     dtype: str = option(
@@ -97,6 +99,8 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if self.stop_at is not None and self.stop_at < 0:
+            raise ValueError(f"--stop-at is {self.stop_at}: it must be a step, or 0 to train none")
         given = [flag for flag in ("resume", "auto_resume", "overwrite") if getattr(self, flag)]
         if len(given) > 1:
             first, second = (f"--{flag.replace('_', '-')}" for flag in given[:2])

@@ -89,7 +89,8 @@ def _scale_model(scaler: Scaler) -> None:
     scaler.change("model", "num_layers", lambda old: max(min(old, 2), round(old * root)))
     for section, key in (("data", "seq_length"), ("model", "max_positions")):
         scaler.change(section, key, lambda old: max(min(old, length, 32), 8 * round(old * root / 8)))
-    scaler.change("slope", "adapter_rank", lambda old: max(min(old, 4), round(old * root)))
+    if not isinstance(scaler.get("slope", "adapter_rank"), str):  # a percentage follows the hidden size by itself
+        scaler.change("slope", "adapter_rank", lambda old: max(min(old, 4), round(old * root)))
     scaler.set("model", "vocab_size", None)
 
 

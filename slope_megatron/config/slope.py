@@ -34,6 +34,54 @@ def parse_blocks(text: str, flag: str) -> range:
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
+def parse_rank(rank: int | str) -> int | str:
+    """`16`, `"16"` -> 16; `"1.56%"` stays, until the hidden size is known.
+
+    Raises:
+        ValueError: neither a whole number >= 0 nor a percentage of at most 100.
+    """
+    text = str(rank).strip()
+    if re.fullmatch(r"\d+", text) and not isinstance(rank, bool):
+        return int(text)
+    if isinstance(rank, str) and re.fullmatch(r"\d+(\.\d+)?%", text) and 0.0 < float(text[:-1]) <= 100.0:
+        return text
+    raise ValueError(
+        f"--slope-adapter-rank is {rank!r}: it must be 0 (no adapters), a positive rank such as 16, or a percentage of "
+        "the hidden size such as 1.56%"
+    )
+
+
+def check_method(slope: "SlopeConfig") -> None:
+    """What the methods have in common with each other, and what not; `dense` and `--no-slope` are one thing.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if slope.method == "dense":
+        object.__setattr__(slope, "enabled", False)
+    if slope.mode == "full" and slope.backend == "cusparselt":
+        raise ValueError(
+            "--slope-mode full with --slope-backend cusparselt: its wgrad reads a dense dY; give --slope-backend "
+            "reference, or --slope-mode paper"
+        )
+    if slope.mode == "full" and slope.method != "slope":
+        raise ValueError(f"--slope-mode full with --slope-method {slope.method}: the mode is slope's; leave it out")
+    if slope.method == "fst" and (slope.nm != "2:4" or slope.nm_by_block):
+        raise ValueError("--slope-method fst with another pattern than 2:4: its masks are transposable 2:4; use 2:4")
+    if slope.method == "fst" and slope.adapter_rank:
+        raise ValueError("--slope-method fst with --slope-adapter-rank: FST ends dense, without adapters; use 0")
+    if not 0.0 <= slope.fst_dense_tail < 1.0:
+        raise ValueError(
+            f"--slope-fst-dense-tail is {slope.fst_dense_tail}: it must be in [0, 1); to train dense: --no-slope"
+        )
+    for name in ("srste_decay", "fst_decay"):
+        if getattr(slope, name) < 0:
+            raise ValueError(f"--slope-{name.replace('_', '-')} is {getattr(slope, name)}: it must not be negative")
+    for name in ("fst_mask_interval", "wanda_samples"):
+        if getattr(slope, name) < 1:
+            raise ValueError(f"--slope-{name.replace('_', '-')} is {getattr(slope, name)}: it must be at least 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlopeConfig:
     """SLoPe's own settings (paper: arXiv 2405.16325). Read once; passed as an object from there on."""
@@ -46,11 +94,21 @@ class SlopeConfig:
     dense_blocks: str = option("", "blocks that stay dense, counted from 0: `0,31` or `0-3`")
     pattern: str = option(
         "random",
-        "row pattern: random (the paper's text) or magnitude of the initial weights",
-        choices=("random", "magnitude"),
+        "row pattern: random (the paper's text), magnitude of the initial weights, or wanda (magnitude x input norm of "
+        "the model given by --init-from)",
+        choices=("random", "magnitude", "wanda"),
     )
     mode: str = option(
-        "paper", "paper: sparse forward and dgrad, dense wgrad read at the kept places", choices=("paper",)
+        "paper",
+        "paper: sparse forward and dgrad, dense wgrad read at the kept places; full: wgrad reads an unbiased 2:4 "
+        "estimate of the output gradient (backend reference only)",
+        choices=("paper", "full"),
+    )
+    method: str = option(
+        "slope",
+        "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (Extended SR-STE, "
+        "dynamic masks), fst (transposable masks, MLP only), dense (the same as --no-slope)",
+        choices=("slope", "dense", "srste", "fst"),
     )
     backward_mask_interval: int = option(
         100,
@@ -60,7 +118,10 @@ class SlopeConfig:
         False, "multiply the initial kept weights by sqrt(M/N), which restores the dense variance"
     )
     lr_multiplier: float = option(1.0, "learning rate of the packed values over the base learning rate")
-    adapter_rank: int = option(0, "rank r of the lazy low-rank adapters; 0: none")
+    wanda_samples: int = option(128, "training samples that --slope-pattern wanda measures the inputs' norms on")
+    adapter_rank: int | str = option(
+        0, "rank r of the lazy low-rank adapters, or a percentage of the hidden size: 16 or 1.56%; 0: none"
+    )
     lazy_fraction: float = option(
         0.01, "share of the steps, at the end, in which the adapters train; 1.0: from the start"
     )
@@ -68,6 +129,11 @@ class SlopeConfig:
     dense_first_linear: bool = option(True, "keep the first linear after the input (layer 0's QKV) dense, as the paper")
     sparse_attention: bool = option(True, "make the attention's QKV and output projections sparse")
     sparse_mlp: bool = option(True, "make the MLP's linears sparse")
+    srste_decay: float = option(6e-6, "srste: lambda of the decay of pruned weights, added to the gradient")
+    fst_decay: float = option(6e-5, "fst: the same, its published value for 124M and 774M parameters")
+    fst_mask_interval: int = option(40, "fst: optimizer steps between two searches of the transposable masks")
+    fst_dense_tail: float = option(1 / 6, "fst: share of the steps, at the end, that train dense")
+    fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
     backend: str = option("auto", "kernels of the sparse products", choices=("auto", "cusparselt", "reference"))
 
     def __post_init__(self):
@@ -79,10 +145,7 @@ class SlopeConfig:
                 f"--slope-backward-mask-interval is {self.backward_mask_interval}: it must be 0 (never) "
                 "or a number of steps"
             )
-        if self.adapter_rank < 0:
-            raise ValueError(
-                f"--slope-adapter-rank is {self.adapter_rank}: it must be 0 (no adapters) or a positive rank"
-            )
+        object.__setattr__(self, "adapter_rank", parse_rank(self.adapter_rank))
         if not 0.0 < self.lazy_fraction <= 1.0:
             raise ValueError(
                 f"--slope-lazy-fraction is {self.lazy_fraction}: it must be in (0, 1]; for none: --slope-adapter-rank 0"
@@ -90,10 +153,31 @@ class SlopeConfig:
         for name in ("lr_multiplier", "adapter_lr_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--slope-{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
-        if self.enabled and not (self.sparse_attention or self.sparse_mlp):
+        check_method(self)
+        if self.enabled and not (self.prunes_attention or self.sparse_mlp):
             raise ValueError(
                 "neither attention nor MLP is sparse: leave one of them sparse, or say --no-slope for a dense run"
             )
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sparse linears hold packed values."""
+        return self.enabled and self.method == "slope"
+
+    @property
+    def prunes_attention(self) -> bool:
+        """Whether the attention's linears are pruned: where asked for, and in FST only where said twice."""
+        return self.sparse_attention and (self.method != "fst" or self.fst_attention)
+
+    @property
+    def gradient_nm(self) -> tuple[int, int]:
+        """N and M of an output gradient along tokens: what sparse tensor cores take, whatever N:M the weight has."""
+        return (1, 2) if self.nm == "1:2" else (2, 4)
+
+    @property
+    def decay(self) -> float:
+        """lambda of the baselines' decay of pruned weights."""
+        return self.srste_decay if self.method == "srste" else self.fst_decay
 
     @property
     def n(self) -> int:
@@ -120,6 +204,13 @@ class SlopeConfig:
         for entry in filter(None, self.dense_blocks.split(",")):
             dense.update(parse_blocks(entry, "--slope-dense-blocks"))
         return own, dense
+
+    def with_rank_for(self, hidden_size: int) -> "SlopeConfig":
+        """A percentage as the rank that it means: the nearest whole number, at least 1."""
+        if not isinstance(self.adapter_rank, str):
+            return self
+        percent = float(self.adapter_rank.rstrip("%"))
+        return dataclasses.replace(self, adapter_rank=max(1, round(hidden_size * percent / 100.0)))
 
     def for_block(self, block: int) -> "SlopeConfig":
         """The settings of one block (counted from 0 over all stages): its N:M, or dense."""

@@ -75,6 +75,11 @@ def settings():
         wrong.append(
             f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are `slope pretrain`'s so far; use 0"
         )
+    if slope.enabled and (slope.method != "slope" or slope.mode != "paper"):
+        wrong.append(
+            f"--slope-method {slope.method} and --slope-mode {slope.mode}: baselines and pruned gradients are "
+            "`slope pretrain`'s; use slope and paper"
+        )
     if wrong:
         raise ValueError("; ".join(wrong))
     return args, slope

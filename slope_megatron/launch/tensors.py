@@ -55,7 +55,7 @@ def block_widths(config: Config) -> dict[str, tuple[int, int, int]]:
 def patterns(slope: SlopeConfig, block: int) -> dict[str, tuple[int, int]]:
     """N and M of a block's packed linears: the rule of `models.layer_spec.sparse_linears`, without importing torch."""
     own = slope.for_block(block)
-    if not own.enabled:
+    if not own.packed:
         return {}
     names = ["linear_qkv", "linear_proj"] if own.sparse_attention else []
     names += ["linear_fc1", "linear_fc2"] if own.sparse_mlp else []

@@ -11,7 +11,8 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.packed_weight import PackedWeight, refuse_unsupported
+from slope_megatron.layers.packed_weight import PackedWeight
+from slope_megatron.layers.pruned_linear import refuse_unsupported
 
 
 class SlopeColumnParallelLinear(PackedWeight, ColumnParallelLinear):

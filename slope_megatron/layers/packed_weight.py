@@ -1,27 +1,24 @@
 """PackedWeight: what the column- and the row-parallel layer share.
 
-N out, K in (this rank's shard), C = K n/m kept per row, R adapter rank.
+N out, K in (this rank's shard), C = K n/m kept per row.
 
     weight          Parameter [N, C]           packed values
     weight_pattern  buffer uint8 [N, K/8]      row pattern, static
     weight_column   buffer uint8 [N, C/8]      which values survive the second pruning; state, it cannot be rebuilt
-    adapter_l       Parameter [R, K]           L^T; adapter_r Parameter [N, R]: R^T (SLoPe, section 3.2)
 
 Operands, what a kernel wants, are derived from these on first use, refreshed after each optimizer step and never saved.
 """
 
 import dataclasses
-import functools
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.passing_operands import PassingOperands
-from slope_megatron.linear import slope_linear
-from slope_megatron.ops.backend import PRODUCTS, Operands, build_operands, choose_column_bits
+from slope_megatron.layers.pruned_linear import PrunedLinear
+from slope_megatron.linear import GradientPruning
+from slope_megatron.ops.backend import PRODUCTS, Operands, build_operands, choose, choose_column_bits
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
@@ -61,19 +58,11 @@ def chunks(rows: range, size: int = ROWS_AT_ONCE):
     return (range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size))
 
 
-class PackedWeight(torch.nn.Module):
+class PackedWeight(PrunedLinear):
     """Mixed into Megatron's linears, whose constructor leaves `weight` as `[N, C]`: no dense weight ever exists."""
 
-    weight: torch.nn.Parameter
     weight_pattern: torch.Tensor
     weight_column: torch.Tensor
-    slope: SlopeConfig
-    tp_group: dist.ProcessGroup
-
-    @classmethod
-    def configured(cls, slope: SlopeConfig) -> type:
-        """This class with `slope` bound: what Megatron's layer specs take, some of which only call a class."""
-        return type(cls.__name__, (cls,), {"__init__": functools.partialmethod(cls.__init__, slope=slope)})
 
     def init_packed(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
         """Buffers, adapters and attributes; called once, at the end of the constructor.
@@ -81,24 +70,18 @@ class PackedWeight(torch.nn.Module):
         Args:
             partition_dim: axis of the weight that tensor parallelism cuts: 0 (column) or 1 (row).
         Raises:
-            ValueError: the shard cuts a group or a byte of a bitmask.
+            ValueError: the shard cuts a group or a byte of a bitmask; the backend has no pruned wgrad.
         """
         rows, kept = self.weight.shape
         columns = kept * slope.m // slope.n
         check_shard(rows, columns, kept, slope)
-        self.slope = slope
+        check_mode(slope)
         device = self.weight.device
         self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device))
         self.register_buffer("weight_column", torch.zeros(rows, kept // 8, dtype=torch.uint8, device=device))
         if not hasattr(self.weight, "tensor_model_parallel"):  # core 0.20 has marked it, and asserts that nobody did
             set_tensor_model_parallel_attributes(self.weight, True, partition_dim, stride)
-        self.replicated_adapter = "l" if partition_dim == 0 else "r"
-        if slope.adapter_rank:
-            self.adapter_l = torch.nn.Parameter(self.weight.new_zeros(slope.adapter_rank, columns))
-            self.adapter_r = torch.nn.Parameter(self.weight.new_zeros(rows, slope.adapter_rank))
-            cut = self.adapter_r if partition_dim == 0 else self.adapter_l
-            set_tensor_model_parallel_attributes(cut, True, partition_dim, stride)
-        self.adapters_active = False
+        self.init_adapters(slope, columns, partition_dim, stride)
         self.keep_operands = True
         self.initialized = False
         self._operands: Operands | None = None
@@ -208,20 +191,22 @@ class PackedWeight(torch.nn.Module):
             energy_dropped=float(values[dropped].square().sum()),
         )
 
-    # -- the product --------------------------------------------------------------------------------------------------
+    def product_operands(self) -> Operands:
+        """The kept operands; or, where the values are here only while the layer computes, some built for each use."""
+        return self.operands() if self.keep_operands else PassingOperands(self.new_operands)
 
-    def _forward_impl(self, input, weight, *, bias, allreduce_dgrad, sequence_parallel, tp_group=None, **_):
-        """Megatron's hook for the product itself; gathers and reductions around it are Megatron's own."""
-        communication = TensorParallelCommunication(
-            group=self.tp_group,
-            sequence_parallel=sequence_parallel,
-            allreduce_dgrad=allreduce_dgrad,
-            replicated_adapter=self.replicated_adapter,
+    def gradient_pruning(self) -> GradientPruning | None:
+        """What stands for dY in wgrad: dY itself, or in `full` mode its unbiased 2:4 estimate."""
+        return self.unbiased_pruning() if self.slope.mode == "full" else None
+
+
+def check_mode(slope: SlopeConfig) -> None:
+    """Refuse a mode that the chosen backend has no product for."""
+    if slope.mode == "full" and (backend := choose(slope.backend)) != "reference":
+        raise ValueError(
+            f"--slope-mode full with the backend {backend}: its wgrad reads a dense dY, so pruning it would only cost; "
+            "give --slope-backend reference, or --slope-mode paper"
         )
-        adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
-        operands = self.operands() if self.keep_operands else PassingOperands(self.new_operands)
-        output = slope_linear(input, weight, operands, adapters=adapters, communication=communication)
-        return output if bias is None else output + bias
 
 
 def check_shard(rows: int, columns: int, kept: int, slope: SlopeConfig) -> None:
@@ -233,15 +218,3 @@ def check_shard(rows: int, columns: int, kept: int, slope: SlopeConfig) -> None:
             "must be a multiple "
             f"of {slope.m} and in one of {unit}; choose other widths or a smaller tensor-parallel size"
         )
-
-
-def refuse_unsupported(config, **asked) -> None:
-    """Options of Megatron's linears that a packed weight cannot serve yet: refused with the reason, never ignored."""
-    if config.gradient_accumulation_fusion:
-        raise ValueError(
-            "gradient_accumulation_fusion is on: packed gradients go through autograd; set "
-            "gradient_accumulation_fusion=False"
-        )
-    for name, value in asked.items():
-        if value:
-            raise ValueError(f"{name} is {value!r}: a packed 2:4 linear does not support it; keep this linear dense")

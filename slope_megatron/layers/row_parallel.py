@@ -10,7 +10,8 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.packed_weight import PackedWeight, refuse_unsupported
+from slope_megatron.layers.packed_weight import PackedWeight
+from slope_megatron.layers.pruned_linear import refuse_unsupported
 
 
 class SlopeRowParallelLinear(PackedWeight, RowParallelLinear):

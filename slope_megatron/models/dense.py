@@ -15,17 +15,19 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import Config
+from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.packed_weight import PackedWeight, Region, chunks
+from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
-from slope_megatron.models.fill import fill_dense, packed_region, sparse_modules
+from slope_megatron.models.fill import choose_derived, fill_dense, packed_region
 from slope_megatron.models.parameters import VOCABULARY_ROWS, canonical_shapes
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
 
 PATTERNS = ("magnitude", "random")
-# Buffers of a packed linear: chosen here, never read from a dense model.
-DERIVED = ("weight_pattern", "weight_column")
+# Buffers of a pruned linear: chosen here, never read from a dense model.
+DERIVED = ("weight_pattern", "weight_column", "weight_mask")
 ADAPTERS = ("adapter_l", "adapter_r")
 
 Source = Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
@@ -35,7 +37,13 @@ Source = Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
 
 
 @torch.no_grad()
-def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: str = "magnitude") -> None:
+def load_dense(
+    model: torch.nn.Module,
+    config: Config,
+    source: Source,
+    pattern: str = "magnitude",
+    masks: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Fill a built model, bare or filled, with the weights of a dense one.
 
     Args:
@@ -43,13 +51,14 @@ def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: 
             Embeddings may have fewer rows than the padded vocabulary: the rest is zero.
         pattern: which weights of a packed linear stay: the largest ones, or the seed's random pattern, the one that
             training from the first step would have.
+        masks: instead of a pattern, `{packed weight's name in the model: bool [N, K] of this rank}`.
 
     Adapters start as in training: L random, R zero. Operands and the column patterns are made anew.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or belongs to no part of this model.
     """
-    if pattern not in PATTERNS:
+    if masks is None and pattern not in PATTERNS:
         raise ValueError(f"the pattern to prune with is {pattern!r}: it must be one of {', '.join(PATTERNS)}")
     if isinstance(source, Mapping):
         refuse_unknown(config, source)
@@ -63,20 +72,21 @@ def load_dense(model: torch.nn.Module, config: Config, source: Source, pattern: 
         if shard.local_name in parameters and shard.cut_axis is not None:
             # Megatron marks its own parameters where it initialises them, which is switched off.
             mark_cut(parameters[shard.local_name], shard.cut_axis)
-        if packed and leaf in DERIVED:
+        pruned = isinstance(owner, PrunedLinear)
+        if pruned and leaf in DERIVED:
             continue
-        if packed and leaf in ADAPTERS:
+        if pruned and leaf in ADAPTERS:
             fill_dense(shard, config.train.seed, 1.0)
         elif packed and leaf == "weight":
             start = first_local_row.get(shard.local_name, 0)
             first_local_row[shard.local_name] = start + shard.data.shape[0]
             region = packed_region(shard, start, owner)
             whole = checked(fetch(shard.name), shard.name, (shard.shape[0], region.row_length))
-            prune_into(owner, region, whole, pattern, config.train.seed)
+            mask = masks[shard.local_name] if masks is not None else None
+            prune_into(owner, region, whole, pattern, config.train.seed, mask)
         else:
             copy_part(shard, fetch(shard.name))
-    for module in sparse_modules(model):
-        module.update_column_pattern()
+    choose_derived(model)
 
 
 def mark_cut(parameter: torch.nn.Parameter, axis: int) -> None:
@@ -126,15 +136,28 @@ def copy_part(shard: Shard, whole: torch.Tensor) -> None:
     shard.data[part.shape[0] :].zero_()
 
 
-def prune_into(owner: PackedWeight, region: Region, whole_NK: torch.Tensor, pattern: str, seed: int) -> None:
-    """Row pattern and values of one region of a packed linear, from the whole dense weight `[N, K]`."""
+def prune_into(
+    owner: PackedWeight,
+    region: Region,
+    whole_NK: torch.Tensor,
+    pattern: str,
+    seed: int,
+    own_mask: torch.Tensor | None = None,
+) -> None:
+    """Row pattern and values of one region of a packed linear, from the whole dense weight `[N, K]`.
+
+    Args:
+        own_mask: of all of this rank's rows, instead of `pattern`.
+    """
     n, m, device = owner.slope.n, owner.slope.m, owner.weight.device
     columns = range(region.first_column, region.first_column + owner.weight_pattern.shape[1] * 8)
     key = counter.key_of(seed, f"{region.name}_pattern")
     for local in chunks(region.local_rows):
         rows = region.rows(local)
         dense = whole_NK[rows.start : rows.stop, columns.start : columns.stop].to(device)
-        if pattern == "random":
+        if own_mask is not None:
+            mask = own_mask[local.start : local.stop]
+        elif pattern == "random":
             mask = random_pattern(counter.bits(key, rows, columns, region.row_length, device), n, m)
         else:
             mask = magnitude_pattern(dense, n, m)
@@ -169,21 +192,26 @@ def dense_parts(model: torch.nn.Module) -> Iterator[DensePart]:
     for shard in shards(model):
         owner_name, _, leaf = shard.local_name.rpartition(".")
         owner = modules.get(owner_name)
-        if not isinstance(owner, PackedWeight) or leaf == "bias":
+        if not isinstance(owner, PrunedLinear) or leaf == "bias":
             yield DensePart(shard.name, shard.data.detach(), shard.shape, shard.offset, shard.main)
         elif leaf == "weight":
             start = first_local_row.get(shard.local_name, 0)
             first_local_row[shard.local_name] = start + shard.data.shape[0]
-            region = packed_region(shard, start, owner)
-            shape = (shard.shape[0], region.row_length)
-            offset = (shard.offset[0], region.first_column)
-            yield DensePart(shard.name, dense_rows(owner, region.local_rows), shape, offset, shard.main)
+            rows = range(start, start + shard.data.shape[0])
+            shape, offset = shard.shape, shard.offset
+            if isinstance(owner, PackedWeight):
+                region = packed_region(shard, start, owner)
+                shape, offset = (shard.shape[0], region.row_length), (shard.offset[0], region.first_column)
+            yield DensePart(shard.name, dense_rows(owner, rows), shape, offset, shard.main)
 
 
-def dense_rows(owner: PackedWeight, rows: range) -> torch.Tensor:
-    """Some local rows of W^R (+ (1/R) R^T L^T where the adapters are active), `[rows, K]`."""
+def dense_rows(owner: PrunedLinear, rows: range) -> torch.Tensor:
+    """Some local rows of what is multiplied (+ (1/R) R^T L^T where the adapters are active), `[rows, K]`."""
     part = slice(rows.start, rows.stop)
-    dense = unpack(owner.weight[part].detach(), unpack_bits(owner.weight_pattern[part]))
+    if isinstance(owner, MaskedWeight):
+        dense = owner.dense_weight()[part]
+    else:
+        dense = unpack(owner.weight[part].detach(), unpack_bits(owner.weight_pattern[part]))
     if owner.adapters_active:
         dense = torch.addmm(dense, owner.adapter_r[part], owner.adapter_l, alpha=1.0 / owner.adapter_l.shape[0])
     return dense

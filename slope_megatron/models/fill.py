@@ -9,7 +9,9 @@ import re
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
+from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.packed_weight import PackedWeight, Region, chunks
+from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
 from slope_megatron.sparsity import counter
 
@@ -53,8 +55,15 @@ def fill_model(model: torch.nn.Module, *, seed: int, init_std: float, num_layers
             owner.fill_weight(seed, packed_region(shard, start, owner), std)
         else:
             fill_dense(shard, seed, std)
+    choose_derived(model)
+
+
+def choose_derived(model: torch.nn.Module) -> None:
+    """The second pruning of packed weights and the masks of masked ones, from weights that were just written."""
     for module in sparse_modules(model):
         module.update_column_pattern()
+    for module in masked_modules(model):
+        module.update_mask()
 
 
 def packed_region(shard: Shard, first_local_row: int, owner: PackedWeight) -> Region:
@@ -89,3 +98,13 @@ def fill_dense(shard: Shard, seed: int, std: float) -> None:
 def sparse_modules(model: torch.nn.Module) -> list[PackedWeight]:
     """The model's packed linears."""
     return [module for module in model.modules() if isinstance(module, PackedWeight)]
+
+
+def masked_modules(model: torch.nn.Module) -> list[MaskedWeight]:
+    """The model's masked linears: the baselines'."""
+    return [module for module in model.modules() if isinstance(module, MaskedWeight)]
+
+
+def pruned_modules(model: torch.nn.Module) -> list[PrunedLinear]:
+    """Both."""
+    return [module for module in model.modules() if isinstance(module, PrunedLinear)]

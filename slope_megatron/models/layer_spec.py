@@ -16,18 +16,26 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
+from slope_megatron.layers.masked_parallel import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
+
+# Column- and row-parallel linear of each method; a dense model keeps Megatron's.
+LINEARS = {
+    "slope": (SlopeColumnParallelLinear, SlopeRowParallelLinear),
+    "srste": (MaskedColumnParallelLinear, MaskedRowParallelLinear),
+    "fst": (MaskedColumnParallelLinear, MaskedRowParallelLinear),
+}
 
 
 def sparse_linears(slope: SlopeConfig, block: int) -> set[str]:
     """Which linears of a block (counted from 0 over all pipeline stages) are sparse.
 
-    Source: SLoPe, section 3: all attention and MLP linears but the first one after the input.
+    Source: SLoPe, section 3: all attention and MLP linears but the first one after the input. FST: the MLP's alone.
     """
     if not slope.for_block(block).enabled:
         return set()
     names = set()
-    if slope.sparse_attention:
+    if slope.prunes_attention:
         names |= {"linear_qkv", "linear_proj"}
     if slope.sparse_mlp:
         names |= {"linear_fc1", "linear_fc2"}
@@ -52,7 +60,7 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
         )
     attention.core_attention = SdpaAttention
     own = slope.for_block(block)
-    column, row = SlopeColumnParallelLinear.configured(own), SlopeRowParallelLinear.configured(own)
+    column, row = (linear.configured(own) for linear in LINEARS.get(own.method, LINEARS["slope"]))
     replacements = {
         "linear_qkv": (attention, column),
         "linear_proj": (attention, row),
@@ -85,8 +93,8 @@ def block_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def twin_weights(model: torch.nn.Module, slope: SlopeConfig) -> list[torch.nn.Parameter]:
-    """The weights that are packed in the sparse model, whether `model` is that one or its dense twin."""
-    sparse = dataclasses.replace(slope, enabled=True)
+    """The weights that are pruned in the sparse model, whether `model` is that one or its dense twin."""
+    sparse = slope if slope.enabled else dataclasses.replace(slope, enabled=True, method="slope")
     return [
         linear.weight
         for layer in model.decoder.layers

@@ -146,8 +146,8 @@ def touched(counts: list[int], start: int, end: int) -> int:
 
 
 def double_pruning(engine: Engine) -> dict[str, float] | None:
-    """The second pruning over the whole model, measured, beside the formula; None for a dense model."""
-    if not engine.config.slope.enabled:
+    """The second pruning over the whole model, measured, beside the formula; None without packed weights."""
+    if not engine.config.slope.packed:
         return None
     sums = torch.zeros(5, dtype=torch.float64, device=engine.device)
     for module in sparse_modules(engine.model):

@@ -48,7 +48,7 @@ class ThroughHooks:
         for index, batch in enumerate(batches):
             engine.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             batch = engine.to_device(batch)
-            loss = engine.objective.loss(batch, engine.objective.forward(engine.deepspeed, batch))
+            loss = engine.objective.loss(batch, engine.forward(engine.deepspeed, index, batch))
             losses.append(loss.detach().clone())
             engine.deepspeed.backward(loss)
         engine.note_gradients(gradients.held_cut(engine.optimizer))

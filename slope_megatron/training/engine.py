@@ -15,8 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from slope_megatron.config import Config
-from slope_megatron.models.fill import sparse_modules
-from slope_megatron.training import accumulation, gradients, zero
+from slope_megatron.models.draws import attach_draws
+from slope_megatron.models.fill import pruned_modules, sparse_modules
+from slope_megatron.training import accumulation, baselines, gradients, zero
 from slope_megatron.training import optimizer as optim
 from slope_megatron.training.objectives import OBJECTIVES
 from slope_megatron.training.parallel import ModelParallelUnit, seed_step
@@ -55,6 +56,7 @@ class Engine:
         # Whoever looks on: told the part of a step that begins, and the loss when the gradients are ready to be used.
         self.on_part = lambda part: None
         self.before_step = lambda loss: None
+        self.draws = attach_draws(model, config.train.seed)
         gradients.mark_tied_copy(model)
         groups = optim.parameter_groups(model, config)
         self.members = {group["name"]: list(group["params"]) for group in groups}
@@ -66,6 +68,7 @@ class Engine:
         )
         if config.optimizer.optimizer == "lamb":
             optim.attach_lamb(self.optimizer, self.members)
+        baselines.add_decay(model, self.optimizer, optim.SPARSE)
         for module in sparse_modules(self.model):
             module.keep_operands = config.parallel.zero_stage < 3 or config.parallel.zero3_resident_operands
         self.accumulation = accumulation.build(self)
@@ -111,8 +114,10 @@ class Engine:
         step = self.steps_done
         if self.config.model.dropout:
             seed_step(self.config.train.seed, step)
-        for module in sparse_modules(self.model):
+        for module in pruned_modules(self.model):
             module.adapters_active = self.phases.adapters_on(step)
+        baselines.enter_phase(self.model, self.phases, step)
+        self.draws.step = step
         if self.phases.adapters_join(step):
             zero.reset_state(self.optimizer, optim.ADAPTERS)
 
@@ -132,16 +137,23 @@ class Engine:
     def to_device(self, batch: dict) -> dict:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def forward(self, model: torch.nn.Module, index: int, batch: dict):
+        """The model's output of this replica's micro-batch `index`, counted from 0; random draws are keyed to it."""
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.draws.micro_batch = index * replicas + replica
+        return self.draws.follow(self.objective.forward(model, batch))
+
     def schedule(self, batches: list[dict], loss_of, *, forward_only: bool) -> list[dict]:
         """Megatron's schedule (1F1B with stages) over the bare module; what `loss_of` reported of each batch."""
 
         def forward_step(iterator, model):
-            batch = self.to_device(next(iterator))
-            return self.objective.forward(model, batch), functools.partial(loss_of, batch)
+            index, batch = next(iterator)
+            batch = self.to_device(batch)
+            return self.forward(model, index, batch), functools.partial(loss_of, batch)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=enumerate(batches),
             model=[self.model],
             num_microbatches=len(batches),
             seq_length=self.config.data.seq_length,
@@ -171,6 +183,7 @@ class Engine:
                     module.update_column_pattern()
                 else:
                     module.refresh()
+        baselines.refresh(self.model, self.phases, self.steps_done)
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from deepspeed.utils import (
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from slope_megatron.models.canonical import sharded_state_dict
-from slope_megatron.models.fill import sparse_modules
+from slope_megatron.models.fill import pruned_modules
 from slope_megatron.training import zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import model_parameters
@@ -94,7 +94,7 @@ def install_engine_state(engine: Engine, state: dict, steps: dict[str, float]) -
         zero.set_step_count(engine.optimizer, part, steps[part.group["name"]])
     if not zero.is_stage_3(engine.optimizer):
         engine.optimizer.update_lp_params()
-    for module in sparse_modules(engine.model):
+    for module in pruned_modules(engine.model):
         module.drop_operands()
         module.initialized = True
 

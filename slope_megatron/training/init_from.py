@@ -13,7 +13,7 @@ from slope_megatron.models.canonical import sharded_state_dict
 from slope_megatron.models.dense import load_dense
 from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
 from slope_megatron.models.fill import sparse_modules
-from slope_megatron.training import checkpoint
+from slope_megatron.training import checkpoint, wanda
 
 logger = logging.getLogger(__name__)
 ADAPTERS = (".adapter_l", ".adapter_r")
@@ -22,18 +22,23 @@ PACKED_FORM = ("nm", "nm_by_block", "dense_blocks", "dense_first_linear", "spars
 FREE_IN_MODEL = ("dropout", "init_std", "max_positions")
 
 
-def check_init(config: Config) -> None:
+def check_init(config: Config, samples: int) -> None:
     """Refuse, before anything is written, a checkpoint that this run cannot start from; rank 0 calls it.
 
+    Args:
+        samples: in the training dataset.
     Raises:
         ValueError: no such checkpoint, a corrupt one, or one of another model.
     """
     folder = resolve(config.train.init_from)
     if not is_packed(folder):
         MegatronCheckpoint(folder)
+        wanda.check(config, samples)
         return
-    if not config.slope.enabled:
-        raise ValueError(f"{folder} holds a packed model and this run is dense: leave --no-slope out")
+    if not config.slope.packed:
+        raise ValueError(
+            f"{folder} holds a packed model and this run's weights are dense: leave --no-slope or --slope-method out"
+        )
     checkpoint.verify(folder)
     state = json.loads((folder / "state.json").read_text())
     saved = state["config"]
@@ -102,13 +107,22 @@ def is_packed(folder: Path) -> bool:
     return any(name.endswith(".weight_pattern") for name in stored_names(folder))
 
 
-def load_init(model: torch.nn.Module, config: Config) -> None:
-    """Fill a built model from `--init-from`; all ranks call it, after `check_init`."""
+def load_init(model: torch.nn.Module, config: Config, tokenizer_size: int, dataset) -> None:
+    """Fill a built model from `--init-from`; all ranks call it, after `check_init`.
+
+    Args:
+        tokenizer_size: entries of the tokenizer.
+        dataset: training samples, which Wanda measures its norms on.
+    """
     folder = resolve(config.train.init_from)
     if is_packed(folder):
         load_packed(model, folder)
-    else:
-        load_dense(model, config, MegatronCheckpoint(folder), config.slope.pattern)
+        return
+    source, masks = MegatronCheckpoint(folder), None
+    if config.slope.packed and config.slope.pattern == "wanda":
+        dtype = next(model.parameters()).dtype
+        masks = wanda.calibrated_masks(config, tokenizer_size, dtype, source, dataset)
+    load_dense(model, config, source, config.slope.pattern, masks)
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ class Run:
         engine.before_step = self.before_step
         self.tokens = config.data.global_batch_size * config.data.seq_length
         self.peak = flops.peak_tflops(config)
-        self.last_step = min(config.train.steps, config.train.stop_at or config.train.steps)
+        stop_at = config.train.steps if config.train.stop_at is None else config.train.stop_at
+        self.last_step = min(config.train.steps, stop_at)
         self.val_loss: float | None = None
         self.train_seconds = 0.0
         self.stopped = False
@@ -72,6 +73,10 @@ class Run:
         """
         progress = Progress(self.run.name, self.last_step, self.engine.steps_done, visible=self.first)
         started = time.perf_counter()
+        if self.last_step == self.engine.steps_done == 0:
+            # Nothing is trained: what the run would begin with is validated and saved.
+            self.validate(0)
+            self.saver.save()
         try:
             while self.engine.steps_done < self.last_step and not self.stopped:
                 result = self.engine.train_step(self.batches.step(self.engine.steps_done))
@@ -192,7 +197,7 @@ class Run:
             "pipeline_parallel": self.config.parallel.pipeline_parallel,
             "tensor_parallel": self.config.parallel.tensor_parallel,
             "data_parallel": parallel_state.get_data_parallel_world_size(),
-            "backend": choose(self.config.slope.backend) if self.config.slope.enabled else "dense",
+            "backend": choose(self.config.slope.backend) if self.config.slope.packed else "dense",
         }
 
 

@@ -26,6 +26,16 @@ class Phases:
         interval = self.config.slope.backward_mask_interval
         return self.config.slope.enabled and interval > 0 and steps_done % interval == 0
 
+    def masking(self, step: int) -> bool:
+        """Whether a baseline prunes in step `step`: FST's last steps are dense."""
+        slope = self.config.slope
+        tail = slope.fst_dense_tail if slope.method == "fst" else 0.0
+        return step < int((1.0 - tail) * self.config.train.steps + 1e-9)
+
+    def new_mask(self, steps_done: int) -> bool:
+        """Whether FST searches its masks anew once `steps_done` steps are done."""
+        return self.masking(steps_done) and steps_done % self.config.slope.fst_mask_interval == 0
+
     def learning_rate(self, step: int, group: str) -> float:
         """The learning rate of one parameter group in step `step`."""
         base = self.config.optimizer.lr_at(step, self.config.train.steps)

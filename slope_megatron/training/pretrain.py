@@ -68,7 +68,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     datasets = datasets_for(config)
     dtype = on_first_rank(lambda: resolve_dtype(config))
     if config.train.init_from:
-        on_first_rank(lambda: check_init(config))
+        on_first_rank(lambda: run_folder.is_resumed(config) or check_init(config, len(datasets[0])))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))
@@ -80,7 +80,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     model = build_model(config, manifest["vocab_size"], DTYPES[dtype])
     wants_layers = config.watch.layer_stats_interval > 0
     if config.train.init_from and (wants_layers or not resume_from):
-        load_init(model, config)
+        load_init(model, config, manifest["vocab_size"], datasets[0])
     start = layer_stats.sample_all(model) if wants_layers else None
     engine = Engine(model, config, DTYPES[dtype])
     if resume_from:

@@ -77,7 +77,20 @@ BAD = [
     (lambda: SlopeConfig(pattern="best"), "--slope-pattern is 'best': it must be one of random, magnitude"),
     (lambda: SlopeConfig(lazy_fraction=0.0), "it must be in (0, 1]; for none: --slope-adapter-rank 0"),
     (lambda: SlopeConfig(adapter_rank=-1), "--slope-adapter-rank is -1"),
-    (lambda: SlopeConfig(adapter_rank="4"), "--slope-adapter-rank is '4': it must be of type int"),
+    (lambda: SlopeConfig(adapter_rank=True), "--slope-adapter-rank is True: it must be of type"),
+    (lambda: SlopeConfig(adapter_rank="4x"), "--slope-adapter-rank is '4x': it must be 0 (no adapters), a positive"),
+    (lambda: SlopeConfig(adapter_rank="0%"), "--slope-adapter-rank is '0%': it must be 0"),
+    (lambda: SlopeConfig(method="wanda"), "--slope-method is 'wanda': it must be one of slope, dense, srste, fst"),
+    (lambda: SlopeConfig(mode="full", backend="cusparselt"), "--slope-mode full with --slope-backend cusparselt: its"),
+    (lambda: SlopeConfig(mode="full", method="srste"), "--slope-mode full with --slope-method srste: the mode is"),
+    (lambda: SlopeConfig(method="fst", nm="2:8"), "--slope-method fst with another pattern than 2:4"),
+    (lambda: SlopeConfig(method="fst", adapter_rank=4), "--slope-method fst with --slope-adapter-rank: FST ends dense"),
+    (lambda: SlopeConfig(method="fst", sparse_mlp=False), "neither attention nor MLP is sparse"),
+    (lambda: SlopeConfig(fst_dense_tail=1.0), "--slope-fst-dense-tail is 1.0: it must be in [0, 1)"),
+    (lambda: SlopeConfig(srste_decay=-1.0), "--slope-srste-decay is -1.0: it must not be negative"),
+    (lambda: SlopeConfig(fst_mask_interval=0), "--slope-fst-mask-interval is 0: it must be at least 1"),
+    (lambda: Config(slope=SlopeConfig(pattern="wanda")), "--slope-pattern wanda prunes a trained model: give --init"),
+    (lambda: TrainConfig(stop_at=-1), "--stop-at is -1: it must be a step, or 0"),
     (lambda: SlopeConfig(lr_multiplier=0.0), "--slope-lr-multiplier is 0.0: it must be positive"),
     (lambda: SlopeConfig(sparse_attention=False, sparse_mlp=False), "say --no-slope for a dense run"),
     (lambda: ModelConfig(hidden_size=100, num_attention_heads=8), "the heads must divide it; take a multiple of 8"),
@@ -143,6 +156,29 @@ def test_blocks_may_have_patterns_of_their_own():
     slope = SlopeConfig(nm_by_block="2-3=2:8,3=1:4", dense_blocks="0")
     assert [slope.for_block(block).nm for block in range(4)] == ["2:4", "2:4", "2:8", "1:4"]
     assert [slope.for_block(block).enabled for block in range(4)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "text", "rank"),
+    [(1024, "0.39%", 4), (1024, "1.56%", 16), (1024, "6.25%", 64), (768, "2.1%", 16), (64, "0.1%", 1), (64, "16", 16)],
+)
+def test_a_rank_may_be_a_percentage_of_the_hidden_size(hidden, text, rank):
+    """The paper's ranks; a resumed run compares the rank itself."""
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    arguments = ["--slope-adapter-rank", text, "--hidden-size", str(hidden), "--num-attention-heads", "4"]
+    config, _ = read_config(parser.parse_args(arguments))
+    assert config.slope.adapter_rank == rank and config.to_dict()["slope"]["adapter_rank"] == rank
+
+
+def test_dense_has_two_names():
+    assert not SlopeConfig(method="dense").enabled
+    assert SlopeConfig(method="srste").enabled and not SlopeConfig(method="srste").packed
+    assert not Config(slope=SlopeConfig(enabled=False)).slope.packed
+
+
+def test_adapters_from_the_start():
+    assert Config(slope=SlopeConfig(adapter_rank=4, lazy_fraction=1.0)).adapter_start == 0
 
 
 def test_a_dense_run_may_have_widths_that_packing_could_not_cut():

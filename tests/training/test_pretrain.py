@@ -225,3 +225,22 @@ def wait_for_step(run, step, rank=2):
             return json.loads((run / "ranks" / f"rank_{rank}.json").read_text())
         time.sleep(0.05)
     raise AssertionError(f"the run did not reach step {step}")
+
+
+@pytest.mark.slow
+def test_a_dense_run_is_pruned_evaluated_and_trained_on(corpus, tmp_path):
+    common = ["--data", corpus, *MODEL, *RUN, "--log-interval", 1]
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    assert slope(*common, "--out", dense, "--no-slope", "--lr", "1e-2").returncode == 0
+    wanda = ["--slope-pattern", "wanda", "--slope-wanda-samples", 16, "--out", pruned]
+    wanda += ["--init-from", dense / "checkpoints" / "step_00000008"]
+    done = slope(*common, *wanda, "--stop-at", 0)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((pruned / "summary.json").read_text())
+    trained = json.loads((dense / "summary.json").read_text())
+    assert summary["steps"] == 0 and summary["tokens"] == 0
+    # Half the weights are gone: worse than the dense model, and still better than knowing nothing of the text.
+    assert trained["val_loss"] < summary["val_loss"] < 6.2
+    resumed = slope(*common, *wanda, "--resume", "--stop-at", 1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((pruned / "summary.json").read_text())["steps"] == 1

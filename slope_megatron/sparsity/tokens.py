@@ -1,0 +1,22 @@
+"""Groups along the tokens of an output gradient: N:M there is N:M along the reduction axis of wgrad.
+
+T tokens, N out. Where m does not divide T, the last group is filled up with zeros, which no pruning keeps.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from slope_megatron.sparsity.pattern import top_n_of_m
+
+
+def along_tokens(dy_TN: torch.Tensor, m: int, prune: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`prune`, which sees `[N, ceil(T / m) m]`, applied to the transpose; the result is `[T, N]` again."""
+    tokens = dy_TN.shape[0]
+    dy_NT = torch.nn.functional.pad(dy_TN.t(), (0, -tokens % m))
+    return prune(dy_NT)[:, :tokens].t()
+
+
+def largest_along_tokens(dy_TN: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """The n largest of every m tokens of each output, the others zero (Extended SR-STE)."""
+    return along_tokens(dy_TN, m, lambda dy_NT: dy_NT * top_n_of_m(dy_NT.abs(), n, m))

@@ -1,0 +1,58 @@
+"""What the masked baselines need around a step: the decay of pruned weights, mask searches, the dense tail."""
+
+import torch
+
+from slope_megatron.layers.masked_weight import MaskedWeight
+from slope_megatron.models.fill import masked_modules
+from slope_megatron.training.phases import Phases
+
+
+def add_decay(model: torch.nn.Module, optimizer, sparse_group: str) -> None:
+    """Add lambda (1 - S) W to each masked weight's gradient: after clipping, right before the optimizer's update.
+
+    In the gradient, as FST does for Adam (arXiv 2404.01847, section 4.2) and Extended SR-STE takes from it: Adam then
+    scales it like the rest, where SGD's W -= lr lambda (1 - S) W would be lost beside Adam's steps. Once a step,
+    whatever the number of micro-batches and replicas, and outside the gradient's norm. W and the gradient are ZeRO's
+    fp32 partitions, of which this rank has a part.
+
+    Args:
+        optimizer: DeepSpeed's, of ZeRO stage 1 or 2; the fp32 partitions are its base optimizer's parameters.
+        sparse_group: the parameter group that the masked weights are in.
+    """
+    modules = masked_modules(model)
+
+    def hook(base, _arguments, _keywords) -> None:
+        for group in base.param_groups:
+            if group["name"] == sparse_group:
+                for module in modules:
+                    decay_partition(module, group["params"][0])
+
+    if modules:
+        optimizer.optimizer.register_step_pre_hook(hook)
+
+
+@torch.no_grad()
+def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
+    """The decay of one weight, for the part of it that lies in this rank's flat fp32 partition."""
+    place = module.weight._hp_mapping
+    if place is None or partition.grad is None or not module.masking:
+        return
+    part, flat = place.lp_fragment_address, place.hp_fragment_address
+    pruned = ~module.mask().flatten().narrow(0, part.start, part.numel)
+    weight = partition.narrow(0, flat.start, flat.numel)
+    partition.grad.narrow(0, flat.start, flat.numel).add_(weight * pruned, alpha=module.slope.decay)
+
+
+def enter_phase(model: torch.nn.Module, phases: Phases, step: int) -> None:
+    """Masks are on until the dense tail begins."""
+    for module in masked_modules(model):
+        module.set_masking(phases.masking(step))
+
+
+def refresh(model: torch.nn.Module, phases: Phases, steps_done: int) -> None:
+    """After the weights' gather: products follow the values, and FST's masks when their step has come."""
+    for module in masked_modules(model):
+        if phases.new_mask(steps_done):
+            module.update_mask()
+        else:
+            module.drop_operands()
