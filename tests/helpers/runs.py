@@ -23,7 +23,7 @@ def randomise(model, std: float = 0.2, seed: int = 0) -> None:
         module.refresh()
 
 
-def save_run(model, config, run: Path, step: int, data: Path | None = None) -> Path:
+def save_run(model, config, run: Path, step: int) -> Path:
     """`run` with one checkpoint of `model`; one rank calls it. Returns the checkpoint's folder."""
     from megatron.core import dist_checkpointing
 
@@ -35,8 +35,6 @@ def save_run(model, config, run: Path, step: int, data: Path | None = None) -> P
     partial.mkdir(parents=True)
     dist_checkpointing.save({"model": sharded_state_dict(model)}, str(partial))
     content = config.to_dict()
-    if data is not None:
-        content["data"]["data"] = str(data)
     state = {"format": checkpoint.FORMAT, "steps_done": step, "optimizer_steps": {}, "config": content}
     files.write_json(partial / "state.json", state)
     files.write_json(run / "run.json", {"config": content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
@@ -75,13 +73,26 @@ def trained_run(config, run, step, adapters):
         return model(tokens, torch.arange(12).expand_as(tokens), None)[..., :VOCABULARY].clone(), None
 
 
-def made_run(ranks, folder, name, *, slope=None, adapters=True, **changes):
+def made_run(ranks, folder, name, *, slope=None, adapters=True, data=None, **changes):
     """A run of a family, and the logits of its model."""
     from slope_megatron.export.hf_import import model_config
 
     config = our_config(model_config(hf_config(name, **changes)), slope=slope or {"adapter_rank": 4})
     train = dataclasses.replace(config.train, steps=100)
-    config = dataclasses.replace(config, train=train)
+    where = dataclasses.replace(config.data, data=str(data)) if data else config.data
+    config = dataclasses.replace(config, train=train, data=where)
     # The adapters join at step 99.
     step = 100 if adapters else 50
     return config, ranks.run(trained_run, config, folder, step, adapters and config.slope.enabled, world=1)[0]
+
+
+def started_logits(config, checkpoint):
+    """Logits of the model that `--init-from checkpoint` would start with."""
+    from slope_megatron.models.dense import load_dense
+    from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
+
+    model = bare_model(config)
+    load_dense(model, config, MegatronCheckpoint(checkpoint), config.slope.pattern)
+    tokens, _, _ = batch()
+    with torch.no_grad():
+        return model.eval()(tokens, torch.arange(12).expand_as(tokens), None)[..., :VOCABULARY].clone()
