@@ -54,13 +54,13 @@ def batch():
     return tokens, mask, (torch.arange(12) > 5).long().expand_as(tokens)
 
 
-def trained_run(config, run, step, adapters):
+def trained_run(config, run, step, adapters, std):
     """Save a model of random numbers as a run; its logits."""
     from slope_megatron.models.fill import fill_model, sparse_modules
 
     model = bare_model(config)
     fill_model(model, seed=3, init_std=0.1, num_layers=config.model.num_layers)
-    randomise(model)
+    randomise(model, std)
     for module in sparse_modules(model):
         module.adapters_active = adapters
     model.eval()
@@ -73,7 +73,7 @@ def trained_run(config, run, step, adapters):
         return model(tokens, torch.arange(12).expand_as(tokens), None)[..., :VOCABULARY].clone(), None
 
 
-def made_run(ranks, folder, name, *, slope=None, adapters=True, data=None, **changes):
+def made_run(ranks, folder, name, *, slope=None, adapters=True, data=None, std=0.2, **changes):
     """A run of a family, and the logits of its model."""
     from slope_megatron.export.hf_import import model_config
 
@@ -83,7 +83,7 @@ def made_run(ranks, folder, name, *, slope=None, adapters=True, data=None, **cha
     config = dataclasses.replace(config, train=train, data=where)
     # The adapters join at step 99.
     step = 100 if adapters else 50
-    return config, ranks.run(trained_run, config, folder, step, adapters and config.slope.enabled, world=1)[0]
+    return config, ranks.run(trained_run, config, folder, step, adapters and config.slope.enabled, std, world=1)[0]
 
 
 def started_logits(config, checkpoint):
