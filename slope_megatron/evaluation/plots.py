@@ -87,9 +87,12 @@ def draw_losses(axes, records, colours) -> None:
         label = f"{record.label}: validation {values[-1]:.3f}" if values else f"{record.label}: no validation yet"
         axes.plot(steps, values, "o-", color=colours[record.label], markersize=4, label=label)
         finals += values
+        # What training reached once validation began stays in the picture as well.
+        losses = [line["loss"] for line in record.metrics if "loss" in line and steps and line["step"] >= steps[0]]
+        finals += losses
     if finals:
         low, high = min(finals), max(finals)
-        margin = max(0.05 * low, 0.25 * (high - low))
+        margin = max(0.02 * low, 0.1 * (high - low))
         axes.set_ylim(max(0.0, low - margin), high + margin)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -82,7 +83,10 @@ def import_hf(folder: Path, target: Path, dtype: torch.dtype = torch.float32) ->
     _, weights = open_folder(folder)
     with new_folder(target, total_bytes(weights, dtype)) as partial:
         state = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
-        checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(partial), no_dist=True)
+        with warnings.catch_warnings():
+            # That one process writes is the intent.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(partial), no_dist=True)
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)

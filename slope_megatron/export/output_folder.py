@@ -75,6 +75,8 @@ def write_files(folder: Path, plan: dict[str, list[Entry]], tensors: Iterator[tu
                 content[found] = tensor.detach().to(entry.dtype).contiguous()
                 bar.update(entry.bytes)
             save_file(content, folder / name, metadata={"format": "pt"})
+            # The library makes its files readable for their owner alone.
+            (folder / name).chmod(0o644)
     if len(plan) > 1:
         weight_map = {entry.name: name for name, entries in plan.items() for entry in entries}
         write_json(

@@ -7,6 +7,7 @@ training needs it), adapters that had not joined yet, and the rows that pad the 
 import dataclasses
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -184,7 +185,10 @@ class TrainedRun(Mapping):
         from torch.distributed import checkpoint
 
         state = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
-        checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
+        with warnings.catch_warnings():
+            # That one process reads is the intent.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
         return {
             name: tensor[: self.vocabulary] if name in VOCABULARY_ROWS else tensor for name, tensor in state.items()
         }
