@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "linear": {"ops", "config"},
     "layers": {"linear", "ops", "sparsity", "config"},
     "models": {"layers", "sparsity", "config"},
-    "export": {"layers", "sparsity", "config"},
+    "inference": {"ops", "sparsity", "config"},
+    "export": {"models", "inference", "sparsity", "config"},
     "data": {"config"},
-    "evaluation": {"models", "layers", "data", "export", "config"},
+    "evaluation": {"models", "layers", "data", "export", "inference", "config"},
     "training": {"models", "layers", "ops", "data", "sparsity", "config"},
     "launch": {"models", "config"},
-    "cli": {"training", "data", "evaluation", "export", "launch", "models", "ops", "config"},
+    "cli": {"training", "data", "evaluation", "export", "inference", "launch", "models", "ops", "config"},
 }
 FILES = [*(ROOT / "slope_megatron").rglob("*.py"), *(ROOT / "kernels/slope_kernels").rglob("*.py")]
 

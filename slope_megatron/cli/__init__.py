@@ -17,7 +17,20 @@ BAD_INPUT = 2
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from slope_megatron.cli import bench, data, doctor, plan, preflight, pretrain, quickstart
+    from slope_megatron.cli import (
+        bench,
+        data,
+        doctor,
+        evaluate,
+        export,
+        generate,
+        import_model,
+        plan,
+        preflight,
+        pretrain,
+        quickstart,
+        report,
+    )
 
     parser = argparse.ArgumentParser(
         prog="slope",
@@ -28,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slope-megatron {__version__}")
     parser.add_argument("--verbose", action="store_true", help="log what the libraries underneath say, too")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quickstart, data, pretrain, plan, preflight, doctor, bench):
+    makers = (quickstart, data, pretrain, import_model, export, generate, evaluate, report)
+    for module in (*makers, plan, preflight, doctor, bench):
         module.add_parser(subcommands)
     return parser
 

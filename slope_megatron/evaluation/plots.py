@@ -47,3 +47,86 @@ def plot_losses(runs: dict[str, Path], target: Path, *, adapter_start: int | Non
     figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
+
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+BYTE_COLOURS = {"weights": "#4c72b0", "patterns": "#8172b3", "gradients": "#dd8452", "optimizer": "#55a868"}
+MIB = 2**20
+
+
+def plot_runs(records: list, target: Path) -> None:
+    """Runs side by side: losses by step; tokens/s and measured bytes, where they are known.
+
+    Args:
+        records: with `label`, `metrics` and `summary` (`run_report.RunRecord`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {record.label: COLOURS[index % len(COLOURS)] for index, record in enumerate(records)}
+    height = max(4.8, 1.6 + 0.8 * len(records))
+    figure, (losses, speed, memory) = plt.subplots(
+        1, 3, figsize=(14, height), dpi=120, gridspec_kw={"width_ratios": (2.2, 1, 1)}, layout="constrained"
+    )
+    draw_losses(losses, records, colours)
+    draw_speed(speed, records, colours)
+    draw_bytes(memory, records)
+    figure.savefig(target)
+    plt.close(figure)
+
+
+def draw_losses(axes, records, colours) -> None:
+    """Training thin, validation as dots. The first steps' high losses may leave the picture."""
+    finals = []
+    for record in records:
+        steps, values = curve(record.metrics, "loss")
+        axes.plot(steps, values, color=colours[record.label], linewidth=0.9, alpha=0.5)
+        steps, values = curve(record.metrics, "val_loss")
+        label = f"{record.label}: validation {values[-1]:.3f}" if values else f"{record.label}: no validation yet"
+        axes.plot(steps, values, "o-", color=colours[record.label], markersize=4, label=label)
+        finals += values
+        # What training reached once validation began stays in the picture as well.
+        losses = [line["loss"] for line in record.metrics if "loss" in line and steps and line["step"] >= steps[0]]
+        finals += losses
+    if finals:
+        low, high = min(finals), max(finals)
+        margin = max(0.02 * low, 0.1 * (high - low))
+        axes.set_ylim(max(0.0, low - margin), high + margin)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("loss: training (thin) and validation (dots)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", fontsize=9)
+
+
+def draw_speed(axes, records, colours) -> None:
+    """Mean tokens/s of the whole run; the number is at the bar."""
+    labels = [record.label for record in records]
+    values = [record.summary.get("tokens_per_second") or 0.0 for record in records]
+    bars = axes.barh(labels, values, color=[colours[label] for label in labels])
+    axes.bar_label(bars, [f"{value:,.0f}" if value else "unknown" for value in values], padding=3, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(values, default=0.0) * 1.3 or 1.0)
+    axes.set_title("tokens/s")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def draw_bytes(axes, records) -> None:
+    """Measured bytes of the whole model's state, stacked by kind; backend operands are left out: they depend on it."""
+    known = [record for record in records if record.summary.get("state_bytes")]
+    labels = [record.label for record in known]
+    left = [0.0] * len(known)
+    for kind, colour in BYTE_COLOURS.items():
+        sizes = [record.summary["state_bytes"]["model"].get(kind, 0) / MIB for record in known]
+        axes.barh(labels, sizes, left=left, color=colour, label=kind)
+        left = [before + size for before, size in zip(left, sizes, strict=True)]
+    for row, total in enumerate(left):
+        axes.text(total * 1.01, row, f"{total:,.1f}", va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(left, default=0.0) * 1.25 or 1.0)
+    axes.set_title("state (MiB, measured)")
+    axes.grid(axis="x", alpha=0.3)
+    if known:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=8, frameon=False)

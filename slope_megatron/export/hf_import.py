@@ -185,6 +185,17 @@ TRANSFORMS: dict[str, Callable[[tuple[torch.Tensor, ...], ModelConfig], torch.Te
 }
 
 
+def table_rows(family: Family, model: ModelConfig) -> list[Row]:
+    """The table of a whole model: its ends, an output layer of its own if it has one, and every block."""
+    rows = [*family.body, *(() if model.tie_embeddings else family.head)]
+    for block in range(model.num_layers):
+        rows += [
+            (canonical.format(i=block), how, tuple(name.format(i=block) for name in names))
+            for canonical, how, names in family.block
+        ]
+    return rows
+
+
 class HfWeights(Mapping):
     """A Hugging Face state dict under canonical names: `{canonical name: whole dense tensor}`.
 
@@ -199,13 +210,7 @@ class HfWeights(Mapping):
         self.state = state
         # Their name without the prefix of the body, in today's spelling -> the key in `state`.
         self.keys_by_name = {bare_name(key, family.prefix): key for key in state}
-        self.rows: dict[str, Row] = {}
-        for row in (*family.body, *(() if self.model.tie_embeddings else family.head)):
-            self.rows[row[0]] = row
-        for block in range(self.model.num_layers):
-            for canonical, how, names in family.block:
-                row = (canonical.format(i=block), how, tuple(name.format(i=block) for name in names))
-                self.rows[row[0]] = row
+        self.rows = {row[0]: row for row in table_rows(family, self.model)}
         self.check(family)
 
     def check(self, family: Family) -> None:

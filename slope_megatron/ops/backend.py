@@ -76,12 +76,13 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def build_operands(backend: str, values_NC, row, column, products_wanted=PRODUCTS) -> Operands:
+def build_operands(backend: str, values_NC, row, column=None, products_wanted=PRODUCTS) -> Operands:
     """Operands of one packed weight.
 
     Args:
         row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; a bitmask that stays is kept by reference.
-        column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`.
+        column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`. None: for inference, operands that
+            have the forward product alone.
         products_wanted: those that they will serve; a kernel that writes both operands at once does so anyway.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
@@ -89,14 +90,22 @@ def build_operands(backend: str, values_NC, row, column, products_wanted=PRODUCT
     name = choose(backend)
     if name == "cusparselt":
         row_bits = pack_bits(row) if row.dtype == torch.bool else row
-        column_bits = pack_bits(column) if column.dtype == torch.bool else column
         reason = cusparselt.unsupported_weight(values_NC, row_bits)
+        if reason is None and column is None:
+            # The builder writes both operands at once: it gets a valid second pruning, whose operand is let go.
+            column = choose_column_bits(values_NC, row_bits, 2, 4)
+            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=backend == "auto")
+            operands.backward_operand = operands.backward_operand.new_empty(0)
+            return operands
         if reason is None:
+            column_bits = pack_bits(column) if column.dtype == torch.bool else column
             return cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=backend == "auto")
         if backend != "auto":
             raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
         _say_once(f"sparse products: some weights run on backend reference: {reason}")
     row_NK = row if row.dtype == torch.bool else unpack_bits(row)
+    if column is None:
+        return reference.ForwardOnly(values_NC, row_NK)
     column_NC = column if column.dtype == torch.bool else unpack_bits(column)
     return reference.build(values_NC, row_NK, column_NC, products_wanted)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from slope_megatron.sparsity.packing import kept_index, unpack_bits
+from slope_megatron.sparsity.packing import kept_index, unpack, unpack_bits
 
 PRODUCTS = ("forward", "dgrad", "wgrad")
 
@@ -53,3 +53,13 @@ class ReferenceOperands:
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
         return (dy_TN.t() @ x_TK).gather(1, self.index_NC)
+
+
+class ForwardOnly:
+    """W^R as a dense matrix, for inference."""
+
+    def __init__(self, values_NC: torch.Tensor, row_NK: torch.Tensor):
+        self.forward_NK = unpack(values_NC, row_NK)
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return x_TK @ self.forward_NK.t()

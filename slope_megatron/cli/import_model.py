@@ -1,0 +1,56 @@
+"""`slope import`: a dense Hugging Face model as what `slope pretrain --init-from` starts from."""
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Convert a dense Hugging Face model (OPT, GPT-2, LLaMA, Mistral, BERT; safetensors only, nothing is unpickled) into a
+checkpoint that `slope pretrain` prunes as it loads it:
+
+  slope import hf FOLDER OUT
+  slope pretrain --config OUT/model.yaml --init-from OUT --slope-pattern magnitude --data ... --out ...
+"""
+
+
+def add_parser(subcommands) -> None:
+    parser = subcommands.add_parser(
+        "import",
+        help="a dense Hugging Face model as a checkpoint to start from",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    forms = parser.add_subparsers(dest="form", required=True, metavar="FORM")
+    form = forms.add_parser(
+        "hf",
+        help="from a folder of transformers",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = form.add_argument
+    add("source", type=Path, metavar="FOLDER", help="config.json and safetensors of a dense model")
+    add("target", type=Path, metavar="OUT", help="folder to write; must not exist, appears when complete")
+    add("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the written tensors (default: %(default)s)")
+    add("--dry-run", action="store_true", help="check the model, say what would be written, and write nothing")
+    form.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from slope_megatron.export import hf_checkpoint
+    from slope_megatron.export.hf_export import DTYPES
+    from slope_megatron.export.output_folder import check_target
+
+    check_target(arguments.target, 0)
+    dtype = DTYPES[arguments.dtype]
+    fields, weights = hf_checkpoint.open_folder(arguments.source)
+    size = hf_checkpoint.total_bytes(weights, dtype)
+    check_target(arguments.target, size)
+    if not arguments.dry_run:
+        hf_checkpoint.import_hf(arguments.source, arguments.target, dtype)
+    sys.stdout.write(
+        f"{arguments.target}: {fields['model_type']} model, {len(weights)} tensors, {size / 1e6:,.1f} MB; to start "
+        f"from it: slope pretrain --config {arguments.target}/model.yaml --init-from {arguments.target}\n"
+    )
+    return 0

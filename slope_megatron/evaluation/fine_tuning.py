@@ -1,0 +1,161 @@
+"""Fine-tuning of an exported encoder: AdamW, linear warm-up and decay. Zeros stay zeros; adapters train along.
+
+Published settings (SLoPe, section 4 and its released scripts): SQuAD lr 3e-5, 2 epochs, length 384, stride 128; GLUE
+lr 2.4e-6, batch 4, 3 epochs (CoLA and MRPC 5), length 128; warm-up over a tenth, weight decay 0.01. Theirs is Adam
+without bias correction in fp16; here it is torch's AdamW, in the weights' own type.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from slope_megatron.config import parse_nm
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """Settings of one fine-tuning."""
+
+    lr: float
+    epochs: int
+    batch_size: int
+    max_length: int
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    seed: int = 0
+    max_steps: int | None = None
+
+    def __post_init__(self):
+        for name in ("lr", "epochs", "batch_size", "max_length"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate in step `step` of `steps`, counted from 0."""
+        warm = int(self.warmup * steps)
+        if step < warm:
+            return (step + 1) / warm
+        return max(0.0, (steps - step) / max(1, steps - warm))
+
+
+def check_exported(folder: Path) -> dict:
+    """config.json of a Hugging Face folder of an encoder.
+
+    Raises:
+        ValueError: a run, or something else.
+    """
+    if (folder / "run.json").is_file():
+        raise ValueError(
+            f"{folder} is a run: fine-tuning reads an exported model; write one with "
+            f"`slope export hf {folder} OUT --adapters lora`"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json: give a folder that `slope export hf` wrote")
+    fields = json.loads((folder / "config.json").read_text())
+    if fields.get("model_type") != "bert":
+        raise ValueError(
+            f"{folder} is a {fields.get('model_type')} model: SQuAD and GLUE are for bert; use `slope eval lm`"
+        )
+    return fields
+
+
+def open_model(folder: Path, auto, **options) -> torch.nn.Module:
+    """The exported encoder under a new head; its adapters, if it has any beside its weights, are trained along.
+
+    Args:
+        auto: a class of transformers, such as AutoModelForQuestionAnswering.
+    Raises:
+        ValueError: adapters, and `peft` is not installed.
+    """
+    model = auto.from_pretrained(folder, **options)
+    if not (folder / "adapter").is_dir():
+        return model
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(
+            f"{folder} has adapters beside its weights, which `peft` reads: install it (pip install peft)"
+        ) from None
+    model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def sparse_masks(model: torch.nn.Module, nm: str | None) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Which weights of each N:M linear may change: those that are not zero. Linears that are not N:M may all."""
+    if nm is None:
+        return {}
+    n, m = parse_nm(nm)
+    masks = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "encoder." in name and "lora_" not in name and weight.shape[1] % m == 0:
+            kept = weight.detach() != 0
+            if bool((kept.unflatten(1, (-1, m)).sum(-1) <= n).all()):
+                masks[weight] = kept
+    return masks
+
+
+def parameter_groups(model: torch.nn.Module, decay: float) -> list[dict]:
+    """No decay on biases and norms."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    other = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": decay}, {"params": other, "weight_decay": 0.0}]
+
+
+def fine_tune(
+    model: torch.nn.Module,
+    samples: list[dict],
+    collate: Callable[[list[dict]], dict[str, torch.Tensor]],
+    settings: FineTuning,
+    nm: str | None,
+    device: str = "cpu",
+) -> list[float]:
+    """Train in place; returns the loss of every step.
+
+    Args:
+        samples: one dict a sample; `collate` makes a batch of them, labels included.
+        nm: the sparsity of the weights that stay sparse; None: all of them may change.
+    """
+    model.to(device).train()
+    masks = sparse_masks(model, nm)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
+    per_epoch = -(-len(samples) // settings.batch_size)
+    steps = min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
+    losses: list[float] = []
+    torch.manual_seed(settings.seed)
+    with tqdm(total=steps, desc="fine-tuning", unit="step") as bar:
+        for step in range(steps):
+            epoch, place = divmod(step, per_epoch)
+            if place == 0:
+                generator = torch.Generator().manual_seed(settings.seed * 1009 + epoch)
+                order = torch.randperm(len(samples), generator=generator).tolist()
+            chosen = order[place * settings.batch_size : (place + 1) * settings.batch_size]
+            batch = {key: value.to(device) for key, value in collate([samples[i] for i in chosen]).items()}
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * settings.lr_at(step, steps)
+            loss = model(**batch).loss
+            loss.backward()
+            for weight, mask in masks.items():
+                weight.grad.mul_(mask)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+            bar.update()
+    return losses
+
+
+@torch.no_grad()
+def predict(model, samples: list[dict], collate, batch_size: int, device: str = "cpu"):
+    """The model's outputs for all samples, batch by batch: `(samples of the batch, output)`."""
+    model.eval()
+    for first in tqdm(range(0, len(samples), batch_size), desc="predicting", unit="batch"):
+        part = samples[first : first + batch_size]
+        yield part, model(**{key: value.to(device) for key, value in collate(part).items()})

@@ -1,0 +1,133 @@
+"""GLUE: sentences and pairs of them, classified (STS-B: scored); each task by its own metric."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from slope_megatron.evaluation import metrics
+from slope_megatron.evaluation.fine_tuning import FineTuning, check_exported, fine_tune, open_model, predict
+from slope_megatron.evaluation.hub import hub_rows
+
+HUB_NAME = "nyu-mll/glue"
+PUBLISHED = FineTuning(lr=2.4e-6, epochs=3, batch_size=4, max_length=128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        texts: columns of the sentence, or of both.
+        labels: classes; 1: a number.
+        metric: of (predictions, labels), in percent.
+        epochs: published.
+        splits: to score on.
+    """
+
+    texts: tuple[str, ...]
+    labels: int
+    metric: Callable[[list, list], dict[str, float]]
+    epochs: int = 3
+    splits: tuple[str, ...] = ("validation",)
+
+
+PAIR = ("sentence1", "sentence2")
+TASKS = {
+    "cola": Task(("sentence",), 2, metrics.matthews, epochs=5),
+    "sst2": Task(("sentence",), 2, metrics.accuracy),
+    "mrpc": Task(PAIR, 2, metrics.accuracy_and_f1, epochs=5),
+    "stsb": Task(PAIR, 1, metrics.correlations),
+    "qqp": Task(("question1", "question2"), 2, metrics.accuracy_and_f1),
+    "rte": Task(PAIR, 2, metrics.accuracy),
+    "mnli": Task(
+        ("premise", "hypothesis"), 3, metrics.accuracy, splits=("validation_matched", "validation_mismatched")
+    ),
+    "qnli": Task(("question", "sentence"), 2, metrics.accuracy),
+}
+
+
+def read_split(name: str, split: str, data: Path | None) -> list[dict]:
+    """Rows {text columns, label} of a local `data`/SPLIT.jsonl, or from the hub.
+
+    Raises:
+        ValueError: no such file, a row without a column, or an unreachable hub.
+    """
+    if data is None:
+        return hub_rows(HUB_NAME, name, split, "--data FOLDER with train.jsonl and validation.jsonl")
+    path = data / f"{split}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: --data wants train.jsonl and {', '.join(TASKS[name].splits)} as .jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in (*TASKS[name].texts, "label") if key not in row]
+        if missing:
+            raise ValueError(f"{path}, line {number} has no {missing[0]!r}: {name} has {(*TASKS[name].texts, 'label')}")
+    return rows
+
+
+def encode(row: dict, task: Task, tokenizer, max_length: int) -> dict:
+    encoded = tokenizer(*(row[key] for key in task.texts), truncation=True, max_length=max_length)
+    ids = encoded["input_ids"]
+    return {
+        "input_ids": ids,
+        "token_type_ids": encoded.get("token_type_ids", [0] * len(ids)),
+        "label": float(row["label"]) if task.labels == 1 else int(row["label"]),
+    }
+
+
+def collate(samples: list[dict], labels: bool = True) -> dict[str, torch.Tensor]:
+    """Padded to the longest sample."""
+    length = max(len(sample["input_ids"]) for sample in samples)
+
+    def padded(key: str) -> torch.Tensor:
+        return torch.tensor([sample[key] + [0] * (length - len(sample[key])) for sample in samples])
+
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    batch = {"input_ids": padded("input_ids"), "token_type_ids": padded("token_type_ids")}
+    batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    if labels:
+        batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+    return batch
+
+
+def evaluate(
+    folder: Path, name: str, data: Path | None = None, settings: FineTuning = PUBLISHED, device: str = "cpu"
+) -> dict:
+    """Fine-tune an exported encoder on one task and score it.
+
+    Returns:
+        the task's metrics in percent (MNLI's mismatched ones end in `_mismatched`); the mean loss of the last tenth.
+    Raises:
+        ValueError: what `check_exported` and `read_split` raise, or an unknown task.
+    """
+    import transformers
+
+    if name not in TASKS:
+        raise ValueError(f"--task is {name}: it must be one of {', '.join(TASKS)}")
+    task = TASKS[name]
+    fields = check_exported(folder)
+    nm = fields.get("slope", {}).get("nm") if fields.get("slope", {}).get("zeros_kept") else None
+    rows = {split: read_split(name, split, data) for split in ("train", *task.splits)}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    samples = {
+        split: [encode(row, task, tokenizer, settings.max_length) for row in part] for split, part in rows.items()
+    }
+    torch.manual_seed(settings.seed)
+    model = open_model(folder, transformers.AutoModelForSequenceClassification, num_labels=task.labels)
+    losses = fine_tune(model, samples["train"], collate, settings, nm, device)
+    scores: dict[str, float] = {}
+    for split in task.splits:
+        predictions: list = []
+        for _, output in predict(
+            model, samples[split], lambda p: collate(p, labels=False), settings.batch_size, device
+        ):
+            found = output.logits[:, 0] if task.labels == 1 else output.logits.argmax(-1)
+            predictions += found.float().tolist() if task.labels == 1 else found.tolist()
+        suffix = "_mismatched" if split.endswith("_mismatched") else ""
+        labels = [sample["label"] for sample in samples[split]]
+        scores.update({key + suffix: value for key, value in task.metric(predictions, labels).items()})
+    tail = losses[-max(1, len(losses) // 10) :]
+    return {**scores, "loss": sum(tail) / len(tail)}

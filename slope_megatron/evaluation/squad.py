@@ -1,0 +1,165 @@
+"""SQuAD v1.1: questions on a paragraph, each answered by a span of it.
+
+A paragraph that is too long is cut into windows that start `stride` tokens apart. The answer is the span with the
+highest start + end score over all windows of its question.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from slope_megatron.evaluation import metrics
+from slope_megatron.evaluation.fine_tuning import FineTuning, check_exported, fine_tune, open_model, predict
+from slope_megatron.evaluation.hub import hub_rows
+
+HUB_NAME = "rajpurkar/squad"
+PUBLISHED = FineTuning(lr=3e-5, epochs=2, batch_size=24, max_length=384)
+STRIDE = 128
+MAX_QUESTION, MAX_ANSWER, BEST_SPANS = 64, 30, 20
+
+
+def read_questions(path: Path) -> list[dict]:
+    """Questions of an official file: {id, question, context, answers: [{text, answer_start}]}.
+
+    Raises:
+        ValueError: no such file, or not of that form.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give a SQuAD v1.1 JSON file, such as train-v1.1.json")
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return [
+            {"context": paragraph["context"], **{key: question[key] for key in ("id", "question", "answers")}}
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has not the form of SQuAD v1.1 ({type(error).__name__}: {error})") from None
+
+
+def from_hub(split: str) -> list[dict]:
+    """The same from the hub, whose answers are lists side by side."""
+
+    def as_ours(row: dict) -> dict:
+        pairs = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        return {**row, "answers": [{"text": text, "answer_start": start} for text, start in pairs]}
+
+    return [as_ours(row) for row in hub_rows(HUB_NAME, None, split, "--train FILE and --dev FILE")]
+
+
+def windows(question: dict, tokenizer, max_length: int, stride: int) -> list[dict]:
+    """A question's samples, with the answer's first and last token (0, [CLS], where the window has not all of it)."""
+    asked = tokenizer(question["question"], add_special_tokens=False, truncation=True, max_length=MAX_QUESTION)
+    room = max_length - len(asked["input_ids"]) - 3
+    encoded = tokenizer(
+        tokenizer.decode(asked["input_ids"]) if len(asked["input_ids"]) == MAX_QUESTION else question["question"],
+        question["context"],
+        truncation="only_second",
+        max_length=max_length,
+        # The library counts the tokens that two windows share.
+        stride=max(0, room - stride),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    samples = []
+    answer = question["answers"][0]
+    first, last = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+    for number, offsets in enumerate(encoded["offset_mapping"]):
+        kinds = encoded.sequence_ids(number)
+        inside = [offset if kind == 1 else None for offset, kind in zip(offsets, kinds, strict=True)]
+        start = next((i for i, span in enumerate(inside) if span and span[0] <= first < span[1]), 0)
+        end = next((i for i, span in enumerate(inside) if span and span[0] < last <= span[1]), 0)
+        if not (start and end):
+            start = end = 0
+        samples.append(
+            {
+                "id": question["id"],
+                "context": question["context"],
+                "offsets": inside,
+                "input_ids": encoded["input_ids"][number],
+                "token_type_ids": encoded["token_type_ids"][number]
+                if "token_type_ids" in encoded
+                else [int(kind == 1) for kind in kinds],
+                "start": start,
+                "end": end,
+            }
+        )
+    return samples
+
+
+def collate(samples: list[dict], labels: bool = True) -> dict[str, torch.Tensor]:
+    """Padded to the longest sample."""
+    length = max(len(sample["input_ids"]) for sample in samples)
+
+    def padded(key: str) -> torch.Tensor:
+        return torch.tensor([sample[key] + [0] * (length - len(sample[key])) for sample in samples])
+
+    batch = {"input_ids": padded("input_ids"), "token_type_ids": padded("token_type_ids")}
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    if labels:
+        batch["start_positions"] = torch.tensor([sample["start"] for sample in samples])
+        batch["end_positions"] = torch.tensor([sample["end"] for sample in samples])
+    return batch
+
+
+def best_span(sample: dict, starts: torch.Tensor, ends: torch.Tensor) -> tuple[float, str]:
+    """Score and text of a window's best span of at most MAX_ANSWER tokens within the context."""
+    offsets = sample["offsets"]
+    best = (-float("inf"), "")
+    for start in starts[: len(offsets)].topk(min(BEST_SPANS, len(offsets))).indices.tolist():
+        for end in ends[: len(offsets)].topk(min(BEST_SPANS, len(offsets))).indices.tolist():
+            if offsets[start] and offsets[end] and start <= end < start + MAX_ANSWER:
+                score = float(starts[start] + ends[end])
+                if score > best[0]:
+                    best = (score, sample["context"][offsets[start][0] : offsets[end][1]])
+    return best
+
+
+def answers_of(outputs: Iterable) -> dict[str, str]:
+    """Question's id -> answer: the best over its windows."""
+    found: dict[str, tuple[float, str]] = {}
+    for samples, output in outputs:
+        for sample, starts, ends in zip(samples, output.start_logits.cpu(), output.end_logits.cpu(), strict=True):
+            best = best_span(sample, starts.float(), ends.float())
+            if best[0] > found.get(sample["id"], (-float("inf"), ""))[0]:
+                found[sample["id"]] = best
+    return {question: text for question, (_, text) in found.items()}
+
+
+def evaluate(
+    folder: Path,
+    train: Path | None = None,
+    dev: Path | None = None,
+    settings: FineTuning = PUBLISHED,
+    stride: int = STRIDE,
+    device: str = "cpu",
+) -> dict:
+    """Fine-tune an exported encoder on SQuAD and score it on the development questions.
+
+    Returns:
+        {"exact_match", "f1", "loss"}: percent; the mean loss of the last tenth of the steps.
+    """
+    import transformers
+
+    fields = check_exported(folder)
+    nm = fields.get("slope", {}).get("nm") if fields.get("slope", {}).get("zeros_kept") else None
+    questions = {
+        "train": read_questions(train) if train else from_hub("train"),
+        "dev": read_questions(dev) if dev else from_hub("validation"),
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    samples = {
+        split: [sample for question in asked for sample in windows(question, tokenizer, settings.max_length, stride)]
+        for split, asked in questions.items()
+    }
+    torch.manual_seed(settings.seed)
+    model = open_model(folder, transformers.AutoModelForQuestionAnswering)
+    losses = fine_tune(model, samples["train"], collate, settings, nm, device)
+    outputs = predict(model, samples["dev"], lambda part: collate(part, labels=False), settings.batch_size, device)
+    truths = {question["id"]: [answer["text"] for answer in question["answers"]] for question in questions["dev"]}
+    tail = losses[-max(1, len(losses) // 10) :]
+    return {**metrics.squad(answers_of(outputs), truths), "loss": sum(tail) / len(tail)}

@@ -1,0 +1,95 @@
+"""`slope import hf`: a dense Hugging Face folder as a checkpoint that `slope pretrain --init-from` prunes on load.
+
+    .metadata, *.distcp    megatron-core's torch_dist format, whole dense tensors by canonical name
+    model.yaml             the architecture, for `slope pretrain --config`
+    tokenizer files        as they came
+
+Weights are read from safetensors only: nothing is unpickled.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import yaml
+
+from slope_megatron.config import ModelConfig
+from slope_megatron.export.hf_import import HfWeights, as_dict, model_config
+from slope_megatron.export.output_folder import new_folder
+from slope_megatron.export.trained_run import TOKENIZER_FILES
+from slope_megatron.inference.packed_file import SafetensorsFolder
+from slope_megatron.models.parameters import canonical_shapes
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def open_folder(folder: Path) -> tuple[dict, HfWeights]:
+    """Configuration and weights of a Hugging Face folder; the weights are read when they are asked for.
+
+    Raises:
+        ValueError: no such folder, pickled weights, a model that we have no form for, or tensors that do not fit it.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder} holds no config.json: give the folder of a Hugging Face model")
+    try:
+        fields = as_dict(json.loads(config.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{config} is no JSON ({error}): download the model again") from None
+    if not any(folder.glob("*.safetensors")) and any(path for kind in PICKLED for path in folder.glob(kind)):
+        raise ValueError(
+            f"{folder} has pickled weights only, which can run code when they are read: convert them to safetensors "
+            "(`model.save_pretrained` of transformers writes them)"
+        )
+    state = SafetensorsFolder(folder)
+    model = model_config(fields)
+    weights = HfWeights(state, fields)
+    check_shapes(state, weights, model)
+    return fields, weights
+
+
+def check_shapes(state: SafetensorsFolder, weights: HfWeights, model: ModelConfig) -> None:
+    """Compare shapes before a tensor is read.
+
+    Raises:
+        ValueError: names the tensor, its shape and the one that the configuration asks for.
+    """
+    expected = canonical_shapes(model, model.vocab_size)
+    for canonical, (_, how, names) in weights.rows.items():
+        found = [state.shape(weights.keys_by_name[name]) for name in names]
+        size = sum(math.prod(shape) for shape in found)
+        wanted = math.prod(expected[canonical]) + (2 * model.hidden_size if how == "positions" else 0)
+        if size != wanted:
+            shapes = ", ".join("x".join(map(str, shape)) for shape in found)
+            raise ValueError(
+                f"{names[0]} has the shape {shapes}, and config.json asks for {wanted:,} elements there "
+                f"({'x'.join(map(str, expected[canonical]))} in {canonical}): the weights are of another configuration"
+            )
+
+
+def total_bytes(weights: HfWeights, dtype: torch.dtype) -> int:
+    shapes = canonical_shapes(weights.model, weights.model.vocab_size)
+    return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+
+
+def import_hf(folder: Path, target: Path, dtype: torch.dtype = torch.float32) -> ModelConfig:
+    """Convert; the whole model is in memory once. `target` appears when it is complete."""
+    from torch.distributed import checkpoint
+
+    _, weights = open_folder(folder)
+    with new_folder(target, total_bytes(weights, dtype)) as partial:
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+        with warnings.catch_warnings():
+            # That one process writes is the intent.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(partial), no_dist=True)
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, partial / name)
+        content = {key: value for key, value in dataclasses.asdict(weights.model).items() if value is not None}
+        (partial / "model.yaml").write_text(yaml.safe_dump({"model": content}, sort_keys=False))
+    return weights.model

@@ -1,0 +1,106 @@
+"""The tokenizer of an exported model: the run's files, and for a SentencePiece BPE model the same as tokenizer.json.
+
+The JSON form gives the same ids as SentencePiece for text without U+2581, which either takes for a space.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from slope_megatron.export.output_folder import write_json
+from slope_megatron.export.trained_run import TOKENIZER_FILES
+from slope_megatron.inference.text import EOD_NAMES
+
+SPACE_SIGN = "\u2581"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """Ids that a configuration names; None: the tokenizer has none."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+
+def plan_tokenizer(source: Path | None) -> list[str]:
+    """Names of the files that will be written."""
+    if source is None:
+        return []
+    files = [source] if source.is_file() else [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    names = {file.name for file in files}
+    if "tokenizer.model" in names:
+        names |= {"tokenizer.json", "tokenizer_config.json"}
+    return sorted(names)
+
+
+def write_tokenizer(source: Path | None, target: Path) -> TokenIds:
+    """Copy the run's tokenizer, in a form that `transformers` reads; returns its special tokens' ids."""
+    if source is None:
+        return TokenIds()
+    files = [source] if source.is_file() else [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+    model = target / "tokenizer.model"
+    if model.is_file() and not (target / "tokenizer.json").is_file():
+        from_sentencepiece(model).save(str(target / "tokenizer.json"))
+    if not (target / "tokenizer.json").is_file():
+        return TokenIds()
+    ids, names = special_tokens(target / "tokenizer.json")
+    if not (target / "tokenizer_config.json").is_file():
+        content = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        write_json(target / "tokenizer_config.json", content)
+    return ids
+
+
+def special_tokens(file: Path) -> tuple[TokenIds, dict[str, str]]:
+    """Ids, and names as tokenizer_config.json has them. A document's end also begins the next one."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    end = next((name for name in EOD_NAMES if tokenizer.token_to_id(name) is not None), None)
+    if end is not None:
+        token = tokenizer.token_to_id(end)
+        return TokenIds(bos=token, eos=token), {"bos_token": end, "eos_token": end}
+    bert = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "sep", "pad", "mask", "unk")}
+    names = {kind: name for kind, name in bert.items() if tokenizer.token_to_id(name) is not None}
+    return TokenIds(pad=tokenizer.token_to_id("[PAD]")), names
+
+
+def from_sentencepiece(model: Path):
+    """A `tokenizers.Tokenizer` for a SentencePiece BPE model that normalises nothing and falls back to bytes.
+
+    A merge is any cut of a piece into two pieces; SentencePiece merges the pair whose piece has the best score, and
+    scores fall with the id, so the merges are in the order of the pieces they make.
+    """
+    import sentencepiece
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    ids = range(processor.vocab_size())
+    pieces = [processor.id_to_piece(token) for token in ids]
+    plain = {
+        piece: token
+        for token, piece in enumerate(pieces)
+        if not (processor.is_control(token) or processor.is_byte(token) or processor.is_unknown(token))
+    }
+    merges = []
+    for piece, token in plain.items():
+        cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        known = ((left, right) for left, right in cuts if left in plain and right in plain)
+        merges += sorted((plain[left], plain[right], token, left, right) for left, right in known)
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: token for token, piece in enumerate(pieces)},
+            merges=[(left, right) for *_, left, right in sorted(merges, key=lambda m: -processor.get_score(m[2]))],
+            unk_token=processor.id_to_piece(processor.unk_id()),
+            fuse_unk=False,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE_SIGN)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_SIGN, " "), decoders.ByteFallback(), decoders.Fuse()])
+    control = [pieces[token] for token in ids if processor.is_control(token)]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in control])
+    return tokenizer

@@ -1,0 +1,133 @@
+"""What export writes: a folder that appears by one rename when all of it is on disk, and safetensors in shards."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+# Configuration, tokenizer, headers of the files.
+SMALL_FILES = 64 * 2**20
+
+
+def parse_size(text: str) -> int:
+    """`5GB` -> bytes.
+
+    Raises:
+        ValueError: no such size.
+    """
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip().upper())
+    if not match or int(match[1]) < 1:
+        raise ValueError(f"--max-shard-size is {text!r}: it must be a number with KB, MB or GB, such as 5GB")
+    return int(match[1]) * UNITS[match[2]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_files(entries: Iterable[Entry], max_bytes: int, stem: str = "model") -> dict[str, list[Entry]]:
+    """`{file name: its tensors}` in order; a file is closed before it would pass `max_bytes`."""
+    files: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if files[-1] and size + entry.bytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(entry)
+        size += entry.bytes
+    if len(files) == 1:
+        return {f"{stem}.safetensors": files[0]}
+    return {f"{stem}-{i + 1:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files)}
+
+
+def total_bytes(plan: dict[str, list[Entry]]) -> int:
+    return sum(entry.bytes for part in plan.values() for entry in part)
+
+
+def write_files(folder: Path, plan: dict[str, list[Entry]], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """The planned files, from tensors in the plan's order; one file's tensors are in memory at a time."""
+    from safetensors.torch import save_file
+
+    with tqdm(total=total_bytes(plan), desc=folder.name.removesuffix(".partial"), unit="B", unit_scale=True) as bar:
+        for name, entries in plan.items():
+            content = {}
+            for entry in entries:
+                found, tensor = next(tensors)
+                assert (found, tuple(tensor.shape)) == (entry.name, entry.shape), (found, tensor.shape, entry)
+                content[found] = tensor.detach().to(entry.dtype).contiguous()
+                bar.update(entry.bytes)
+            save_file(content, folder / name, metadata={"format": "pt"})
+            # The library makes its files readable for their owner alone.
+            (folder / name).chmod(0o644)
+    if len(plan) > 1:
+        weight_map = {entry.name: name for name, entries in plan.items() for entry in entries}
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total_bytes(plan)}, "weight_map": weight_map},
+        )
+
+
+def write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_target(target: Path, size: int) -> None:
+    """
+    Raises:
+        ValueError: the folder exists, or the disk has no room for `size` bytes.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists already: nothing is replaced; give another folder, or remove it")
+    parent = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if size + SMALL_FILES > free:
+        raise ValueError(
+            f"{target} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: free some, or give a "
+            "folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder to write `size` bytes into, which gets its name when the block ends; nothing is left if it fails."""
+    check_target(target, size)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            flush(path)
+        flush(partial)
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    """A file's bytes, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

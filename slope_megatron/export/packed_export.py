@@ -1,0 +1,78 @@
+"""`slope export packed`: a run's checkpoint in the form of `inference.packed_file`: values, patterns, adapters."""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from slope_megatron.export.output_folder import Entry, new_folder, plan_files, write_files, write_json
+from slope_megatron.export.trained_run import TOKENIZER_FILES, TrainedRun
+from slope_megatron.inference.packed_file import FORMAT, PATTERN
+
+
+def plan(source: TrainedRun, max_shard_bytes: int = 5 * 10**9) -> dict[str, list[Entry]]:
+    """
+    Raises:
+        ValueError: an encoder.
+    """
+    if source.model.architecture != "gpt":
+        raise ValueError(
+            f"the run's architecture is {source.model.architecture}: the packed form is for decoders that generate; "
+            "use `slope export hf`"
+        )
+    return plan_files((Entry(name, source.shape(name), source.dtype(name)) for name in sorted(source)), max_shard_bytes)
+
+
+def sparse_bytes(source: TrainedRun) -> dict[str, int]:
+    """Bytes of the sparse linears' weights: as they are stored here, and as the same linears dense."""
+    packed = dense = 0
+    for name in source:
+        if source.is_packed(name):
+            pattern = math.prod(source.shape(f"{name}{PATTERN}"))
+            packed += math.prod(source.shape(name)) * source.dtype(name).itemsize + pattern
+            dense += 8 * pattern * source.dtype(name).itemsize
+    return {"packed": packed, "dense": dense}
+
+
+def describe(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> str:
+    """For people, a line a file."""
+    total = sum(entry.bytes for part in files.values() for entry in part)
+    lines = [f"{target}: packed model of step {source.step}, {total / 1e6:,.1f} MB"]
+    for name, entries in files.items():
+        lines.append(f"  {name}  {len(entries)} tensors, {sum(entry.bytes for entry in entries) / 1e6:,.1f} MB")
+    sizes = sparse_bytes(source)
+    if sizes["dense"]:
+        share = sizes["packed"] / sizes["dense"]
+        lines.append(f"  sparse linears: {sizes['packed']:,} bytes, {share:.4f} of the same ones dense")
+    return "\n".join([*lines, "  config.json", *(f"  {file.name}" for file in tokenizer_files(source))])
+
+
+def tokenizer_files(source: TrainedRun) -> list[Path]:
+    folder = source.tokenizer_folder
+    if folder is None or folder.is_file():
+        return [folder] if folder else []
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+@torch.no_grad()
+def export(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> None:
+    """Write what was planned; the folder appears when it is complete."""
+    total = sum(entry.bytes for part in files.values() for entry in part)
+    with new_folder(target, total) as folder:
+        write_files(folder, files, ((name, source[name]) for name in sorted(source)))
+        for file in tokenizer_files(source):
+            shutil.copyfile(file, folder / file.name)
+        write_json(
+            folder / "config.json",
+            {
+                "model_type": "slope-packed",
+                "format": FORMAT,
+                "model": dataclasses.asdict(source.model),
+                "nm": source.config.slope.nm if source.config.slope.enabled else None,
+                "dtype": str(source.dtype("embedding.word_embeddings.weight")).removeprefix("torch."),
+                "step": source.step,
+                "sparse_linears_bytes": sparse_bytes(source),
+            },
+        )

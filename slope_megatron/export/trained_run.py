@@ -1,0 +1,234 @@
+"""A run's checkpoint as a mapping `{canonical name: tensor}`, in one process, without Megatron and DeepSpeed.
+
+The checkpoint is read by whole tensors, whatever layout wrote it. Left out: the optimizer, the second pruning (only
+training needs it), adapters that had not joined yet, and the rows that pad the vocabulary.
+"""
+
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from slope_megatron.config import Config
+from slope_megatron.config.reader import SECTIONS
+from slope_megatron.inference.text import find_tokenizer
+from slope_megatron.models.parameters import VOCABULARY_ROWS
+from slope_megatron.sparsity.packing import unpack, unpack_bits
+
+logger = logging.getLogger(__name__)
+LEFT_OUT = (".weight_column", "_extra_state")
+ADAPTERS = (".adapter_l", ".adapter_r")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file() or (folder / "checkpoints").is_dir()
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> Path:
+    """The checkpoint of a run: of a step, or the newest.
+
+    Raises:
+        ValueError: no run, no complete checkpoint, or none of that step.
+    """
+    if not is_run(run):
+        raise ValueError(f"{run} holds no run: give a folder that `slope pretrain` or `slope quickstart` wrote to")
+    complete = sorted(path.parent for path in (run / "checkpoints").glob("step_*/manifest.json"))
+    complete = [folder for folder in complete if not folder.name.endswith(".partial")]
+    if not complete:
+        raise ValueError(f"{run} has no complete checkpoint yet: let the run reach one (--save-interval)")
+    if step is not None:
+        wanted = run / "checkpoints" / f"step_{step:08d}"
+        if wanted not in complete:
+            steps = ", ".join(str(int(folder.name.removeprefix("step_"))) for folder in complete)
+            raise ValueError(f"{run} has no checkpoint of step {step}: it has those of {steps}")
+        return wanted
+    pointer = run / "checkpoints" / "latest"
+    named = run / "checkpoints" / pointer.read_text().strip() if pointer.is_file() else complete[-1]
+    return named if named in complete else complete[-1]
+
+
+def config_of(content: dict[str, dict]) -> Config:
+    """The configuration that a checkpoint's state.json holds; settings that this version has not are left out."""
+    parts = {}
+    for section, (config_class, _, _) in SECTIONS.items():
+        known = {field.name for field in dataclasses.fields(config_class) if field.init}
+        values = content.get(section, {})
+        ignored = sorted(set(values) - known)
+        if ignored:
+            logger.warning("the checkpoint has settings that this version has not: %s.%s", section, ", ".join(ignored))
+        parts[section] = config_class(**{key: value for key, value in values.items() if key in known})
+    return Config(**parts)
+
+
+def check_sizes(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a file of the checkpoint is missing or cut.
+    """
+    for name, expected in json.loads((folder / "manifest.json").read_text()).items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
+            raise ValueError(f"checkpoint {folder} is corrupt: its file {name} {found}; take another with --step")
+
+
+class TrainedRun(Mapping):
+    """See the module's docstring.
+
+    Args:
+        run: run folder.
+        step: of the checkpoint; None: the newest.
+        tokenizer: file or folder that overrides the data's.
+    Raises:
+        ValueError: what `find_checkpoint` and `check_sizes` raise, or the vocabulary's size cannot be known.
+    """
+
+    def __init__(self, run: Path | str, step: int | None = None, tokenizer: Path | None = None):
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self.run = Path(run)
+        self.folder = find_checkpoint(self.run, step)
+        check_sizes(self.folder)
+        state = json.loads((self.folder / "state.json").read_text())
+        self.config, self.step = config_of(state["config"]), state["steps_done"]
+        start = self.config.adapter_start
+        self.adapters_active = start is not None and self.step > start
+        entries = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        self.entries = {
+            name: entry
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and self._counts(name)
+        }
+        self.tokenizer_folder = self._find_tokenizer(tokenizer)
+        self.vocabulary = self._vocabulary()
+        positions = self.entries.get("embedding.position_embeddings.weight")
+        self.model = dataclasses.replace(
+            self.config.model,
+            vocab_size=self.vocabulary,
+            max_positions=positions.size[0] if positions else self.config.model.max_positions or self.seq_length,
+        )
+
+    def _counts(self, name: str) -> bool:
+        if name.startswith("optimizer.") or any(part in name for part in LEFT_OUT):
+            return False
+        return self.adapters_active or not name.endswith(ADAPTERS)
+
+    @property
+    def seq_length(self) -> int:
+        return self.config.data.seq_length
+
+    def _find_tokenizer(self, given: Path | None) -> Path | None:
+        """The folder or file of the tokenizer; None, with a line in the log, where there is none any more."""
+        if given is not None:
+            if not given.exists():
+                raise ValueError(f"the tokenizer {given} does not exist: give --tokenizer a file or a folder")
+            return given
+        # The data may have moved together with the run: `slope quickstart` writes both into one folder.
+        for folder in (self.run, Path(self.config.data.data), self.run.parent / "data"):
+            if folder.is_dir() and (find_tokenizer(folder) or (folder / "vocab.txt").is_file()):
+                return folder
+        logger.warning("the run's data folder %s is gone: no tokenizer; give --tokenizer", self.config.data.data)
+        return None
+
+    def _vocabulary(self) -> int:
+        if self.config.model.vocab_size:
+            return self.config.model.vocab_size
+        manifest = Path(self.tokenizer_folder or self.config.data.data) / "manifest.json"
+        if manifest.is_file():
+            return json.loads(manifest.read_text())["vocab_size"]
+        if self.tokenizer_folder is not None:
+            file = self.tokenizer_folder
+            return tokenizer_size(find_tokenizer(file) if file.is_dir() else file)
+        raise ValueError(
+            f"the vocabulary of {self.run} is that of its data, and {self.config.data.data} is gone: give --tokenizer"
+        )
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor; without the padding of the vocabulary."""
+        stored = tuple(self.entries[name].size)
+        return (min(stored[0], self.vocabulary), *stored[1:]) if name in VOCABULARY_ROWS else stored
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name].properties.dtype
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read([name])[name]
+
+    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Some tensors at once."""
+        from torch.distributed import checkpoint
+
+        state = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
+        with warnings.catch_warnings():
+            # That one process reads is the intent.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
+        return {
+            name: tensor[: self.vocabulary] if name in VOCABULARY_ROWS else tensor for name, tensor in state.items()
+        }
+
+    # -- dense --------------------------------------------------------------------------------------------------------
+
+    def is_packed(self, name: str) -> bool:
+        return f"{name}_pattern" in self.entries
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether the linear with this weight has adapters that take part."""
+        return f"{name.removesuffix('.weight')}.adapter_l" in self.entries
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """Of the dense tensor."""
+        rows, *rest = self.shape(name)
+        return (rows, 8 * self.shape(f"{name}_pattern")[1]) if self.is_packed(name) else (rows, *rest)
+
+    def dense(self, name: str, fold: bool) -> torch.Tensor:
+        """The dense tensor: zeros where pruned. `fold` adds (1/R) (L R)^T, summed in fp32 at least, then rounded."""
+        if not self.is_packed(name):
+            return self[name]
+        linear = name.removesuffix(".weight")
+        names = [name, f"{name}_pattern"]
+        folded = fold and self.has_adapter(name)
+        stored = self.read([*names, *(linear + leaf for leaf in ADAPTERS)] if folded else names)
+        weight = unpack(stored[name], unpack_bits(stored[f"{name}_pattern"]))
+        if not folded:
+            return weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        left, right = (stored[linear + leaf].to(wide) for leaf in ADAPTERS)
+        return torch.addmm(weight.to(wide), right, left, alpha=1.0 / len(left)).to(weight.dtype)
+
+
+def tokenizer_size(file: Path) -> int:
+    """Entries of a tokenizer file."""
+    if file.suffix == ".json":
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(file)).get_vocab_size()
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()

@@ -1,0 +1,84 @@
+"""The packed form on disk: a folder that `slope export packed` writes, and what reads it.
+
+    config.json          {"format": 1, "model": architecture, "nm", "dtype", "step", "bytes": {...}}
+    model*.safetensors   tensors by canonical name; of a packed linear
+        X.weight           [N, C]      kept values, from left to right in each row
+        X.weight_pattern   [N, K/8]    bitmask uint8: which weights are kept
+        X.adapter_l, _r    [R, K], [N, R]   adapters, where they were active: Y += (1/R) (X L) R
+    tokenizer.model and others    as the run's data had them
+
+The names and the fused Q, K, V (group after group) are those of the checkpoints, so that nothing is reordered.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from slope_megatron.config import ModelConfig
+
+FORMAT = 1
+PATTERN = "_pattern"
+
+
+class SafetensorsFolder(Mapping):
+    """`{name: tensor}` of all .safetensors files of a folder; each tensor is read when it is asked for.
+
+    Raises:
+        ValueError: the folder has none, or a file of them is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    self.files.update(dict.fromkeys(opened.keys(), path))
+            except Exception as error:  # the library's own exception type, or a plain OSError
+                raise ValueError(f"{path} is no complete safetensors file ({error}): copy it again") from None
+        if not self.files:
+            raise ValueError(f"{folder} holds no .safetensors file: give the folder of a model that was saved as such")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self.files[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        with safe_open(self.files[name], framework="pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
+
+
+def is_packed_folder(folder: Path) -> bool:
+    """Whether `slope export packed` wrote it."""
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type") == "slope-packed"
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict]:
+    """Architecture, and all of config.json.
+
+    Raises:
+        ValueError: not such a folder, or of another format.
+    """
+    if not is_packed_folder(folder):
+        raise ValueError(f"{folder} holds no packed model: give a folder that `slope export packed` wrote")
+    content = json.loads((folder / "config.json").read_text())
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} is of format {content['format']} and this version reads {FORMAT}: export the run again"
+        )
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**{key: value for key, value in content["model"].items() if key in known}), content

@@ -1,0 +1,43 @@
+"""The next token from logits: greedy, or drawn with temperature and top-p. A draw depends on (seed, prompt, position)
+alone: not on the batch that a prompt is in, nor on the machine's generators."""
+
+import torch
+
+from slope_megatron.sparsity import counter
+
+
+def uniform(seed: int, prompt: int, position: int) -> float:
+    """In (0, 1), from the counter generator."""
+    word = counter.philox(counter.key_of(seed, f"sample.{prompt}"), torch.tensor([position], dtype=torch.int64))[0, 0]
+    return (int(word) + 0.5) * 2.0**-32
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """
+    Raises:
+        ValueError: out of range.
+    """
+    if temperature < 0:
+        raise ValueError(f"--temperature is {temperature}: it must be at least 0 (0 takes the likeliest token)")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"--top-p is {top_p}: it must be in (0, 1]; 1 draws from all tokens")
+
+
+def next_token(logits_V: torch.Tensor, temperature: float, top_p: float, draw: float) -> int:
+    """One token id.
+
+    Args:
+        logits_V: of one prompt.
+        temperature: 0 takes the likeliest token (of equal ones the first).
+        top_p: the draw is from the likeliest tokens that together have at least this probability.
+        draw: uniform in (0, 1): where in their distribution function to look.
+    """
+    logits_V = logits_V.double().cpu()
+    if temperature == 0:
+        return int(logits_V.argmax())
+    shares, order = torch.softmax(logits_V / temperature, dim=-1).sort(descending=True, stable=True)
+    total = shares.cumsum(-1)
+    # A token is in if those before it do not reach top_p yet: the likeliest one always is.
+    inside = int((total - shares < top_p).sum())
+    at = int(torch.searchsorted(total[:inside], draw * total[inside - 1]))
+    return int(order[min(at, inside - 1)])

@@ -1,0 +1,71 @@
+"""`slope report`: figures as the runs have them, what is missing named, one picture."""
+
+import json
+
+import pytest
+
+from slope_megatron.cli import main
+
+
+def write_run(folder, loss, *, metrics=True, summary=True, config=None, scores=None):
+    folder.mkdir(parents=True)
+    described = {"config": config or {"slope": {"enabled": True}}, "dtype": "fp32", "versions": {"torch": "2.13.0"}}
+    (folder / "run.json").write_text(json.dumps(described))
+    if metrics:
+        lines = [{"step": step, "loss": loss + 3 / step} for step in range(1, 21)]
+        lines.append({"step": 20, "val_loss": loss})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2')
+    if summary:
+        sizes = {kind: int(1000 * loss) for kind in ("weights", "patterns", "operands", "gradients", "optimizer")}
+        content = {
+            "steps": 20, "tokens": 4096, "val_loss": loss, "tokens_per_second": 1234.5, "parameters": 777,
+            "train_seconds": 9.0, "state_bytes": {"sparse_layers": sizes, "model": sizes}, "backend": "reference",
+        }  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(content))
+    for name, found in (scores or {}).items():
+        (folder / "scores").mkdir(exist_ok=True)
+        (folder / "scores" / f"{name}.json").write_text(json.dumps({"name": name, "scores": found}))
+
+
+def test_runs_side_by_side(tmp_path, capsys):
+    write_run(tmp_path / "a" / "sparse", 2.0, scores={"lm": {"piqa": {"acc": 0.5761}}, "squad": {"f1": 77.25}})
+    write_run(tmp_path / "a" / "dense", 4.0, config={"slope": {"enabled": False}})
+    write_run(tmp_path / "b" / "dense", 1.0, metrics=False, summary=False)
+    runs = [str(tmp_path / name) for name in ("a/sparse", "a/dense", "b/dense")]
+    assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| a/sparse | 2.0000 | 7.39 | 20 | 4,096 | 1,234 | 777 | 9 |" in text
+    assert "| b/dense | - | - | - | - | - | - | - |" in text
+    assert "- b/dense has no summary.json, metrics.jsonl" in text
+    assert "| 2:4 linears (or their dense twins): weights | 2,000 | 4,000 | 0.5000 |" in text
+    assert "| lm: piqa/acc | 0.5761 | - | - |" in text and "| squad: f1 | 77.2500 | - | - |" in text
+    assert "| slope.enabled | True | False | True |" in text and "torch 2.13.0" in text
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["a/dense"]["summary"]["val_loss"] == 4.0
+    assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 2
+    assert "holds a report already" in capsys.readouterr().err
+    assert main(["report", *runs, "--out", str(tmp_path / "out"), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("content", [{}, {"notes.txt": "x"}])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, content):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no run: it has none of" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "is no folder: give run folders" in capsys.readouterr().err
+
+
+def test_damaged_files_are_named(tmp_path):
+    from slope_megatron.evaluation.run_report import read_run
+    from slope_megatron.evaluation.scores import read_scores, write_scores
+
+    write_run(tmp_path / "run", 2.0)
+    (tmp_path / "run" / "summary.json").write_text("{")
+    (tmp_path / "run" / "metrics.jsonl").write_text("not json\n")
+    record = read_run(tmp_path / "run", "run")
+    assert record.missing == ("summary.json (damaged)", "metrics.jsonl (damaged)") and record.val_loss is None
+    write_scores(tmp_path / "run", "squad", tmp_path, {"lr": 1}, {"f1": 1.5, "deep": {"acc": 2}})
+    (tmp_path / "run" / "scores" / "bad.json").write_text("[]")
+    assert read_scores(tmp_path / "run") == {"squad": {"f1": 1.5, "deep/acc": 2.0}}

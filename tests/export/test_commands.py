@@ -1,0 +1,157 @@
+"""`slope export`, `import` and `generate` as they are called, and what they refuse."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from helpers.families import hf_config
+from helpers.runs import made_run
+from slope_megatron.cli import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a tokenizer of 90 entries is too small for bytes: 300, and models of that vocabulary."""
+    from slope_megatron.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tokenizer.model").write_bytes(
+        train_tokenizer(["def f(x):\n    return x + 1\n" * 20, "for i in x: i\n"], 300)
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(ranks, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    made_run(ranks, folder, "opt", vocab_size=300, max_position_embeddings=64, data=data)
+    return folder
+
+
+def refused(capsys, *arguments) -> str:
+    assert main([*map(str, arguments)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("slope: error: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_a_dry_run_says_what_would_be_written(run, tmp_path, capsys):
+    for form in ("hf", "packed"):
+        assert main(["export", form, str(run), str(tmp_path / form), "--dry-run"]) == 0
+        dry = capsys.readouterr().out
+        assert not (tmp_path / form).exists()
+        assert main(["export", form, str(run), str(tmp_path / form)]) == 0
+        assert capsys.readouterr().out == dry
+        for line in dry.splitlines()[1:]:
+            name = line.split()[0]
+            assert name == "sparse" or (tmp_path / form / name).is_file(), line
+        named = {line.split()[0] for line in dry.splitlines()}
+        assert {path.name for path in (tmp_path / form).iterdir()} <= named
+
+
+def test_generate_from_a_run_and_from_its_packed_export(run, data, tmp_path, capsys):
+    """The same text from both, the same again for the same seed; a batch's records are those of prompts alone."""
+    assert main(["export", "packed", str(run), str(tmp_path / "packed")]) == 0
+    capsys.readouterr()
+    texts = []
+    for model in (run, run, tmp_path / "packed"):
+        assert main(["generate", str(model), "--prompt", "def f", "--max-tokens", "12", "--temperature", "1.2"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1 and texts[0].startswith("def f") and len(texts[0]) > 10
+    (tmp_path / "prompts").write_text("def f\nfor i in x\nreturn\n")
+    flags = ["--prompts", str(tmp_path / "prompts"), "--max-tokens", "12", "--temperature", "1.2"]
+    answers = []
+    for size in ("1", "3"):
+        assert main(["generate", str(run), *flags, "--batch-size", size]) == 0
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert answers[0] == answers[1] and [a["prompt"] for a in answers[0]] == ["def f", "for i in x", "return"]
+    assert answers[0][0]["prompt"] + answers[0][0]["text"] + "\n" == texts[0]
+
+
+def test_an_import_is_what_init_from_reads(ranks, tmp_path, capsys):
+    """Hugging Face's model -> checkpoint -> our model: the dense model's logits."""
+    from helpers.families import hf_model, our_config
+    from helpers.numerics import relative_error
+    from helpers.runs import batch, started_logits
+    from slope_megatron.config.model import ModelConfig
+
+    theirs = hf_model(hf_config("llama")).float()
+    theirs.save_pretrained(tmp_path / "theirs")
+    arguments = ["import", "hf", str(tmp_path / "theirs"), str(tmp_path / "ours")]
+    assert main([*arguments, "--dry-run"]) == 0 and not (tmp_path / "ours").exists()
+    assert main(arguments) == 0
+    import yaml
+
+    model = ModelConfig(**yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["model"])
+    found = ranks.run(started_logits, our_config(model), tmp_path / "ours", world=1)[0]
+    with torch.no_grad():
+        expected = theirs.double()(input_ids=batch()[0]).logits
+    # The weights are equal; Hugging Face's norm computes in fp32.
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_export_refuses(run, data, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    assert "exists already: nothing is replaced" in refused(capsys, "export", "hf", run, tmp_path / "there")
+    assert "holds no run: give a folder" in refused(capsys, "export", "hf", tmp_path, tmp_path / "out")
+    assert "has no checkpoint of step 7: it has those of 100" in refused(
+        capsys, "export", "packed", run, tmp_path / "out", "--step", 7
+    )
+    assert "--max-shard-size is '5 apples'" in refused(
+        capsys, "export", "hf", run, tmp_path / "out", "--max-shard-size", "5 apples"
+    )
+    assert "the nearest is llama, but" in refused(capsys, "export", "hf", run, tmp_path / "out", "--family", "llama")
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    victim = next((cut / "checkpoints").glob("step_*/*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-5])
+    assert f"is corrupt: its file {victim.name} has" in refused(capsys, "export", "packed", cut, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_full_disk_is_seen_before_and_a_failure_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    import collections
+
+    from slope_megatron.export import output_folder
+
+    usage = collections.namedtuple("usage", "total used free")
+    with monkeypatch.context() as patched:
+        patched.setattr(output_folder.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+        assert "has 0.00 GB free: free some" in refused(capsys, "export", "hf", run, tmp_path / "out")
+    with pytest.raises(OSError, match="broken"), output_folder.new_folder(tmp_path / "out", 10) as folder:
+        (folder / "half").write_text("x")
+        raise OSError("broken")
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_refuses(tmp_path, capsys):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    assert "holds no config.json" in refused(capsys, "import", "hf", folder, tmp_path / "out")
+    config = hf_config("opt")
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "model_type": "mamba"}))
+    assert "is of type 'mamba'" in refused(capsys, "import", "hf", folder, tmp_path / "out")
+    config.save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    assert "pickled weights only" in refused(capsys, "import", "hf", folder, tmp_path / "out")
+    (folder / "model.safetensors").write_bytes(b"\x00")
+    assert "is no complete safetensors file" in refused(capsys, "import", "hf", folder, tmp_path / "out")
+
+    import transformers
+
+    transformers.AutoModelForCausalLM.from_config(hf_config("opt")).save_pretrained(folder)
+    hf_config("opt", ffn_dim=384).save_pretrained(folder)
+    said = refused(capsys, "import", "hf", folder, tmp_path / "out")
+    assert "fc1.weight has the shape 192x96, and config.json asks for 36,864 elements" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_refuses(run, data, tmp_path, capsys):
+    assert "is neither a run nor a packed model" in refused(capsys, "generate", tmp_path, "--prompt", "x")
+    assert "is no file: give one with a prompt" in refused(capsys, "generate", run, "--prompts", tmp_path / "no")
+    assert "--temperature is -1.0" in refused(capsys, "generate", run, "--prompt", "x", "--temperature", -1)
+    assert "prompt 0 is empty" in refused(capsys, "generate", run, "--prompt", "")
+    if not torch.cuda.is_available():
+        assert "has no CUDA device" in refused(capsys, "generate", run, "--prompt", "x", "--device", "cuda")

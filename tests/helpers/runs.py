@@ -1,0 +1,98 @@
+"""Run folders without training: a built model saved in the form that `training.checkpoint` writes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from helpers.families import VOCABULARY, bare_model, hf_config, our_config
+
+
+def randomise(model, std: float = 0.2, seed: int = 0) -> None:
+    """New numbers in every parameter, biases, norms and adapters too, so that nothing can be forgotten unnoticed."""
+    from slope_megatron.models.fill import sparse_modules
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            shift = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            numbers = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(numbers * std + shift)
+    for module in sparse_modules(model):
+        module.refresh()
+
+
+def save_run(model, config, run: Path, step: int) -> Path:
+    """`run` with one checkpoint of `model`; one rank calls it. Returns the checkpoint's folder."""
+    from megatron.core import dist_checkpointing
+
+    from slope_megatron.models.canonical import sharded_state_dict
+    from slope_megatron.training import checkpoint, files
+
+    target = checkpoint.folder_of(run, step)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.mkdir(parents=True)
+    dist_checkpointing.save({"model": sharded_state_dict(model)}, str(partial))
+    content = config.to_dict()
+    state = {"format": checkpoint.FORMAT, "steps_done": step, "optimizer_steps": {}, "config": content}
+    files.write_json(partial / "state.json", state)
+    files.write_json(run / "run.json", {"config": content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
+    checkpoint.publish(partial, target)
+    return target
+
+
+def write_metrics(run: Path, lines: list[dict]) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def batch():
+    """Tokens, a mask that hides the end of the second sample, and token types `[2, 12]`."""
+    tokens = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(tokens)
+    mask[1, 9:] = 0
+    return tokens, mask, (torch.arange(12) > 5).long().expand_as(tokens)
+
+
+def trained_run(config, run, step, adapters, std):
+    """Save a model of random numbers as a run; its logits."""
+    from slope_megatron.models.fill import fill_model, sparse_modules
+
+    model = bare_model(config)
+    fill_model(model, seed=3, init_std=0.1, num_layers=config.model.num_layers)
+    randomise(model, std)
+    for module in sparse_modules(model):
+        module.adapters_active = adapters
+    model.eval()
+    save_run(model, config, run, step)
+    tokens, mask, types = batch()
+    with torch.no_grad():
+        if config.model.architecture == "bert":
+            logits, binary = model(tokens, mask, types)
+            return logits[..., :VOCABULARY].clone(), binary.clone()
+        return model(tokens, torch.arange(12).expand_as(tokens), None)[..., :VOCABULARY].clone(), None
+
+
+def made_run(ranks, folder, name, *, slope=None, adapters=True, data=None, std=0.2, **changes):
+    """A run of a family, and the logits of its model."""
+    from slope_megatron.export.hf_import import model_config
+
+    config = our_config(model_config(hf_config(name, **changes)), slope=slope or {"adapter_rank": 4})
+    train = dataclasses.replace(config.train, steps=100)
+    where = dataclasses.replace(config.data, data=str(data)) if data else config.data
+    config = dataclasses.replace(config, train=train, data=where)
+    # The adapters join at step 99.
+    step = 100 if adapters else 50
+    return config, ranks.run(trained_run, config, folder, step, adapters and config.slope.enabled, std, world=1)[0]
+
+
+def started_logits(config, checkpoint):
+    """Logits of the model that `--init-from checkpoint` would start with."""
+    from slope_megatron.models.dense import load_dense
+    from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
+
+    model = bare_model(config)
+    load_dense(model, config, MegatronCheckpoint(checkpoint), config.slope.pattern)
+    tokens, _, _ = batch()
+    with torch.no_grad():
+        return model.eval()(tokens, torch.arange(12).expand_as(tokens), None)[..., :VOCABULARY].clone()
