@@ -17,23 +17,7 @@ from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
-
-
-def sparse_linears(slope: SlopeConfig, block: int) -> set[str]:
-    """Which linears of a block (counted from 0 over all pipeline stages) are sparse.
-
-    Source: SLoPe, section 3: all attention and MLP linears but the first one after the input.
-    """
-    if not slope.for_block(block).enabled:
-        return set()
-    names = set()
-    if slope.sparse_attention:
-        names |= {"linear_qkv", "linear_proj"}
-    if slope.sparse_mlp:
-        names |= {"linear_fc1", "linear_fc2"}
-    if block == 0 and slope.dense_first_linear:
-        names.discard("linear_qkv")
-    return names
+from slope_megatron.models.rules import sparse_linears
 
 
 def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
