@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "slope_kernels": set(),
     "config": set(),
+    "versions": set(),
     "sparsity": set(),
     "ops": {"slope_kernels", "sparsity", "config"},
     "linear": {"ops", "config"},
@@ -19,9 +20,9 @@ MAY_IMPORT = {
     "export": {"models", "inference", "sparsity", "config"},
     "data": {"config"},
     "evaluation": {"models", "layers", "data", "export", "inference", "config"},
-    "training": {"models", "layers", "ops", "data", "sparsity", "config"},
-    "launch": {"models", "config"},
-    "cli": {"training", "data", "evaluation", "export", "inference", "launch", "models", "ops", "config"},
+    "training": {"models", "layers", "ops", "data", "sparsity", "config", "versions"},
+    "launch": {"models", "layers", "config", "versions"},
+    "cli": {"training", "data", "evaluation", "export", "inference", "launch", "models", "ops", "config", "versions"},
 }
 FILES = [*(ROOT / "slope_megatron").rglob("*.py"), *(ROOT / "kernels/slope_kernels").rglob("*.py")]
 

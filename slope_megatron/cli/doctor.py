@@ -45,7 +45,7 @@ def examine() -> dict:
     import torch
 
     from slope_megatron.ops.backend import available, choose
-    from slope_megatron.training.run_folder import versions
+    from slope_megatron.versions import versions
 
     chosen = choose("auto")
     reasons = available()

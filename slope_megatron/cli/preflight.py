@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.launch import node_checks, preflight
     from slope_megatron.launch.cluster import read_cluster
     from slope_megatron.launch.ranks import resolve
+    from slope_megatron.versions import versions
 
     arguments.vocabulary = None
     config, _ = read_config(arguments)
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--patience is {arguments.patience}: it must be a positive number of seconds")
     ranks = resolve(os.environ)
     findings = node_checks.check_node(cluster, config, ranks.master_addr, read_vocabulary(arguments, config))
-    mine = preflight.Report(preflight.node_name(os.environ), findings, node_checks.versions())
+    mine = preflight.Report(preflight.node_name(os.environ), findings, versions())
     if ranks.world == 1:
         if not arguments.no_bandwidth:
             mine.findings.extend(within(cluster))

@@ -176,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The four stages."""
     from slope_megatron.data.prepare import prepare
     from slope_megatron.evaluation.quickstart_report import build_summary, write_report
-    from slope_megatron.training.run_folder import versions
+    from slope_megatron.versions import versions
 
     out = Path(arguments.out)
     configs = check_flags(arguments, out)

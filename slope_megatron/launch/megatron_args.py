@@ -45,17 +45,16 @@ def slope_config_from_args(args: argparse.Namespace) -> SlopeConfig:
     return SlopeConfig(**values)
 
 
-def refusals(args: argparse.Namespace) -> list[str]:
+# (name in args, value that is refused or None for any, what to give instead)
+RULES = (
+    ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
+    ("gradient_accumulation_fusion", True, "--no-gradient-accumulation-fusion: packed gradients go through autograd"),
+    ("num_experts", None, "a model without experts: expert linears stay dense"),
+)
+
+
+def refusals(args: argparse.Namespace, rules=RULES) -> list[str]:
     """Settings of a Megatron script that packed linears cannot serve, each with the flag to give instead."""
-    rules = (
-        ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
-        (
-            "gradient_accumulation_fusion",
-            True,
-            "--no-gradient-accumulation-fusion: packed gradients go through autograd",
-        ),
-        ("num_experts", None, "a model without experts: expert linears stay dense"),
-    )
     found = []
     for name, refused, instead in rules:
         value = getattr(args, name, None)

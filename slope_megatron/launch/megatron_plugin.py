@@ -70,19 +70,29 @@ def settings():
 
     args = get_args()
     slope = slope_config_from_args(args)
-    wrong = refusals(args) if slope.enabled else []
-    if slope.enabled and slope.adapter_rank:
+    wrong = refusals(args) + unsupported_here(slope) if slope.enabled else []
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return args, slope
+
+
+def unsupported_here(slope) -> list[str]:
+    """Settings of SLoPe that need an optimizer or schedule of ours: refused, never ignored."""
+    wrong = []
+    if slope.adapter_rank:
         wrong.append(
             f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are `slope pretrain`'s so far; use 0"
         )
-    if slope.enabled and (slope.method != "slope" or slope.mode != "paper"):
+    if slope.method != "slope" or slope.mode != "paper":
         wrong.append(
             f"--slope-method {slope.method} and --slope-mode {slope.mode}: baselines and pruned gradients are "
             "`slope pretrain`'s; use slope and paper"
         )
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return args, slope
+    if slope.lr_multiplier != 1.0:
+        wrong.append(
+            f"--slope-lr-multiplier is {slope.lr_multiplier}: the upstream's optimizer has one learning rate; use 1.0"
+        )
+    return wrong
 
 
 def with_sparse_layers(model_class):
@@ -163,18 +173,30 @@ def with_refresh(train_step):
         result = train_step(forward_step_func, data_iterator, model, *positional, **keywords)
         args, slope = settings()
         if slope.enabled:
-            from slope_megatron.models.fill import sparse_modules
-
-            modules = [module for chunk in model for module in sparse_modules(chunk)]
-            if not modules:
-                raise ValueError(
-                    "--slope was given and the model has no 2:4 layer: it was built where the hook does not reach; "
-                    "use a version that patches/README.md lists, or leave --slope out"
-                )
-            interval = slope.backward_mask_interval
-            choose = interval > 0 and (args.curr_iteration + 1) % interval == 0
-            for module in modules:
-                module.update_column_pattern() if choose else module.refresh()
+            refresh_operands(model, slope, args.curr_iteration + 1)
         return result
 
     return step
+
+
+def refresh_operands(chunks, slope, step: int) -> None:
+    """New values into the operands, and the column pattern where its step has come.
+
+    Args:
+        chunks: the parts of the model on this rank, or the engines around them.
+        step: optimizer steps made.
+    Raises:
+        ValueError: there is nothing packed: a dense model would train in silence.
+    """
+    from slope_megatron.layers.packed_weight import PackedWeight
+
+    modules = [module for chunk in chunks for module in chunk.modules() if isinstance(module, PackedWeight)]
+    if not modules:
+        raise ValueError(
+            "--slope was given and the model has no 2:4 layer: it was built where the hook does not reach; "
+            "use a version that patches/README.md lists, or leave --slope out"
+        )
+    interval = slope.backward_mask_interval
+    choose = interval > 0 and step % interval == 0
+    for module in modules:
+        module.update_column_pattern() if choose else module.refresh()

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 from slope_megatron.config import Config
@@ -21,7 +20,6 @@ IDLE_MIB = 1024
 SHARED_MEMORY_BYTES = GIB
 # Weights, patterns, fp32 master and moments of a parameter, rounded up.
 CHECKPOINT_BYTES = 15
-PACKAGES = ("slope-megatron", "torch", "megatron-core", "deepspeed", "triton", "numpy", "nvidia-nccl-cu12")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +149,3 @@ def check_data(config: Config) -> list[Finding]:
     if "manifest.json" not in sizes:
         return [Finding("data", False, f"{folder} holds no prepared data: write it with `slope data prepare`")]
     return [Finding("data", True, f"{folder}: {len(sizes)} files, {sum(sizes.values())} bytes")]
-
-
-def versions() -> dict[str, str]:
-    """What must be equal on all nodes."""
-    import platform
-
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from slope_megatron.config import Config, SlopeConfig
+from slope_megatron.models.rules import sparse_linears
 
 FIRST, LAST = "first", "last"
 
@@ -53,14 +54,11 @@ def block_widths(config: Config) -> dict[str, tuple[int, int, int]]:
 
 @functools.lru_cache(maxsize=4096)
 def patterns(slope: SlopeConfig, block: int) -> dict[str, tuple[int, int]]:
-    """N and M of a block's packed linears: the rule of `models.layer_spec.sparse_linears`, without importing torch."""
+    """N and M of a block's packed linears."""
     own = slope.for_block(block)
     if not own.packed:
         return {}
-    names = ["linear_qkv", "linear_proj"] if own.sparse_attention else []
-    names += ["linear_fc1", "linear_fc2"] if own.sparse_mlp else []
-    first = block == 0 and own.dense_first_linear
-    return {name: (own.n, own.m) for name in names if not (first and name == "linear_qkv")}
+    return {name: (own.n, own.m) for name in sorted(sparse_linears(slope, block))}
 
 
 def norm(config: Config, name: str, place: int | str) -> Iterator[Tensor]:

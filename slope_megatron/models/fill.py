@@ -3,9 +3,6 @@
 Each number depends on (seed, canonical name, index in the whole tensor) alone, whichever rank holds it.
 """
 
-import math
-import re
-
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
@@ -13,20 +10,8 @@ from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.packed_weight import PackedWeight, Region, chunks
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
+from slope_megatron.models.rules import ONE, ZERO, initial_std
 from slope_megatron.sparsity import counter
-
-# How a tensor starts, by its name in the model (in checkpoints, norms go by Transformer Engine's fused names).
-ZERO = re.compile(r"\.bias$|\.adapter_r$")
-ONE = re.compile(r"norm\.weight$")
-STANDARD_NORMAL = re.compile(r"\.adapter_l$")
-OUTPUT_PROJECTION = re.compile(r"\.(linear_proj|linear_fc2)\.weight$")
-
-
-def initial_std(name: str, init_std: float, num_layers: int) -> float:
-    """Standard deviation of a random weight: Megatron's, smaller for what writes into the residual stream."""
-    if STANDARD_NORMAL.search(name):
-        return 1.0
-    return init_std / math.sqrt(2.0 * num_layers) if OUTPUT_PROJECTION.search(name) else init_std
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
 from slope_megatron.layers.masked_parallel import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
+from slope_megatron.models.rules import sparse_linears
 
 # Column- and row-parallel linear of each method; a dense model keeps Megatron's.
 LINEARS = {
@@ -25,23 +26,6 @@ LINEARS = {
     "srste": (MaskedColumnParallelLinear, MaskedRowParallelLinear),
     "fst": (MaskedColumnParallelLinear, MaskedRowParallelLinear),
 }
-
-
-def sparse_linears(slope: SlopeConfig, block: int) -> set[str]:
-    """Which linears of a block (counted from 0 over all pipeline stages) are sparse.
-
-    Source: SLoPe, section 3: all attention and MLP linears but the first one after the input. FST: the MLP's alone.
-    """
-    if not slope.for_block(block).enabled:
-        return set()
-    names = set()
-    if slope.prunes_attention:
-        names |= {"linear_qkv", "linear_proj"}
-    if slope.sparse_mlp:
-        names |= {"linear_fc1", "linear_fc2"}
-    if block == 0 and slope.dense_first_linear:
-        names.discard("linear_qkv")
-    return names
 
 
 def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:

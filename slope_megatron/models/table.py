@@ -3,7 +3,7 @@
 import itertools
 
 from slope_megatron.config import Config
-from slope_megatron.models.layer_spec import sparse_linears
+from slope_megatron.models.rules import sparse_linears
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 

@@ -7,23 +7,12 @@ import platform
 import shutil
 import socket
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from slope_megatron.config import Config
 from slope_megatron.data.manifest import fingerprint
 from slope_megatron.training import files
-
-PACKAGES = (
-    "slope-megatron",
-    "torch",
-    "megatron-core",
-    "deepspeed",
-    "triton",
-    "numpy",
-    "sentencepiece",
-    "datasets",
-)
+from slope_megatron.versions import versions
 
 
 class RunLock:
@@ -42,17 +31,6 @@ class RunLock:
         self.stream.truncate(0)
         self.stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.stream.flush()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes; missing packages are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def is_resumed(config: Config) -> bool:

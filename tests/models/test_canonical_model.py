@@ -127,7 +127,7 @@ def test_a_sparse_model_starts_as_its_dense_twin_pruned(ranks, rescale):
 
 def spec_table(slope):
     from slope_megatron.config import SlopeConfig
-    from slope_megatron.models.layer_spec import sparse_linears
+    from slope_megatron.models.rules import sparse_linears
 
     return [sorted(sparse_linears(SlopeConfig(**slope), layer)) for layer in (0, 1)]
 

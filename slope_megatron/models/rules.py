@@ -1,0 +1,39 @@
+"""Rules by name, without Megatron: which linears of a block are sparse, and how a tensor starts.
+
+They serve our own models and, through the plugins, those of the upstream's scripts.
+"""
+
+import math
+import re
+
+from slope_megatron.config import SlopeConfig
+
+# How a tensor starts, by its name in the model (in checkpoints, norms go by Transformer Engine's fused names).
+ZERO = re.compile(r"\.bias$|\.adapter_r$")
+ONE = re.compile(r"norm\.weight$")
+STANDARD_NORMAL = re.compile(r"\.adapter_l$")
+OUTPUT_PROJECTION = re.compile(r"\.(linear_proj|linear_fc2)\.weight$")
+
+
+def sparse_linears(slope: SlopeConfig, block: int) -> set[str]:
+    """Which linears of a block (counted from 0 over all pipeline stages) are sparse.
+
+    Source: SLoPe, section 3: all attention and MLP linears but the first one after the input. FST: the MLP's alone.
+    """
+    if not slope.for_block(block).enabled:
+        return set()
+    names = set()
+    if slope.prunes_attention:
+        names |= {"linear_qkv", "linear_proj"}
+    if slope.sparse_mlp:
+        names |= {"linear_fc1", "linear_fc2"}
+    if block == 0 and slope.dense_first_linear:
+        names.discard("linear_qkv")
+    return names
+
+
+def initial_std(name: str, init_std: float, num_layers: int) -> float:
+    """Standard deviation of a random weight: Megatron's, smaller for what writes into the residual stream."""
+    if STANDARD_NORMAL.search(name):
+        return 1.0
+    return init_std / math.sqrt(2.0 * num_layers) if OUTPUT_PROJECTION.search(name) else init_std
