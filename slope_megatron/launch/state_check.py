@@ -61,6 +61,8 @@ def compare_with_run(config: Config, summary: dict, vocabulary: int) -> list[Com
     backend = "reference" if summary["backend"] == "reference" or summary["dtype"] == "fp32" else "kernels"
     planned = state_bytes(counts, precision(summary["dtype"], "fp32"), backend)
     measured = summary["state_bytes"]["model"]
+    if summary.get("zero_stage") == 3 and not config.parallel.zero3_resident_operands:
+        planned["operands"] = 0.0
     # Gradients are measured at the first step, mostly before the adapters have any.
     waiting = config.adapter_start not in (None, 0)
     if waiting:

@@ -34,12 +34,12 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
         if sparse:
             sizes["sparse_layers"][kind] += count
 
+    held = engine.held_gradients
     for name, parameter in model_parameters(engine.model):
         elements = zero.shape_of(parameter).numel()
-        has_gradient = engine.gradients_of_adapters or not is_adapter(name)
         add("weights", elements * parameter.element_size(), id(parameter) in twins)
-        # Accumulated in fp32 over the micro-batches, whatever the weights' type.
-        add("gradients", elements * 4 * has_gradient, id(parameter) in twins)
+        if held and (held.adapters or not is_adapter(name)):
+            add("gradients", elements * held.width, id(parameter) in twins)
     for module in sparse_modules(engine.model):
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
         if module.keep_operands:
@@ -91,7 +91,7 @@ def measured_rank_bytes(engine: Engine) -> dict[str, int]:
     states = [tensor for part in partitions for tensor in (part.masters, *moments_of(engine, part))]
     return {
         "weights": zero.storage_bytes(weights),
-        "gradients": engine.gradient_bytes or 0,
+        "gradients": engine.held_gradients.bytes if engine.held_gradients else 0,
         "optimizer": zero.storage_bytes(states),
     }
 
@@ -131,7 +131,7 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
             sizes["gradients"] += 4 * touched(counts, replica * part, (replica + 1) * part)
         elif engine.dtype == torch.bfloat16 and not offloaded:
             sizes["gradients"] += 4 * whole
-        elif name != ADAPTERS or engine.gradients_of_adapters:
+        elif name != ADAPTERS or (engine.held_gradients and engine.held_gradients.adapters):
             sizes["gradients"] += 4 * sum(counts)
     return sizes
 

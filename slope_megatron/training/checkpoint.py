@@ -274,6 +274,6 @@ def load(engine: Engine, folder: Path) -> None:
     sharded = sharded_engine_state(engine, filled=False)
     loaded = dist_checkpointing.load(sharded, str(folder))
     install_engine_state(engine, loaded, state["optimizer_steps"])
-    install_loss_scaler(engine, state["loss_scaler"])
+    install_loss_scaler(engine, state.get("loss_scaler"))
     engine.steps_done = state["steps_done"]
     engine.enter_phase()

@@ -39,6 +39,15 @@ class StepResult:
     skipped: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldGradients:
+    """Gradients as measured before an update: bytes on this rank, bytes an element, and whether adapters had any."""
+
+    bytes: int
+    width: int
+    adapters: bool
+
+
 class Engine:
     """A model under DeepSpeed ZeRO, and the step counter."""
 
@@ -51,8 +60,7 @@ class Engine:
         self.steps_done = 0
         self.skipped_steps = 0
         self.device = next(model.parameters()).device
-        self.gradient_bytes: int | None = None
-        self.gradients_of_adapters = False
+        self.held_gradients: HeldGradients | None = None
         # Whoever looks on: told the part of a step that begins, and the loss when the gradients are ready to be used.
         self.on_part = lambda part: None
         self.before_step = lambda loss: None
@@ -128,11 +136,11 @@ class Engine:
         return float(total) / parallel_state.get_data_parallel_world_size()
 
     def note_gradients(self, tensors) -> None:
-        """Keep the bytes that this rank's gradients take, for the accounting: in the first step, and with adapters."""
-        adapters = self.phases.adapters_on(self.steps_done)
-        if self.gradient_bytes is None or adapters != self.gradients_of_adapters:
-            self.gradient_bytes = zero.storage_bytes(tensors)
-            self.gradients_of_adapters = adapters
+        """Keep what this rank's gradients take, for the accounting; once, in the first step."""
+        if self.held_gradients is None:
+            tensors = list(tensors)
+            adapters = self.phases.adapters_on(self.steps_done)
+            self.held_gradients = HeldGradients(zero.storage_bytes(tensors), tensors[0].element_size(), adapters)
 
     def to_device(self, batch: dict) -> dict:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

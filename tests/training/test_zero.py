@@ -71,11 +71,14 @@ def train(config, dtype):
     from slope_megatron.training import accounting
 
     engine = build_engine(config, dtype)
-    steps = go_on(engine, STEPS)
+    steps = go_on(engine, 4)
+    # In the middle of training, which it must not change.
+    val_loss = engine.evaluate(step_batches(config, 0, 0, 1))
+    steps += go_on(engine, STEPS)
     resident = [module.has_operands for module in sparse_modules(engine.model)]
     held = accounting.measured_rank_bytes(engine), accounting.formula_rank_bytes(engine)
     whole = accounting.state_bytes(engine), accounting.parameter_count(engine), accounting.double_pruning(engine)
-    return steps, canonical_state(engine), held, whole, resident
+    return steps, canonical_state(engine), held, (*whole, val_loss), resident
 
 
 def assemble(states) -> dict[str, torch.Tensor]:
@@ -151,6 +154,7 @@ def test_what_describes_the_model_does_not_depend_on_the_stage(ranks):
     assert one[0]["model"]["operands"] > 0 == three[0]["model"]["operands"]
     assert one[1] == three[1]
     assert one[2] == pytest.approx(three[2], rel=1e-3) and one[2]["measured"] > 0
+    assert one[3] == pytest.approx(three[3], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -293,6 +297,27 @@ def refusals(configs) -> list[str]:
             build_engine(config)
         messages.append(str(error.value))
     return messages
+
+
+@pytest.mark.parametrize("kept", ["tensor", "number", "group"])
+def test_step_counters_as_every_adam_keeps_them(kept):
+    """torch: a tensor; DeepSpeed: a number; apex: a number of the group."""
+    from types import SimpleNamespace
+
+    from slope_megatron.training import zero
+
+    masters = torch.zeros(4)
+    group = {"name": "adapters", "params": [masters], **({"step": 7} if kept == "group" else {})}
+    state = {"exp_avg": torch.ones(4), **({"tensor": {"step": torch.tensor(7.0)}, "number": {"step": 7}}.get(kept, {}))}
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group], state={masters: state}))
+    (part,) = zero.partitions(optimizer)
+    assert zero.step_count(optimizer, part) == 7.0
+    zero.set_step_count(optimizer, part, 5.0)
+    assert zero.step_count(optimizer, part) == 5.0
+    zero.reset_state(optimizer, "dense")
+    assert zero.step_count(optimizer, part) == 5.0
+    zero.reset_state(optimizer, "adapters")
+    assert zero.step_count(optimizer, part) == 0.0 and state["exp_avg"].abs().sum() == 0
 
 
 def test_deepspeeds_json():
