@@ -110,6 +110,7 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sizes = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     offloaded = parallel.offload_optimizer != "none"
+    adapters = engine.held_gradients is not None and engine.held_gradients.adapters
     width = engine.dtype.itemsize
     for name, members in engine.members.items():
         counts = [zero.shape_of(parameter).numel() for parameter in members]
@@ -128,11 +129,15 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
         if parallel.zero_stage == 2 and (offloaded or width == 2):
             sizes["gradients"] += 4 * part
         elif parallel.zero_stage == 2:
-            sizes["gradients"] += 4 * touched(counts, replica * part, (replica + 1) * part)
+            # What no loss has used yet gets zeros beside its room in DeepSpeed's buffer.
+            copies = 2 if name == ADAPTERS and not adapters else 1
+            sizes["gradients"] += 4 * copies * touched(counts, replica * part, (replica + 1) * part)
         elif engine.dtype == torch.bfloat16 and not offloaded:
             sizes["gradients"] += 4 * whole
-        elif name != ADAPTERS or (engine.held_gradients and engine.held_gradients.adapters):
+        elif name != ADAPTERS or adapters:
             sizes["gradients"] += 4 * sum(counts)
+    if engine.held_gradients is None:
+        sizes["gradients"] = 0  # no step was taken
     return sizes
 
 

@@ -28,7 +28,7 @@ class ThroughSchedule:
         results = engine.schedule(batches, engine.training_loss, forward_only=False)
         gradients.sum_sequence_parallel(engine.model)
         gradients.sum_tied_copies(engine.model)
-        engine.note_gradients(gradients.held(engine.model).values())
+        engine.note_gradients(gradients.held(engine.model, engine.optimizer))
         engine.deepspeed.allreduce_gradients()
         # Only the last pipeline stage has losses.
         return torch.stack([result["loss"] for result in results]).mean() if results else torch.zeros(())

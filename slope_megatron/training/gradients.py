@@ -16,17 +16,20 @@ def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return None
 
 
-def held(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Each parameter's gradient as it is now; parameters without one are left out."""
-    found = {name: gradient(parameter) for name, parameter in model.named_parameters()}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+def held(model: torch.nn.Module, optimizer) -> list[torch.Tensor]:
+    """Gradients as they are at stage 1 before the reduction; DeepSpeed's bf16 optimizer keeps room for all of them."""
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):
+        return optimizer.fp32_groups_gradients_flat
+    return [tensor for tensor in map(gradient, model.parameters()) if tensor is not None]
 
 
 def held_cut(optimizer) -> list[torch.Tensor]:
-    """This rank's part of the reduced gradients (stages 2 and 3), right after the last backward.
+    """This rank's part of the reduced gradients, between reduction and update, at any stage.
 
-    With offload DeepSpeed has moved them beside the masters.
+    With offload DeepSpeed has moved them beside the masters; its bf16 optimizer has a flat buffer of its own.
     """
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
+        return optimizer.fp32_groups_gradient_flat_partition
     beside = [partition.masters.grad for partition in zero.partitions(optimizer)]
     if any(tensor is not None for tensor in beside):
         return beside

@@ -94,7 +94,8 @@ def tensor_rank() -> int:
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """The checkpoint's name of each parameter, with the global layer number."""
-    return {name: getattr(entry, "key", name) for name, entry in sharded_state_dict(model).items()}
+    with zero.whole_shapes(model):
+        return {name: getattr(entry, "key", name) for name, entry in sharded_state_dict(model).items()}
 
 
 def merge(rows: dict[str, tuple[list[float], bool]]) -> dict[str, dict[str, float]]:

@@ -133,7 +133,15 @@ OFFLOAD = {"offload_optimizer": "cpu"}
 
 @pytest.mark.parametrize(
     ("stage", "parallel"),
-    [(1, {}), (2, {}), (3, {}), (3, RESIDENT), (1, OFFLOAD), (2, OFFLOAD), (3, OFFLOAD)],
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (3, RESIDENT),
+        pytest.param(1, OFFLOAD, marks=pytest.mark.slow),
+        pytest.param(2, OFFLOAD, marks=pytest.mark.slow),
+        (3, OFFLOAD),
+    ],
     ids=["1", "2", "3", "3-resident", "1-offload", "2-offload", "3-offload"],
 )
 def test_every_stage_equals_one_process(ranks, stage, parallel):
