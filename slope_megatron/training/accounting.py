@@ -142,9 +142,14 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
 
 
 def touched(counts: list[int], start: int, end: int) -> int:
-    """Elements of the parameters of which a part lies in [start, end) of their group: DeepSpeed keeps those whole."""
+    """Elements of the parameters of which a part lies in [start, end) of their group, and what pads it at the end.
+
+    DeepSpeed keeps the fp32 gradients of these parameters whole.
+    """
     last = list(itertools.accumulate(counts))
-    return sum(count for count, stop in zip(counts, last, strict=True) if stop > start and stop - count < end)
+    return max(0, end - max(start, last[-1])) + sum(
+        count for count, stop in zip(counts, last, strict=True) if stop > start and stop - count < end
+    )
 
 
 # -- the second pruning, parameters ------------------------------------------------------------------------------------
