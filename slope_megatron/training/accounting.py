@@ -147,9 +147,8 @@ def touched(counts: list[int], start: int, end: int) -> int:
     DeepSpeed keeps the fp32 gradients of these parameters whole.
     """
     last = list(itertools.accumulate(counts))
-    return max(0, end - max(start, last[-1])) + sum(
-        count for count, stop in zip(counts, last, strict=True) if stop > start and stop - count < end
-    )
+    padding = max(0, end - max(start, last[-1]))
+    return padding + sum(count for count, stop in zip(counts, last, strict=True) if stop > start and stop - count < end)
 
 
 # -- the second pruning, parameters ------------------------------------------------------------------------------------
