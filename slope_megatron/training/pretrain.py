@@ -24,6 +24,7 @@ from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.init_from import check_init, load_init
 from slope_megatron.training.loop import Run, what_is_safe
+from slope_megatron.training.watch import Diverged
 from slope_megatron.training.writers import check_installed, open_writers
 
 logger = logging.getLogger(__name__)
@@ -96,15 +97,23 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     except RuntimeError:
         watch.await_verdict()
         raise
+    except Diverged:
+        leave(watch)
+        raise
     summary["dtype"] = dtype
     if dist.get_rank() == 0:
         write_results(run, summary, config.train.steps)
         for writer in writers:
             writer.close()
+    leave(watch)
+    return summary
+
+
+def leave(watch: RankWatch) -> None:
+    """All ranks end together: none takes another's end for a fault."""
     dist.barrier()
     watch.stop()
     parallel.finish()
-    return summary
 
 
 def write_results(run: Path, summary: dict, steps: int) -> None:

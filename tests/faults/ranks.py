@@ -67,8 +67,6 @@ def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -
     try:
         from slope_megatron.cli import pretrain as program
         from slope_megatron.cli import set_up_logging
-        from slope_megatron.training.pretrain import pretrain
-        from slope_megatron.training.watch import Diverged
 
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
         set_up_logging(False)
@@ -77,12 +75,7 @@ def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -
             arm(moment)
         if prepare_rank is not None:
             prepare_rank(rank)
-        try:
-            summary = pretrain(config, {})
-            code = program.UNSAVED if summary["unsaved"] else program.STOPPED_EARLY if summary["stopped_early"] else 0
-        except Diverged as error:
-            print(f"slope: error: {error}", flush=True)
-            code = program.DIVERGED
+        code = program.train(config, {})
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
