@@ -53,7 +53,8 @@ class TrainConfig:
     init_from: str | None = option(
         None,
         "start from these weights, with a new optimizer: a run folder (its newest checkpoint) or a checkpoint; "
-        "packed ones keep their patterns, dense ones (also Megatron's torch_dist) are pruned on load; unset: fresh weights",
+        "packed ones keep their patterns, dense ones (also Megatron's torch_dist) are pruned on load; unset: fresh "
+        "weights",
     )
     steps: int = option(1000, "optimizer steps in all")
     stop_at: int | None = option(
