@@ -1,6 +1,7 @@
 """`slope pretrain`: the run from its first line to its summary."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -87,7 +88,13 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     if resume_from:
         checkpoint.load(engine, resume_from)
     size = accounting.checkpoint_bytes(engine)
-    on_first_rank(lambda: disk.check_space(run, size, config.train, config.train.steps - engine.steps_done))
+    try:
+        on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
+    except ValueError:
+        leave(watch)
+        if not resume_from and locks:
+            shutil.rmtree(run)  # nothing but its description is there yet
+        raise
     kernel_choices.share(run, resumed=resume_from is not None)
     writers: list = []
     on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
