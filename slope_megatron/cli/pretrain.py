@@ -26,7 +26,8 @@ each value and where it came from.
 EPILOG = """\
 RUN FOLDER (--out)
   run.json             the configuration, its origins, versions, the command
-  metrics.jsonl        one line every --log-interval steps, at validations, bad steps and jumps of the loss
+  metrics.jsonl        one line every --log-interval steps, at validations, bad steps and jumps of the loss; a number
+                       that is not finite is null
   checkpoints/         step_00000500/ and so on; `latest` names the newest complete one
   ranks/               heartbeats; failure.txt names the rank that died or hung
   summary.json, DONE   the run in figures, at its end; DONE once all --steps are done and saved
@@ -37,7 +38,8 @@ METRICS
   model_tflops   TFLOP/s of each device, as if the model were dense: 2 operations a multiply-add; linears, attention's
                  two products over whole sequences, the output layer; backward twice forward; neither embeddings nor
                  recomputation
-  actual_tflops  the same, an N:M product counting N/M: forward and dgrad; wgrad is a dense product in mode `paper`
+  actual_tflops  what sparse kernels multiply of it, an N:M product counting N/M: forward and dgrad, wgrad in mode
+                 `full` (dense in mode `paper`); baselines count as dense
   mfu            model_tflops / peak; mfu_actual: actual_tflops / peak
 
 CHECKPOINTS
