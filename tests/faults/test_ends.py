@@ -92,7 +92,9 @@ def stuck_in_step_6(rank):
 @pytest.mark.slow
 def test_a_stuck_rank_is_named_with_the_place(fault_data, tmp_path):
     ended = ranks.start(
-        ranks.settings(fault_data, tmp_path / "run", 1), tmp_path / "logs", prepare_rank=stuck_in_step_6
+        ranks.settings(fault_data, tmp_path / "run", 1, hang_timeout=ranks.HANG_TIMEOUT),
+        tmp_path / "logs",
+        prepare_rank=stuck_in_step_6,
     )
     assert ended.codes == [70, 70], ended.said
     [said] = [line for line in ended.said.splitlines() if line.startswith("slope: error: ")]
