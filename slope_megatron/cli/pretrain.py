@@ -14,16 +14,62 @@ logger = logging.getLogger(__name__)
 STOPPED_EARLY = 75
 UNSAVED = 74
 DIVERGED = 65
+USAGE = "slope pretrain --data FOLDER --out FOLDER [--config YAML ...] [OPTION ...]"
+DESCRIPTION = """\
+Pretrain a 2:4 sparse model (or, with --no-slope, its dense twin) on prepared data.
+
+A launcher (deepspeed, torchrun, srun, mpirun) starts this command once on every rank; without one it is the only rank.
+The number of ranks is TP x PP x DP: --tensor-parallel and --pipeline-parallel are given, data parallelism takes the
+rest. Values come from the defaults below, then YAML files (--config), then flags; the table printed at the start shows
+each value and where it came from.
+"""
 EPILOG = """\
-examples:
-  slope pretrain --data corpus --out runs/small --hidden-size 256 --num-layers 4 --num-attention-heads 4 --steps 200
-  deepspeed --num_gpus 4 --no_local_rank --module slope_megatron pretrain --config run.yaml --tensor-parallel 2
-  torchrun --nproc-per-node 4 -m slope_megatron pretrain --config run.yaml --tensor-parallel 2 --out runs/tp2 --resume
+RUN FOLDER (--out)
+  run.json             the configuration, its origins, versions, the command
+  metrics.jsonl        one line every --log-interval steps, at validations, bad steps and jumps of the loss; a number
+                       that is not finite is null
+  checkpoints/         step_00000500/ and so on; `latest` names the newest complete one
+  ranks/               heartbeats; failure.txt names the rank that died or hung
+  summary.json, DONE   the run in figures, at its end; DONE once all --steps are done and saved
 
-USR1 or TERM to any rank saves a checkpoint after the current step and ends the run with exit code 75; a finished run
-leaves a file DONE in its folder; `--auto-resume` goes on where there is a checkpoint and starts where there is none.
+  A folder that holds a run already is refused unless --resume, --auto-resume or --overwrite says what to do with it.
 
-Values come from defaults, then YAML files (`--config`), then flags. TP x DP is the number of ranks that were started.
+METRICS
+  model_tflops   TFLOP/s of each device, as if the model were dense: 2 operations a multiply-add; linears, attention's
+                 two products over whole sequences, the output layer; backward twice forward; neither embeddings nor
+                 recomputation
+  actual_tflops  what sparse kernels multiply of it, an N:M product counting N/M: forward and dgrad, wgrad in mode
+                 `full` (dense in mode `paper`); baselines count as dense
+  mfu            model_tflops / peak; mfu_actual: actual_tflops / peak
+
+CHECKPOINTS
+  One appears by one rename when every file of it is on disk, with the SHA-256 of each, and loads at any TP, PP and DP.
+  A save that fails (disk full, read-only) is logged, leaves older ones as they are, and is tried again at the next
+  --save-interval. A state that is not finite is never saved. At most --keep-checkpoints are there, one more while it
+  is written, and those of --keep-every.
+
+SIGNALS
+  USR1 or TERM to any rank: all ranks save after the same step and end with code 75. TERM twice: end at once.
+
+EXIT CODES
+   0  done, or stopped by --stop-at
+   2  bad input or configuration: one sentence says what; nothing was written
+  65  --max-bad-steps in a row: the loss or gradients were not finite; the last good checkpoint is kept
+  70  a rank died, or hung for --hang-timeout: named; go on with --resume
+  74  the end was reached, and the last checkpoint could not be written
+  75  stopped by USR1 or TERM, and saved: start again with --resume (schedulers: --auto-resume)
+ 130  interrupted from the keyboard; nothing was saved
+ 143  told twice to end; nothing was saved
+
+EXAMPLES
+  A small model on this machine:
+    slope pretrain --data corpus --out runs/small --hidden-size 256 --num-layers 4 --num-attention-heads 4 --steps 200
+  Four GPUs, two to a layer:
+    deepspeed --num_gpus 4 --no_local_rank --module slope_megatron pretrain --config run.yaml --tensor-parallel 2
+  The same under torchrun, going on from the newest checkpoint, at another layout:
+    torchrun --nproc-per-node 4 -m slope_megatron pretrain --config run.yaml --tensor-parallel 4 --resume
+  In a job that is requeued:
+    slope pretrain --config run.yaml --auto-resume --save-interval 200 --keep-every 5000
 """
 
 
@@ -31,7 +77,8 @@ def add_parser(subcommands) -> None:
     parser = subcommands.add_parser(
         "pretrain",
         help="train a model; started once on every rank",
-        description="Pretrain a 2:4 sparse model (or, with --no-slope, its dense twin) on prepared data.",
+        usage=USAGE,
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -73,6 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
     if cpu_host.prepare():
         # torch.compile of small pointwise functions costs more than it gives on CPUs.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return train(config, origins)
+
+
+def train(config: Config, origins: dict[str, str]) -> int:
+    """Train; returns the exit code, and says on the first rank how it went."""
     from slope_megatron.training.pretrain import pretrain
     from slope_megatron.training.watch import Diverged
 
@@ -91,4 +143,4 @@ def run(arguments: argparse.Namespace) -> int:
 def say(line: str) -> None:
     """One line to the terminal, from the first rank."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(line, file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: st
         common = {
             "dest": destination(config_class, field.name),
             "default": argparse.SUPPRESS,
-            "help": f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+            "help": f"{field.metadata['help']}{default_text(field.default)}".replace("%", "%%"),
         }
         if kind is bool:
             group.add_argument(flag_of(field.name, prefix), action=argparse.BooleanOptionalAction, **common)
@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: st
                 metavar="{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper(),
                 **common,
             )
+
+
+def default_text(default) -> str:
+    """How the manual gives a default; where it is empty, the line itself says what unset means."""
+    if default is None or default == "":
+        return ""
+    return f" (default: {('off', 'on')[default] if isinstance(default, bool) else default})"
 
 
 def destination(config_class: type, name: str) -> str:

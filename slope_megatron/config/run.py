@@ -9,7 +9,7 @@ from slope_megatron.config.fields import check_choices, option
 class DataConfig:
     """Prepared data and how it is cut into batches."""
 
-    data: str = option("", "folder that `slope data prepare` wrote")
+    data: str = option("", "required: folder that `slope data prepare` wrote")
     cache: str | None = option(None, "folder for Megatron's sample index; unset: a folder in the prepared data")
     seq_length: int = option(1024, "tokens of one sample")
     micro_batch_size: int = option(1, "samples of one forward pass on one replica")
@@ -49,11 +49,12 @@ class DataConfig:
 class TrainConfig:
     """The run: how long, how precise, where it writes."""
 
-    out: str = option("", "run folder: configuration, metrics, checkpoints")
+    out: str = option("", "required: run folder, which gets configuration, metrics, checkpoints")
     init_from: str | None = option(
         None,
         "start from these weights, with a new optimizer: a run folder (its newest checkpoint) or a checkpoint; "
-        "packed ones keep their patterns, dense ones (also Megatron's torch_dist) are pruned on load",
+        "packed ones keep their patterns, dense ones (also Megatron's torch_dist) are pruned on load; unset: fresh "
+        "weights",
     )
     steps: int = option(1000, "optimizer steps in all")
     stop_at: int | None = option(

@@ -35,12 +35,12 @@ class WatchConfig:
     wandb: str | None = option(
         None,
         "write the metrics for Weights & Biases, too, as this project, to RUN/wandb (needs the package `wandb`; "
-        "offline unless WANDB_MODE says otherwise: `wandb sync` uploads it)",
+        "offline unless WANDB_MODE says otherwise: `wandb sync` uploads it); unset: not",
     )
     peak_tflops: float | None = option(
         None,
-        "dense peak of one device in TFLOP/s, which MFU is a share of; unset: that of a known GPU (A100 312, H100 and "
-        "H200 989, V100 125), else MFU is left out",
+        "dense peak of one device in TFLOP/s, which MFU is a share of (see METRICS below); unset: that of a known GPU "
+        "(A100 312, H100 and H200 989 in bf16, V100 125 in fp16), else MFU is left out",
     )
 
     def __post_init__(self):

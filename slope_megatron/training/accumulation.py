@@ -26,6 +26,7 @@ class ThroughSchedule:
         """Reduced gradients of all micro-batches; this rank's mean loss (zero but on the last stage)."""
         engine = self.engine
         results = engine.schedule(batches, engine.training_loss, forward_only=False)
+        engine.on_part("gradients")
         gradients.sum_sequence_parallel(engine.model)
         gradients.sum_tied_copies(engine.model)
         engine.note_gradients(gradients.held(engine.model, engine.optimizer))

@@ -33,20 +33,22 @@ def probe(run: Path) -> None:
         ) from None
 
 
-def check_space(run: Path, checkpoint_bytes: int, train: TrainConfig, steps_left: int) -> None:
+def check_space(run: Path, checkpoint_bytes: int, train: TrainConfig, steps_done: int) -> None:
     """Refuse a run whose checkpoints cannot fit: those it keeps and the one it is writing.
 
     Args:
         checkpoint_bytes: size of one checkpoint.
-        steps_left: steps that this run still has to do.
+        steps_done: where the run goes on.
     Raises:
         ValueError: says what is needed, what is free, and the way out.
     """
+    last = train.steps if train.stop_at is None else min(train.steps, train.stop_at)
+    steps_left = max(0, last - steps_done)
     saves = -(-steps_left // train.save_interval)
     there = len(checkpoint.complete_checkpoints(run))
     # While one is written, the newest `keep` are still there.
     recent = min(train.keep_checkpoints + 1, there + saves)
-    for_ever = steps_left // train.keep_every if train.keep_every else 0
+    for_ever = last // train.keep_every - steps_done // train.keep_every if train.keep_every else 0
     needed = max(0, recent + for_ever - min(there, recent)) * checkpoint_bytes
     free = shutil.disk_usage(run).free
     if needed > free:

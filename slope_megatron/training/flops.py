@@ -5,11 +5,12 @@ sequences (causal or not), and the output layer; not the embedding look-up, norm
 what recomputation does again. Backward is twice forward.
 
     dense-equivalent   as if nothing were sparse: what the dense twin would do (PaLM, appendix B, plus the output layer)
-    actual             an N:M product counts N/M of it: forward and dgrad; wgrad is a dense product in `paper` mode;
-                       adapters, once they have joined, add theirs
+    actual             what sparse kernels multiply: an N:M product counts N/M of it. Forward and dgrad are such; wgrad
+                       is in mode `full` (N:M of the output gradient along tokens), and dense in mode `paper`.
+                       Adapters, once they have joined, add theirs. Baselines multiply dense matrices of masked weights
 
 MFU = dense-equivalent operations per second / the device's dense peak, so a sparse model may exceed its dense twin's
-ceiling; `mfu_actual` counts what is really multiplied.
+ceiling; `mfu_actual` = actual operations per second / the same peak.
 """
 
 import dataclasses
@@ -50,20 +51,23 @@ def flops_per_token(config: Config, vocabulary: int, *, adapters: bool = False) 
     """Operations per token of a training step.
 
     Args:
-        vocabulary: rows of the output layer, padding included.
+        vocabulary: entries of the tokenizer; the output layer's padding is added here.
         adapters: whether the low-rank adapters take part.
     """
     model, slope = config.model, config.slope
+    rows_out = -(-(model.vocab_size or vocabulary) // model.vocab_multiple) * model.vocab_multiple
     # Scores and their product with the values: 2 products x 2 s h; three times for forward and backward.
-    rest = 3 * (model.num_layers * 4 * config.data.seq_length * model.hidden_size + 2 * vocabulary * model.hidden_size)
+    rest = 3 * (model.num_layers * 4 * config.data.seq_length * model.hidden_size + 2 * rows_out * model.hidden_size)
     dense, actual = float(rest), float(rest)
+    gradient_n, gradient_m = slope.gradient_nm
+    wgrad = gradient_n / gradient_m if slope.mode == "full" else 1.0
     for block in range(model.num_layers):
-        sparse = sparse_linears(slope, block)
+        sparse = sparse_linears(slope, block) if slope.packed else set()
         n, m = parse_nm(slope.for_block(block).nm)
         for name, (rows, columns) in linear_shapes(config).items():
             product = 2.0 * rows * columns
             dense += 3 * product
-            actual += product * ((2 * n / m + 1) if name in sparse else 3)
+            actual += product * ((2 * n / m + wgrad) if name in sparse else 3)
             if adapters and name in sparse:
                 actual += 3 * 2.0 * slope.adapter_rank * (rows + columns)
     return Flops(dense, actual)

@@ -1,6 +1,7 @@
 """`slope pretrain`: the run from its first line to its summary."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.init_from import check_init, load_init
 from slope_megatron.training.loop import Run, what_is_safe
+from slope_megatron.training.watch import Diverged
 from slope_megatron.training.writers import check_installed, open_writers
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,13 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     if resume_from:
         checkpoint.load(engine, resume_from)
     size = accounting.checkpoint_bytes(engine)
-    on_first_rank(lambda: disk.check_space(run, size, config.train, config.train.steps - engine.steps_done))
+    try:
+        on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
+    except ValueError:
+        leave(watch)
+        if not resume_from and locks:
+            shutil.rmtree(run)  # nothing but its description is there yet
+        raise
     kernel_choices.share(run, resumed=resume_from is not None)
     writers: list = []
     on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
@@ -96,15 +104,23 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     except RuntimeError:
         watch.await_verdict()
         raise
+    except Diverged:
+        leave(watch)
+        raise
     summary["dtype"] = dtype
     if dist.get_rank() == 0:
         write_results(run, summary, config.train.steps)
         for writer in writers:
             writer.close()
+    leave(watch)
+    return summary
+
+
+def leave(watch: RankWatch) -> None:
+    """All ranks end together: none takes another's end for a fault."""
     dist.barrier()
     watch.stop()
     parallel.finish()
-    return summary
 
 
 def write_results(run: Path, summary: dict, steps: int) -> None:

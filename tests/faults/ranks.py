@@ -15,12 +15,13 @@ from faults.moments import SAVE_INTERVAL, STEPS, Moment, arm
 from helpers.distributed import fork_server
 
 WORLD = 2
+# For runs that are to hang; a busy machine may take this long for a step of the others.
 HANG_TIMEOUT = 4.0
 PATIENCE = 120.0
 NUMBERS = itertools.count()
 
 
-def settings(data: Path, run: Path, tensor_parallel: int, **train):
+def settings(data: Path, run: Path, tensor_parallel: int, *, hang_timeout: float = 60.0, **train):
     """A run of 12 steps, saved every second: adapters join at step 9, the column pattern changes at 5 and 10."""
     from slope_megatron.config import (
         Config,
@@ -48,7 +49,7 @@ def settings(data: Path, run: Path, tensor_parallel: int, **train):
             log_interval=1,
             **train,
         ),
-        watch=WatchConfig(hang_timeout=HANG_TIMEOUT),
+        watch=WatchConfig(hang_timeout=hang_timeout),
     )
 
 
@@ -67,8 +68,6 @@ def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -
     try:
         from slope_megatron.cli import pretrain as program
         from slope_megatron.cli import set_up_logging
-        from slope_megatron.training.pretrain import pretrain
-        from slope_megatron.training.watch import Diverged
 
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
         set_up_logging(False)
@@ -77,12 +76,7 @@ def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -
             arm(moment)
         if prepare_rank is not None:
             prepare_rank(rank)
-        try:
-            summary = pretrain(config, {})
-            code = program.UNSAVED if summary["unsaved"] else program.STOPPED_EARLY if summary["stopped_early"] else 0
-        except Diverged as error:
-            print(f"slope: error: {error}", flush=True)
-            code = program.DIVERGED
+        code = program.train(config, {})
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

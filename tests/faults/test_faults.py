@@ -25,7 +25,8 @@ def endure(moment: Moment, data, folder, expected: dict[int, float]) -> Outcome:
     from slope_megatron.training import checkpoint
 
     run, logs = folder / "run", folder / "logs"
-    ended = ranks.start(ranks.settings(data, run, moment.tensor_parallel), logs, moment)
+    patience = {"hang_timeout": ranks.HANG_TIMEOUT} if moment.kind == "stopped" else {}
+    ended = ranks.start(ranks.settings(data, run, moment.tensor_parallel, **patience), logs, moment)
     if moment.kind == "disk full":
         assert ended.codes == [0, 0], ended.said
         assert f"step_{moment.step:08d} could not be written (rank {moment.rank}: No space left" in ended.said

@@ -212,7 +212,9 @@ def saved_in_the_background(config, run, dtype):
     return results + train(engine, config, 10), state_of(engine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+)
 def test_steps_do_not_leak_into_a_save_that_is_still_being_written(ranks, tmp_path, dtype):
     config = small_config(slope=SLOPE, steps=10, tensor_parallel=2)
     layout = {"world": 2, "tensor_parallel": 2}

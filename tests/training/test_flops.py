@@ -16,16 +16,20 @@ def test_a_block_by_hand():
     qkv, proj, mlp = 3 * 64 * 64, 64 * 64, 2 * 64 * 256
     attention, output = 2 * 16 * 64, 96 * 64  # multiply-adds a token: scores and values; the padded vocabulary
     whole = 2 * (qkv + proj + mlp + attention) + output
-    counts = flops_per_token(small_config(), 96)
+    counts = flops_per_token(small_config(), VOCABULARY)
     assert counts.dense_equivalent == 3 * 2 * whole
     sparse = 2 * (qkv + proj + mlp) - qkv
     # Forward and dgrad do half of a sparse product; wgrad all of it.
     assert counts.actual == 3 * 2 * whole - 2 * sparse
-    dense = flops_per_token(small_config(slope={"enabled": False}), 96)
+    dense = flops_per_token(small_config(slope={"enabled": False}), VOCABULARY)
     assert dense.actual == dense.dense_equivalent == counts.dense_equivalent
-    eighth = flops_per_token(small_config(slope={"nm": "2:8"}), 96)
+    full = flops_per_token(small_config(slope={"mode": "full"}), VOCABULARY)
+    assert full.actual == 3 * 2 * whole - 3 * sparse
+    masked = flops_per_token(small_config(slope={"method": "srste"}), VOCABULARY)
+    assert masked.actual == masked.dense_equivalent
+    eighth = flops_per_token(small_config(slope={"nm": "2:8"}), VOCABULARY)
     assert eighth.actual == 3 * 2 * whole - 2 * 2 * 0.75 * sparse
-    with_adapters = flops_per_token(small_config(slope={"adapter_rank": 4}), 96, adapters=True)
+    with_adapters = flops_per_token(small_config(slope={"adapter_rank": 4}), VOCABULARY, adapters=True)
     shapes = [(64, 64), (256, 64), (64, 256)]
     pairs = 2 * sum(4 * (a + b) for a, b in shapes) + 4 * (192 + 64)
     assert with_adapters.actual == counts.actual + 3 * 2 * pairs
@@ -43,7 +47,7 @@ def counted(config):
     batches = step_batches(config, 0, 0, 1)
     # Attention as plain products: torch does not count its fused form on CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        engine.forward_backward(batches)
+        engine.forward_backward_reduce(batches)
     return counter.get_total_flops() / batches[0]["tokens"].numel() / len(batches)
 
 
@@ -53,7 +57,7 @@ def test_a_dense_model_does_what_is_counted(ranks, gated):
 
     config = small_config(gated=gated, slope={"enabled": False})
     [found] = ranks.run(counted, config, world=1)
-    assert found == flops_per_token(config, 96).dense_equivalent
+    assert found == flops_per_token(config, VOCABULARY).dense_equivalent
 
 
 def test_mfu_is_left_out_where_the_peak_is_unknown():

@@ -20,33 +20,36 @@ def build(config, dtype):
 
 
 def state_of(engine):
-    base = engine.optimizer.optimizer
-    tensors = [parameter.detach().clone() for parameter in engine.model.parameters()]
-    for group in base.param_groups:
-        for partition in group["params"]:
-            tensors += [partition.detach().clone(), *(value.clone() for value in base.state[partition].values())]
+    """Masters and moments of this rank, and its weights (with ZeRO-3: the parts that it keeps)."""
+    from slope_megatron.training import zero
+
+    tensors = [getattr(parameter, "ds_tensor", parameter).detach().clone() for parameter in engine.model.parameters()]
+    for partition in zero.partitions(engine.optimizer):
+        state = engine.optimizer.optimizer.state[partition.masters].values()
+        tensors += [partition.masters.detach().clone(), *(value.clone() for value in state if torch.is_tensor(value))]
     return tensors
 
 
 def spoil_gradients(engine):
     """One number of one gradient of this rank is infinite."""
-    from slope_megatron.training import gradients
 
-    original = gradients.sum_sequence_parallel
+    def spoil(output):
+        def infinite(gradient):
+            gradient = gradient.clone()
+            gradient.view(-1)[5] = math.inf
+            return gradient
 
-    def spoiled(model):
-        original(model)
-        gradients.gradient(model.decoder.layers[1].mlp.linear_fc2.weight).view(-1)[5] = math.inf
+        output.register_hook(infinite)
 
-    gradients.sum_sequence_parallel = spoiled
-    return lambda: setattr(gradients, "sum_sequence_parallel", original)
+    linear = engine.model.decoder.layers[1].mlp.linear_fc2
+    return linear.register_forward_hook(lambda module, inputs, output: spoil(output[0])).remove
 
 
 def spoil_loss(engine):
     """The loss that is reported is not a number; the gradients stay as they are."""
-    original = engine.forward_backward
-    engine.forward_backward = lambda batches: (original(batches), math.nan)[1]
-    return lambda: setattr(engine, "forward_backward", original)
+    original = engine.forward_backward_reduce
+    engine.forward_backward_reduce = lambda batches: (original(batches), math.nan)[1]
+    return lambda: setattr(engine, "forward_backward_reduce", original)
 
 
 def train_with_bad_steps(config, dtype, spoil, culprits, bad_steps):
@@ -75,16 +78,27 @@ def train_with_bad_steps(config, dtype, spoil, culprits, bad_steps):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "spoil", "layout"),
+    ("dtype", "spoil", "layout", "stage"),
     [
-        (torch.float32, spoil_gradients, {"tensor_parallel": 2}),
-        (torch.bfloat16, spoil_gradients, {}),
-        (torch.float32, spoil_loss, {}),
+        (torch.float32, spoil_gradients, {"tensor_parallel": 2}, 1),
+        (torch.bfloat16, spoil_gradients, {}, 1),
+        (torch.float32, spoil_loss, {}, 1),
+        pytest.param(torch.float32, spoil_loss, {}, 2, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, spoil_gradients, {}, 2, marks=pytest.mark.slow),
+        pytest.param(torch.float32, spoil_gradients, {}, 3, marks=pytest.mark.slow),
     ],
-    ids=["gradients-fp32-TP2", "gradients-bf16-DP2", "loss-fp32-DP2"],
+    ids=[
+        "gradients-fp32-TP2",
+        "gradients-bf16",
+        "loss-fp32",
+        "loss-ZeRO-2",
+        "gradients-bf16-ZeRO-2",
+        "gradients-ZeRO-3",
+    ],
 )
-def test_a_bad_step_on_one_rank_updates_nothing_anywhere(ranks, dtype, spoil, layout):
+def test_a_bad_step_on_one_rank_updates_nothing_anywhere(ranks, dtype, spoil, layout, stage):
     config = small_config(**layout)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=stage))
     results = ranks.run(train_with_bad_steps, config, dtype, spoil, {1}, {2, 3}, world=2, **layout)
     for rank, (seen, problem, _) in enumerate(results):
         assert problem is None
