@@ -84,8 +84,8 @@ class MaskedWeight(PrunedLinear):
             self.drop_operands()
 
     def dense_weight(self) -> torch.Tensor:
-        """S W `[N, K]`: what is multiplied."""
-        return self.weight.detach() * self.mask()
+        """S W `[N, K]`: what is multiplied; W itself in the dense tail."""
+        return self.weight.detach() * self.mask() if self.masking else self.weight.detach()
 
     def operands(self) -> DenseOperands:
         """S W of the present weight: made on first use, and anew when the parameter was written."""
