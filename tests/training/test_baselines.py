@@ -14,7 +14,12 @@ METHODS = {
     "srste": {"method": "srste", "srste_decay": 0.05},
     "fst": {"method": "fst", "fst_decay": 0.05, "fst_mask_interval": 3, "fst_dense_tail": 0.25},
 }
-LAYOUTS = [(2, 1, 1, {"sequence_parallel": True, "recompute": "full"}), (1, 2, 1, {"recompute": "full"})]
+# TP, PP, DP, and what else differs from one process.
+LAYOUTS = [
+    (2, 1, 1, {"sequence_parallel": True, "recompute": "full"}),
+    (1, 2, 1, {"recompute": "full"}),
+    (1, 1, 2, {"zero_stage": 2}),
+]
 
 
 def build_engine(config):
@@ -54,9 +59,10 @@ def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
     return results, whole_parts(engine)
 
 
-def config_of(method, family="opt", **more):
+def config_of(method, family="opt", zero_stage=1, **more):
     slope = {**METHODS[method], **({"adapter_rank": 4, "lazy_fraction": 0.4} if method == "srste" else {})}
-    return small_config(slope=slope, gated=family == "llama", steps=STEPS, keep_checkpoints=9, **more)
+    config = small_config(slope=slope, gated=family == "llama", steps=STEPS, keep_checkpoints=9, **more)
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=zero_stage))
 
 
 def assemble(results):
@@ -68,10 +74,10 @@ def assemble(results):
     return whole
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", ["opt", pytest.param("llama", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_layouts_are_equal(ranks, method, family):
-    """TP with sequence parallelism, and pipeline stages; recomputed, so that draws must find their micro-batch."""
+    """TP with sequence parallelism, and pipeline stages, recomputed: draws must find their micro-batch. And ZeRO-2."""
     expected = ranks.run(train, config_of(method, family), world=1)
     losses, norms = zip(*expected[0][0], strict=True)
     assert losses[-1] < 0.95 * losses[0], "it must learn, or equality says little"
@@ -197,3 +203,48 @@ def test_resume_is_exact(ranks, tmp_path, method):
         assert results == expected_results[4:]
         for (name, *_, data), (*_, expected_data) in zip(parts, expected_parts, strict=True):
             assert torch.equal(data, expected_data), name
+
+
+def decays(config, dtype):
+    """Of one step: (gradient's change, what it should be, elements) of each piece of a masked weight on this rank."""
+    from megatron.core import parallel_state
+
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training import baselines
+    from slope_megatron.training.engine import Engine
+
+    found, decay = [], baselines.decay_partition
+
+    def watched(module, partition):
+        before, weight, mask = partition.grad.clone(), partition.detach().clone(), module.mask().flatten()
+        decay(module, partition)
+        place = module.weight._hp_mapping
+        if place is not None:
+            flat, part = place.hp_fragment_address, place.lp_fragment_address
+            own = slice(flat.start, flat.start + flat.numel)
+            change = (partition.grad - before)[own]
+            expected = config.slope.decay * weight[own] * ~mask[part.start : part.start + part.numel]
+            # One fp32 sum, of which one term is taken off again.
+            rounding = 2.0**-22 * (before[own].abs().max() + expected.abs().max())
+            found.append((change, expected, float(rounding)))
+
+    baselines.decay_partition = watched
+    try:
+        engine = Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        engine.train_step(step_batches(config, 0, replica, replicas))
+    finally:
+        baselines.decay_partition = decay
+    return found, sum(module.weight.numel() for module in baselines.masked_modules(engine.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_every_pruned_weight_decays_once(ranks, zero_stage, dtype):
+    """In whatever partition of ZeRO's it lies: the pieces of both replicas are the masked weights, each once."""
+    results = ranks.run(decays, config_of("srste", zero_stage=zero_stage), dtype, world=2)
+    pieces = [piece for found, _ in results for piece in found]
+    assert sum(change.numel() for change, *_ in pieces) == results[0][1] > 0
+    for change, expected, rounding in pieces:
+        assert float(expected.abs().max()) > 1e-3
+        assert float((change - expected).abs().max()) <= rounding
