@@ -50,7 +50,7 @@ def enter_phase(model: torch.nn.Module, phases: Phases, step: int) -> None:
 
 
 def refresh(model: torch.nn.Module, phases: Phases, steps_done: int) -> None:
-    """After the weights' gather: products follow the values, and FST's masks when their step has come."""
+    """After the weights' gather: products follow the values, and so do the masks when their step has come."""
     for module in masked_modules(model):
         if phases.new_mask(steps_done):
             module.update_mask()

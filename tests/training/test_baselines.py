@@ -265,3 +265,39 @@ def test_every_pruned_weight_decays_once(ranks, zero_stage, dtype):
     for change, expected, rounding in pieces:
         assert float(expected.abs().max()) > 1e-3
         assert float((change - expected).abs().max()) <= rounding
+
+
+def saved_weights(config, run):
+    """A checkpoint of a masked model after three steps, and what the model multiplies with by canonical name."""
+    from slope_megatron.models.dense import assemble as assemble_dense
+    from slope_megatron.models.dense import dense_parts
+    from slope_megatron.training import checkpoint
+
+    engine = build_engine(config)
+    for step in range(3):
+        engine.train_step(step_batches(config, step, 0, 1))
+    checkpoint.save(engine, run)
+    return assemble_dense(dense_parts(engine.model))
+
+
+@pytest.mark.parametrize("method", ["srste", "fst"])
+def test_a_checkpoint_is_read_with_its_masks(ranks, tmp_path, method):
+    from slope_megatron.export.trained_run import TrainedRun
+    from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
+
+    slope = {**METHODS[method], **({"adapter_rank": 4, "lazy_fraction": 1.0} if method == "srste" else {})}
+    config = small_config(slope=slope, steps=STEPS)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=VOCABULARY))
+    expected = ranks.run(saved_weights, config, tmp_path, world=1)[0]
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    exported = TrainedRun(tmp_path)
+    assert not any(key.endswith("_mask") for key in exported)
+    # W itself is dense: whatever is zero, the mask has made zero.
+    found = exported.dense(name, fold=False)
+    assert float((found == 0).float().mean()) == 0.5
+    for key, weight in expected.items():
+        folded = exported.dense(key, fold=True)
+        assert torch.allclose(folded, weight[: len(folded)], rtol=1e-6, atol=1e-7), key
+    again = MegatronCheckpoint(tmp_path / "checkpoints" / "step_00000003")
+    assert not any(key.endswith("_mask") for key in again)
+    assert torch.equal(again[name], found)
