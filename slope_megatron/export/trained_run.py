@@ -1,7 +1,8 @@
 """A run's checkpoint as a mapping `{canonical name: tensor}`, in one process, without Megatron and DeepSpeed.
 
 The checkpoint is read by whole tensors, whatever layout wrote it. Left out: the optimizer, the second pruning (only
-training needs it), adapters that had not joined yet, and the rows that pad the vocabulary.
+training needs it), adapters that had not joined yet, and the rows that pad the vocabulary. A baseline's weight comes
+with zeros where its mask has them.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from slope_megatron.sparsity.packing import unpack, unpack_bits
 
 logger = logging.getLogger(__name__)
 LEFT_OUT = (".weight_column", "_extra_state")
+MASK = "_mask"
 ADAPTERS = (".adapter_l", ".adapter_r")
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -114,6 +116,7 @@ class TrainedRun(Mapping):
             for name, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata) and self._counts(name)
         }
+        self.masks = {name: self.entries.pop(name) for name in list(self.entries) if name.endswith(f".weight{MASK}")}
         self.tokenizer_folder = self._find_tokenizer(tokenizer)
         self.vocabulary = self._vocabulary()
         positions = self.entries.get("embedding.position_embeddings.weight")
@@ -184,11 +187,15 @@ class TrainedRun(Mapping):
         """Some tensors at once."""
         from torch.distributed import checkpoint
 
+        masks = [f"{name}{MASK}" for name in names if f"{name}{MASK}" in self.masks]
         state = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
+        state |= {name: torch.empty(self.masks[name].size, dtype=torch.uint8) for name in masks}
         with warnings.catch_warnings():
             # That one process reads is the intent.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
+        for name in masks:
+            state[name.removesuffix(MASK)] *= unpack_bits(state.pop(name))
         return {
             name: tensor[: self.vocabulary] if name in VOCABULARY_ROWS else tensor for name, tensor in state.items()
         }
@@ -209,13 +216,13 @@ class TrainedRun(Mapping):
 
     def dense(self, name: str, fold: bool) -> torch.Tensor:
         """The dense tensor: zeros where pruned. `fold` adds (1/R) (L R)^T, summed in fp32 at least, then rounded."""
-        if not self.is_packed(name):
-            return self[name]
         linear = name.removesuffix(".weight")
-        names = [name, f"{name}_pattern"]
+        names = [name, f"{name}_pattern"] if self.is_packed(name) else [name]
         folded = fold and self.has_adapter(name)
         stored = self.read([*names, *(linear + leaf for leaf in ADAPTERS)] if folded else names)
-        weight = unpack(stored[name], unpack_bits(stored[f"{name}_pattern"]))
+        weight = stored[name]
+        if self.is_packed(name):
+            weight = unpack(weight, unpack_bits(stored[f"{name}_pattern"]))
         if not folded:
             return weight
         wide = torch.promote_types(weight.dtype, torch.float32)

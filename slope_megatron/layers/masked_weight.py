@@ -1,11 +1,14 @@
 """MaskedWeight: a dense weight that is multiplied as a pruned one. The baselines; they save no memory.
 
-N out, K in (this rank's shard), W the dense Parameter `[N, K]`, S its mask, T tokens.
+N out, K in (this rank's shard), T tokens.
+
+    weight        Parameter [N, K]        W, dense
+    weight_mask   buffer uint8 [N, K/8]   S, a bitmask; in the checkpoint, so that whoever reads it knows what counts
 
                 forward        dgrad            wgrad (dense)       S
     srste       X (S W)^T      P(dY) S W        P(dY)^T X           N:M by magnitude of the present W, along K
     fst         X (S W)^T      dY S W           MVUE(dY)^T X        transposable 2:4, state, searched now and then
-    neither     X W^T          dY W             dY^T X              all ones: FST's dense tail
+    (tail)      X W^T          dY W             dY^T X              all ones: FST's last steps
 
 P keeps the n largest of every m tokens of dY. Every weight gets a gradient (straight through the mask), and before the
 optimizer lambda (1 - S) W is added to it (`training.baselines`).
@@ -45,47 +48,47 @@ class MaskedWeight(PrunedLinear):
     weight_mask: torch.Tensor
 
     def init_masked(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
-        """Called once, at the end of the constructor. `weight_mask`, uint8 `[N, K/8]`, is FST's alone.
+        """Called once, at the end of the constructor.
 
         Raises:
             ValueError: the shard cuts a group, a block or a byte of the bitmask.
         """
         rows, columns = self.weight.shape
         check_masked_shard(rows, columns, slope)
-        if slope.method == "fst":
-            mask = torch.zeros(rows, columns // 8, dtype=torch.uint8, device=self.weight.device)
-            self.register_buffer("weight_mask", mask)
+        mask = torch.zeros(rows, columns // 8, dtype=torch.uint8, device=self.weight.device)
+        self.register_buffer("weight_mask", mask)
         self.init_adapters(slope, columns, partition_dim, stride)
         self.masking = True
         self._operands: DenseOperands | None = None
         self._version = -1
         self.register_load_state_dict_post_hook(lambda module, _: module.drop_operands())
 
-    @torch.no_grad()
     def mask(self) -> torch.Tensor:
         """S as bool `[N, K]`."""
-        if not self.masking:
-            return torch.ones_like(self.weight, dtype=torch.bool)
-        if self.slope.method == "fst":
-            return unpack_bits(self.weight_mask)
-        return magnitude_pattern(self.weight.detach(), self.slope.n, self.slope.m)
+        return unpack_bits(self.weight_mask)
 
     @torch.no_grad()
     def update_mask(self) -> None:
-        """Search FST's mask of the present weights; SR-STE's follows them by itself."""
+        """Choose S for the present weight."""
+        weight = self.weight.detach()
         if self.slope.method == "fst":
-            self.weight_mask.copy_(pack_bits(transposable_mask(self.weight.detach())))
+            mask = transposable_mask(weight)
+        else:
+            mask = magnitude_pattern(weight, self.slope.n, self.slope.m)
+        self.weight_mask.copy_(pack_bits(mask))
         self.drop_operands()
 
     def set_masking(self, masking: bool) -> None:
-        """Whether the weight is pruned from here on."""
+        """Whether the weight is pruned from here on; S is all ones where it is not."""
+        if not masking:
+            self.weight_mask.fill_(255)
         if masking != self.masking:
             self.masking = masking
             self.drop_operands()
 
     def dense_weight(self) -> torch.Tensor:
-        """S W `[N, K]`: what is multiplied."""
-        return self.weight.detach() * self.mask()
+        """S W `[N, K]`: what is multiplied; W itself in the dense tail."""
+        return self.weight.detach() * self.mask() if self.masking else self.weight.detach()
 
     def operands(self) -> DenseOperands:
         """S W of the present weight: made on first use, and anew when the parameter was written."""

@@ -13,12 +13,15 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from slope_megatron.models.parameters import VOCABULARY_ROWS
+from slope_megatron.sparsity.packing import unpack_bits
 
 LAYER = re.compile(r"^((?:decoder|encoder)\.layers\.)(\d+)\.(.+)$")
 
 
 class MegatronCheckpoint(Mapping):
     """`{canonical name: whole dense tensor}` of a checkpoint folder; tensors are read when they are asked for.
+
+    A weight beside which a mask lies (`X.weight_mask`, a baseline's bitmask) comes masked.
 
     Args:
         prefix: what stands before the model's names, e.g. `model.` where a wrapper added it.
@@ -44,6 +47,8 @@ class MegatronCheckpoint(Mapping):
         }
         # Optimizer states lie beside the model under names of their own.
         self.stored = {name: e for name, e in self.stored.items() if not name.startswith(("optimizer.", "chained_"))}
+        masks = [name for name in self.stored if name.endswith(".weight_mask")]
+        self.masks = {name: self.stored.pop(name) for name in masks}
         packed = next((name for name in self.stored if name.endswith(".weight_pattern")), None)
         if packed:
             raise ValueError(f"{self.folder} holds a packed model ({packed}): resume from it, or give a dense one")
@@ -61,9 +66,13 @@ class MegatronCheckpoint(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         stored, layer = self.places[name]
         entry = self.stored[stored]
-        key = self.prefix + stored
+        key, mask = self.prefix + stored, f"{self.prefix}{stored}_mask"
         state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        if f"{stored}_mask" in self.masks:
+            state[mask] = torch.empty(self.masks[f"{stored}_mask"].size, dtype=torch.uint8)
         checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
+        if mask in state:
+            state[key] *= unpack_bits(state[mask])
         if name in VOCABULARY_ROWS:
             return state[key][: self.vocabulary]
         return state[key] if layer is None else state[key][layer]

