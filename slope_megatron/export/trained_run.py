@@ -1,7 +1,8 @@
 """A run's checkpoint as a mapping `{canonical name: tensor}`, in one process, without Megatron and DeepSpeed.
 
 The checkpoint is read by whole tensors, whatever layout wrote it. Left out: the optimizer, the second pruning (only
-training needs it), adapters that had not joined yet, and the rows that pad the vocabulary.
+training needs it), adapters that had not joined yet, and the rows that pad the vocabulary. The weights of baselines,
+which are dense and multiplied as pruned ones, come as they are multiplied.
 """
 
 import dataclasses
@@ -16,11 +17,14 @@ import torch
 from slope_megatron.config import Config
 from slope_megatron.config.reader import SECTIONS
 from slope_megatron.inference.text import find_tokenizer
-from slope_megatron.models.parameters import VOCABULARY_ROWS
+from slope_megatron.models.parameters import STACK, VOCABULARY_ROWS
+from slope_megatron.models.rules import sparse_linears
 from slope_megatron.sparsity.packing import unpack, unpack_bits
+from slope_megatron.sparsity.pattern import magnitude_pattern
 
 logger = logging.getLogger(__name__)
-LEFT_OUT = (".weight_column", "_extra_state")
+LEFT_OUT = (".weight_column", ".weight_mask", "_extra_state")
+PLACES = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
 ADAPTERS = (".adapter_l", ".adapter_r")
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -108,6 +112,7 @@ class TrainedRun(Mapping):
         self.config, self.step = config_of(state["config"]), state["steps_done"]
         start = self.config.adapter_start
         self.adapters_active = start is not None and self.step > start
+        self.masked = masked_weights(self.config, self.step)
         entries = FileSystemReader(self.folder).read_metadata().state_dict_metadata
         self.entries = {
             name: entry
@@ -185,13 +190,26 @@ class TrainedRun(Mapping):
         from torch.distributed import checkpoint
 
         state = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
+        for name in self._stored_masks(names):
+            state[name] = torch.empty(self._mask_shape(name), dtype=torch.uint8)
         with warnings.catch_warnings():
             # That one process reads is the intent.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
-        return {
-            name: tensor[: self.vocabulary] if name in VOCABULARY_ROWS else tensor for name, tensor in state.items()
-        }
+        for name in self.masked.keys() & set(names):
+            mask = state.get(f"{name}_mask")
+            state[name] *= magnitude_pattern(state[name], *self.masked[name]) if mask is None else unpack_bits(mask)
+        return {name: state[name][: self.vocabulary] if name in VOCABULARY_ROWS else state[name] for name in names}
+
+    def _stored_masks(self, names: list[str]) -> list[str]:
+        """FST's masks of some weights: they are state; SR-STE's are those of the present values."""
+        if self.config.slope.method != "fst":
+            return []
+        return [f"{name}_mask" for name in names if name in self.masked]
+
+    def _mask_shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self.entries[name.removesuffix("_mask")].size
+        return rows, columns // 8
 
     # -- dense --------------------------------------------------------------------------------------------------------
 
@@ -209,13 +227,13 @@ class TrainedRun(Mapping):
 
     def dense(self, name: str, fold: bool) -> torch.Tensor:
         """The dense tensor: zeros where pruned. `fold` adds (1/R) (L R)^T, summed in fp32 at least, then rounded."""
-        if not self.is_packed(name):
-            return self[name]
         linear = name.removesuffix(".weight")
-        names = [name, f"{name}_pattern"]
-        folded = fold and self.has_adapter(name)
+        names = [name, f"{name}_pattern"] if self.is_packed(name) else [name]
+        folded = fold and name.endswith(".weight") and self.has_adapter(name)
         stored = self.read([*names, *(linear + leaf for leaf in ADAPTERS)] if folded else names)
-        weight = unpack(stored[name], unpack_bits(stored[f"{name}_pattern"]))
+        weight = stored[name]
+        if self.is_packed(name):
+            weight = unpack(weight, unpack_bits(stored[f"{name}_pattern"]))
         if not folded:
             return weight
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -223,12 +241,30 @@ class TrainedRun(Mapping):
         return torch.addmm(weight.to(wide), right, left, alpha=1.0 / len(left)).to(weight.dtype)
 
 
+def masked_weights(config: Config, step: int) -> dict[str, tuple[int, int]]:
+    """`{name: (n, m)}` of the weights that a baseline multiplies as pruned ones after `step` steps.
+
+    None of them in SLoPe, whose weights are packed, nor in FST's dense tail.
+    """
+    slope = config.slope
+    tail = slope.fst_dense_tail if slope.method == "fst" else 0.0
+    if not slope.enabled or slope.packed or step > int((1.0 - tail) * config.train.steps + 1e-9):
+        return {}
+    stack = STACK[config.model.architecture]
+    return {
+        f"{stack}.layers.{block}.{PLACES[linear]}.{linear}.weight": (slope.for_block(block).n, slope.for_block(block).m)
+        for block in range(config.model.num_layers)
+        for linear in sparse_linears(slope, block)
+    }
+
+
 def tokenizer_size(file: Path) -> int:
     """Entries of a tokenizer file."""
     if file.suffix == ".json":
         import tokenizers
 
-        return tokenizers.Tokenizer.from_file(str(file)).get_vocab_size()
+        # Ids may have holes; every id has a row.
+        return max(tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()) + 1
     import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
