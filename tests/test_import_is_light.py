@@ -23,6 +23,14 @@ def test_import_is_light():
     assert not modules_after(statement) & set(HEAVY)
 
 
+def test_inference_needs_neither_megatron_nor_deepspeed():
+    statement = (
+        "import slope_megatron.inference.generate, slope_megatron.inference.packed_file, slope_megatron.inference.text,"
+        "slope_megatron.export.trained_run, slope_megatron.export.hf_export, slope_megatron.evaluation.models"
+    )
+    assert not modules_after(statement) & {"megatron", "deepspeed", "datasets", "transformers"}
+
+
 def test_kernels_and_ops_initialise_no_cuda():
     code = (
         "import torch, slope_kernels, slope_kernels.triton, slope_megatron.ops.backend, slope_megatron.linear;"

@@ -213,4 +213,5 @@ def run(arguments: argparse.Namespace) -> int:
     summary = build_summary(summaries["sparse"], summaries.get("dense"), manifest, seconds)
     write_report(out, summary, configs, manifest, versions(), dtype_reason)
     print(f"[{seconds['total']:5.0f} s] report: {out / 'report.md'}, plot: {out / 'loss.png'}", file=sys.stderr)
+    print(f'its text: slope generate {out / "sparse"} --prompt "def "', file=sys.stderr)
     return 0

@@ -1,5 +1,6 @@
 """Zero-shot scores through lm-evaluation-harness: of runs, of packed exports, and of Hugging Face folders."""
 
+import functools
 import logging
 from pathlib import Path
 
@@ -58,10 +59,9 @@ def evaluate(
     """
     model = open_model(folder, batch_size, device, dtype)
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    manager = task_manager(include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(
@@ -83,6 +83,14 @@ def evaluate(
         way_out = "--include-path FOLDER with task files of local data"
         raise unreachable(f"the data of {', '.join(tasks)}", way_out, error) from error
     return {task: numbers(metrics) for task, metrics in found["results"].items()}
+
+
+@functools.cache
+def task_manager(include_path: Path | None):
+    """The harness's tasks and those of a folder; it reads thousands of files, so once is enough."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(include_path) if include_path else None)
 
 
 def numbers(metrics: dict) -> dict[str, float]:

@@ -4,12 +4,13 @@ The JSON form gives the same ids as SentencePiece for text without U+2581, which
 """
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 from slope_megatron.export.output_folder import write_json
 from slope_megatron.export.trained_run import TOKENIZER_FILES
-from slope_megatron.inference.text import EOD_NAMES
+from slope_megatron.inference.text import EOD_NAMES, named_eod
 
 SPACE_SIGN = "\u2581"
 
@@ -29,7 +30,7 @@ def plan_tokenizer(source: Path | None) -> list[str]:
         return []
     files = [source] if source.is_file() else [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     names = {file.name for file in files}
-    if "tokenizer.model" in names:
+    if names & {"tokenizer.model", "tokenizer.json"}:
         names |= {"tokenizer.json", "tokenizer_config.json"}
     return sorted(names)
 
@@ -47,9 +48,10 @@ def write_tokenizer(source: Path | None, target: Path) -> TokenIds:
     if not (target / "tokenizer.json").is_file():
         return TokenIds()
     ids, names = special_tokens(target / "tokenizer.json")
-    if not (target / "tokenizer_config.json").is_file():
-        content = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-        write_json(target / "tokenizer_config.json", content)
+    settings = target / "tokenizer_config.json"
+    own = json.loads(settings.read_text()) if settings.is_file() else {}
+    form = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(settings, {**form, **names, **own})
     return ids
 
 
@@ -58,12 +60,17 @@ def special_tokens(file: Path) -> tuple[TokenIds, dict[str, str]]:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    end = next((name for name in EOD_NAMES if tokenizer.token_to_id(name) is not None), None)
-    if end is not None:
+    end = next((name for name in (*named_eod(file), *EOD_NAMES) if tokenizer.token_to_id(name) is not None), None)
+    if end is not None and tokenizer.token_to_id("[CLS]") is None:
         token = tokenizer.token_to_id(end)
         return TokenIds(bos=token, eos=token), {"bos_token": end, "eos_token": end}
     bert = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "sep", "pad", "mask", "unk")}
     names = {kind: name for kind, name in bert.items() if tokenizer.token_to_id(name) is not None}
+    if "cls_token" in names and tokenizer.post_processor is None:
+        # Fine-tuning asks the tokenizer for [CLS] A [SEP] B [SEP].
+        marks = [(names[kind], tokenizer.token_to_id(names[kind])) for kind in ("sep_token", "cls_token")]
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(*marks)
+        tokenizer.save(str(file))
     return TokenIds(pad=tokenizer.token_to_id("[PAD]")), names
 
 

@@ -52,7 +52,7 @@ def config(entries: list[Entry], source: TrainedRun, family: str) -> dict:
         "task_type": None if family == "bert" else "CAUSAL_LM",
         "base_model_name_or_path": "..",
         "inference_mode": True,
-        "r": source.config.slope.adapter_rank,
+        "r": entries[0].shape[0],
         "lora_alpha": 1,
         "lora_dropout": 0.0,
         "bias": "none",

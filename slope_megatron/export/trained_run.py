@@ -218,7 +218,7 @@ class TrainedRun(Mapping):
         """The dense tensor: zeros where pruned. `fold` adds (1/R) (L R)^T, summed in fp32 at least, then rounded."""
         linear = name.removesuffix(".weight")
         names = [name, f"{name}_pattern"] if self.is_packed(name) else [name]
-        folded = fold and self.has_adapter(name)
+        folded = fold and name.endswith(".weight") and self.has_adapter(name)
         stored = self.read([*names, *(linear + leaf for leaf in ADAPTERS)] if folded else names)
         weight = stored[name]
         if self.is_packed(name):
@@ -235,7 +235,8 @@ def tokenizer_size(file: Path) -> int:
     if file.suffix == ".json":
         import tokenizers
 
-        return tokenizers.Tokenizer.from_file(str(file)).get_vocab_size()
+        # Ids may have holes; every id has a row.
+        return max(tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()) + 1
     import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()

@@ -1,5 +1,6 @@
 """Tokenizers at inference, and text that grows token by token without broken characters."""
 
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,14 @@ class TextTokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
+def named_eod(file: Path) -> tuple[str, ...]:
+    """The end of a document as the tokenizer_config.json beside a tokenizer names it."""
+    settings = file.with_name("tokenizer_config.json")
+    named = json.loads(settings.read_text()).get("eos_token") if settings.is_file() else None
+    named = named.get("content") if isinstance(named, dict) else named
+    return (named,) if named else ()
+
+
 class SentencePieceText:
     """A SentencePiece model file. A literal U+2581, which SentencePiece takes for a space, goes in as bytes."""
 
@@ -26,7 +35,7 @@ class SentencePieceText:
 
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         unknown = self.processor.unk_id()
-        known = [self.processor.piece_to_id(name) for name in EOD_NAMES]
+        known = [self.processor.piece_to_id(name) for name in (*named_eod(path), *EOD_NAMES)]
         self.eod = next((token for token in known if token not in (unknown, -1)), None)
         self.space_sign = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
 
@@ -48,7 +57,11 @@ class JsonText:
         import tokenizers
 
         self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        known = (self.tokenizer.token_to_id(name) for name in EOD_NAMES)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        # As in training: what is written in a text never ends it.
+        self.tokenizer.encode_special_tokens = True
+        known = (self.tokenizer.token_to_id(name) for name in (*named_eod(path), *EOD_NAMES))
         self.eod = next((token for token in known if token is not None), None)
 
     def encode(self, text: str) -> list[int]:

@@ -45,17 +45,16 @@ def write_tokenizer(path):
 
 
 def squad_file(path, count, seed):
-    """`the cat has red . the dog has blue .` and `who has red ?`: the answer is the animal."""
+    """Eight words of which one is a colour, and the question `what ?`: the answer is the colour, wherever it stands."""
     generator = torch.Generator().manual_seed(seed)
     paragraphs = []
     for number in range(count):
-        colours = [WORDS[i] for i in torch.randperm(3, generator=generator)]
-        animals = [WORDS[3 + i] for i in torch.randperm(3, generator=generator)]
-        context = " ".join(f"the {animal} has {colour} ." for animal, colour in zip(animals, colours, strict=True))
-        asked = int(torch.randint(0, 3, (1,), generator=generator))
-        answer = {"text": animals[asked], "answer_start": context.index(animals[asked])}
-        question = {"id": f"{seed}.{number}", "question": f"who has {colours[asked]} ?", "answers": [answer]}
-        paragraphs.append({"context": context, "qas": [question]})
+        words = [WORDS[3 + i] for i in torch.randint(0, 3, (8,), generator=generator)]
+        place, colour = (int(torch.randint(0, high, (1,), generator=generator)) for high in (8, 3))
+        words[place] = WORDS[colour]
+        answer = {"text": words[place], "answer_start": len(" ".join([*words[:place], ""]))}
+        question = {"id": f"{seed}.{number}", "question": "what ?", "answers": [answer]}
+        paragraphs.append({"context": " ".join(words), "qas": [question]})
     path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
 
 
@@ -131,23 +130,23 @@ def test_the_learning_rate_rises_and_falls():
 
 @pytest.mark.slow
 def test_squad_shaped_questions_are_learnt(bert, tmp_path, capsys):
-    """`slope eval squad` on an export: most of the unseen questions are answered, where guessing gets a third."""
-    squad_file(tmp_path / "train.json", 240, 1)
+    """`slope eval squad` on an export: nearly all unseen questions are answered, where guessing gets one in eight."""
+    squad_file(tmp_path / "train.json", 256, 1)
     squad_file(tmp_path / "dev.json", 60, 2)
     flags = (
-        f"--train {tmp_path}/train.json --dev {tmp_path}/dev.json --lr 2e-3 --epochs 8 --batch-size 16 --max-length 40"
+        f"--train {tmp_path}/train.json --dev {tmp_path}/dev.json --lr 1e-3 --epochs 4 --batch-size 16 --max-length 24"
     )
     assert main(["eval", "squad", str(bert / "lora"), "--run", str(bert / "run"), *flags.split()]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["scores"]["exact_match"] > 60 and said["scores"]["f1"] >= said["scores"]["exact_match"]
+    assert said["scores"]["exact_match"] > 80 and said["scores"]["f1"] >= said["scores"]["exact_match"]
     kept = json.loads((bert / "run" / "scores" / "squad.json").read_text())
-    assert kept["scores"] == said["scores"] and kept["settings"]["lr"] == 2e-3
+    assert kept["scores"] == said["scores"] and kept["settings"]["lr"] == 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["mrpc", "stsb", "mnli"])
 def test_glue_shaped_tasks_are_learnt(bert, tmp_path, capsys, task):
-    """A pair is alike if its first words are; STS-B: the number of equal words; MNLI: which colour the second has."""
+    """The label says something of the second sentence's words: of one of them, or of their sum (STS-B)."""
     from slope_megatron.evaluation.glue import TASKS
 
     generator = torch.Generator().manual_seed(4)
@@ -155,8 +154,7 @@ def test_glue_shaped_tasks_are_learnt(bert, tmp_path, capsys, task):
         rows = []
         for _ in range(count):
             first, second = (torch.randint(0, 3, (2,), generator=generator).tolist() for _ in range(2))
-            same = sum(a == b for a, b in zip(first, second, strict=True))
-            label = {"mrpc": int(second[0] == 0), "stsb": 2.5 * same, "mnli": second[0]}[task]
+            label = {"mrpc": int(second[0] == 0), "stsb": float(sum(second)), "mnli": second[0]}[task]
             texts = (" ".join(WORDS[i] for i in words) for words in (first, second))
             rows.append({**dict(zip(TASKS[task].texts, texts, strict=True)), "label": label})
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -131,7 +131,12 @@ def test_likelihoods_are_those_of_the_definition(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("{hf} --tasks no_such_task", "--tasks names no_such_task, which lm-evaluation-harness has not"),
+        # The harness reads all of its task files first.
+        pytest.param(
+            "{hf} --tasks no_such_task",
+            "--tasks names no_such_task, which lm-evaluation-harness has not",
+            marks=pytest.mark.slow,
+        ),
         ("{tasks}", "is no run, packed model or Hugging Face model"),
         ("{packed} --run {hf}/nowhere", "nowhere is no folder"),
     ],

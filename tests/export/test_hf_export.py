@@ -94,6 +94,20 @@ def test_a_dense_twin_is_exported_too(ranks, tmp_path):
     assert relative_error(logits_of(load(tmp_path / "out", "gpt2"), "gpt2")[0], expected) < 1e-12
 
 
+@pytest.mark.parametrize("slope", [{"method": "srste", "adapter_rank": 4}, {"method": "fst"}], ids=["srste", "fst"])
+def test_baselines_are_exported_as_they_are_multiplied(ranks, tmp_path, slope):
+    """Dense weights under a mask, of the present values or stored: pruned in the export, and generation agrees."""
+    from slope_megatron.export.trained_run import TrainedRun
+    from slope_megatron.inference.decoder import Decoder
+
+    adapters = "adapter_rank" in slope
+    _, (expected, _) = made_run(ranks, tmp_path / "run", "llama", slope=slope, adapters=adapters)
+    export(tmp_path / "run", tmp_path / "out")
+    assert relative_error(logits_of(load(tmp_path / "out", "llama"), "llama")[0], expected) < 1e-12
+    source = TrainedRun(tmp_path / "run")
+    assert relative_error(Decoder(source.model, source)(batch()[0]), expected) < 1e-12
+
+
 def test_the_way_back_is_the_same_model(ranks, tmp_path):
     """Export, import, and every tensor is there again under its canonical name."""
     from slope_megatron.export.hf_checkpoint import import_hf

@@ -1,7 +1,6 @@
 """Run folders without training: a built model saved in the form that `training.checkpoint` writes."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from helpers.families import VOCABULARY, bare_model, hf_config, our_config
 
 def randomise(model, std: float = 0.2, seed: int = 0) -> None:
     """New numbers in every parameter, biases, norms and adapters too, so that nothing can be forgotten unnoticed."""
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.fill import choose_derived
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -19,31 +18,27 @@ def randomise(model, std: float = 0.2, seed: int = 0) -> None:
             shift = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             numbers = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(numbers * std + shift)
-    for module in sparse_modules(model):
-        module.refresh()
+    choose_derived(model)
 
 
 def save_run(model, config, run: Path, step: int) -> Path:
     """`run` with one checkpoint of `model`; one rank calls it. Returns the checkpoint's folder."""
-    from megatron.core import dist_checkpointing
-
     from slope_megatron.models.canonical import sharded_state_dict
     from slope_megatron.training import checkpoint, files
+    from slope_megatron.training.snapshot import Snapshot
 
     target = checkpoint.folder_of(run, step)
     partial = target.with_name(f"{target.name}.partial")
     partial.mkdir(parents=True)
-    dist_checkpointing.save({"model": sharded_state_dict(model)}, str(partial))
+    snapshot = Snapshot({"model": sharded_state_dict(model)})
+    manifest = snapshot.write_index(partial, [snapshot.write(partial)])
     content = config.to_dict()
     state = {"format": checkpoint.FORMAT, "steps_done": step, "optimizer_steps": {}, "config": content}
     files.write_json(partial / "state.json", state)
+    manifest["state.json"] = files.seal(partial / "state.json")
     files.write_json(run / "run.json", {"config": content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
-    checkpoint.publish(partial, target)
+    checkpoint.publish(partial, target, manifest)
     return target
-
-
-def write_metrics(run: Path, lines: list[dict]) -> None:
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def batch():
@@ -56,13 +51,14 @@ def batch():
 
 def trained_run(config, run, step, adapters, std):
     """Save a model of random numbers as a run; its logits."""
-    from slope_megatron.models.fill import fill_model, sparse_modules
+    from slope_megatron.models.fill import fill_model, pruned_modules
 
     model = bare_model(config)
     fill_model(model, seed=3, init_std=0.1, num_layers=config.model.num_layers)
     randomise(model, std)
-    for module in sparse_modules(model):
+    for module in pruned_modules(model):
         module.adapters_active = adapters
+        module.drop_operands()
     model.eval()
     save_run(model, config, run, step)
     tokens, mask, types = batch()
