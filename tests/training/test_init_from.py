@@ -43,9 +43,9 @@ def start_from(config):
     from slope_megatron.training.engine import Engine
     from slope_megatron.training.init_from import check_init, load_init
 
-    check_init(config)
+    check_init(config, samples=8)
     model = build_model(config, VOCABULARY, torch.float32)
-    load_init(model, config)
+    load_init(model, config, VOCABULARY, dataset=None)
     parts = shards_of(model)
     engine = Engine(model, config, torch.float32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -90,10 +90,10 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
 
     from slope_megatron.training.init_from import check_init
 
-    check_init(changed("slope", lazy_fraction=1.0))
+    check_init(changed("slope", lazy_fraction=1.0), samples=8)
     longer = second.data.seq_length * 2
     for config, message in (
-        (changed("slope", enabled=False), "holds a packed model and this run is dense: leave --no-slope out"),
+        (changed("slope", enabled=False), "holds a packed model and this run's weights are dense: leave --no-slope"),
         (changed("slope", nm="1:4"), "is of another model .slope.nm: '2:4' there, '1:4' here.: give the same settings"),
         (changed("model", num_layers=4), "model.num_layers: 2 there, 4 here"),
         (changed("data", seq_length=longer), rf"sequence length.: {longer // 2} there, {longer} here"),
@@ -101,8 +101,8 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
         (with_run(second, "x", init_from=str(tmp_path)), "holds no Megatron checkpoint of the torch_dist format"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_init(config)
+            check_init(config, samples=8)
     (weights,) = (tmp_path / "one" / "checkpoints" / "step_00000003").glob("*0_0.distcp")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"is corrupt: its file .* has \d+ bytes instead of"):
-        check_init(changed("slope", lazy_fraction=1.0))
+        check_init(changed("slope", lazy_fraction=1.0), samples=8)
