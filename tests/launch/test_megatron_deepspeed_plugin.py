@@ -1,4 +1,4 @@
-"""The plugin for Megatron-DeepSpeed, on linears of the installed megatron-core: the constructors have the same dialect."""
+"""The plugin for Megatron-DeepSpeed, on linears of the installed megatron-core, whose constructors speak alike."""
 
 import argparse
 import importlib.util
