@@ -132,6 +132,8 @@ def test_what_it_can_serve_is_taken(monkeypatch):
         ([], {"deepspeed": False}, "--deepspeed is off with --slope"),
         ([], {"kd": True}, "no --kd"),
         (["--slope-adapter-rank", "4"], {}, "--slope-adapter-rank is 4"),
+        (["--slope-pattern", "wanda"], {}, "--slope-pattern is wanda"),
+        (["--slope-mode", "full"], {}, "--slope-mode full"),
         (["--slope-lr-multiplier", "2"], {}, "--slope-lr-multiplier is 2.0: the upstream's optimizer has one"),
     ],
 )
