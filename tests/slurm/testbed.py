@@ -8,6 +8,7 @@ watcher cleans up when they are killed.
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -207,8 +208,7 @@ class Testbed:
             subprocess.run(command, env=self.environment, capture_output=True)
 
     def _end_daemons(self) -> None:
-        for path in sorted((self.folder / "run").glob("*.pid")):
-            end(path)
+        end(*sorted((self.folder / "run").glob("*.pid")))
 
     def _all_idle(self) -> bool:
         deadline = time.monotonic() + 15
@@ -260,18 +260,17 @@ def alive(pid_file: Path) -> bool:
     return True
 
 
-def end(pid_file: Path) -> None:
-    """TERM to the process of a pid file, and wait until it is gone."""
-    try:
-        process = int(pid_file.read_text())
-        os.kill(process, 15)
-    except (OSError, ValueError):
-        return
-    for _ in range(100):
-        if not Path(f"/proc/{process}").exists():
-            return
+def end(*pid_files: Path) -> None:
+    """TERM to the processes of pid files, all at once, and KILL to what is not gone in ten seconds."""
+    processes = [int(path.read_text()) for path in pid_files if alive(path)]
+    for process in processes:
+        os.kill(process, signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(Path(f"/proc/{process}").exists() for process in processes):
         time.sleep(0.1)
-    os.kill(process, 9)
+    for process in processes:
+        if Path(f"/proc/{process}").exists():
+            os.kill(process, signal.SIGKILL)
 
 
 def end_processes_of(slurm_conf: str) -> list[int]:
@@ -282,7 +281,7 @@ def end_processes_of(slurm_conf: str) -> list[int]:
         process = int(path.parent.name)
         try:
             if process != os.getpid() and mark in path.read_bytes().split(b"\0"):
-                os.kill(process, 9)
+                os.kill(process, signal.SIGKILL)
                 found.append(process)
         except OSError:
             continue  # gone meanwhile
