@@ -92,10 +92,8 @@ python -c 'import yaml' 2> /dev/null ||
 name=$(basename "$config" .yaml)-$(basename "$file" .env)
 out=$(realpath -m "${out:-$root/runs/$name}")
 config=$(realpath "$config") file=$(realpath "$file")
-# A dry run may plan what this version cannot train, such as Mist's fp16.
-dtype=(--dtype "$DTYPE")
-[ "$mode" = submit ] || dtype=()
-layout=$(slope plan "${dtype[@]}" --cluster "$file" --nodes "$nodes" --config "$config" "${flags[@]}" --flags) || exit 2
+# The site's type of parameters (bf16; fp16 on V100), unless a flag says another.
+layout=$(slope plan --dtype "$DTYPE" --cluster "$file" --nodes "$nodes" --config "$config" "${flags[@]}" --flags) || exit 2
 read -ra layout <<< "$layout"
 
 # -- the job ---------------

@@ -1,6 +1,7 @@
 """`slope plan`: which layout, how many nodes, how much memory, how long a step."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -63,6 +64,12 @@ def add_parser(subcommands) -> None:
     add("--json", type=Path, metavar="FILE", help="write every row as JSON")
     add("--png", type=Path, metavar="FILE", help="draw the fastest layouts")
     add("--flags", action="store_true", help="print nothing but the recommended layout's flags (launch/submit.sh)")
+    add(
+        "--print-deepspeed-config",
+        action="store_true",
+        help="print nothing but DeepSpeed's JSON of the recommended layout (or of the one that flags fix), as "
+        "`slope pretrain` makes it",
+    )
     add("--check", type=Path, metavar="RUN", help="compare the state bytes with those that this finished run measured")
     add("--check-build", action="store_true", help="compare the parameters with the model built on the meta device")
     add_config_arguments(parser)
@@ -142,8 +149,31 @@ def run(arguments: argparse.Namespace) -> int:
         print(" ".join(best.layout.flags()))
         print(f"{best.layout}, {best.gib:.1f} GiB a GPU, bubble {best.bubble:.1%}: {why}", file=sys.stderr)
         return 0
+    if arguments.print_deepspeed_config:
+        best, _ = planner.recommend(found, kind)
+        print(json.dumps(deepspeed_json(config, best.layout), indent=2))
+        return 0
     show(arguments, asked, found, only)
     return 0
+
+
+def deepspeed_json(config, layout) -> dict:
+    """What the engine will hand to DeepSpeed; `--dtype auto` means bf16, as on GPUs."""
+    import torch
+
+    # DeepSpeed greets on standard output, where only the JSON belongs.
+    with contextlib.redirect_stdout(sys.stderr):
+        from slope_megatron.training.zero import deepspeed_config
+
+    parallel = dataclasses.replace(
+        config.parallel,
+        tensor_parallel=layout.tensor,
+        pipeline_parallel=layout.pipeline,
+        sequence_parallel=layout.sequence_parallel,
+        zero_stage=layout.zero,
+    )
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(config.train.dtype, torch.bfloat16)
+    return deepspeed_config(dataclasses.replace(config, parallel=parallel), dtype, layout.data)
 
 
 def refusals(asked, nodes: int, only) -> str:

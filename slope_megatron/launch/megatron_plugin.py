@@ -88,6 +88,10 @@ def unsupported_here(slope) -> list[str]:
             f"--slope-method {slope.method} and --slope-mode {slope.mode}: baselines and pruned gradients are "
             "`slope pretrain`'s; use slope and paper"
         )
+    if slope.pattern == "wanda":
+        wrong.append(
+            "--slope-pattern is wanda: it needs a trained model, as `slope pretrain --init-from` has; use random"
+        )
     if slope.lr_multiplier != 1.0:
         wrong.append(
             f"--slope-lr-multiplier is {slope.lr_multiplier}: the upstream's optimizer has one learning rate; use 1.0"

@@ -270,3 +270,23 @@ def test_state_bytes_are_those_of_a_real_run(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and all(line.split()[-1] == "0.000%" for line in lines[1:])
     assert slope_plan("--check", tmp_path / "run", "--vocabulary", 5000) == 1, "another model is noticed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ((), {"stage": 1}),
+        (("--zero-stage", 2, "--offload-optimizer", "cpu"), {"stage": 2, "offload_optimizer": {"device": "cpu"}}),
+        (("--zero-stage", 3), {"stage": 3}),
+    ],
+)
+def test_deepspeed_s_configuration_is_shown(flags, settings, capsys):
+    """The JSON of the layout: the batch is micro-batch x accumulation x data-parallel ranks."""
+    given = ["--cluster", "narval", "--nodes", 2, *MODEL[:-1], 64, "--tensor-parallel", 2, "--pipeline-parallel", 1]
+    assert slope_plan(*given, *flags, "--print-deepspeed-config") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"] * 4 == 64
+    assert found["bf16"]["enabled"]
+    zero = found["zero_optimization"]
+    assert zero["stage"] == settings["stage"]
+    assert ("offload_optimizer" in zero) == ("offload_optimizer" in settings)

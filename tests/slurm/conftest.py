@@ -13,7 +13,7 @@ from testbed import Testbed, cannot, install
 def bed(tmp_path_factory):
     """The running SLURM; a skip with the reason where there can be none."""
     if os.environ.get("SLOPE_TEST_SLURM") != "1":
-        pytest.skip("starts SLURM daemons on this machine: asked for by tests/run.sh --all --slurm")
+        pytest.skip("starts SLURM daemons on this machine: tests/run.sh --all does so, without --no-slurm")
     reason = cannot() or install()
     if reason:
         pytest.skip(reason)
@@ -38,9 +38,15 @@ def site(bed, tmp_path_factory):
         (texts / path.name).write_bytes(path.read_bytes())
     prepare(str(texts), folder / "data", vocab_size=512, valid_percent=10.0)
     (folder / "tiny.yaml").write_text(MODEL)
-    yield Site(bed, folder, folder / "data")
-    # What a failed test leaves behind.
-    bed.run("scancel", "--user=root", "--full")
+    return Site(bed, folder, folder / "data")
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left(request):
+    """A failed test must not disturb the next one."""
+    yield
+    if "bed" in request.fixturenames and request.session.testsfailed:
+        request.getfixturevalue("bed").end_jobs()
 
 
 @pytest.fixture(scope="module")

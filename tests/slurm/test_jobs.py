@@ -10,7 +10,8 @@ from small_site import ROOT, site_file
 from slope_megatron.launch.cluster import CLUSTERS
 
 pytestmark = pytest.mark.slow
-MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))
+MODEL_NAMES = sorted(path.stem for path in (ROOT / "launch" / "models").glob("*.yaml"))
+CLUSTER_NAMES = sorted(path.stem for path in CLUSTERS.glob("*.env"))
 # Open MPI's shared memory takes two virtual nodes for one and crashes; and everything here is root's.
 MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -20,8 +21,13 @@ MPI = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("cluster", sorted(path.stem for path in CLUSTERS.glob("*.env")))
+# The request is the cluster's, and little of it the model's: all of either, not all pairs.
+REQUESTS = [(name, "opt-66b") for name in CLUSTER_NAMES] + [
+    ("narval", name) for name in MODEL_NAMES if name != "opt-66b"
+]
+
+
+@pytest.mark.parametrize(("cluster", "model"), REQUESTS)
 def test_slurm_accepts_the_request_of_every_cluster(bed, cluster, model):
     """`sbatch --test-only` on nodes of the cluster's shape; a model that is too large is refused by the planner."""
     flags = ["--nodes", 2, "--account", "def-somebody", "--time", "1:00:00", "--global-batch-size", 48]
@@ -32,21 +38,14 @@ def test_slurm_accepts_the_request_of_every_cluster(bed, cluster, model):
     result = bed.run(*command)
     if result.returncode == 2:
         assert "fits none of" in result.stderr
-    else:
-        assert result.returncode == 0 and "to start at" in result.stderr, result.stderr
+        # Where the model is too large, the request is still asked for: with a small one.
+        command[2] = "opt-125m"
+        result = bed.run(*command)
+    assert result.returncode == 0 and "to start at" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed", "mpirun"])
-def test_every_launcher_trains_to_the_end_on_two_nodes(site, undisturbed, launcher):
-    name = f"launcher-{launcher}"
-    number = site.submit(name, "--steps", 60, "--stop-at", 60, "--launcher", launcher, "--no-preflight", **MPI)
-    assert site.bed.wait_for_end(number)["JobState"] == "COMPLETED", site.log(name)
-    assert (site.folder / name / "DONE").is_file()
-    assert site.losses(name) == undisturbed
-
-
-@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed", "mpirun"])
-def test_usr1_saves_requeues_and_resumes_exactly(site, undisturbed, launcher):
+def test_usr1_saves_requeues_and_resumes_exactly_on_two_nodes(site, undisturbed, launcher):
     name = f"usr1-{launcher}"
     number = site.submit(name, "--steps", 60, "--save-interval", 1000, "--launcher", launcher, "--no-preflight", **MPI)
     site.wait_for_step(name, 7)
@@ -57,7 +56,7 @@ def test_usr1_saves_requeues_and_resumes_exactly(site, undisturbed, launcher):
     assert job["JobState"] == "COMPLETED" and job["Restarts"] == "1", log
     assert "got USR1: the ranks are told to save and stop" in log and "not complete: requeue" in log
     assert "attempt 2" in log and "from checkpoint step_" in log
-    assert site.losses(name) == undisturbed
+    assert (site.folder / name / "DONE").is_file() and site.losses(name) == undisturbed
 
 
 def test_a_killed_rank_costs_one_requeue(site, undisturbed):
@@ -100,25 +99,23 @@ def test_two_attempts_without_a_checkpoint_end_the_job(site):
     assert "nowhere does not exist" in log
 
 
-def test_a_stop_that_was_asked_for_is_saved_and_not_requeued(site, undisturbed):
+def test_a_stop_that_was_asked_for_and_a_cancelled_job_are_not_requeued(site, undisturbed):
     flags = ["--steps", 60, "--save-interval", 1000, "--no-preflight"]
     number = site.submit("asked", *flags)
     site.wait_for_step("asked", 5)
     (site.folder / "asked.job" / "stop").touch()
     site.bed.run("scancel", "--signal=USR1", "--batch", number)
-    assert site.bed.wait_for_end(number)["JobState"] == "COMPLETED"
-    assert "stopped as asked" in site.log("asked") and not (site.folder / "asked" / "DONE").exists()
-    again = site.submit("asked", *flags)
-    assert site.bed.wait_for_end(again)["JobState"] == "COMPLETED"
-    assert site.losses("asked") == undisturbed
-
-
-def test_a_cancelled_job_stays_cancelled(site):
-    number = site.submit("cancelled", "--steps", 1000, "--no-preflight")
-    site.wait_for_step("cancelled", 3)
-    site.bed.run("scancel", number)
     job = site.bed.wait_for_end(number)
-    assert job["JobState"] == "CANCELLED" and job["Restarts"] == "0", site.log("cancelled")
+    assert job["JobState"] == "COMPLETED" and job["Restarts"] == "0"
+    assert "stopped as asked" in site.log("asked") and not (site.folder / "asked" / "DONE").exists()
+    stopped = max(site.losses("asked"))
+    again = site.submit("asked", *flags)
+    site.wait_for_step("asked", stopped + 1)
+    site.bed.run("scancel", again)
+    job = site.bed.wait_for_end(again)
+    assert job["JobState"] == "CANCELLED" and job["Restarts"] == "0", site.log("asked")
+    losses = site.losses("asked")
+    assert losses == {step: undisturbed[step] for step in losses}
 
 
 def test_preflight_names_the_bad_node_and_nothing_is_trained(site, tmp_path):

@@ -1,14 +1,17 @@
 """A real SLURM on this machine: several slurmd with names of their own, shaped like the clusters we have files for.
 
 No systemd, nothing under /etc/slurm: everything lies in one folder, and processes are ended by their pid files. Needs
-root (munge, cgroups, /etc/hosts) and SLURM, which `install` takes from the distribution.
+root (munge, cgroups, /etc/hosts) and SLURM, which `install` takes from the distribution. Nothing outlives the tests: a
+watcher cleans up when they are killed.
 """
 
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,7 +79,10 @@ def install() -> str | None:
         return None
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        try:
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            return f"SLURM test bed: {' '.join(command[:2])} took more than five minutes"
         if result.returncode:
             return f"SLURM test bed: {' '.join(command[:2])} failed: {(result.stderr.splitlines() or ['?'])[-1]}"
     return None
@@ -101,6 +107,7 @@ class Testbed:
         self.folder = folder
         self.nodes = [f"{first}{number}" for first, numbers, *_ in SHAPES for number in numbers]
         self.started_munge = False
+        self.watcher: subprocess.Popen | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -112,6 +119,7 @@ class Testbed:
     def start(self) -> str | None:
         """Bring all nodes up; the reason if they stay down."""
         self._start_munge()
+        self._watch()
         self._name_nodes()
         tried = []
         # Clusters track processes by cgroup, and signals differ without it: linuxproc only where cgroups refuse.
@@ -125,11 +133,30 @@ class Testbed:
         return f"SLURM test bed: nodes did not come up with {', '.join(tried)}; logs in {self.folder / 'log'}"
 
     def stop(self) -> None:
+        """End jobs, daemons and what is left of either."""
+        if self.watcher:
+            self.watcher.terminate()
+            self.watcher.wait()
+        self.end_jobs()
         self._end_daemons()
+        end_processes_of(self.environment["SLURM_CONF"])
         if self.started_munge:
             end(Path("/run/munge/munged.pid"))
         hosts = Path("/etc/hosts")
         hosts.write_text("".join(line for line in hosts.open() if HOSTS_MARK not in line))
+
+    def end_jobs(self, seconds: float = 20.0) -> None:
+        """Cancel all jobs, and wait until their processes are gone."""
+        self.run("scancel", "--user=root", "--full")
+        deadline = time.monotonic() + seconds
+        while self.run("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
+            time.sleep(0.3)
+
+    def _watch(self) -> None:
+        """A process of its own session that calls `stop` when this one is gone, however it went."""
+        command = [sys.executable, __file__, str(os.getpid()), str(self.folder), str(int(self.started_munge))]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.watcher = subprocess.Popen(command, start_new_session=True, **quiet)
 
     def _start_munge(self) -> None:
         if alive(Path("/run/munge/munged.pid")):
@@ -181,8 +208,7 @@ class Testbed:
             subprocess.run(command, env=self.environment, capture_output=True)
 
     def _end_daemons(self) -> None:
-        for path in sorted((self.folder / "run").glob("*.pid")):
-            end(path)
+        end(*sorted((self.folder / "run").glob("*.pid")))
 
     def _all_idle(self) -> bool:
         deadline = time.monotonic() + 15
@@ -234,15 +260,42 @@ def alive(pid_file: Path) -> bool:
     return True
 
 
-def end(pid_file: Path) -> None:
-    """TERM to the process of a pid file, and wait until it is gone."""
-    try:
-        process = int(pid_file.read_text())
-        os.kill(process, 15)
-    except (OSError, ValueError):
-        return
-    for _ in range(100):
-        if not Path(f"/proc/{process}").exists():
-            return
+def end(*pid_files: Path) -> None:
+    """TERM to the processes of pid files, all at once, and KILL to what is not gone in ten seconds."""
+    processes = [int(path.read_text()) for path in pid_files if alive(path)]
+    for process in processes:
+        os.kill(process, signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(Path(f"/proc/{process}").exists() for process in processes):
         time.sleep(0.1)
-    os.kill(process, 9)
+    for process in processes:
+        if Path(f"/proc/{process}").exists():
+            os.kill(process, signal.SIGKILL)
+
+
+def end_processes_of(slurm_conf: str) -> list[int]:
+    """KILL to every other process whose environment names this SLURM: its steps and their tasks, and nothing else."""
+    found = []
+    mark = f"SLURM_CONF={slurm_conf}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        process = int(path.parent.name)
+        try:
+            if process != os.getpid() and mark in path.read_bytes().split(b"\0"):
+                os.kill(process, signal.SIGKILL)
+                found.append(process)
+        except OSError:
+            continue  # gone meanwhile
+    return found
+
+
+def watch(process: int, folder: Path, started_munge: bool) -> None:
+    """Wait for the end of the process that runs the tests, and clean up after it."""
+    while Path(f"/proc/{process}").exists():
+        time.sleep(1.0)
+    testbed = Testbed(folder)
+    testbed.started_munge = started_munge
+    testbed.stop()
+
+
+if __name__ == "__main__":
+    watch(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1")
