@@ -105,9 +105,8 @@ def plan(
     """
     chosen = choose_family(source.model, family)
     kind = source.dtype("embedding.word_embeddings.weight") if dtype == "keep" else DTYPES[dtype]
-    entries = []
-    for name, parts in hf_parts(source, chosen, lambda name: torch.empty(source.dense_shape(name), device="meta")):
-        entries += [Entry(name, tuple(parts.shape), kind)]
+    shapes = hf_parts(source, chosen, lambda name: torch.empty(source.dense_shape(name), device="meta"))
+    entries = [Entry(name, tuple(tensor.shape), kind) for name, tensor in shapes]
     adapter = None
     if adapters == "lora" and source.adapters_active:
         adapter = [

@@ -40,6 +40,7 @@ def tensors(
         left, right = get(f"{linear}.adapter_l"), get(f"{linear}.adapter_r")
         for name, part in zip(names, inverses[OF_ROWS[how]](right, source.model), strict=True):
             module = PREFIX + full_name(name, table.prefix).removesuffix(".weight")
+            # A copy: safetensors refuses tensors that share memory.
             yield f"{module}.lora_A.weight", left.clone()
             yield f"{module}.lora_B.weight", part
 
