@@ -122,7 +122,8 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
             parts = [-(-count // replicas) for count in counts]
             limit = zero.small_parameter(engine.config)
             small = [part for part, count in zip(parts, counts, strict=True) if count <= limit]
-            sizes["weights"] += width * (sum(parts) + replicas * sum(small))
+            # A lone replica's gathered parameter is its part itself.
+            sizes["weights"] += width * (sum(parts) + (replicas * sum(small) if replicas > 1 else 0))
             sizes["gradients"] += 4 * sum(parts)
             sizes["optimizer"] += 12 * sum(parts)
             continue
