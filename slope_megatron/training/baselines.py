@@ -38,7 +38,7 @@ def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
     if place is None or partition.grad is None or not module.masking:
         return
     part, flat = place.lp_fragment_address, place.hp_fragment_address
-    pruned = ~module.mask().flatten().narrow(0, part.start, part.numel).to(partition.device)  # offload: the host.to(partition.device)
+    pruned = ~module.mask().flatten().narrow(0, part.start, part.numel).to(partition.device)
     weight = partition.narrow(0, flat.start, flat.numel)
     partition.grad.narrow(0, flat.start, flat.numel).add_(weight * pruned, alpha=module.slope.decay)
 
