@@ -22,8 +22,10 @@ from slope_megatron.data.sentences import split_sentences
 from slope_megatron.data.splits import SPLITS
 from slope_megatron.data.tokenizer import load_tokenizer
 
-# Characters that are given to a tokenizer at a time; a longer document is cut behind a line end, which bounds memory.
+# Characters that are given to a tokenizer at a time.
 BATCH = 1_000_000
+# Characters of one document that are encoded as a whole; a longer one is cut behind a line end, which bounds memory.
+LONGEST_PIECE = 8_000_000
 # Megatron's BERT samples leave a document out that has a sentence of more than 512 tokens.
 LONGEST_SENTENCE = 500
 
@@ -174,9 +176,9 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 def _pieces(text: str) -> Iterator[str]:
     start = 0
-    while len(text) - start > BATCH:
-        end = text.rfind("\n", start, start + BATCH) + 1
-        end = end if end > start else start + BATCH
+    while len(text) - start > LONGEST_PIECE:
+        end = text.rfind("\n", start, start + LONGEST_PIECE) + 1
+        end = end if end > start else start + LONGEST_PIECE
         yield text[start:end]
         start = end
     yield text[start:]

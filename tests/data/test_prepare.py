@@ -11,6 +11,7 @@ import pytest
 from conftest import DOCUMENTS, VOCABULARY, write_corpus
 
 from slope_megatron.data import corpus as corpus_module
+from slope_megatron.data import encode as encode_module
 from slope_megatron.data.indexed import indexed_dataset_module, unigram_entropy
 from slope_megatron.data.prepare import prepare
 from slope_megatron.data.sources import open_source
@@ -224,3 +225,14 @@ def test_a_published_split_and_a_given_tokenizer(corpus_folder, prepared, tmp_pa
     program, *words = shlex.split(manifest["command"])
     assert program == "slope" and main([*words, "--out", str(tmp_path / "again"), "--workers", "3"]) == 0
     assert content(tmp_path / "again") == content(tmp_path / "data")
+
+
+def test_long_documents_are_encoded_in_pieces_and_stay_one_document(corpus_folder, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode_module, "LONGEST_PIECE", 100)
+    manifest = prepare(str(corpus_folder), tmp_path / "data", workers=1, **SETTINGS)
+    tokenizer = load_tokenizer(tmp_path / "data")
+    texts = {text for _, text in open_source(str(corpus_folder)).documents()}
+    for split in SPLITS:
+        documents = documents_of(tmp_path / "data", split)
+        assert len(documents) == manifest["splits"][split]["documents"]
+        assert {tokenizer.decode(ids) for ids in documents} <= texts
