@@ -24,7 +24,7 @@ def build_summary(sparse: dict, dense: dict | None, manifest: dict, seconds: dic
         **runs,
         "unigram_entropy": sparse["unigram_entropy"],
         "double_prune_extra_zeros": sparse["double_pruning"],
-        "corpus": {"source": manifest["source"], **manifest["corpus"]},
+        "corpus": {"source": manifest["source"], **corpus_of(manifest)},
         "seconds": seconds["total"],
         "stage_seconds": seconds,
         "machine": machine(),
@@ -125,17 +125,23 @@ def pruning_paragraph(summary: dict) -> str:
     )
 
 
+def corpus_of(manifest: dict) -> dict:
+    """Bytes, documents and checksum of the text: the quickstart has one source."""
+    (source,) = manifest["sources"]
+    return source["corpus"]
+
+
 def set_up(summary, configs, manifest, versions, dtype_reason, adapter_start) -> str:
     """What was run, on what, where."""
     run, config = summary["sparse"], configs["sparse"]
     model, optimizer, slope, train = (config[section] for section in ("model", "optimizer", "slope", "train"))
+    corpus = corpus_of(manifest)
     splits = ", ".join(f"{name} {split['tokens']:,}" for name, split in manifest["splits"].items())
     lines = [
         f"- machine: {summary['machine']['processor']}, {summary['machine']['cores']} cores, "
         f"{summary['machine']['system']}",
         "- versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
-        f"- corpus: {manifest['source']}, {manifest['corpus']['bytes'] / 1e6:.1f} MB, SHA-256 "
-        f"{manifest['corpus']['sha256']}; "
+        f"- corpus: {manifest['source']}, {corpus['bytes'] / 1e6:.1f} MB, SHA-256 {corpus['sha256']}; "
         f"tokens: {splits}; SentencePiece BPE, {manifest['vocab_size']} pieces; documents are split by file",
         f"- model: OPT-shaped, {model['num_layers']} layers, width {model['hidden_size']}, "
         f"{model['num_attention_heads']} heads; "

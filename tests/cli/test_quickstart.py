@@ -47,6 +47,7 @@ def test_two_runs_and_a_report(texts, tmp_path):
     assert f"{summary['sparse']['val_loss']:.4f}" in report and "![loss](loss.png)" in report
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "adapters: rank 16, from step 18 on" in report
+    assert len(summary["corpus"]["sha256"]) == 64 and summary["corpus"]["sha256"] in report
 
     again = quickstart("--source", texts, "--out", out, "--steps", 20, *SMALL)
     assert again.returncode == 2 and "give --resume, --overwrite or another --out" in again.stderr
