@@ -1,6 +1,7 @@
 """BERT's whole way, scaled down: text -> phase 1 -> phase 2 -> Hugging Face -> questions answered."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from test_fine_tuning import WORDS, squad_file
 from slope_megatron.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALE = ["--scale", "0.0005", "--dtype", "fp32", "--eval-samples", 8]
+# The published learning rate belongs to batches of thousands.
+SCALE = ["--scale", "0.0005", "--dtype", "fp32", "--eval-samples", 8, "--steps", 60, "--lr", "0.02"]
 
 
 def slope(*arguments):
@@ -40,7 +42,8 @@ def test_both_phases_and_squad(tmp_path, capsys):
     said = slope("pretrain", "--config", ROOT / recipe[1], *SCALE, *flags, "--data", data, "--out", runs[1])
     assert "weights and patterns of" in said
     first, second = (json.loads((run / "summary.json").read_text()) for run in runs)
-    assert second["val_loss"] < first["val_loss"] < first["unigram_entropy"] + 1.0
+    # Guessing among all rows of the padded vocabulary costs log 384.
+    assert second["val_loss"] < first["val_loss"] < math.log(384) - 1.0
     metrics = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
     assert [line["adapters"] for line in metrics if "loss" in line][-1] is True
 
