@@ -93,7 +93,9 @@ name=$(basename "$config" .yaml)-$(basename "$file" .env)
 out=$(realpath -m "${out:-$root/runs/$name}")
 config=$(realpath "$config") file=$(realpath "$file")
 # The site's type of parameters (bf16; fp16 on V100), unless a flag says another.
-layout=$(slope plan --dtype "$DTYPE" --cluster "$file" --nodes "$nodes" --config "$config" "${flags[@]}" --flags) || exit 2
+layout=$(
+  slope plan --dtype "$DTYPE" --cluster "$file" --nodes "$nodes" --config "$config" "${flags[@]}" --flags
+) || exit 2
 read -ra layout <<< "$layout"
 
 # -- the job ---------------

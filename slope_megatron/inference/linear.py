@@ -3,7 +3,7 @@
 T tokens, N out, K in, C kept per row, R adapter rank.   Y = X (W^R)^T + (1/R) (X L) R + b
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -11,15 +11,20 @@ from slope_megatron.ops.backend import build_operands
 
 
 class Linear(torch.nn.Module):
-    """What both have in common: adapters and bias."""
+    """A product with adapters and bias around it.
 
-    def __init__(self, bias: torch.Tensor | None, adapters: tuple[torch.Tensor, torch.Tensor] | None):
+    Args:
+        product: X `[T, K]` -> X W^T `[T, N]`.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        bias: torch.Tensor | None,
+        adapters: tuple[torch.Tensor, torch.Tensor] | None,
+    ):
         super().__init__()
-        self.bias, self.adapters = bias, adapters
-
-    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """X W^T."""
-        raise NotImplementedError
+        self.product, self.bias, self.adapters = product, bias, adapters
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TK = x.flatten(0, -2)
@@ -36,28 +41,13 @@ class SparseLinear(Linear):
     """One packed linear. What the backend derives from values and pattern is all that stays in memory."""
 
     def __init__(self, values_NC, pattern_bits, bias=None, adapters=None, backend: str = "auto"):
-        super().__init__(bias, adapters)
-        self.operands = build_operands(backend, values_NC, pattern_bits)
+        super().__init__(build_operands(backend, values_NC, pattern_bits).forward, bias, adapters)
         self.dense_bytes = pattern_bits.numel() * 8 * values_NC.element_size()
         self.packed_bytes = values_NC.nbytes + pattern_bits.nbytes
 
-    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.forward(x_TK)
-
-
-class DenseLinear(Linear):
-    """A linear that was dense in training, or a baseline's, whose zeros are stored."""
-
-    def __init__(self, weight_NK: torch.Tensor, bias: torch.Tensor | None = None, adapters=None):
-        super().__init__(bias, adapters)
-        self.weight = weight_NK
-
-    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK @ self.weight.t()
-
 
 def build_linear(tensors: Mapping[str, torch.Tensor], name: str, place, backend: str) -> torch.nn.Module:
-    """The linear of a canonical name, packed if it has a pattern.
+    """The linear of a canonical name: packed if it has a pattern, else dense (a baseline's, with its zeros stored).
 
     Args:
         place: puts a tensor where the model computes (device, dtype).
@@ -70,5 +60,5 @@ def build_linear(tensors: Mapping[str, torch.Tensor], name: str, place, backend:
     adapter_l = get("adapter_l")
     adapters = None if adapter_l is None else (adapter_l, get("adapter_r"))
     if pattern is None:
-        return DenseLinear(weight, bias, adapters)
+        return Linear(lambda x_TK: x_TK @ weight.t(), bias, adapters)
     return SparseLinear(weight, pattern, bias, adapters, backend)
