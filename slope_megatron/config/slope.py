@@ -5,6 +5,8 @@ import re
 
 from slope_megatron.config.fields import check_choices, option
 
+BACKENDS = ("auto", "cusparselt", "cutlass", "reference")
+
 
 def parse_nm(text: str) -> tuple[int, int]:
     """`"2:4"` -> (2, 4): keep N of every M consecutive weights.
@@ -59,9 +61,9 @@ def check_method(slope: "SlopeConfig") -> None:
     """
     if slope.method == "dense":
         object.__setattr__(slope, "enabled", False)
-    if slope.mode == "full" and slope.backend == "cusparselt":
+    if slope.mode == "full" and slope.backend in ("cusparselt", "cutlass"):
         raise ValueError(
-            "--slope-mode full with --slope-backend cusparselt: its wgrad reads a dense dY; give --slope-backend "
+            f"--slope-mode full with --slope-backend {slope.backend}: its wgrad reads a dense dY; give --slope-backend "
             "reference, or --slope-mode paper"
         )
     if slope.mode == "full" and slope.method != "slope":
@@ -134,7 +136,7 @@ class SlopeConfig:
     fst_mask_interval: int = option(40, "fst: optimizer steps between two searches of the transposable masks")
     fst_dense_tail: float = option(1 / 6, "fst: share of the steps, at the end, that train dense")
     fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
-    backend: str = option("auto", "kernels of the sparse products", choices=("auto", "cusparselt", "reference"))
+    backend: str = option("auto", "kernels of the sparse products", choices=BACKENDS)
 
     def __post_init__(self):
         check_choices(self, "slope")

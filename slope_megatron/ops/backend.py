@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from slope_megatron.ops import cusparselt, products, reference
+from slope_megatron.ops import cusparselt, cutlass, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 
@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 class Operands(Protocol):
     """What one backend derives from a packed weight. T tokens, N out, K in, C kept per row.
 
-    The packed values are the state; operands are rebuilt from them and are never saved.
+    The packed values are the state; operands are rebuilt from them and are never saved. Operands that read the values
+    where they lie also have `rebind(values_NC)`, cheap and called before each use: the same values are here now.
     """
 
     def refresh(self, values_NC: torch.Tensor) -> None:
@@ -36,12 +37,13 @@ class Operands(Protocol):
 
 
 PRODUCTS = reference.PRODUCTS
-# In the order in which "auto" tries them.
-BACKENDS = {"cusparselt": cusparselt, "reference": reference}
+# In the order in which "auto" tries them; `cutlass`'s kernels are candidates of `cusparselt`, by itself it is asked for.
+BACKENDS = {"cusparselt": cusparselt, "reference": reference, "cutlass": cutlass}
 ROWS_AT_ONCE = 4096
 SAYS = {
     "cusparselt": "2:4 tensor cores, or dense where that measures faster",
     "reference": "unpack and dense product",
+    "cutlass": "2:4 tensor cores, the forward product on the parameter's own memory",
 }
 
 
@@ -88,9 +90,12 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
     name = choose(backend)
-    if name == "cusparselt":
+    if name != "reference":
         row_bits = pack_bits(row) if row.dtype == torch.bool else row
-        reason = cusparselt.unsupported_weight(values_NC, row_bits)
+        reason = BACKENDS[name].unsupported_weight(values_NC, row_bits)
+        if reason is None and name == "cutlass":
+            column_bits = pack_bits(column) if column is not None and column.dtype == torch.bool else column
+            return cutlass.build(values_NC, row_bits, column_bits)
         if reason is None and column is None:
             # The builder writes both operands at once: it gets a valid second pruning, whose operand is let go.
             column = choose_column_bits(values_NC, row_bits, 2, 4)

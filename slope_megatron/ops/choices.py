@@ -1,8 +1,8 @@
 """Which kernel runs each product: measured once, kept for the process, saved as run state.
 
 A product is (forward or dgrad, R x S operand, T tokens, dtype). Its choice is sparse (with how many tiles and which
-algorithm of the library) or dense. Numbers of algorithms mean something only on the machine they were measured on, so a
-saved table names that machine and is ignored elsewhere.
+algorithm, of cuSPARSELt or of our own kernels) or dense. Numbers of algorithms mean something only on the machine they
+were measured on, so a saved table names that machine and is ignored elsewhere.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from slope_kernels import cusparselt, cusparselt_library
+from slope_kernels import cusparselt, cusparselt_library, cutlass
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,20 @@ class Choice:
 
     sparse: bool
     tiles: int = 1
-    algorithm: cusparselt.Algorithm | None = None
+    algorithm: cusparselt.Algorithm | cutlass.Algorithm | None = None
     sparse_ms: float | None = None
     dense_ms: float | None = None
+
+    @property
+    def by_cutlass(self) -> bool:
+        """Whether our own kernels run it, on operands that are not cuSPARSELt's."""
+        return isinstance(self.algorithm, cutlass.Algorithm)
 
     def __str__(self) -> str:
         if not self.sparse:
             name = "dense"
+        elif self.by_cutlass:
+            name = f"2:4, {self.algorithm}"
         else:
             tiles = f", {self.tiles} tiles" if self.tiles > 1 else ""
             config = f", algorithm {self.algorithm.config}" if self.algorithm else ", default algorithm"
@@ -62,6 +69,7 @@ class Choice:
 
 _table: dict[Key, Choice] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
+_cutlass_algorithms: dict[tuple, cutlass.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
@@ -71,13 +79,19 @@ def find(key: Key) -> Choice | None:
     return _table.get(key)
 
 
-def fixed_tiles(key: Key) -> int | None:
-    """The tiles that this shape's operands already have, from its choice for another number of tokens."""
+def earlier(key: Key) -> Choice | None:
+    """The sparse choice for another number of tokens of this shape: it says what form the operands already have."""
     shape = (key.kind, key.rows, key.columns, key.dtype)
     for other, choice in _table.items():
         if choice.sparse and (other.kind, other.rows, other.columns, other.dtype) == shape:
-            return choice.tiles
+            return choice
     return None
+
+
+def fixed_tiles(key: Key) -> int | None:
+    """The tiles that this shape's operands already have."""
+    choice = earlier(key)
+    return choice.tiles if choice else None
 
 
 def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
@@ -85,10 +99,17 @@ def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
     return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype))
 
 
+def cutlass_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> cutlass.Algorithm | None:
+    """The measured kernel of a product; None: CUTLASS was not measured for it, or lost."""
+    return _cutlass_algorithms.get((rows, columns, tokens, dtype))
+
+
 def record(key: Key, choice: Choice) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
-    if choice.sparse and choice.algorithm is not None:
+    if choice.by_cutlass:
+        _cutlass_algorithms[(key.rows, key.columns, key.tokens, key.dtype)] = choice.algorithm
+    elif choice.sparse and choice.algorithm is not None:
         tokens = cusparselt.padded_tokens(key.tokens)
         _algorithms[(key.rows // choice.tiles, key.columns, tokens, key.dtype)] = choice.algorithm
     logger.info("%s: %s", key, choice)
@@ -103,6 +124,7 @@ def clear() -> None:
     """Forget all choices."""
     _table.clear()
     _algorithms.clear()
+    _cutlass_algorithms.clear()
 
 
 def decide(key: Key, measure: Callable[[], Choice]) -> Choice:
@@ -138,6 +160,7 @@ def machine() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(),
         "architecture": f"sm_{major}{minor}",
         "cusparselt": ".".join(map(str, cusparselt_library.version())),
+        "cutlass": cutlass.version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
     }
@@ -149,7 +172,9 @@ def _to_json(choice: Choice) -> dict:
 
 def _from_json(fields: dict) -> Choice:
     algorithm = fields.get("algorithm")
-    return Choice(**{**fields, "algorithm": cusparselt.Algorithm(**algorithm) if algorithm else None})
+    if algorithm:
+        algorithm = (cutlass if "kernel" in algorithm else cusparselt).Algorithm(**algorithm)
+    return Choice(**{**fields, "algorithm": algorithm})
 
 
 def save(path: Path) -> None:

@@ -5,7 +5,9 @@ N out, K in, C = K/2 kept per row, T tokens.
     dgrad     dX = dY W^{R,C}          operand (W^{R,C})^T [K, N]
     wgrad     dW = (dY^T X) gathered
 Operands are a copy of the values and metadata that depends on the patterns alone: a refresh moves values only. Where a
-measurement favours the dense product, a dense copy of that operand is kept beside it.
+measurement favours the dense product, a dense copy of that operand is kept beside it. Where it favours one of our own
+kernels (under `auto` alone), the operand is handed over to it: the forward one is let go, since that kernel reads the
+parameter itself; the backward one keeps its values alone, with metadata in CUTLASS's order beside it.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ import torch
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure, products
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.cutlass_mm import column_metadata, cutlass_mm, row_metadata
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 
@@ -40,12 +43,17 @@ def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str |
     reason = cusparselt.unsupported_shape(rows, columns, values_NC.dtype)
     if reason:
         return f"the weight is {reason}"
-    nibbles = torch.stack((row_bits & 15, row_bits >> 4))
-    allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
-    if values_NC.shape[1] * 2 != columns or not torch.isin(nibbles, allowed).all():
+    if not is_two_of_four(values_NC, row_bits):
         return "its row pattern is not 2:4"
     refused = layout.probe(values_NC.device, values_NC.dtype).refused
     return f"cuSPARSELt {refused}" if refused else None
+
+
+def is_two_of_four(values_NC: torch.Tensor, row_bits: torch.Tensor) -> bool:
+    """Whether every group of four keeps two."""
+    nibbles = torch.stack((row_bits & 15, row_bits >> 4))
+    allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
+    return values_NC.shape[1] == row_bits.shape[1] * 4 and bool(torch.isin(nibbles, allowed).all())
 
 
 def build(values_NC, row_bits, column_bits, *, dense_allowed: bool = True) -> "CusparseltOperands":
@@ -71,6 +79,10 @@ class CusparseltOperands:
         self.tiles = {"forward": 1, "dgrad": 1}
         self.dense_forward_NK: torch.Tensor | None = None
         self.dense_backward_NK: torch.Tensor | None = None
+        # Once handed over to our own kernels: their metadata, and the forward product's values, the parameter's own.
+        self.cutlass_forward: torch.Tensor | None = None
+        self.cutlass_backward: torch.Tensor | None = None
+        self.values_NC: torch.Tensor | None = None
         self._write_row_metadata()
         self._write_column_metadata(values_NC)
         self.refresh(values_NC)
@@ -85,6 +97,9 @@ class CusparseltOperands:
         layout.metadata_of(self.forward_operand, self.rows, self.columns, 1).copy_(metadata[None])
 
     def _write_column_metadata(self, values_NC) -> None:
+        if self.cutlass_backward is not None:
+            self.cutlass_backward.copy_(column_metadata(self.row_bits, self.column_bits))
+            return
         if layout.probe(self.device, self.dtype).known_metadata:
             metadata = products.column_metadata(self.row_bits, self.column_bits)
         else:
@@ -98,6 +113,7 @@ class CusparseltOperands:
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
         """New values, same patterns."""
+        self.rebind(values_NC)
         products.refresh_(
             values_NC,
             self.row_bits,
@@ -113,6 +129,11 @@ class CusparseltOperands:
             survivors = values_NC * unpack_bits(self.column_bits)
             self.dense_backward_NK.copy_(products.unpack_kept(survivors, self.row_bits))
 
+    def rebind(self, values_NC: torch.Tensor) -> None:
+        """The parameter is here now: for a forward product that reads it."""
+        if self.cutlass_forward is not None:
+            self.values_NC = values_NC
+
     @torch.no_grad()
     def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
         """A new second pruning: bool `[N, C]` or its bitmask."""
@@ -126,14 +147,17 @@ class CusparseltOperands:
         shape = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
         key = Key(kind, *shape, tokens, self.dtype)
         choice = choices.find(key)
-        ready = choice is not None and (
-            choice.tiles == self.tiles[kind] if choice.sparse else self._dense(kind) is not None
-        )
-        if ready:
+        if choice is not None and self._has_form_of(choice, kind):
             return choice
         # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
         adopt = torch.compiler.disable(self._adopt) if "torch._dynamo" in sys.modules else self._adopt
         return adopt(kind, key)
+
+    def _has_form_of(self, choice: Choice, kind: str) -> bool:
+        if not choice.sparse:
+            return self._dense(kind) is not None
+        handed_over = (self.cutlass_forward if kind == "forward" else self.cutlass_backward) is not None
+        return choice.by_cutlass == handed_over and choice.tiles == self.tiles[kind]
 
     @torch.no_grad()
     def _adopt(self, kind: str, key: Key) -> Choice:
@@ -144,15 +168,35 @@ class CusparseltOperands:
             raise RuntimeError(
                 f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
             )
-        choice = choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=self.dense_allowed))
+        candidates = {"dense_allowed": self.dense_allowed, "libraries": () if self.dense_allowed else ("cusparselt",)}
+        choice = choices.decide(key, lambda: measure.measure(key, self.device, **candidates))
         if not choice.sparse:
             self._make_dense(kind)
+        elif choice.by_cutlass:
+            self._hand_over(kind)
         elif choice.tiles != self.tiles[kind]:
             name = "forward_operand" if kind == "forward" else "backward_operand"
             cut = layout.retile(getattr(self, name), key.rows, key.columns, self.tiles[kind], choice.tiles)
             setattr(self, name, cut)
             self.tiles[kind] = choice.tiles
         return choice
+
+    def _values(self) -> torch.Tensor:
+        """The packed values `[N, C]` as the forward product reads them."""
+        if self.cutlass_forward is not None:
+            return self.values_NC
+        values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
+        return values.reshape(self.rows, -1)
+
+    def _hand_over(self, kind: str) -> None:
+        """Give an operand, of one tile, the form that our own kernels read."""
+        if kind == "forward":
+            # The operand's own values serve until the parameter itself is bound.
+            self.values_NC = self._values()
+            self.cutlass_forward, self.forward_operand = row_metadata(self.row_bits), None
+        else:
+            self.cutlass_backward = column_metadata(self.row_bits, self.column_bits)
+            self.backward_operand = self.backward_operand[: self.rows * self.columns].clone()
 
     def _dense(self, kind: str) -> torch.Tensor | None:
         return self.dense_forward_NK if kind == "forward" else self.dense_backward_NK
@@ -161,8 +205,7 @@ class CusparseltOperands:
         """Dense copies from the operand's own values: the caller's may have changed since the last refresh."""
         if self._dense(kind) is not None:
             return
-        values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
-        values_NC = values.reshape(self.rows, -1)
+        values_NC = self._values()
         if kind == "forward":
             self.dense_forward_NK = products.unpack_kept(values_NC, self.row_bits)
         else:
@@ -173,14 +216,21 @@ class CusparseltOperands:
 
     def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Y = X (W^R)^T (+ bias), `[T, N]`."""
-        if not self._choice("forward", x_TK.shape[0]).sparse:
+        choice = self._choice("forward", x_TK.shape[0])
+        if not choice.sparse:
             return torch.nn.functional.linear(x_TK, self.dense_forward_NK, bias_N)
+        if choice.by_cutlass:
+            return cutlass_mm(self.values_NC, self.cutlass_forward, x_TK, bias_N, None, 0.0, False)
         return products.sparse_mm(self.forward_operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
-        if not self._choice("dgrad", dy_TN.shape[0]).sparse:
+        choice = self._choice("dgrad", dy_TN.shape[0])
+        if not choice.sparse:
             return dy_TN @ self.dense_backward_NK
+        if choice.by_cutlass:
+            values_KN = self.backward_operand.view(self.dtype).view(self.columns, -1)
+            return cutlass_mm(values_KN, self.cutlass_backward, dy_TN, None, None, 0.0, False)
         return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:

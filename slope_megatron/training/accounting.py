@@ -16,9 +16,15 @@ from slope_megatron.training.optimizer import ADAPTERS, SPARSE, is_adapter, mode
 KINDS = ("weights", "patterns", "operands", "gradients", "optimizer")
 
 
-def tensors_of(value) -> list[torch.Tensor]:
-    """The tensors that an operands object holds."""
-    return [item for item in vars(value).values() if isinstance(item, torch.Tensor)]
+def tensors_of(value, apart_from: tuple[torch.Tensor, ...] = ()) -> list[torch.Tensor]:
+    """The tensors that an operands object holds, without those that lie in the memory of others.
+
+    Args:
+        apart_from: a parameter that operands read where it lies, a bitmask that they keep by reference.
+    """
+    others = {tensor.untyped_storage().data_ptr() for tensor in apart_from}
+    found = [item for item in vars(value).values() if isinstance(item, torch.Tensor)]
+    return [tensor for tensor in found if tensor.untyped_storage().data_ptr() not in others]
 
 
 def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
@@ -44,7 +50,8 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
         if module.keep_operands:
             with zero.gathered(module.weight):
-                add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands())), True)
+                held = tensors_of(module.operands(), (module.weight, module.weight_pattern))
+                add("operands", sum(tensor.nbytes for tensor in held), True)
     for module in masked_modules(engine.model):
         add("patterns", sum(buffer.nbytes for buffer in module.buffers()), True)
         # Outside the dense tail, the masked copy.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.packed import packed_weight
-from slope_megatron.ops import backend, cusparselt, reference
+from slope_megatron.ops import backend, cusparselt, cutlass, reference
 
 
 @pytest.fixture(autouse=True)
@@ -18,18 +18,22 @@ def forget():
 
 def test_auto_takes_what_runs_and_names_what_does_not(monkeypatch, caplog):
     monkeypatch.setattr(cusparselt, "unsupported", lambda: "no 2:4 units here")
+    monkeypatch.setattr(cutlass, "unsupported", lambda: "nvcc was not found")
     with caplog.at_level("INFO"):
         assert backend.choose("auto") == "reference"
         assert backend.choose("auto") == "reference"
     assert caplog.messages == [
-        "sparse products: backend reference (unpack and dense product); cusparselt: no 2:4 units here"
+        "sparse products: backend reference (unpack and dense product); cusparselt: no 2:4 units here; "
+        "cutlass: nvcc was not found"
     ]
 
 
-def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(cusparselt, "unsupported", lambda: "no 2:4 units here")
-    with pytest.raises(ValueError, match="--slope-backend cusparselt cannot run here: no 2:4 units here; use"):
-        backend.choose("cusparselt")
+@pytest.mark.parametrize("module", [cusparselt, cutlass], ids=["cusparselt", "cutlass"])
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(module, monkeypatch):
+    name = module.__name__.split(".")[-1]
+    monkeypatch.setattr(module, "unsupported", lambda: "no 2:4 units here")
+    with pytest.raises(ValueError, match=f"--slope-backend {name} cannot run here: no 2:4 units here; use"):
+        backend.choose(name)
 
 
 def test_a_weight_that_cannot_falls_back_once(monkeypatch, caplog):

@@ -1,0 +1,134 @@
+"""The `cutlass` backend: both sparse products by our own kernels, the forward one on the parameter's own memory.
+
+N out, K in, C = K/2 kept per row, T tokens.
+    forward   Y  = X (W^R)^T           values: the packed parameter [N, C] itself; beside it metadata alone
+    dgrad     dX = dY W^{R,C}          values: the transposed W^{R,C} [K, N/2], a copy, rewritten by each refresh
+    wgrad     dW = (dY^T X) gathered
+So a weight has no forward operand: 1 byte a dense weight less than with cuSPARSELt. The price is that the forward
+product reads what the parameter holds when it runs, and that it must know where the parameter is now: see `rebind`.
+"""
+
+import sys
+
+import torch
+
+from slope_kernels import cutlass
+from slope_megatron.ops import choices, measure, products
+from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.cusparselt import BiasedOperands, is_two_of_four
+from slope_megatron.ops.cutlass_mm import column_metadata, cutlass_mm, row_metadata
+from slope_megatron.sparsity.packing import pack_bits
+
+LIBRARIES = ("cutlass",)
+
+
+def unsupported() -> str | None:
+    """Why this machine cannot run it; None: it can."""
+    reason = cutlass.unsupported()
+    if reason:
+        return reason
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str | None:
+    """Why this weight cannot have operands here; None: it can."""
+    if values_NC.device.type != "cuda":
+        return f"the weight is on {values_NC.device.type}"
+    rows, columns = row_bits.shape[0], row_bits.shape[1] * 8
+    reason = cutlass.unsupported_shape(rows, columns, values_NC.dtype)
+    if reason:
+        return f"the weight is {reason}"
+    return None if is_two_of_four(values_NC, row_bits) else "its row pattern is not 2:4"
+
+
+def build(values_NC, row_bits, column_bits) -> "CutlassOperands":
+    return CutlassOperands(values_NC, row_bits, column_bits)
+
+
+class CutlassOperands:
+    """Buffers of one weight; see the module's docstring."""
+
+    def __init__(self, values_NC, row_bits, column_bits=None):
+        """
+        Args:
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+                Without a column bitmask there is the forward product alone, and neither bitmask is kept.
+        """
+        self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
+        self.dtype, self.device = values_NC.dtype, values_NC.device
+        self.forward_metadata = row_metadata(row_bits)
+        self.row_bits = self.column_bits = self.backward_values = self.backward_metadata = None
+        if column_bits is not None:
+            self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+            self.backward_values = values_NC.new_empty(self.columns, self.rows // 2)
+            self.backward_metadata = column_metadata(self.row_bits, self.column_bits)
+        self.refresh(values_NC)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def rebind(self, values_NC: torch.Tensor) -> None:
+        """The parameter is here now. Cheap: optimizers move parameters into flat buffers, and ZeRO-3 at every use."""
+        self.values_NC = values_NC
+
+    @torch.no_grad()
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        """New values, same patterns."""
+        self.rebind(values_NC)
+        if self.column_bits is not None:
+            backward = self.backward_values.view(-1).view(torch.uint8)
+            products.refresh_(values_NC, self.row_bits, self.column_bits, None, backward, 1, 1)
+
+    @torch.no_grad()
+    def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning: bool `[N, C]` or its bitmask."""
+        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
+        self.backward_metadata.copy_(column_metadata(self.row_bits, self.column_bits))
+        self.refresh(values_NC)
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def _ensure_choice(self, kind: str, tokens: int) -> None:
+        shape = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
+        key = Key(kind, *shape, tokens, self.dtype)
+        if choices.find(key) is None:
+            # Measuring is not for torch.compile to trace.
+            decide = torch.compiler.disable(self._decide) if "torch._dynamo" in sys.modules else self._decide
+            decide(key)
+
+    @torch.no_grad()
+    def _decide(self, key: Key) -> None:
+        if self.device.type == "cpu":
+            choices.record(key, Choice(True))
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{key} has not run yet and a CUDA graph is being captured: run it once before capturing"
+            )
+        choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=False, libraries=LIBRARIES))
+
+    def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Y = X (W^R)^T (+ bias), `[T, N]`."""
+        self._ensure_choice("forward", x_TK.shape[0])
+        return cutlass_mm(self.values_NC, self.forward_metadata, x_TK, bias_N, None, 0.0, False)
+
+    def forward_add(self, x_TK: torch.Tensor, source_TN: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
+        """Y = X (W^R)^T + beta C, `[T, N]`: the low-rank product, say, added on the way out."""
+        self._ensure_choice("forward", x_TK.shape[0])
+        return cutlass_mm(self.values_NC, self.forward_metadata, x_TK, None, source_TN, beta, False)
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dX = dY W^{R,C}, `[T, K]`."""
+        self._ensure_choice("dgrad", dy_TN.shape[0])
+        return cutlass_mm(self.backward_values, self.backward_metadata, dy_TN, None, None, 0.0, False)
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        """dW = dY^T X at the kept places, `[N, C]`."""
+        return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+
+    def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
+        """These operands with a bias added by the forward product's epilogue."""
+        return BiasedOperands(self, bias_N)
