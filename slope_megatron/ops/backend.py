@@ -37,7 +37,7 @@ class Operands(Protocol):
 
 
 PRODUCTS = reference.PRODUCTS
-# In the order in which "auto" tries them; `cutlass`'s kernels are candidates of `cusparselt`, by itself it is asked for.
+# In the order in which "auto" tries them. `cutlass` is for asking: its kernels are candidates of `cusparselt` too.
 BACKENDS = {"cusparselt": cusparselt, "reference": reference, "cutlass": cutlass}
 ROWS_AT_ONCE = 4096
 SAYS = {
