@@ -140,7 +140,7 @@ def library(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> ct
     opened = load_cuda.library(source(kernel, dtype, with_source))
     opened.slope_sparse_gemm.argtypes = (ctypes.POINTER(Arguments), ctypes.c_void_p)
     opened.slope_metadata_bytes.restype = ctypes.c_int64
-    opened.slope_status.restype = ctypes.c_char_p
+    opened.slope_error.restype = ctypes.c_char_p
     return opened
 
 
@@ -189,11 +189,11 @@ def run(
         algorithm.raster,
     )
     with torch.cuda.device(device):
-        status = opened.slope_sparse_gemm(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
-    if status:
+        error = opened.slope_sparse_gemm(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
+    if error:
         raise RuntimeError(
             f"CUTLASS refused the product {rows} x {columns}, {tokens} tokens, with {algorithm.kernel}: "
-            f"{opened.slope_status(status).decode()}"
+            f"{opened.slope_error(error).decode()}"
         )
 
 

@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "cutlass/cutlass.h"
+#include "cutlass/device_kernel.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
 #include "cutlass/epilogue/thread/activation.h"
@@ -23,7 +24,6 @@
 #include "cutlass/gemm/kernel/gemm_universal_decl.h"
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp"
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp"
-#include "cutlass/gemm/device/gemm_universal_adapter.h"
 
 #ifndef SLOPE_ELEMENT
 #define SLOPE_ELEMENT cutlass::bfloat16_t
@@ -38,7 +38,7 @@
 #define SLOPE_JOIN_(a, b) a##b
 #define SLOPE_JOIN(a, b) SLOPE_JOIN_(a, b)
 
-namespace {
+namespace slope {
 
 using namespace cute;
 
@@ -67,10 +67,7 @@ using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
     Mainloop>::CollectiveOp;
 using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Collective, Epilogue>;
-using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 using SparseConfig = typename Collective::SparseConfig;
-
-}  // namespace
 
 extern "C" {
 
@@ -94,14 +91,14 @@ struct SlopeProduct {
   int32_t raster;
 };
 
-// Enqueues the product; 0, or CUTLASS's status.
+// Enqueues the product; 0, or a cudaError_t: invalid value where the kernel cannot run the shape.
 int slope_sparse_gemm(SlopeProduct const* p, void* stream) {
   auto shape = make_shape(p->rows, p->tokens, p->columns, 1);
   auto ldx = make_stride(int64_t(p->columns), _1{}, int64_t(0));
   auto ldy = make_stride(_1{}, p->stride, int64_t(0));
   cutlass::KernelHardwareInfo hardware;
   hardware.sm_count = p->multiprocessors;
-  typename Gemm::Arguments arguments{
+  typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       shape,
       {static_cast<Element const*>(p->values), SparseConfig::fill_layoutA(shape), static_cast<Element const*>(p->x), ldx,
@@ -116,16 +113,28 @@ int slope_sparse_gemm(SlopeProduct const* p, void* stream) {
   arguments.scheduler.max_swizzle_size = p->swizzle;
   using Raster = decltype(arguments.scheduler.raster_order);
   arguments.scheduler.raster_order = p->raster == 1 ? Raster::AlongM : p->raster == 2 ? Raster::AlongN : Raster::Heuristic;
-  cutlass::Status status = Gemm::can_implement(arguments);
-  if (status != cutlass::Status::kSuccess) {
-    return static_cast<int>(status);
+  if (!Kernel::can_implement(arguments)) {
+    return cudaErrorInvalidValue;
   }
-  Gemm gemm;
-  status = gemm.initialize(arguments, nullptr, static_cast<cudaStream_t>(stream));
-  if (status == cutlass::Status::kSuccess) {
-    status = gemm.run(static_cast<cudaStream_t>(stream));
+  auto params = Kernel::to_underlying_arguments(arguments, nullptr);
+  auto kernel = reinterpret_cast<void const*>(&cutlass::device_kernel<Kernel>);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+  if (error != cudaSuccess) {
+    return error;
   }
-  return static_cast<int>(status);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {SLOPE_CLUSTER_R, SLOPE_CLUSTER_T, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = Kernel::get_grid_shape(params);
+  launch.blockDim = Kernel::get_block_shape();
+  launch.dynamicSmemBytes = Kernel::SharedStorageSize;
+  launch.stream = static_cast<cudaStream_t>(stream);
+  launch.attrs = &cluster;
+  launch.numAttrs = 1;
+  void* parameters[] = {&params};
+  return cudaLaunchKernelExC(&launch, kernel, parameters);
 }
 
 // Bytes of an operand's metadata.
@@ -148,6 +157,8 @@ void slope_metadata_places(int rows, int columns, int64_t* places) {
 int slope_stages() { return Collective::DispatchPolicy::Stages; }
 int slope_shared_memory() { return Kernel::SharedStorageSize; }
 
-char const* slope_status(int status) { return cutlass::cutlassGetStatusString(static_cast<cutlass::Status>(status)); }
+char const* slope_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // extern "C"
+
+}  // namespace slope
