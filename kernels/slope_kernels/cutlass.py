@@ -68,7 +68,7 @@ DEFAULT = Algorithm(next(iter(KERNELS)))
 
 
 class Arguments(ctypes.Structure):
-    """`SlopeProduct` of the source, field for field."""
+    """`Product` of the source, field for field."""
 
     _fields_ = [
         ("values", ctypes.c_void_p),
@@ -81,7 +81,7 @@ class Arguments(ctypes.Structure):
         ("rows", ctypes.c_int32),
         ("columns", ctypes.c_int32),
         ("tokens", ctypes.c_int32),
-        ("multiprocessors", ctypes.c_int32),
+        ("device", ctypes.c_int32),
         ("beta", ctypes.c_float),
         ("relu", ctypes.c_int32),
         ("swizzle", ctypes.c_int32),
@@ -145,8 +145,8 @@ def library(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> ct
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _library_of(algorithm: Algorithm, dtype: torch.dtype, with_source: bool) -> ctypes.CDLL:
+    return library(KERNELS[algorithm.kernel], dtype, with_source)
 
 
 def run(
@@ -170,7 +170,7 @@ def run(
     """
     tokens, columns = x_TS.shape
     rows, device = values_RC.shape[0], x_TS.device.index
-    opened = library(KERNELS[algorithm.kernel], x_TS.dtype, source_TR is not None)
+    opened = _library_of(algorithm, x_TS.dtype, source_TR is not None)
     arguments = Arguments(
         values_RC.data_ptr(),
         metadata.data_ptr(),
@@ -182,14 +182,13 @@ def run(
         rows,
         columns,
         tokens,
-        _multiprocessors(device),
+        device,
         beta if source_TR is not None else 0.0,
         relu,
         algorithm.swizzle,
         algorithm.raster,
     )
-    with torch.cuda.device(device):
-        error = opened.slope_sparse_gemm(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
+    error = opened.slope_sparse_gemm(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
     if error:
         raise RuntimeError(
             f"CUTLASS refused the product {rows} x {columns}, {tokens} tokens, with {algorithm.kernel}: "

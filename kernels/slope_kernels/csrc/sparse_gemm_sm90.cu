@@ -7,10 +7,17 @@
 // CUTLASS wants the sparse matrix on the left: it computes Y^T = W X^T, and with Y^T column-major memory holds Y row-major.
 // Every extent may be odd in tiles; R must be a multiple of 8 and S of 16 (lines of 16 bytes for TMA).
 //
-// One shared library for each kernel: the macros say which. Nothing here allocates, waits or keeps state.
+// One shared library for each kernel: the macros say which. Nothing here waits or takes device memory. What a shape needs
+// on the host (tensor maps, the walk over its tiles) is made once and kept; a call puts its addresses in.
 
+#include <array>
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <mutex>
+
+#include <cuda.h>
+#include <cuda_runtime.h>
 
 #include "cutlass/cutlass.h"
 #include "cutlass/device_kernel.h"
@@ -35,6 +42,9 @@
 #define SLOPE_SCHEDULE Cooperative
 #define SLOPE_SOURCE 0
 #endif
+#ifndef SLOPE_EPILOGUE_T
+#define SLOPE_EPILOGUE_T 32
+#endif
 #define SLOPE_JOIN_(a, b) a##b
 #define SLOPE_JOIN(a, b) SLOPE_JOIN_(a, b)
 
@@ -50,8 +60,9 @@ constexpr int kLine = 128 / cutlass::sizeof_bits<Element>::value;
 using Tile = Shape<Int<SLOPE_TILE_R>, Int<SLOPE_TILE_T>, Int<SLOPE_TILE_S>>;
 using Cluster = Shape<Int<SLOPE_CLUSTER_R>, Int<SLOPE_CLUSTER_T>, _1>;
 using Mainloop = SLOPE_JOIN(cutlass::gemm::KernelTmaWarpSpecialized, SLOPE_SCHEDULE);
-using Store = conditional_t<is_same_v<Mainloop, cutlass::gemm::KernelTmaWarpSpecializedCooperative>,
-                            cutlass::epilogue::TmaWarpSpecializedCooperative, cutlass::epilogue::TmaWarpSpecialized>;
+constexpr bool kCooperative = is_same_v<Mainloop, cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+using Store = conditional_t<kCooperative, cutlass::epilogue::TmaWarpSpecializedCooperative,
+                            cutlass::epilogue::TmaWarpSpecialized>;
 // Without a source its share of shared memory goes to the main loop.
 using Source = conditional_t<SLOPE_SOURCE, Element, void>;
 
@@ -59,7 +70,7 @@ using Fusion = cutlass::epilogue::fusion::LinCombPerRowBiasEltAct<
     cutlass::epilogue::thread::LowerBound, Element, float, Element, Source, float, 1>;
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+    Shape<Int<(SLOPE_TILE_R < 128 || !kCooperative) ? 64 : 128>, Int<SLOPE_EPILOGUE_T>>, float, float,
     Source, Tokens, kLine, Element, Tokens, kLine, Store, Fusion>::CollectiveOp;
 using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp,
@@ -69,10 +80,10 @@ using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
 using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Collective, Epilogue>;
 using SparseConfig = typename Collective::SparseConfig;
 
-extern "C" {
+using Params = typename Kernel::Params;
 
-// Addresses are the device's; a null bias is none, and a null source needs beta 0. `load_cuda.py` has its twin.
-struct SlopeProduct {
+// Addresses are the device's; a null bias is none, and a null source needs beta 0. `cutlass.py` has its twin.
+struct Product {
   void const* values;
   void const* metadata;
   void const* x;
@@ -83,7 +94,7 @@ struct SlopeProduct {
   int32_t rows;
   int32_t columns;
   int32_t tokens;
-  int32_t multiprocessors;
+  int32_t device;
   float beta;
   int32_t relu;
   // How many tiles a swizzled group is wide (1, 2, 4, 8), and along what tiles are walked: 0 heuristic, 1 rows, 2 tokens.
@@ -91,38 +102,81 @@ struct SlopeProduct {
   int32_t raster;
 };
 
-// Enqueues the product; 0, or a cudaError_t: invalid value where the kernel cannot run the shape.
-int slope_sparse_gemm(SlopeProduct const* p, void* stream) {
-  auto shape = make_shape(p->rows, p->tokens, p->columns, 1);
-  auto ldx = make_stride(int64_t(p->columns), _1{}, int64_t(0));
-  auto ldy = make_stride(_1{}, p->stride, int64_t(0));
+auto shape_of(Product const& p) { return make_shape(p.rows, p.tokens, p.columns, 1); }
+
+auto fusion_of(Product const& p) {
+  typename Epilogue::FusionCallbacks::Arguments fusion{};
+  fusion.alpha = 1.0f;
+  fusion.beta = p.beta;
+  fusion.bias_ptr = static_cast<Element const*>(p.bias);
+  fusion.activation = {p.relu ? 0.0f : -std::numeric_limits<float>::infinity()};
+  return fusion;
+}
+
+typename Kernel::Arguments arguments_of(Product const& p) {
+  auto shape = shape_of(p);
+  auto ldx = make_stride(int64_t(p.columns), _1{}, int64_t(0));
+  auto ldy = make_stride(_1{}, p.stride, int64_t(0));
   cutlass::KernelHardwareInfo hardware;
-  hardware.sm_count = p->multiprocessors;
+  hardware.device_id = p.device;
+  hardware.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(p.device);
   typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       shape,
-      {static_cast<Element const*>(p->values), SparseConfig::fill_layoutA(shape), static_cast<Element const*>(p->x), ldx,
-       static_cast<typename Collective::ElementE const*>(p->metadata), SparseConfig::fill_layoutE(shape)},
-      {{}, static_cast<typename Epilogue::ElementC const*>(p->source), ldy, static_cast<Element*>(p->y), ldy},
+      {static_cast<Element const*>(p.values), SparseConfig::fill_layoutA(shape), static_cast<Element const*>(p.x), ldx,
+       static_cast<typename Collective::ElementE const*>(p.metadata), SparseConfig::fill_layoutE(shape)},
+      {fusion_of(p), static_cast<typename Epilogue::ElementC const*>(p.source), ldy, static_cast<Element*>(p.y), ldy},
       hardware};
-  auto& fusion = arguments.epilogue.thread;
-  fusion.alpha = 1.0f;
-  fusion.beta = p->beta;
-  fusion.bias_ptr = static_cast<Element const*>(p->bias);
-  fusion.activation = {p->relu ? 0.0f : -std::numeric_limits<float>::infinity()};
-  arguments.scheduler.max_swizzle_size = p->swizzle;
   using Raster = decltype(arguments.scheduler.raster_order);
-  arguments.scheduler.raster_order = p->raster == 1 ? Raster::AlongM : p->raster == 2 ? Raster::AlongN : Raster::Heuristic;
-  if (!Kernel::can_implement(arguments)) {
-    return cudaErrorInvalidValue;
+  arguments.scheduler.max_swizzle_size = p.swizzle;
+  arguments.scheduler.raster_order = p.raster == 1 ? Raster::AlongM : p.raster == 2 ? Raster::AlongN : Raster::Heuristic;
+  return arguments;
+}
+
+// A shape's parameters, with the addresses of the call that first asked; null where the kernel cannot run it.
+Params const* kept_params(Product const& p, void const* kernel) {
+  static std::mutex mutex;
+  static std::map<std::array<int64_t, 7>, Params> kept;
+  std::lock_guard<std::mutex> lock(mutex);
+  std::array<int64_t, 7> key{p.rows, p.columns, p.tokens, p.stride, p.device, p.swizzle, p.raster};
+  auto found = kept.find(key);
+  if (found == kept.end()) {
+    auto arguments = arguments_of(p);
+    auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (!Kernel::can_implement(arguments) || cudaFuncSetAttribute(kernel, attribute, Kernel::SharedStorageSize)) {
+      return nullptr;
+    }
+    found = kept.emplace(key, Kernel::to_underlying_arguments(arguments, nullptr)).first;
   }
-  auto params = Kernel::to_underlying_arguments(arguments, nullptr);
-  auto kernel = reinterpret_cast<void const*>(&cutlass::device_kernel<Kernel>);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
-  if (error != cudaSuccess) {
-    return error;
+  return &found->second;
+}
+
+// The tensor map of a copy, moved to another address.
+template <class Copy>
+bool move(Copy const& copy, void const* address) {
+  using Replace = CUresult (*)(CUtensorMap*, void*);
+  static Replace const replace = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapReplaceAddress", &entry, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<Replace>(entry);
+  }();
+  auto map = const_cast<CUtensorMap*>(copy.get_tma_descriptor());
+  return replace && replace(map, const_cast<void*>(address)) == CUDA_SUCCESS;
+}
+
+bool move(Params& params, Product const& p) {
+  params.epilogue.thread =
+      Epilogue::FusionCallbacks::to_underlying_arguments(shape_of(p), fusion_of(p), nullptr);
+  bool moved = move(params.mainloop.tma_load_a, p.values) && move(params.mainloop.tma_load_e, p.metadata) &&
+               move(params.mainloop.tma_load_b, p.x) && move(params.epilogue.tma_store_d, p.y);
+  if constexpr (SLOPE_SOURCE) {
+    moved = moved && move(params.epilogue.tma_load_c, p.source);
   }
+  return moved;
+}
+
+cudaError_t launch(Params& params, void const* kernel, cudaStream_t stream) {
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {SLOPE_CLUSTER_R, SLOPE_CLUSTER_T, 1};
@@ -130,11 +184,35 @@ int slope_sparse_gemm(SlopeProduct const* p, void* stream) {
   launch.gridDim = Kernel::get_grid_shape(params);
   launch.blockDim = Kernel::get_block_shape();
   launch.dynamicSmemBytes = Kernel::SharedStorageSize;
-  launch.stream = static_cast<cudaStream_t>(stream);
+  launch.stream = stream;
   launch.attrs = &cluster;
   launch.numAttrs = 1;
   void* parameters[] = {&params};
   return cudaLaunchKernelExC(&launch, kernel, parameters);
+}
+
+extern "C" {
+
+// Enqueues the product; 0, or a cudaError_t: invalid value where the kernel cannot run the shape.
+int slope_sparse_gemm(Product const* p, void* stream) {
+  int before = p->device;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != p->device) {
+    error = cudaSetDevice(p->device);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  auto kernel = reinterpret_cast<void const*>(&cutlass::device_kernel<Kernel>);
+  error = cudaErrorInvalidValue;
+  if (Params const* kept = kept_params(*p, kernel)) {
+    Params params = *kept;
+    error = move(params, *p) ? launch(params, kernel, static_cast<cudaStream_t>(stream)) : error;
+  }
+  if (before != p->device) {
+    cudaSetDevice(before);
+  }
+  return error;
 }
 
 // Bytes of an operand's metadata.
