@@ -129,8 +129,11 @@ def build(source: Source) -> Path:
     """The library of a source, compiled now if need be.
 
     Raises:
-        RuntimeError: the compiler refused, with its last lines.
+        RuntimeError: nothing can be compiled here, with the reason; the compiler refused, with its last lines.
     """
+    reason = unsupported()
+    if reason:
+        raise RuntimeError(f"{source} cannot be compiled: {reason}")
     path = library_path(source)
     if path.is_file():
         return path

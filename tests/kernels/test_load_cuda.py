@@ -95,6 +95,8 @@ def test_what_is_missing_is_a_reason(toolkit, monkeypatch):
     assert load_cuda.unsupported() is None
     monkeypatch.setattr(load_cuda, "headers", lambda: None)
     assert load_cuda.unsupported() == "CUTLASS's headers were not found; pip install nvidia-cutlass"
+    with pytest.raises(RuntimeError, match="cannot be compiled: CUTLASS's headers were not found"):
+        load_cuda.build(SOURCE)
     monkeypatch.setattr(load_cuda.shutil, "which", lambda name: None)
     assert load_cuda.unsupported() == "g++, which nvcc needs, was not found on the PATH"
     monkeypatch.setattr(load_cuda, "compiler", lambda: None)
