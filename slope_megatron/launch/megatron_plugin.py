@@ -3,6 +3,11 @@
     from slope_megatron.launch.megatron_plugin import install as install_slope
     install_slope(globals())
 
+and `pretrain_bert.py`, before it imports a layer spec:
+
+    from slope_megatron.launch.megatron_specs import complete_bert_specs
+    complete_bert_specs()
+
 Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with a sentence. What is done:
 
     megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
@@ -12,7 +17,6 @@ Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with 
 Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
 """
 
-import copy
 import functools
 import logging
 import sys
@@ -104,69 +108,28 @@ def with_sparse_layers(model_class):
 
     # No functools.wraps: the class's own dictionary does not belong on a function.
     def build(*positional, **keywords):
+        from slope_megatron.launch.megatron_specs import refuse_no_spec, sparse_block_spec
+        from slope_megatron.models.fill import fill_model
+
         args, slope = settings()
+        refuse_no_spec(keywords["transformer_layer_spec"])
         if not slope.enabled:
             return model_class(*positional, **keywords)
-        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-        from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-        from slope_megatron.models.fill import fill_model
-        from slope_megatron.models.layer_spec import sparsify
-
-        config, stock = keywords["config"], keywords["transformer_layer_spec"]
-        if isinstance(stock, TransformerBlockSubmodules) or keywords.get("vp_stage") is not None:
-            raise ValueError(
-                "--slope wants one layer spec and no virtual pipeline: leave --num-layers-per-virtual-* out"
-            )
-        first = get_transformer_layer_offset(config)
-        stock = with_plain_mlp(stock)
-        specs = [
-            without_new_arguments(sparsify(stock, slope, first + index))
-            for index in range(get_num_layers_to_build(config))
-        ]
-        norm = specs[0].submodules.input_layernorm
-        keywords["transformer_layer_spec"] = TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+        if keywords.get("vp_stage") is not None:
+            raise ValueError("--slope has no virtual pipeline: leave --num-layers-per-virtual-pipeline-stage out")
+        config = keywords["config"]
+        keywords["transformer_layer_spec"] = sparse_block_spec(keywords["transformer_layer_spec"], slope, config)
         # Megatron's own initialisation is left out: every parameter is filled below.
         config.perform_initialization = False
         model = model_class(*positional, **keywords)
+        if hasattr(model, "attn_mask_dimensions"):
+            # BERT's mask as one row for all queries: where padding asks too, no row is all forbidden.
+            model.attn_mask_dimensions = "b11s"
         fill_model(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
         return model
 
     build.__wrapped__ = model_class
     return build
-
-
-def with_plain_mlp(stock):
-    """Core 0.20's specs hold the MLP as a bound builder: turned back into the ModuleSpec that it still takes."""
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    builder = stock.submodules.mlp
-    if isinstance(builder, functools.partial) and hasattr(builder.func, "__self__"):
-        stock = copy.deepcopy(stock)
-        stock.submodules.mlp = ModuleSpec(module=builder.func.__self__, submodules=builder.keywords["submodules"])
-    return stock
-
-
-def without_new_arguments(spec):
-    """Core 0.20 tells every linear its name and all process groups; packed ones know their tensor-parallel group."""
-    from slope_megatron.models.fill import PackedWeight
-
-    holders = (spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules)
-    for holder in holders:
-        for linear in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
-            packed = getattr(holder, linear, None)
-            if isinstance(packed, type) and issubclass(packed, PackedWeight):
-                setattr(holder, linear, with_old_arguments(packed))
-    return spec
-
-
-def with_old_arguments(packed: type) -> type:
-    """The same class with the constructor of core 0.16."""
-
-    def init(self, *positional, name=None, pg_collection=None, **keywords):
-        packed.__init__(self, *positional, **keywords)
-
-    return type(packed.__name__, (packed,), {"__init__": init})
 
 
 def with_refresh(train_step):
