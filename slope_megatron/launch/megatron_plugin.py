@@ -12,7 +12,8 @@ Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with 
 
     megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
     GPTModel, BertModel, in the module that builds it    block linears replaced, then filled: the same at every TP size
-    megatron.training.training.train_step                after the optimizer step, operands follow the weights
+    megatron.training.training.train_step                adapters join at their step; after it, operands follow weights
+    megatron.training.training.evaluate                  in the phase of the steps that are done
 
 Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
 """
@@ -34,7 +35,8 @@ def install(script: dict) -> None:
     import megatron.training.training as training
 
     wrap(vars(arguments), "add_megatron_arguments", with_flags, arguments.__name__)
-    wrap(vars(training), "train_step", with_refresh, training.__name__)
+    wrap(vars(training), "train_step", with_phase_and_refresh, training.__name__)
+    wrap(vars(training), "evaluate", with_phase, training.__name__)
     found = 0
     for module, name in BUILDERS:
         namespace = script if module is None else vars(sys.modules[module]) if module in sys.modules else {}
@@ -73,20 +75,34 @@ def settings():
     from megatron.training import get_args
 
     args = get_args()
-    slope = slope_config_from_args(args)
-    wrong = refusals(args) + unsupported_here(slope) if slope.enabled else []
+    slope = slope_config_from_args(args).with_rank_for(args.hidden_size)
+    wrong = refusals(args) + unsupported_here(slope) + adapter_refusals(args, slope) if slope.enabled else []
     if wrong:
         raise ValueError("; ".join(wrong))
     return args, slope
 
 
+def adapter_refusals(args, slope) -> list[str]:
+    """Settings of Megatron-LM under which adapters that are not used yet, or join, would fail."""
+    if not slope.adapter_rank:
+        return []
+    wrong = []
+    if args.overlap_grad_reduce:
+        wrong.append(
+            "--overlap-grad-reduce is on with --slope-adapter-rank: it waits for gradients of every parameter, and "
+            "adapters have none before their step; leave it out"
+        )
+    if args.use_distributed_optimizer and not (args.bf16 or args.fp16):
+        wrong.append(
+            "--use-distributed-optimizer is on with --slope-adapter-rank in fp32: adapters cannot start anew in its "
+            "shards; leave it out, or give --bf16"
+        )
+    return wrong
+
+
 def unsupported_here(slope) -> list[str]:
     """Settings of SLoPe that need an optimizer or schedule of ours: refused, never ignored."""
     wrong = []
-    if slope.adapter_rank:
-        wrong.append(
-            f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are `slope pretrain`'s so far; use 0"
-        )
     if slope.method != "slope" or slope.mode != "paper":
         wrong.append(
             f"--slope-method {slope.method} and --slope-mode {slope.mode}: baselines and pruned gradients are "
@@ -96,10 +112,10 @@ def unsupported_here(slope) -> list[str]:
         wrong.append(
             "--slope-pattern is wanda: it needs a trained model, as `slope pretrain --init-from` has; use random"
         )
-    if slope.lr_multiplier != 1.0:
-        wrong.append(
-            f"--slope-lr-multiplier is {slope.lr_multiplier}: the upstream's optimizer has one learning rate; use 1.0"
-        )
+    for name in ("lr_multiplier", "adapter_lr_multiplier"):
+        if getattr(slope, name) != 1.0:
+            flag = "--slope-" + name.replace("_", "-")
+            wrong.append(f"{flag} is {getattr(slope, name)}: the upstream's optimizer has one learning rate; use 1.0")
     return wrong
 
 
@@ -132,18 +148,40 @@ def with_sparse_layers(model_class):
     return build
 
 
-def with_refresh(train_step):
-    """The step, and after it the operands: new values, and the column pattern when its step has come."""
+def with_phase_and_refresh(train_step):
+    """The step; before it the adapters' phase, after it the operands, with a new column pattern in its turn."""
 
     @functools.wraps(train_step)
-    def step(forward_step_func, data_iterator, model, *positional, **keywords):
-        result = train_step(forward_step_func, data_iterator, model, *positional, **keywords)
+    def step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords):
+        from slope_megatron.launch.megatron_adapters import enter_phase
+
         args, slope = settings()
+        if slope.enabled:
+            phase = {"step": args.curr_iteration, "steps": args.train_iters, "seed": args.seed}
+            enter_phase(model, optimizer, slope, **phase)
+        result = train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
         if slope.enabled:
             refresh_operands(model, slope, args.curr_iteration + 1)
         return result
 
     return step
+
+
+def with_phase(evaluate):
+    """An evaluation, also one without training (`--skip-train`), with the adapters that its checkpoint trained."""
+
+    @functools.wraps(evaluate)
+    def run(forward_step_func, data_iterator, model, *positional, **keywords):
+        from slope_megatron.launch.megatron_adapters import enter_phase
+
+        args, slope = settings()
+        if slope.enabled:
+            # The step last made: of this run, or of the one whose checkpoint it is.
+            last = getattr(args, "curr_iteration", args.iteration - 1)
+            enter_phase(model, None, slope, step=last, steps=args.train_iters, seed=args.seed)
+        return evaluate(forward_step_func, data_iterator, model, *positional, **keywords)
+
+    return run
 
 
 def refresh_operands(chunks, slope, step: int) -> None:
