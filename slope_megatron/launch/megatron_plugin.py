@@ -137,6 +137,8 @@ def with_sparse_layers(model_class):
         keywords["transformer_layer_spec"] = sparse_block_spec(keywords["transformer_layer_spec"], slope, config)
         # Megatron's own initialisation is left out: every parameter is filled below.
         config.perform_initialization = False
+        # Blocks differ (the first QKV is dense): checkpoints must not stack their tensors over layers.
+        config.hetereogenous_dist_checkpoint = True
         model = model_class(*positional, **keywords)
         if hasattr(model, "attn_mask_dimensions"):
             # BERT's mask as one row for all queries: where padding asks too, no row is all forbidden.
@@ -153,15 +155,15 @@ def with_phase_and_refresh(train_step):
 
     @functools.wraps(train_step)
     def step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords):
-        from slope_megatron.launch.megatron_adapters import enter_phase
+        from slope_megatron.launch.megatron_adapters import adapter_phase
 
         args, slope = settings()
-        if slope.enabled:
-            phase = {"step": args.curr_iteration, "steps": args.train_iters, "seed": args.seed}
-            enter_phase(model, optimizer, slope, **phase)
-        result = train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
-        if slope.enabled:
-            refresh_operands(model, slope, args.curr_iteration + 1)
+        if not slope.enabled:
+            return train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
+        at = {"step": args.curr_iteration, "steps": args.train_iters, "seed": args.seed}
+        with adapter_phase(model, optimizer, slope, **at):
+            result = train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
+        refresh_operands(model, slope, args.curr_iteration + 1)
         return result
 
     return step
@@ -172,13 +174,13 @@ def with_phase(evaluate):
 
     @functools.wraps(evaluate)
     def run(forward_step_func, data_iterator, model, *positional, **keywords):
-        from slope_megatron.launch.megatron_adapters import enter_phase
+        from slope_megatron.launch.megatron_adapters import use_adapters
 
         args, slope = settings()
-        if slope.enabled:
+        start = slope.adapter_start(args.train_iters or 0)
+        if start is not None:
             # The step last made: of this run, or of the one whose checkpoint it is.
-            last = getattr(args, "curr_iteration", args.iteration - 1)
-            enter_phase(model, None, slope, step=last, steps=args.train_iters, seed=args.seed)
+            use_adapters(model, getattr(args, "curr_iteration", args.iteration - 1) >= start)
         return evaluate(forward_step_func, data_iterator, model, *positional, **keywords)
 
     return run

@@ -38,11 +38,13 @@ def build_and_train(steps):
     tokens = torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(0))
     losses, adapters = [], []
 
+    def counts():
+        return {int(state.get("step", 0)) for state in optimizer.state.values()}
+
     def bare_step(_forward, _data, chunks, _optimizer):
         active = {module.adapters_active for module in sparse_modules(model)}
         fresh = all(torch.equal(model.state_dict()[name], value) for name, value in drawn.items())
-        counters = {int(optimizer.state[module.adapter_r].get("step", 0)) for module in sparse_modules(model)}
-        adapters.append((active, fresh, counters))
+        adapters.append((active, fresh, counts()))
         loss = chunks[0](tokens, torch.arange(32).expand(2, 32), None, labels=tokens.roll(-1, 1)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -54,6 +56,7 @@ def build_and_train(steps):
     step = megatron_plugin.with_phase_and_refresh(bare_step)
     for args.curr_iteration in range(steps):
         step(None, None, [model], types.SimpleNamespace(optimizer=optimizer))
+        assert counts() == {args.curr_iteration + 1}, "a checkpoint holds one count"
     refusal = None
     try:
         megatron_plugin.refresh_operands([torch.nn.Linear(2, 2)], slope, 1)
@@ -71,9 +74,9 @@ def test_the_model_is_sparse_trains_and_its_operands_follow(ranks):
     assert losses[-1] < losses[0] - 1.0
     assert "--slope was given and the model has no 2:4 layer" in refusal, "never a dense run in silence"
     assert [active for active, _, _ in adapters] == [{False}] * 9 + [{True}] * 3
-    # Weight decay shrank L until then; at their step it is what was drawn, and Adam has seen nothing of them.
+    # Weight decay shrank L until then; at their step it is what was drawn, and Adam has made no step of theirs.
     assert [fresh for _, fresh, _ in adapters] == [True] + [False] * 8 + [True] + [False] * 2
-    assert [counters for _, _, counters in adapters][8:] == [{8}, {0}, {1}, {2}]
+    assert [counters for _, _, counters in adapters][8:] == [{8}, {9, 0}, {10, 1}, {11, 2}]
 
 
 def test_what_is_not_there_is_refused():
