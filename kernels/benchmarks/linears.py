@@ -27,13 +27,15 @@ class Dense(torch.nn.Module):
 class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
+    backend = "auto"
+
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(rows, columns // 2, device="cuda", dtype=DTYPE) * 0.02)
         self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
         row_bits = random_bits(rows, columns, torch.device("cuda"))
         column_bits = choose_column(self.weight.detach(), row_bits)
-        self.operands = build_operands("auto", self.weight.detach(), row_bits, column_bits)
+        self.operands = build_operands(self.backend, self.weight.detach(), row_bits, column_bits)
 
     def forward(self, x):
         if self.bias is None:
@@ -44,7 +46,13 @@ class Sparse(torch.nn.Module):
         self.operands.refresh(self.weight.detach())
 
 
+class Cutlass(Sparse):
+    """The same by our own kernels alone. Choices are one table: time this mode and `paper` in runs of their own."""
+
+    backend = "cutlass"
+
+
 # What `slope bench block --modes` and its kin take; dense is measured beside them always.
-MODES: dict[str, type] = {"dense": Dense, "paper": Sparse}
+MODES: dict[str, type] = {"dense": Dense, "paper": Sparse, "cutlass": Cutlass}
 # The products that a mode may run sparse, as `ops.choices` names them.
-SPARSE_PRODUCTS = {"paper": ("forward", "dgrad")}
+SPARSE_PRODUCTS = {"paper": ("forward", "dgrad"), "cutlass": ("forward", "dgrad")}
