@@ -1,6 +1,7 @@
 """Backends: who computes the three products, on which machine, and why not elsewhere."""
 
 import functools
+import itertools
 import logging
 from typing import Protocol
 
@@ -68,7 +69,7 @@ def choose(requested: str) -> str:
         logger.info("sparse products: backend %s, as requested", requested)
         return requested
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    refused = "".join(f"; {name}: {reason}" for name, reason in reasons.items() if reason)
+    refused = "".join(f"; {name}: {reasons[name]}" for name in itertools.takewhile(lambda name: name != chosen, reasons))
     logger.info("sparse products: backend %s (%s)%s", chosen, SAYS[chosen], refused)
     return chosen
 

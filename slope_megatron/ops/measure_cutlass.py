@@ -35,8 +35,10 @@ class Candidate:
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> tuple[str, ...]:
-    """The kernels that compile here; each that does not is said once, with the compiler's last lines."""
-    if cutlass.unsupported():
+    """The kernels that compile here; why all or one do not is said once, with the compiler's last lines."""
+    reason = cutlass.unsupported()
+    if reason:
+        logger.info("our own kernels are not among the candidates: %s", reason)
         return ()
     sources = {name: cutlass.source(kernel, dtype) for name, kernel in cutlass.KERNELS.items()}
     built = load_cuda.build_all(list(sources.values()))
