@@ -69,7 +69,8 @@ def choose(requested: str) -> str:
         logger.info("sparse products: backend %s, as requested", requested)
         return requested
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    refused = "".join(f"; {name}: {reasons[name]}" for name in itertools.takewhile(lambda name: name != chosen, reasons))
+    tried = itertools.takewhile(lambda name: name != chosen, reasons)
+    refused = "".join(f"; {name}: {reasons[name]}" for name in tried)
     logger.info("sparse products: backend %s (%s)%s", chosen, SAYS[chosen], refused)
     return chosen
 
