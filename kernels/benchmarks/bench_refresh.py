@@ -40,11 +40,13 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     backward = torch.empty_like(forward)
     total, total16 = torch.zeros(rows, columns // 2, device=device), torch.zeros_like(values)
     packed, row, column = weights, weights // 8, weights // 16
+    # Metadata of columns follows from three rows of four.
+    three_of_four = (row + column) * 3 // 4
     patterns = (row_bits, column_bits)
     return [
         Case("refresh", refresh.refresh, (values, *patterns, forward, backward), 3 * packed + row + column),
         Case("choose_column", choose.choose_column, (values, *patterns), packed + row + column),
-        Case("column_metadata", metadata.column_metadata, (*patterns, meta), row + column + weights // 8),
+        Case("column_metadata", metadata.column_metadata, (*patterns, meta), three_of_four + weights // 8),
         Case("row_metadata", metadata.row_metadata, (row_bits, meta), row + weights // 8),
         Case("gather", gather.gather, (dense, row_bits, values), 2 * weights + row + packed),
         Case("gather_add_fp32", gather.gather_add, (dense, row_bits, total), 2 * weights + row + 4 * packed),
@@ -56,11 +58,16 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
 def variants(case: Case) -> dict[str, dict]:
     """Settings to try of a kernel: {what to call it: keyword arguments}."""
     if case.name == "refresh":
-        tried = [((8, 16), 2), ((8, 8), 2), ((16, 4), 2), ((16, 8), 1), ((16, 16), 1), ((8, 16), 1), ((8, 8), 1)]
-        plain = {f"{lanes} {pairs}": {"lanes": lanes, "pairs": pairs} for lanes, pairs in tried}
-        return plain | {"(8, 16) 2, 168 registers": {"registers": 168}}
-    if case.name in ("choose_column", "column_metadata"):
+        tried = [((8, 16), 1, band) for band in (1, 4, 16, 64)]
+        tried += [((8, 8), 1, 4), ((8, 8), 1, 16), ((4, 16), 1, 16), ((4, 32), 1, 16), ((8, 32), 1, 4), ((16, 8), 1, 4)]
+        tried += [((16, 16), 1, 4), ((4, 16), 2, 4), ((4, 16), 2, 16), ((4, 32), 2, 8), ((8, 16), 2, 8), ((8, 8), 2, 8)]
+        return {" ".join(map(str, one)): dict(zip(("lanes", "pairs", "band"), one, strict=True)) for one in tried}
+    if case.name == "row_metadata":
+        return {str(sets): {"sets": sets} for sets in (2, 4, 8, 16)}
+    if case.name == "choose_column":
         return {str(threads): {"threads": threads} for threads in (32, 64, 128, 256)}
+    if case.name == "column_metadata":
+        return {str(threads): {"threads": threads} for threads in (32, 64, 128)}
     return {"": {}}
 
 
