@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from slope_megatron.models.fill import masked_modules, sparse_modules
 from slope_megatron.models.layer_spec import twin_weights
 from slope_megatron.sparsity.pattern import extra_zeros
-from slope_megatron.training import zero
+from slope_megatron.training import nvme, zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import ADAPTERS, SPARSE, is_adapter, model_parameters
 
@@ -83,7 +83,8 @@ def state_bytes(engine: Engine) -> dict[str, dict[str, int]]:
 def state_bytes_per_rank(engine: Engine) -> dict[str, dict[str, int]]:
     """Bytes of training state on the fullest rank, `measured` (memory behind the tensors) and by `formula`; collective.
 
-    Weights, gradients and optimizer as the ZeRO stage cuts them; with offload the optimizer's are in host memory.
+    Weights, gradients and optimizer as the ZeRO stage cuts them; with offload the optimizer's are in host memory, or on
+    a disk and counted as nothing.
     """
     found = {"measured": measured_rank_bytes(engine), "formula": formula_rank_bytes(engine)}
     table = torch.tensor([list(sizes.values()) for sizes in found.values()], device=engine.device)
@@ -116,7 +117,7 @@ def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None) -> dict[
         stage       1                        2              3
         weights     b P                      b P            b P / D, and what is small whole
         gradients   4 P                      4 P / D        4 P / D
-        optimizer   12 P / D                 12 P / D       12 P / D
+        optimizer   12 P / D                 12 P / D       12 P / D; what is on an NVMe disk is not in memory
     """
     parallel = engine.config.parallel
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
@@ -134,8 +135,9 @@ def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None) -> dict[
             small = [part for part, count in zip(parts, counts, strict=True) if count <= limit]
             # A lone replica's gathered parameter is its part itself.
             sizes["weights"] += width * (sum(parts) + (replicas * sum(small) if replicas > 1 else 0))
-            sizes["gradients"] += 4 * sum(parts)
-            sizes["optimizer"] += 12 * sum(parts)
+            if not nvme.swaps(engine.optimizer, sum(parts)):
+                sizes["gradients"] += 4 * sum(parts)
+                sizes["optimizer"] += 12 * sum(parts)
             continue
         whole = -(-sum(counts) // (2 * replicas)) * 2 * replicas
         part = whole // replicas

@@ -60,3 +60,55 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(corpus, tmp_path, layou
     assert losses(again) == expected and len(expected) == 6
     last = "checkpoints/step_00000012"
     assert files_of(again / last) == files_of(whole / last)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A run in fp16, whose logits have fewer ties than bf16's; adapters have joined."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    arguments = [*MODEL, *RUN, *SLOPE, "--steps", 150, "--dtype", "fp16", "--zero-stage", 2, "--lr", "2e-3"]
+    slope("pretrain", "--data", corpus, "--out", run, *arguments)
+    return run
+
+
+PROMPTS = ["def ", "import os\n", "class Error(Exception):\n", "    return self"]
+
+
+def texts(run, tmp_path, *arguments):
+    """Greedy answers to PROMPTS, in one batch: prefill, then one token at a time."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"{prompt.splitlines()[0]}\n" for prompt in PROMPTS))
+    out, _ = slope("generate", run, "--prompts", file, "--temperature", 0, "--max-tokens", 40, *arguments)
+    return [json.loads(line)["text"] for line in out.splitlines()]
+
+
+def test_generation_is_the_reference_s_and_the_exported_model_s(trained, tmp_path):
+    """The same greedy text from 2:4 tensor cores, from dense products, and from transformers on the exported model."""
+    ours = texts(trained, tmp_path, "--backend", "cusparselt")
+    assert ours == texts(trained, tmp_path, "--backend", "reference")
+    exported = tmp_path / "exported"
+    slope("export", "hf", trained, exported)
+    assert ours == exported_texts(exported)
+    packed = tmp_path / "packed"
+    slope("export", "packed", trained, packed)
+    assert ours == texts(packed, tmp_path, "--backend", "cusparselt")
+
+
+def exported_texts(folder):
+    from transformers import AutoModelForCausalLM
+
+    from slope_megatron.inference.text import load_text_tokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).cuda().eval()
+    tokenizer = load_text_tokenizer(folder)
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt.splitlines()[0])], device="cuda")
+        start = ids.shape[1]
+        for _ in range(40):
+            token = model(ids).logits[0, -1].argmax()
+            if token == tokenizer.eod:
+                break
+            ids = torch.cat((ids, token[None, None]), 1)
+        answers.append(tokenizer.decode(ids[0].tolist())[len(tokenizer.decode(ids[0, :start].tolist())) :])
+    return answers
