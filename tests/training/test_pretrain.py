@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import commands
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     **os.environ,
@@ -23,10 +25,9 @@ RUN = "--global-batch-size 8 --micro-batch-size 2 --steps 8 --eval-samples 8 --e
 SLOPE = "--slope-adapter-rank 4 --slope-lazy-fraction 0.25 --slope-backward-mask-interval 3".split()
 
 
-def slope(*arguments, **keywords):
+def slope(*arguments):
     """`slope pretrain` in a process of its own."""
-    command = [sys.executable, "-m", "slope_megatron", "pretrain", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=900, **keywords)
+    return commands.slope("pretrain", *arguments)
 
 
 def launched(ranks, *arguments):
