@@ -98,7 +98,7 @@ def test_the_cache_gives_what_all_tokens_at_once_give(runs, name):
 def test_generation_with_a_cache_is_generation_without(runs):
     """The tokens, greedy and drawn, are those that uncached logits give, in any batch."""
     from slope_megatron.inference.generate import Sampling, generate
-    from slope_megatron.inference.sampling import next_token, uniform
+    from slope_megatron.inference.sampling import next_tokens, uniform
 
     decoder = decoder_of(runs("llama")[0])
     prompts = [[1, 2, 3], [7], [5, 6, 5, 6, 5]]
@@ -110,12 +110,34 @@ def test_generation_with_a_cache_is_generation_without(runs):
             ids = list(prompt)
             for _ in range(9):
                 draw = uniform(sampling.seed, index, len(ids))
-                ids.append(next_token(decoder(torch.tensor([ids]))[0, -1], sampling.temperature, sampling.top_p, draw))
+                logits = decoder(torch.tensor([ids]))[:, -1]
+                ids += next_tokens(logits, sampling.temperature, sampling.top_p, [draw])
             assert found[index] == ids
         alone = [token for _, token in generate(decoder, prompts[1:2], sampling, first_prompt=1)]
         assert alone == found[1][1:]
     other = [token for _, token in generate(decoder, prompts[1:2], dataclasses.replace(sampling, seed=8))]
     assert other != alone, "another seed draws other tokens"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_a_captured_step_is_the_step(runs):
+    """On a GPU steps from the second on are replays of a graph: the same logits as without one, to the bit."""
+    from slope_megatron.inference.steps import Steps
+
+    decoder = decoder_of(runs("llama")[0], device="cuda", dtype=torch.bfloat16)
+    caches = [decoder.new_cache(2, 12), decoder.new_cache(2, 12)]
+    prompt = torch.tensor([[3, 5, 2], [7, 1, 4]], device="cuda")
+    for cache in caches:
+        decoder(prompt, cache=cache)
+    advance = Steps(decoder, caches[0], 2)
+    for step in range(6):
+        tokens, positions = [5 + step, 30 - step], [3 + step, 3 + step]
+        eager = decoder(
+            torch.tensor(tokens, device="cuda")[:, None], torch.tensor(positions, device="cuda")[:, None], caches[1]
+        )
+        assert torch.equal(advance(tokens, positions), eager[:, -1])
+    assert advance.graph is not None
 
 
 def test_generation_ends_where_it_must(runs):
