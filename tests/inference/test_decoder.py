@@ -119,27 +119,6 @@ def test_generation_with_a_cache_is_generation_without(runs):
     assert other != alone, "another seed draws other tokens"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
-def test_a_captured_step_is_the_step(runs):
-    """On a GPU steps from the second on are replays of a graph: the same logits as without one, to the bit."""
-    from slope_megatron.inference.steps import Steps
-
-    decoder = decoder_of(runs("llama")[0], device="cuda", dtype=torch.bfloat16)
-    caches = [decoder.new_cache(2, 12), decoder.new_cache(2, 12)]
-    prompt = torch.tensor([[3, 5, 2], [7, 1, 4]], device="cuda")
-    for cache in caches:
-        decoder(prompt, cache=cache)
-    advance = Steps(decoder, caches[0], 2)
-    for step in range(6):
-        tokens, positions = [5 + step, 30 - step], [3 + step, 3 + step]
-        eager = decoder(
-            torch.tensor(tokens, device="cuda")[:, None], torch.tensor(positions, device="cuda")[:, None], caches[1]
-        )
-        assert torch.equal(advance(tokens, positions), eager[:, -1])
-    assert advance.graph is not None
-
-
 def test_generation_ends_where_it_must(runs):
     from slope_megatron.inference.generate import Sampling, generate
 
