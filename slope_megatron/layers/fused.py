@@ -62,6 +62,17 @@ def activate(x: torch.Tensor, bias: torch.Tensor | None, activation: Callable, g
     return activation(gate) * up
 
 
+@fused
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[label], fp32 `[...]`, of logits `[..., V]` as they are: no fp32 copy of them is made.
+
+    The label's logit is a sum over a comparison and no look-up: its gradient is then part of the same pass.
+    """
+    logits = logits.float()
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
+    return logits.logsumexp(-1) - torch.where(chosen, logits, 0.0).sum(-1)
+
+
 class FusedLayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm through `layer_norm`."""
 

@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import get_linear_layer
 from slope_megatron.config import ModelConfig, SlopeConfig
 from slope_megatron.layers.norm import own_norm
 from slope_megatron.models.layer_spec import sparsify
+from slope_megatron.models.loss import FusedLoss
 
 TOKEN_TYPES = 2
 
@@ -97,7 +98,7 @@ class BertEmbedding(LanguageModelEmbedding):
             return self.dropout(embeddings)
 
 
-class BertForPretraining(LanguageModule):
+class BertForPretraining(FusedLoss, LanguageModule):
     """This rank's shard of the encoder with both heads.
 
     Called as `model(input_ids, attention_mask, tokentype_ids, lm_labels)`: `[b, s]` each, all but the first optional;

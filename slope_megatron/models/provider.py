@@ -13,6 +13,7 @@ from slope_megatron.layers.mlp import fuse_mlps
 from slope_megatron.models.bert import build_bert
 from slope_megatron.models.fill import fill_model
 from slope_megatron.models.layer_spec import block_spec
+from slope_megatron.models.loss import FusedLoss
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 ACTIVATIONS = {
@@ -72,6 +73,10 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
+class Gpt(FusedLoss, GPTModel):
+    """Megatron's GPTModel."""
+
+
 def padded_vocabulary(model: ModelConfig, tokenizer_size: int) -> int:
     """The vocabulary padded to a multiple that does not depend on the layout.
 
@@ -99,7 +104,7 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
     if config.model.architecture == "bert":
         model = build_bert(config.model, config.slope, blocks, **ends)
     else:
-        model = GPTModel(
+        model = Gpt(
             blocks,
             block_spec(config.slope, blocks),
             position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
