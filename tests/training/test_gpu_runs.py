@@ -22,11 +22,11 @@ RUN = "--global-batch-size 8 --micro-batch-size 4 --eval-samples 8 --log-interva
 SLOPE = "--slope-adapter-rank 16 --slope-lazy-fraction 0.25 --slope-backward-mask-interval 3".split()
 
 
-def slope(*arguments):
-    """A `slope` command in a process of its own; its standard output."""
+def slope(*arguments, code=0):
+    """A `slope` command in a process of its own: what it said on standard output and on standard error."""
     command = [sys.executable, "-m", "slope_megatron", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done.stdout, done.stderr
 
 
@@ -58,8 +58,22 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(corpus, tmp_path, layou
     assert choices.read_text() == before
     expected = {step: loss for step, loss in losses(whole).items() if step > 6}
     assert losses(again) == expected and len(expected) == 6
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["device"] == torch.cuda.get_device_name() and summary["peak_memory_bytes"] > 0
+    assert 0 < summary["speed"]["mfu_actual"] < summary["speed"]["mfu"] < 1
     last = "checkpoints/step_00000012"
     assert files_of(again / last) == files_of(whole / last)
+
+
+def test_a_full_gpu_ends_the_run_with_one_sentence(corpus, tmp_path):
+    """A micro-batch of half a million tokens in a model of width 8192."""
+    model = "--num-layers 4 --hidden-size 8192 --num-attention-heads 64 --seq-length 256 --vocab-multiple 192".split()
+    batch = ["--micro-batch-size", 2048, "--global-batch-size", 2048, "--eval-samples", 1]
+    _, said = slope("pretrain", "--data", corpus, "--out", tmp_path / "run", *model, *batch, code=71)
+    errors = [line for line in said.splitlines() if line.startswith("slope: error: ")]
+    assert len(errors) == 1 and "Traceback" not in said
+    assert errors[0].startswith("slope: error: rank 0 ran out of GPU memory in step 1 (")
+    assert "take a --micro-batch-size under 2048, --recompute full" in errors[0]
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,8 @@ def test_a_run_stops_resumes_exactly_and_sums_up(corpus, tmp_path):
     assert summary["val_loss"] == again["val_loss"] < math.log(528)
     assert summary["double_pruning"]["formula"] == 0.09375
     assert summary["double_pruning"]["measured"] == pytest.approx(0.09375, abs=0.01)
+    assert summary["device"] == "cpu" and summary["peak_memory_bytes"] is None
+    assert summary["speed"]["model_tflops"] > summary["speed"]["actual_tflops"] > 0
     sizes = summary["state_bytes"]["sparse_layers"]
     # 2 blocks x (4 + 4 + ... ) h^2: qkv 3, proj 1, fc1 4, fc2 4 of 64 x 64, without the first qkv; half of them kept.
     kept = (2 * 12 - 3) * 64 * 64 // 2
