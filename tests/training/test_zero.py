@@ -264,6 +264,24 @@ def test_offloaded_resume_is_exact_and_loads_without(ranks, tmp_path, stage):
 
 
 @pytest.mark.slow
+def test_state_on_an_nvme_disk_resumes_exactly_and_loads_without(ranks, tmp_path):
+    """The sparse group is large enough to be swapped, the others stay in host memory; adapters join in between."""
+    from slope_megatron.training import nvme
+
+    config = config_of(3, parallel={"offload_optimizer": "nvme", "offload_path": str(tmp_path / "disk")})
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=256, ffn_hidden_size=1024))
+    reason = nvme.unsupported(config)
+    if reason:
+        pytest.skip(f"state cannot be swapped {reason}")
+    in_memory = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, offload_optimizer="cpu"))
+    one = dataclasses.replace(config, parallel=ParallelConfig(zero_stage=1))
+    expected, found = check_loading(ranks, tmp_path / "run", config, [config, in_memory, one])
+    for results in (found[config], found[in_memory]):
+        assert [steps for _, steps, _ in results] == [steps for _, steps, _ in expected]
+    assert list((tmp_path / "disk").rglob("*.tensor.swp"))
+
+
+@pytest.mark.slow
 def test_deepspeeds_cpu_adam_or_the_reason_why_not(ranks, tmp_path):
     """Where it builds (it compiles once a machine): the same losses, and checkpoints that torch's AdamW reads."""
     config = config_of(2, parallel=OFFLOAD, optimizer={})
@@ -286,8 +304,11 @@ def test_what_cannot_run_is_refused_with_the_reason(ranks):
         "--offload-optimizer is nvme with --zero-stage 2: DeepSpeed swaps": config_of(
             2, parallel={"offload_optimizer": "nvme"}
         ),
-        "--offload-optimizer is nvme and .*; use --offload-optimizer cpu": config_of(
+        "--offload-optimizer is nvme without --offload-path, a folder on the NVMe disk; use": config_of(
             3, parallel={"offload_optimizer": "nvme"}
+        ),
+        "--offload-optimizer is nvme and --offload-path /proc/none cannot be written .*; use": config_of(
+            3, parallel={"offload_optimizer": "nvme", "offload_path": "/proc/none"}
         ),
     }
     for backend, reason in (("apex", "apex's fused AdamW needs its state"), ("deepspeed", "fused AdamW needs a GPU")):
