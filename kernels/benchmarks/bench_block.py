@@ -1,9 +1,9 @@
-"""Whole transformer blocks, 2:4 against dense, training (`paper` mode) and forward alone.
+"""Whole transformer blocks, each mode against dense, training and forward alone.
 
-Both are built from one description (block.py) and alternate in one run. `ceiling` is the ratio that the same run's GEMM
-times allow if all else took as long as in the dense block; `reached` is the share of that gain which is there.
-`floor_ms` is the time that the sparse block's weights, gradients and linears' inputs and outputs take at the machine's
-measured copy bandwidth, each moved once.
+All are built from one description (block.py, linears.py) and alternate in one run. `ceiling` is the ratio that the same
+run's GEMM times allow if all else took as long as in the dense block; `reached` is the share of that gain which is
+there. `floor_ms` is the time that the sparse block's weights, gradients and linears' inputs and outputs take at the
+machine's measured copy bandwidth, each moved once.
 """
 
 import gc
@@ -16,15 +16,16 @@ def add_arguments(parser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to time")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T, in sequences of 2048")
     parser.add_argument("--blocks", type=int, default=2, help="blocks in a stack; times are per block")
+    parser.add_argument("--modes", nargs="+", default=["paper"], help="modes of linears.py to time against dense")
     parser.add_argument("--accumulate", nargs="+", default=["fp32"], choices=("fp32", "bf16", "none"))
     parser.add_argument("--rounds", type=int, default=11, help="samples of each")
     parser.add_argument("--eager", action="store_true", help="launch from Python instead of replaying CUDA graphs")
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
-def gemm_gain(model: Model, tokens: int, train: bool) -> tuple[float, float]:
+def gemm_gain(model: Model, mode: str, tokens: int, train: bool) -> tuple[float, float]:
     """ms a block that the chosen products save over dense ones, and all products' flops, forward (and backward)."""
-    from block import DTYPE
+    from linears import DTYPE, SPARSE_PRODUCTS
 
     from slope_megatron.ops import choices
 
@@ -32,9 +33,10 @@ def gemm_gain(model: Model, tokens: int, train: bool) -> tuple[float, float]:
     for rows, columns in model.linears().values():
         one = 2 * rows * columns * tokens
         flops += 3 * one if train else one
-        for kind, shape in (("forward", (rows, columns)), ("dgrad", (columns, rows))):
+        for kind in SPARSE_PRODUCTS.get(mode, ()) if train else ("forward",):
+            shape = (rows, columns) if kind == "forward" else (columns, rows)
             choice = choices.find(choices.Key(kind, *shape, tokens, DTYPE))
-            if choice and choice.sparse and (train or kind == "forward"):
+            if choice and choice.sparse:
                 gain += choice.dense_ms - choice.sparse_ms
     return gain, flops
 
@@ -48,41 +50,42 @@ def moved_bytes(model: Model, tokens: int, train: bool) -> float:
     return total
 
 
-def timed_pairs(model: Model, arguments, accumulate: str) -> dict:
-    """{pass: {"dense": samples, "sparse": samples}}, ms a block."""
-    from block import Dense, Sparse, Stack, captured
+def timed(model: Model, arguments, accumulate: str) -> dict:
+    """{pass: {mode: samples}}, ms a block; "dense" is among the modes."""
+    from block import Stack, captured
+    from linears import MODES
 
     from slope_megatron.ops import timing
 
     stacks = {
-        name: Stack(model, linear, arguments.blocks, arguments.tokens, accumulate)
-        for name, linear in (("dense", Dense), ("sparse", Sparse))
+        mode: Stack(model, MODES[mode], arguments.blocks, arguments.tokens, accumulate)
+        for mode in ("dense", *arguments.modes)
     }
     results = {}
     for name in ("train", "forward"):
         functions = {}
-        for kind, stack in stacks.items():
+        for mode, stack in stacks.items():
             function = getattr(stack, name)
             function()
-            functions[kind] = function if arguments.eager else captured(function).replay
+            functions[mode] = function if arguments.eager else captured(function).replay
         rough = timing.median(timing.interleaved(functions, rounds=3, calls=1)["dense"])
         calls = timing.calls_for(rough, target=60.0)
         samples = timing.interleaved(functions, rounds=arguments.rounds, calls=calls)
-        results[name] = {kind: [ms / arguments.blocks for ms in values] for kind, values in samples.items()}
+        results[name] = {mode: [ms / arguments.blocks for ms in values] for mode, values in samples.items()}
     return results
 
 
-def row(model: Model, accumulate: str, name: str, samples: dict, arguments, bandwidth, peak) -> dict:
+def row(model: Model, mode: str, accumulate: str, name: str, samples: dict, arguments, bandwidth, peak) -> dict:
     from slope_megatron.ops import timing
 
-    dense_ms, sparse_ms = timing.median(samples["dense"]), timing.median(samples["sparse"])
-    gain, flops = gemm_gain(model, arguments.tokens, name == "train")
+    dense_ms, sparse_ms = timing.median(samples["dense"]), timing.median(samples[mode])
+    gain, flops = gemm_gain(model, mode, arguments.tokens, name == "train")
     ceiling = dense_ms / (dense_ms - gain)
-    pairs = [dense / sparse for dense, sparse in zip(samples["dense"], samples["sparse"], strict=True)]
+    pairs = [dense / sparse for dense, sparse in zip(samples["dense"], samples[mode], strict=True)]
     return rounded(
         {
             "model": model.name,
-            "mode": "paper",
+            "mode": mode,
             "pass": name,
             "tokens": arguments.tokens,
             "dense_ms": dense_ms,
@@ -99,8 +102,22 @@ def row(model: Model, accumulate: str, name: str, samples: dict, arguments, band
     )
 
 
+def check_modes(modes: list[str]) -> None:
+    """
+    Raises:
+        ValueError: an unknown mode.
+    """
+    from linears import MODES
+
+    unknown = [mode for mode in modes if mode not in MODES or mode == "dense"]
+    if unknown:
+        known = ", ".join(mode for mode in MODES if mode != "dense")
+        raise ValueError(f"--modes holds {unknown[0]!r}: the modes timed against dense are {known}")
+
+
 def main(arguments) -> int:
     require_gpu()
+    check_modes(arguments.modes)
     import torch
 
     say(machine())
@@ -108,16 +125,19 @@ def main(arguments) -> int:
     rows = []
     for name in arguments.models:
         for accumulate in arguments.accumulate:
-            results = timed_pairs(MODELS[name], arguments, accumulate)
+            results = timed(MODELS[name], arguments, accumulate)
             for kind, samples in results.items():
-                rows.append(row(MODELS[name], accumulate, kind, samples, arguments, bandwidth, peak))
-                say(" ".join(str(value) for value in rows[-1].values()))
+                for mode in arguments.modes:
+                    rows.append(row(MODELS[name], mode, accumulate, kind, samples, arguments, bandwidth, peak))
+                    say(" ".join(str(value) for value in rows[-1].values()))
             del results
             gc.collect()
             torch.cuda.empty_cache()
         path = write_csv("block", rows, arguments.out)
-    print_table(rows, ["model", "pass", "accumulate", "dense_ms", "sparse_ms", "ratio", "spread", "ceiling", "reached"])
-    labels = [f"{item['model']} {item['pass']} {item['accumulate']}" for item in rows]
+    print_table(
+        rows, ["model", "mode", "pass", "accumulate", "dense_ms", "sparse_ms", "ratio", "spread", "ceiling", "reached"]
+    )
+    labels = [f"{item['model']} {item['mode']} {item['pass']} {item['accumulate']}" for item in rows]
     series = {"measured": [item["ratio"] for item in rows], "ceiling": [item["ceiling"] for item in rows]}
     bar_chart("block", labels, series, machine(), arguments.out)
     print(f"wrote {path}")

@@ -58,7 +58,7 @@ def main(arguments) -> int:
     import gc
 
     import torch
-    from block import Dense, Sparse
+    from linears import Dense, Sparse
 
     from slope_megatron.ops import timing
 

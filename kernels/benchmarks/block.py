@@ -1,4 +1,4 @@
-"""A whole transformer block, twice from one description: dense linears or 2:4 ones, all else the same.
+"""A whole transformer block, from one description for every kind of linear; all else is the same.
 
 T = batch x sequence tokens, H hidden, F ffn. Pre-norm, as OPT (LayerNorm, biases, ReLU) or LLaMA (RMSNorm, rotary
 positions, grouped queries, SwiGLU):
@@ -8,48 +8,10 @@ Attention is torch's scaled_dot_product_attention; norms, biases, activations an
 
 import torch
 import torch.nn.functional as F
+from linears import DTYPE
 from models import Model
 
-from slope_megatron.linear import slope_linear
-from slope_megatron.ops.backend import build_operands
-from slope_megatron.ops.cusparselt import bias_gradient
-from slope_megatron.ops.measure import random_bits
-from slope_megatron.ops.products import choose_column
-
 SEQUENCE = 2048
-DTYPE = torch.bfloat16
-
-
-class Dense(torch.nn.Module):
-    """Y = X W^T (+ b)."""
-
-    def __init__(self, rows: int, columns: int, bias: bool):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(rows, columns, device="cuda", dtype=DTYPE) * 0.02)
-        self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
-
-
-class Sparse(torch.nn.Module):
-    """The same with a packed 2:4 weight, in `paper` mode."""
-
-    def __init__(self, rows: int, columns: int, bias: bool):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(rows, columns // 2, device="cuda", dtype=DTYPE) * 0.02)
-        self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
-        row_bits = random_bits(rows, columns, torch.device("cuda"))
-        column_bits = choose_column(self.weight.detach(), row_bits)
-        self.operands = build_operands("auto", self.weight.detach(), row_bits, column_bits)
-
-    def forward(self, x):
-        if self.bias is None:
-            return slope_linear(x, self.weight, self.operands)
-        return bias_gradient(slope_linear(x, self.weight, self.operands.with_bias(self.bias)), self.bias)
-
-    def refresh(self) -> None:
-        self.operands.refresh(self.weight.detach())
 
 
 @torch.compile
@@ -100,7 +62,7 @@ def rotate(x, cos, sin):
 
 
 class Block(torch.nn.Module):
-    """See the file's docstring; `linear` is Dense or Sparse."""
+    """See the file's docstring; `linear` is one of `linears.MODES`."""
 
     def __init__(self, model: Model, linear: type):
         super().__init__()

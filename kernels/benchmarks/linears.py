@@ -1,0 +1,50 @@
+"""The linears that blocks are built from, one class for each mode; all are called with (out, in, has a bias)."""
+
+import torch
+import torch.nn.functional as F
+
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops.backend import build_operands
+from slope_megatron.ops.cusparselt import bias_gradient
+from slope_megatron.ops.measure import random_bits
+from slope_megatron.ops.products import choose_column
+
+DTYPE = torch.bfloat16
+
+
+class Dense(torch.nn.Module):
+    """Y = X W^T (+ b)."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(rows, columns, device="cuda", dtype=DTYPE) * 0.02)
+        self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Sparse(torch.nn.Module):
+    """The same with a packed 2:4 weight, in `paper` mode."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(rows, columns // 2, device="cuda", dtype=DTYPE) * 0.02)
+        self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
+        row_bits = random_bits(rows, columns, torch.device("cuda"))
+        column_bits = choose_column(self.weight.detach(), row_bits)
+        self.operands = build_operands("auto", self.weight.detach(), row_bits, column_bits)
+
+    def forward(self, x):
+        if self.bias is None:
+            return slope_linear(x, self.weight, self.operands)
+        return bias_gradient(slope_linear(x, self.weight, self.operands.with_bias(self.bias)), self.bias)
+
+    def refresh(self) -> None:
+        self.operands.refresh(self.weight.detach())
+
+
+# What `slope bench block --modes` and its kin take; dense is measured beside them always.
+MODES: dict[str, type] = {"dense": Dense, "paper": Sparse}
+# The products that a mode may run sparse, as `ops.choices` names them.
+SPARSE_PRODUCTS = {"paper": ("forward", "dgrad")}
