@@ -23,6 +23,7 @@ SHAPES = (
     ("mist", (1, 2), 32, 256000, "v100", 4, "compute_full_node", "MaxTime=1-0"),
     ("gen", (1, 2), 96, 2000000, "h100", 8, "generic", "MaxTime=1-0"),
 )
+NODES = {shape[6]: tuple(f"{shape[0]}{number}" for number in shape[1]) for shape in SHAPES}
 HOSTS_MARK = "# slope-megatron test nodes"
 SLURM_CONF = """\
 ClusterName=virt
@@ -105,7 +106,7 @@ class Testbed:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.nodes = [f"{first}{number}" for first, numbers, *_ in SHAPES for number in numbers]
+        self.nodes = [node for pair in NODES.values() for node in pair]
         self.started_munge = False
         self.watcher: subprocess.Popen | None = None
 
@@ -240,7 +241,7 @@ class Testbed:
             time.sleep(0.3)
         raise AssertionError(f"{what}: not within {seconds:.0f} s")
 
-    def wait_for_end(self, number: str, seconds: float = 240.0) -> dict[str, str]:
+    def wait_for_end(self, number: str, seconds: float = 600.0) -> dict[str, str]:
         """The job's record once it has ended for good. A requeued job waits two minutes by itself: it is hurried."""
 
         def ended():
