@@ -120,9 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.brief:
         logger.info("%s", value_table(config, origins))
 
-    if cpu_host.prepare():
-        # torch.compile of small pointwise functions costs more than it gives on CPUs.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    cpu_host.prepare()
     return train(config, origins)
 
 

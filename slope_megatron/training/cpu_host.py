@@ -25,6 +25,7 @@ def prepare() -> bool:
         return True
     prepare.done = True
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _import_without_compiler()
     _patch_devices()
     _patch_random_states()
     _patch_norm()
@@ -32,6 +33,21 @@ def prepare() -> bool:
     _patch_clipping()
     _patch_deepspeed()
     return True
+
+
+def _import_without_compiler() -> None:
+    """Megatron decorates small pointwise functions with `torch.compile` as it is imported: here they stay as they are.
+
+    On CPUs compiling them costs more than it gives, and importing the compiler alone takes 2 s of each rank's start.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    compile_function = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+    try:
+        for module in ("models.gpt", "models.bert.bert_model", "dist_checkpointing"):
+            importlib.import_module(f"megatron.core.{module}")
+    finally:
+        torch.compile = compile_function
 
 
 def _patch_devices() -> None:

@@ -4,6 +4,7 @@ Threads of process groups outlive the groups, thousands of them after some dozen
 crawl: so no process plays a rank twice. They are forked from one server that has imported the frameworks.
 """
 
+import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -32,15 +33,6 @@ def _start_groups(rendezvous: str, rank: int, world: int, tensor_parallel: int, 
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
-def _stop_groups() -> None:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-
-
 def _play_rank(pipe, function, arguments, layout) -> None:
     """One rank: answers ("ok", result) or ("error", traceback)."""
     # Nothing of a test run that was killed stays behind: ranks end with the server, the server with the tests.
@@ -48,11 +40,15 @@ def _play_rank(pipe, function, arguments, layout) -> None:
     try:
         _start_groups(*layout)
         answer = ("ok", function(*arguments))
-        _stop_groups()
     except BaseException:
         answer = ("error", traceback.format_exc())
     # Plain pickle: torch's own would leave tensors in shared memory that ends with this process.
     pipe.send_bytes(pickle.dumps(answer))
+    # Groups are not taken down, which takes longer than most tests: no rank is gone before all have answered.
+    with contextlib.suppress(EOFError):
+        pipe.recv_bytes()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def fork_server():
@@ -94,8 +90,9 @@ class RankPool:
             for process, pipe in ranks:
                 if len(results) < world:
                     process.kill()
-                process.join()
                 pipe.close()
+            for process, _ in ranks:
+                process.join()
         return results
 
     @staticmethod
