@@ -2,6 +2,8 @@
 
 T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
     slope::sparse_mm      Y [T, R] = X [T, S] W^T (+ bias, ReLU), W an operand buffer
+    slope::mvue_operand   dY [T, N] -> operand of its unbiased 2:4 estimate P(dY)^T [N, S], S = T filled up with zeros
+    slope::sparse_wgrad   dense dW [N, K] = P(dY)^T X, from that operand
     slope::gather_kept    dense [N, K] -> its kept values [N, C];   slope::unpack_kept  is its transpose
     slope::gather_kept_add_   the same, added into an accumulator
     slope::refresh_       packed values -> both operands' values
@@ -13,7 +15,7 @@ On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read a
 import torch
 
 from slope_kernels import cusparselt
-from slope_megatron.ops import choices
+from slope_megatron.ops import choices, layout
 from slope_megatron.sparsity.operand import (
     backward_slots,
     forward_slots,
@@ -22,11 +24,13 @@ from slope_megatron.sparsity.operand import (
     scatter_slots,
 )
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
+from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.pattern import column_pattern
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 
-def _padded(x_TS: torch.Tensor) -> torch.Tensor:
-    missing = cusparselt.padded_tokens(x_TS.shape[0]) - x_TS.shape[0]
+def _padded(x_TS: torch.Tensor, tokens: int) -> torch.Tensor:
+    missing = tokens - x_TS.shape[0]
     return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else x_TS.contiguous()
 
 
@@ -36,7 +40,7 @@ def sparse_mm(
 ) -> torch.Tensor:
     """Y `[T, R]`; runs the algorithm that was measured for this product, else the library's default."""
     tokens, columns = x_TS.shape
-    x_TS = _padded(x_TS)
+    x_TS = _padded(x_TS, cusparselt.padded_tokens(tokens))
     y_TR = x_TS.new_empty((x_TS.shape[0], rows))
     device = x_TS.device.index
     product = cusparselt.Product(rows // tiles, columns, x_TS.shape[0], x_TS.dtype, device, rows, relu)
@@ -66,6 +70,64 @@ def _(operand, x_TS, rows, tiles, bias, relu):
 @sparse_mm.register_fake
 def _(operand, x_TS, rows, tiles, bias, relu):
     return x_TS.new_empty((x_TS.shape[0], rows))
+
+
+@torch.library.custom_op("slope::mvue_operand", mutates_args=(), device_types="cuda")
+def mvue_operand(dy_TN: torch.Tensor, key: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
+    """Operand, uint8 `[9/8 N S]`, of the estimate that `TokenDraws(key, streams, 2, 4)` draws; N a multiple of 64."""
+    from slope_kernels.triton.mvue import mvue_operand as write
+
+    operand = _new_wgrad_operand(dy_TN)
+    write(dy_TN.contiguous(), key, streams, operand)
+    return operand
+
+
+def _new_wgrad_operand(dy_TN: torch.Tensor) -> torch.Tensor:
+    size = layout.operand_bytes(dy_TN.shape[1], cusparselt.padded_columns(dy_TN.shape[0]))
+    return dy_TN.new_empty(size, dtype=torch.uint8)
+
+
+@mvue_operand.register_kernel("cpu")
+def _(dy_TN, key, streams):
+    groups = cusparselt.padded_columns(dy_TN.shape[0]) // 4
+    words = TokenDraws(key, streams, 2, 4).words(-(-dy_TN.shape[0] // 4))
+    # Groups of zeros alone: any word does.
+    words = torch.nn.functional.pad(words, (0, groups - words.shape[1]))
+    dy_NS = torch.nn.functional.pad(dy_TN.t(), (0, groups * 4 - dy_TN.shape[0]))
+    values, places = two_of_four(dy_NS, words)
+    return torch.cat((values.contiguous().view(torch.uint8).flatten(), metadata_sm90(places)))
+
+
+@mvue_operand.register_fake
+def _(dy_TN, key, streams):
+    return _new_wgrad_operand(dy_TN)
+
+
+@torch.library.custom_op("slope::sparse_wgrad", mutates_args=(), device_types="cuda")
+def sparse_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, rows: int) -> torch.Tensor:
+    """Dense dW `[N, K]`; runs the algorithm that was measured for this product, else the library's default."""
+    columns, width = cusparselt.padded_columns(x_TK.shape[0]), x_TK.shape[1]
+    x_SK = _padded(x_TK, columns)
+    dw_NK = x_TK.new_empty((rows, width))
+    device = x_TK.device.index
+    product = cusparselt.Product(rows, columns, width, x_TK.dtype, device, width, straight=True)
+    plan = cusparselt.plan(product, choices.algorithm(product))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    plan.run(operand.data_ptr(), x_SK.data_ptr(), dw_NK.data_ptr(), stream)
+    return dw_NK
+
+
+@sparse_wgrad.register_kernel("cpu")
+def _(operand, x_TK, rows):
+    columns = cusparselt.padded_columns(x_TK.shape[0])
+    values = operand[: rows * columns].view(x_TK.dtype).view(rows, columns // 2)
+    places = places_sm90(operand[rows * columns :], rows, columns // 4)
+    return scatter_slots(values, places)[:, : x_TK.shape[0]] @ x_TK
+
+
+@sparse_wgrad.register_fake
+def _(operand, x_TK, rows):
+    return x_TK.new_empty((rows, x_TK.shape[1]))
 
 
 @torch.library.custom_op("slope::gather_kept", mutates_args=(), device_types="cuda")
