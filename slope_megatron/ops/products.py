@@ -16,6 +16,7 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_megatron.ops import choices, layout
+from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.operand import (
     backward_slots,
     forward_slots,
@@ -24,7 +25,6 @@ from slope_megatron.sparsity.operand import (
     scatter_slots,
 )
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
-from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.pattern import column_pattern
 from slope_megatron.sparsity.token_draws import TokenDraws
 

@@ -164,7 +164,9 @@ def estimate_of(name, config, place):
         tokens, out = dy_TN.shape
         key = counter.key_of(config.train.seed, f"mvue:{place.step}:{micro_batch}")
         index = torch.arange(out * (tokens // 4))
-        words = counter.philox(key, index // 4, counter.key_of(config.train.seed, name))[torch.arange(len(index)), index % 4]
+        words = counter.philox(key, index // 4, counter.key_of(config.train.seed, name))[
+            torch.arange(len(index)), index % 4
+        ]
         return mvue(dy_TN.t(), words.view(out, -1), 2, 4).t()
 
     return estimate

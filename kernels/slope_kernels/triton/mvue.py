@@ -132,7 +132,10 @@ def _interleave(left, right, Q: tl.constexpr):
 
 
 @triton.jit
-def _group(dy, place, token, tokens, stride, left_word, right_word, SHIFT: tl.constexpr, EVEN: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, Q: tl.constexpr):
+def _group(
+    dy, place, token, tokens, stride, left_word, right_word,
+    SHIFT: tl.constexpr, EVEN: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
     """Pairs and choices of the four tokens from `token` on, of two neighbouring outputs."""
     x0 = _load(dy, place, token, tokens, EVEN)
     x1 = _load(dy, place + stride, token + 1, tokens, EVEN)
