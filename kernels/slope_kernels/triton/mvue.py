@@ -23,28 +23,40 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _rounded_at_random(spacing, poison, word, IS_BF16: tl.constexpr, NATIVE: tl.constexpr):
-    """A 16-bit number, up or down at random, in both halves of a word; NaN where it or `poison` is not finite."""
+def _rounded_at_random(spacing, poison, word, IS_BF16: tl.constexpr):
+    """A 16-bit number, up or down at random, in the high half of a word; NaN where it or `poison` is not finite."""
     if IS_BF16:
         rounded = (spacing.to(tl.uint32, bitcast=True) + (word >> 16)).to(tl.float32, bitcast=True)
-        rounded = tl.fma(poison, 0.0, tl.fma(rounded, 0.0, rounded)).to(tl.int32, bitcast=True)
-        zero = rounded & 0
-        return permute_bytes(rounded, zero, zero + 0x3232, NATIVE)
+        return tl.fma(poison, 0.0, tl.fma(rounded, 0.0, rounded)).to(tl.int32, bitcast=True)
     # Times 2^-112, fp32's bits are fp16's, 13 places up, subnormal numbers included.
     bits = ((spacing * 1.925929944387236e-34).to(tl.uint32, bitcast=True) + (word >> 19)) >> 13
     finite = (bits < 0x7C00) & (poison < float("inf"))
-    return tl.where(finite, bits, 0x7FFF).to(tl.int32) * 0x00010001
+    return tl.where(finite, bits, 0x7FFF).to(tl.int32) << 16
 
 
 @triton.jit
-def _larger_halves(a, b, NATIVE: tl.constexpr):
-    """The larger of two unsigned 16-bit numbers, twice in a word."""
+def _enlarged(pair, size, IS_BF16: tl.constexpr, NATIVE: tl.constexpr):
+    """sign(x) max(|x|, size) of both 16-bit numbers of a word; NaN if one of the two is.
+
+    Args:
+        size: a positive number, as `_rounded_at_random` leaves it.
+    """
     if NATIVE:
+        if IS_BF16:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b16 l, h; .reg .b32 d; mov.b32 {l, h}, $2; mov.b32 d, {h, h};"
+                " max.NaN.xorsign.abs.bf16x2 $0, $1, d; }",
+                "=r,r,r", [pair, size], dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
         return tl.inline_asm_elementwise(
-            "max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
-    low = tl.maximum(a & 0xFFFF, b & 0xFFFF)
-    return low | (tl.maximum((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF) << 16)
+            "{ .reg .b16 l, h; .reg .b32 d; mov.b32 {l, h}, $2; mov.b32 d, {h, h};"
+            " max.NaN.xorsign.abs.f16x2 $0, $1, d; }",
+            "=r,r,r", [pair, size], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    # Sizes of 16-bit numbers order like their bits.
+    size = (size >> 16) & 0xFFFF
+    low, high = tl.maximum(pair & 0x7FFF, size), tl.maximum((pair >> 16) & 0x7FFF, size)
+    return low | (high << 16) | (pair & -2147450880)
 
 
 @triton.jit
@@ -69,7 +81,8 @@ def _two_of_four(front, back, word, SHIFT: tl.constexpr, IS_BF16: tl.constexpr, 
     a2, a3 = _size(back, False, IS_BF16), _size(back, True, IS_BF16)
     left, right = a0 + a1, a2 + a3
     total = left + right
-    spacing = _smaller(_smaller(total * 0.5, _smaller(a1 + right, a0 + right)), _smaller(left + a3, left + a2))
+    others = _smaller(_smaller(a0, a1) + right, left + _smaller(a2, a3))
+    spacing = _smaller(total * 0.5, others)
     share = 2.0 - ((word & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     # At least the smallest number there is; as bits, for Triton takes so small a constant for fp64.
     from_right = tl.maximum((share * spacing).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
@@ -81,17 +94,16 @@ def _two_of_four(front, back, word, SHIFT: tl.constexpr, IS_BF16: tl.constexpr, 
     choice = tl.where(
         from_right > right, 0x3210 | (4 << SHIFT), tl.where(from_left >= left, 0x7654 | (14 << SHIFT), one_each)
     )
-    kept = permute_bytes(front, back, choice, NATIVE)
-    enlarged = _rounded_at_random(spacing * 4.0, total, word, IS_BF16, NATIVE)
-    return _larger_halves(kept & 0x7FFF7FFF, enlarged, NATIVE) | (kept & -2147450880), choice
+    size = _rounded_at_random(spacing * 4.0, total, word, IS_BF16)
+    return _enlarged(permute_bytes(front, back, choice, NATIVE), size, IS_BF16, NATIVE), choice
 
 
 @triton.jit
-def _load(dy, place, token, tokens, EVEN: tl.constexpr):
+def _load(place, token, tokens, EVEN: tl.constexpr):
     """A row of dY, two outputs a word; zeros past the last token."""
     if EVEN:
-        return tl.load(dy + place)
-    return tl.load(dy + place, mask=token < tokens, other=0)
+        return tl.load(place)
+    return tl.load(place, mask=token < tokens, other=0)
 
 
 @triton.jit
@@ -133,14 +145,14 @@ def _interleave(left, right, Q: tl.constexpr):
 
 @triton.jit
 def _group(
-    dy, place, token, tokens, stride, left_word, right_word,
+    place, token, tokens, stride, left_word, right_word,
     SHIFT: tl.constexpr, EVEN: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Pairs and choices of the four tokens from `token` on, of two neighbouring outputs."""
-    x0 = _load(dy, place, token, tokens, EVEN)
-    x1 = _load(dy, place + stride, token + 1, tokens, EVEN)
-    x2 = _load(dy, place + 2 * stride, token + 2, tokens, EVEN)
-    x3 = _load(dy, place + 3 * stride, token + 3, tokens, EVEN)
+    x0 = _load(place, token, tokens, EVEN)
+    x1 = _load(place + stride, token + 1, tokens, EVEN)
+    x2 = _load(place + 2 * stride, token + 2, tokens, EVEN)
+    x3 = _load(place + 3 * stride, token + 3, tokens, EVEN)
     lower, upper = (x0 & 0) + 0x5410, (x0 & 0) + 0x7632
     front, back = permute_bytes(x0, x1, lower, NATIVE), permute_bytes(x2, x3, lower, NATIVE)
     left, left_choice = _two_of_four(front, back, left_word, SHIFT, IS_BF16, NATIVE)
@@ -196,16 +208,27 @@ def _mvue_kernel(
     metadata,
     tokens,
     groups,
-    stride,
     quads,
+    stride: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     EVEN: tl.constexpr,
     IS_BF16: tl.constexpr,
     NATIVE: tl.constexpr,
     Q: tl.constexpr,
+    SWAP: tl.constexpr,
 ):
     """64 outputs x Q quads of tokens; values and metadata are 32-bit words."""
-    row_block, quad_start = tl.program_id(0), tl.program_id(1) * Q
+    if SWAP == 1:
+        row_block, quad_start = tl.program_id(1), tl.program_id(0) * Q
+    elif SWAP == 0:
+        row_block, quad_start = tl.program_id(0), tl.program_id(1) * Q
+    else:
+        n0, n1 = tl.num_programs(0), tl.num_programs(1)
+        pid = tl.program_id(1) * n0 + tl.program_id(0)
+        band = pid // (SWAP * n0)
+        height = tl.minimum(n1 - band * SWAP, SWAP)
+        quad_start = (band * SWAP + (pid % (SWAP * n0)) % height) * Q
+        row_block = (pid % (SWAP * n0)) // height
     couple = row_block * 32 + tl.arange(0, 32)
     quad = (quad_start + tl.arange(0, Q))[:, None]
     k0, k1 = tl.load(key).to(tl.uint32, bitcast=True), tl.load(key + 1).to(tl.uint32, bitcast=True)
@@ -214,13 +237,13 @@ def _mvue_kernel(
     r0, r1, r2, r3 = _quad_words(first + stride, 2 * stride, quad, groups, k0, k1, WHOLE_BLOCKS, Q)
     # 64-bit offsets up to the first token, 32-bit ones within the tile; a word is two outputs.
     dy += quad_start.to(tl.int64) * 16 * stride
-    place = tl.arange(0, Q)[:, None] * 16 * stride + couple[None, :]
+    place = dy + (tl.arange(0, Q)[:, None] * (16 * stride) + couple[None, :])
     token = quad * 16
     four = 4 * stride
-    p0, n0 = _group(dy, place, token, tokens, stride, l0, r0, 16, EVEN, IS_BF16, NATIVE, Q)
-    p1, n1 = _group(dy, place + four, token + 4, tokens, stride, l1, r1, 24, EVEN, IS_BF16, NATIVE, Q)
-    p2, n2 = _group(dy, place + 2 * four, token + 8, tokens, stride, l2, r2, 16, EVEN, IS_BF16, NATIVE, Q)
-    p3, n3 = _group(dy, place + 3 * four, token + 12, tokens, stride, l3, r3, 24, EVEN, IS_BF16, NATIVE, Q)
+    p0, n0 = _group(place, token, tokens, stride, l0, r0, 16, EVEN, IS_BF16, NATIVE, Q)
+    p1, n1 = _group(place + four, token + 4, tokens, stride, l1, r1, 24, EVEN, IS_BF16, NATIVE, Q)
+    p2, n2 = _group(place + 2 * four, token + 8, tokens, stride, l2, r2, 16, EVEN, IS_BF16, NATIVE, Q)
+    p3, n3 = _group(place + 3 * four, token + 12, tokens, stride, l3, r3, 24, EVEN, IS_BF16, NATIVE, Q)
     _store_values(values, p0, p1, p2, p3, row_block, quad_start, quads, EVEN, Q)
     nibbles = permute_bytes(n0 | n1, n2 | n3, (n0 & 0) + 0x7632, NATIVE)
     _store_metadata(metadata, nibbles, row_block, quad_start, quads, EVEN, NATIVE, Q)
@@ -234,6 +257,7 @@ def mvue_operand(
     *,
     quads: int = 8,
     warps: int = 4,
+    swap: int = 0,
 ) -> None:
     """Write the operand of P(dY)^T `[N, S]`, S the operand's columns: T filled up to a multiple of 64.
 
@@ -250,6 +274,7 @@ def mvue_operand(
     size = rows * columns
     groups = triton.cdiv(tokens, 4)
     grid = (rows // 64, triton.cdiv(columns, 16 * quads))
+    grid = grid[::-1] if swap == 1 else grid
     _mvue_kernel[grid](
         dy_TN.view(torch.int32),
         key,
@@ -258,13 +283,14 @@ def mvue_operand(
         operand[size:].view(torch.int32),
         tokens,
         groups,
-        rows // 2,
         columns // 16,
+        rows // 2,
         WHOLE_BLOCKS=groups % 4 == 0,
         EVEN=tokens % (16 * quads) == 0,
         IS_BF16=dy_TN.dtype == torch.bfloat16,
         NATIVE=dy_TN.is_cuda,
         Q=quads,
+        SWAP=swap,
         num_warps=warps,
         enable_fp_fusion=False,
     )
