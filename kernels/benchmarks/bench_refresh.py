@@ -1,10 +1,11 @@
-"""Bandwidth of every kernel that moves weights, as a share of the machine's measured copy bandwidth.
+"""Bandwidth of every kernel that moves weights or gradients, as a share of the machine's measured copy bandwidth.
 
 Bytes are the fewest that the kernel must read and write, once each.
 """
 
 from common import copy_bandwidth, machine, print_table, require_gpu, rounded, say, write_csv
 
+TOKENS = 8192
 SHAPES = ((7680, 2560), (5120, 20480), (20480, 5120), (36864, 9216))
 
 
@@ -13,7 +14,7 @@ def kernels(rows: int, columns: int, dtype) -> dict:
     import torch
 
     from slope_kernels.triton import gather, metadata, refresh
-    from slope_megatron.ops import layout, measure
+    from slope_megatron.ops import choices, layout, measure
 
     device, weights = torch.device("cuda"), rows * columns
     row_bits = measure.random_bits(rows, columns, device)
@@ -27,7 +28,10 @@ def kernels(rows: int, columns: int, dtype) -> dict:
     total = torch.zeros(rows, columns // 2, device=device)
     total16 = torch.zeros_like(values)
     packed, row, column = weights, weights // 8, weights // 16
+    trial = measure.prepare(choices.Key("wgrad", rows, columns, TOKENS, dtype), device)
     return {
+        # dY is read, the values and the metadata of its operand are written: 2 + 1 + 1/8 bytes.
+        "mvue_operand": (trial.write_operand, TOKENS * rows * 25 // 8),
         "refresh": (
             lambda: refresh.refresh(values, row_bits, column_bits, forward, backward),
             3 * packed + row + column,
