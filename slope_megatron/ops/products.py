@@ -2,21 +2,18 @@
 
 T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
     slope::sparse_mm      Y [T, R] = X [T, S] W^T (+ bias, ReLU), W an operand buffer
-    slope::mvue_operand   dY [T, N] -> operand of its unbiased 2:4 estimate P(dY)^T [N, S], S = T filled up with zeros
-    slope::sparse_wgrad   dense dW [N, K] = P(dY)^T X, from that operand
     slope::gather_kept    dense [N, K] -> its kept values [N, C];   slope::unpack_kept  is its transpose
     slope::gather_kept_add_   the same, added into an accumulator
     slope::refresh_       packed values -> both operands' values
     slope::choose_column  the second pruning by magnitude -> bitmask [N, C/8]
     slope::row_metadata_, slope::column_metadata_   the operands' metadata
-On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers.
+`ops.mvue` has those of `full` mode. On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers.
 """
 
 import torch
 
 from slope_kernels import cusparselt
-from slope_megatron.ops import choices, layout
-from slope_megatron.sparsity.mvue24 import two_of_four
+from slope_megatron.ops import choices
 from slope_megatron.sparsity.operand import (
     backward_slots,
     forward_slots,
@@ -26,12 +23,18 @@ from slope_megatron.sparsity.operand import (
 )
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
-from slope_megatron.sparsity.token_draws import TokenDraws
 
 
-def _padded(x_TS: torch.Tensor, tokens: int) -> torch.Tensor:
+def aligned(tensor: torch.Tensor, to: int = 4) -> torch.Tensor:
+    """Kernels read contiguous words of `to` bytes; a view, or a parameter in a flat buffer, may lie elsewhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % to == 0 else tensor.clone()
+
+
+def padded(x_TS: torch.Tensor, tokens: int) -> torch.Tensor:
+    """X with zeros up to `tokens`, as the library wants to read it."""
     missing = tokens - x_TS.shape[0]
-    return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else x_TS.contiguous()
+    return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else aligned(x_TS, cusparselt.ALIGNMENT)
 
 
 @torch.library.custom_op("slope::sparse_mm", mutates_args=(), device_types="cuda")
@@ -40,7 +43,7 @@ def sparse_mm(
 ) -> torch.Tensor:
     """Y `[T, R]`; runs the algorithm that was measured for this product, else the library's default."""
     tokens, columns = x_TS.shape
-    x_TS = _padded(x_TS, cusparselt.padded_tokens(tokens))
+    x_TS = padded(x_TS, cusparselt.padded_tokens(tokens))
     y_TR = x_TS.new_empty((x_TS.shape[0], rows))
     device = x_TS.device.index
     product = cusparselt.Product(rows // tiles, columns, x_TS.shape[0], x_TS.dtype, device, rows, relu)
@@ -72,71 +75,13 @@ def _(operand, x_TS, rows, tiles, bias, relu):
     return x_TS.new_empty((x_TS.shape[0], rows))
 
 
-@torch.library.custom_op("slope::mvue_operand", mutates_args=(), device_types="cuda")
-def mvue_operand(dy_TN: torch.Tensor, key: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
-    """Operand, uint8 `[9/8 N S]`, of the estimate that `TokenDraws(key, streams, 2, 4)` draws; N a multiple of 64."""
-    from slope_kernels.triton.mvue import mvue_operand as write
-
-    operand = _new_wgrad_operand(dy_TN)
-    write(dy_TN.contiguous(), key, streams, operand)
-    return operand
-
-
-def _new_wgrad_operand(dy_TN: torch.Tensor) -> torch.Tensor:
-    size = layout.operand_bytes(dy_TN.shape[1], cusparselt.padded_columns(dy_TN.shape[0]))
-    return dy_TN.new_empty(size, dtype=torch.uint8)
-
-
-@mvue_operand.register_kernel("cpu")
-def _(dy_TN, key, streams):
-    groups = cusparselt.padded_columns(dy_TN.shape[0]) // 4
-    words = TokenDraws(key, streams, 2, 4).words(-(-dy_TN.shape[0] // 4))
-    # Groups of zeros alone: any word does.
-    words = torch.nn.functional.pad(words, (0, groups - words.shape[1]))
-    dy_NS = torch.nn.functional.pad(dy_TN.t(), (0, groups * 4 - dy_TN.shape[0]))
-    values, places = two_of_four(dy_NS, words)
-    return torch.cat((values.contiguous().view(torch.uint8).flatten(), metadata_sm90(places)))
-
-
-@mvue_operand.register_fake
-def _(dy_TN, key, streams):
-    return _new_wgrad_operand(dy_TN)
-
-
-@torch.library.custom_op("slope::sparse_wgrad", mutates_args=(), device_types="cuda")
-def sparse_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, rows: int) -> torch.Tensor:
-    """Dense dW `[N, K]`; runs the algorithm that was measured for this product, else the library's default."""
-    columns, width = cusparselt.padded_columns(x_TK.shape[0]), x_TK.shape[1]
-    x_SK = _padded(x_TK, columns)
-    dw_NK = x_TK.new_empty((rows, width))
-    device = x_TK.device.index
-    product = cusparselt.Product(rows, columns, width, x_TK.dtype, device, width, straight=True)
-    plan = cusparselt.plan(product, choices.algorithm(product))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    plan.run(operand.data_ptr(), x_SK.data_ptr(), dw_NK.data_ptr(), stream)
-    return dw_NK
-
-
-@sparse_wgrad.register_kernel("cpu")
-def _(operand, x_TK, rows):
-    columns = cusparselt.padded_columns(x_TK.shape[0])
-    values = operand[: rows * columns].view(x_TK.dtype).view(rows, columns // 2)
-    places = places_sm90(operand[rows * columns :], rows, columns // 4)
-    return scatter_slots(values, places)[:, : x_TK.shape[0]] @ x_TK
-
-
-@sparse_wgrad.register_fake
-def _(operand, x_TK, rows):
-    return x_TK.new_empty((rows, x_TK.shape[1]))
-
-
 @torch.library.custom_op("slope::gather_kept", mutates_args=(), device_types="cuda")
 def gather_kept(dense_NK: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
     """The kept values `[N, C]` of a dense matrix; a gradient's, say."""
     from slope_kernels.triton.gather import gather
 
     packed_NC = dense_NK.new_empty((dense_NK.shape[0], dense_NK.shape[1] // 2))
-    gather(dense_NK.contiguous(), row_bits, packed_NC)
+    gather(aligned(dense_NK, 8), aligned(row_bits), packed_NC)
     return packed_NC
 
 
@@ -156,7 +101,7 @@ def unpack_kept(values_NC: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor
     from slope_kernels.triton.gather import unpack as unpack_kernel
 
     dense_NK = values_NC.new_empty((values_NC.shape[0], values_NC.shape[1] * 2))
-    unpack_kernel(aligned(values_NC), row_bits, dense_NK)
+    unpack_kernel(aligned(values_NC), aligned(row_bits), dense_NK)
     return dense_NK
 
 
@@ -183,7 +128,10 @@ def gather_kept_add_(packed_NC: torch.Tensor, dense_NK: torch.Tensor, row_bits: 
     """packed += dense at the kept places: a gradient accumulated over micro-batches, in fp32 say."""
     from slope_kernels.triton.gather import gather_add
 
-    gather_add(dense_NK.contiguous(), row_bits, packed_NC)
+    total_NC = packed_NC.contiguous()
+    gather_add(aligned(dense_NK, 8), aligned(row_bits), total_NC)
+    if total_NC is not packed_NC:
+        packed_NC.copy_(total_NC)
 
 
 @gather_kept_add_.register_kernel("cpu")
@@ -205,7 +153,7 @@ def refresh_(
     from slope_kernels.triton.refresh import refresh
 
     tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
-    refresh(aligned(values_NC), row_bits, column_bits, forward, backward, **tiles)
+    refresh(aligned(values_NC), aligned(row_bits), aligned(column_bits), forward, backward, **tiles)
 
 
 @refresh_.register_kernel("cpu")
@@ -220,11 +168,11 @@ def _(values_NC, row_bits, column_bits, forward, backward, forward_tiles, backwa
 
 @torch.library.custom_op("slope::choose_column", mutates_args=(), device_types="cuda")
 def choose_column(values_NC: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
-    """The second pruning of the present values by magnitude: bitmask uint8 `[N, C/8]`."""
-    from slope_kernels.triton.metadata import choose_column as choose
+    """The second pruning of the present values by magnitude: bitmask uint8 `[N, C/8]`; on a GPU K a multiple of 32."""
+    from slope_kernels.triton.choose import choose_column as choose
 
     column_bits = row_bits.new_empty((values_NC.shape[0], values_NC.shape[1] // 8))
-    choose(aligned(values_NC), row_bits, column_bits)
+    choose(aligned(values_NC), aligned(row_bits), column_bits)
     return column_bits
 
 
@@ -245,7 +193,7 @@ def row_metadata(row_bits: torch.Tensor) -> torch.Tensor:
     from slope_kernels.triton.metadata import row_metadata as write
 
     metadata = row_bits.new_empty(row_bits.numel())
-    write(row_bits, metadata)
+    write(aligned(row_bits), metadata)
     return metadata
 
 
@@ -260,7 +208,7 @@ def column_metadata(row_bits: torch.Tensor, column_bits: torch.Tensor) -> torch.
     from slope_kernels.triton.metadata import column_metadata as write
 
     metadata = row_bits.new_empty(row_bits.numel())
-    write(row_bits, column_bits, metadata)
+    write(aligned(row_bits), aligned(column_bits), metadata)
     return metadata
 
 
@@ -278,9 +226,3 @@ def _(row_bits):
 @column_metadata.register_fake
 def _(row_bits, column_bits):
     return row_bits.new_empty(row_bits.numel())
-
-
-def aligned(values_NC: torch.Tensor) -> torch.Tensor:
-    """Kernels read pairs of values at once: contiguous, on a 4-byte boundary. A flat buffer may put them elsewhere."""
-    values_NC = values_NC.contiguous()
-    return values_NC if values_NC.data_ptr() % 4 == 0 else values_NC.clone()

@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from slope_megatron.ops import choices, layout, measure, products
+from slope_megatron.ops import choices, layout, measure, mvue
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.sparsity.token_draws import TokenDraws
 
@@ -34,8 +34,8 @@ def product(dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws, *, dense
         choice = choose(key, dy_TN.device, dense_allowed)
     if not choice.sparse:
         return dy_TN.t() @ x_TK
-    operand = products.mvue_operand(dy_TN, draws.key, draws.streams)
-    return products.sparse_wgrad(operand, x_TK, dy_TN.shape[1])
+    operand = mvue.mvue_operand(dy_TN, draws.key, draws.streams)
+    return mvue.sparse_wgrad(operand, x_TK, dy_TN.shape[1])
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import products, reference, wgrad
+from slope_megatron.ops import mvue, reference, wgrad
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import CusparseltOperands
 from slope_megatron.sparsity.packing import pack
@@ -153,5 +153,5 @@ def test_operand_and_product_are_registered(device):
     draws = draws_of(64, device)
     arguments = (dy, draws.key, draws.streams)
     torch.library.opcheck(torch.ops.slope.mvue_operand.default, arguments)
-    operand = products.mvue_operand(*arguments)
+    operand = mvue.mvue_operand(*arguments)
     torch.library.opcheck(torch.ops.slope.sparse_wgrad.default, (operand, x, 64))
