@@ -7,7 +7,8 @@ T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
     slope::refresh_       packed values -> both operands' values
     slope::choose_column  the second pruning by magnitude -> bitmask [N, C/8]
     slope::row_metadata_, slope::column_metadata_   the operands' metadata
-`ops.mvue` has those of `full` mode. On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers.
+On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers. Those of
+`full` mode are in `ops.mvue`.
 """
 
 import torch
