@@ -1,4 +1,4 @@
-"""Bandwidth of every kernel that moves weights, as a share of the machine's measured copy bandwidth.
+"""Bandwidth of every kernel that moves weights or gradients, as a share of the machine's measured copy bandwidth.
 
 Bytes are the fewest that the kernel must read and write, once each. A kernel is captured in a CUDA graph over as many
 copies of its tensors as overflow the cache, so that neither launches nor the cache are timed.
@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from common import copy_bandwidth, machine, print_table, require_gpu, rounded, say, write_csv
 
+TOKENS = 8192
+MVUE_BLOCKS = ((8, 4), (4, 4), (4, 2), (8, 8), (16, 8), (8, 2))
 SHAPES = ((7680, 2560), (5120, 20480), (20480, 5120), (36864, 9216))
 
 
@@ -26,8 +28,8 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     """Every kernel on fresh random data."""
     import torch
 
-    from slope_kernels.triton import choose, gather, metadata, refresh
-    from slope_megatron.ops import layout, measure
+    from slope_kernels.triton import choose, gather, metadata, mvue, refresh
+    from slope_megatron.ops import choices, layout, measure
 
     device, weights = torch.device("cuda"), rows * columns
     row_bits = measure.random_bits(rows, columns, device)
@@ -43,6 +45,8 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     # Metadata of columns follows from three rows of four.
     three_of_four = (row + column) * 3 // 4
     patterns = (row_bits, column_bits)
+    trial = measure.prepare(choices.Key("wgrad", rows, columns, TOKENS, dtype), device)
+    gradient = (trial.dy_TN, trial.draws_key, trial.streams, trial.operand)
     return [
         Case("refresh", refresh.refresh, (values, *patterns, forward, backward), 3 * packed + row + column),
         Case("choose_column", choose.choose_column, (values, *patterns), packed + row + column),
@@ -52,6 +56,8 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
         Case("gather_add_fp32", gather.gather_add, (dense, row_bits, total), 2 * weights + row + 4 * packed),
         Case("gather_add_16", gather.gather_add, (dense, row_bits, total16), 2 * weights + row + 2 * packed),
         Case("unpack", gather.unpack, (values, row_bits, dense), 2 * weights + row + packed),
+        # dY of TOKENS tokens is read, the values and the metadata of its operand are written: 2 + 1 + 1/8 bytes.
+        Case("mvue_operand", mvue.mvue_operand, gradient, TOKENS * rows * 25 // 8),
     ]
 
 
@@ -68,6 +74,8 @@ def variants(case: Case) -> dict[str, dict]:
         return {str(threads): {"threads": threads} for threads in (32, 64, 128, 256)}
     if case.name == "column_metadata":
         return {str(threads): {"threads": threads} for threads in (32, 64, 128)}
+    if case.name == "mvue_operand":
+        return {f"{quads} {warps}": {"quads": quads, "warps": warps} for quads, warps in MVUE_BLOCKS}
     return {"": {}}
 
 

@@ -9,6 +9,7 @@ import torch
 from slope_megatron.ops import cusparselt, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class Operands(Protocol):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        """dW = dY^T X read at the kept places, `[N, C]`."""
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
 
 
 PRODUCTS = reference.PRODUCTS

@@ -1,9 +1,9 @@
-"""The `cusparselt` backend: both sparse products on 2:4 tensor cores, the dense wgrad read at the kept places.
+"""The `cusparselt` backend: products on 2:4 tensor cores, wgrad read at the kept places.
 
 N out, K in, C = K/2 kept per row, T tokens.
     forward   Y  = X (W^R)^T           operand W^R [N, K]
     dgrad     dX = dY W^{R,C}          operand (W^{R,C})^T [K, N]
-    wgrad     dW = (dY^T X) gathered
+    wgrad     dW = (dY^T X) gathered; with draws (P(dY)^T X) gathered, see `ops.wgrad`
 Operands are a copy of the values and metadata that depends on the patterns alone: a refresh moves values only. Where a
 measurement favours the dense product, a dense copy of that operand is kept beside it.
 """
@@ -15,10 +15,11 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_kernels import cusparselt, cusparselt_library
-from slope_megatron.ops import choices, layout, measure, products, reference
+from slope_megatron.ops import choices, layout, measure, products, reference, wgrad
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 
 def unsupported() -> str | None:
@@ -223,9 +224,13 @@ class CusparseltOperands:
             return dy_TN @ self.dense_backward_NK
         return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        """dW = dY^T X at the kept places, `[N, C]`."""
-        return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X, or the exact one where that is faster."""
+        if draws is None:
+            dense_NK = dy_TN.t() @ x_TK
+        else:
+            dense_NK = wgrad.product(dy_TN, x_TK, draws, dense_allowed=self.dense_allowed)
+        return products.gather_kept(dense_NK, self.row_bits)
 
     def with_bias(self, bias_N: torch.Tensor) -> "BiasedOperands":
         """These operands with a bias added by the forward product's epilogue."""
@@ -245,8 +250,8 @@ class BiasedOperands:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return self.operands.dgrad(dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.wgrad(dy_TN, x_TK)
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        return self.operands.wgrad(dy_TN, x_TK, draws)
 
 
 class BiasGradient(torch.autograd.Function):
