@@ -116,6 +116,13 @@ def test_a_checkpoint_loads_at_other_layouts(ranks, tmp_path, family):
     check_resharding(ranks, tmp_path, family, torch.float32, (2, 2, 1), [(1, 1, 1), (4, 1, 1), (1, 2, 2)])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_checkpoint_of_four_gpus_loads_at_other_layouts(gpu_ranks, tmp_path, dtype):
+    gpu_ranks.skip_if_too_few(4)
+    check_resharding(gpu_ranks, tmp_path, "llama", dtype, (2, 2, 1), [(1, 1, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_checkpoint_of_eight_ranks_loads_at_other_layouts(ranks, tmp_path, dtype):
