@@ -1,13 +1,14 @@
 """Norm: torch's LayerNorm or RMSNorm where Megatron's local spec has nothing but a wrapper of them.
 
 Megatron's wrapper (`WrappedTorchNorm`, its choice without apex) refuses sequence parallelism. A norm works on each
-token alone, so a part of the sequence is as good as all of it; the gradients of its parameters must then be summed over
-the tensor-parallel ranks, which Megatron's `sequence_parallel` mark asks for.
+token alone, so a part of the sequence is as good as all of it; its parameters' gradients must then be summed over the
+tensor-parallel ranks, which Megatron's `sequence_parallel` mark asks for.
 """
 
-import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from slope_megatron.layers.fused import FusedLayerNorm, FusedRMSNorm
 
 
 class Norm:
@@ -21,7 +22,7 @@ class Norm:
         for name in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
             if getattr(config, name, False):
                 raise ValueError(f"{name} is on and torch's norms do not have it: install apex, or leave it off")
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        kind = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel

@@ -16,6 +16,7 @@ from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.draws import RowDraws
 from slope_megatron.linear import GradientPruning, slope_linear
 from slope_megatron.ops.backend import Operands
+from slope_megatron.ops.cusparselt import bias_gradient
 
 
 class PrunedLinear(torch.nn.Module):
@@ -76,14 +77,19 @@ class PrunedLinear(torch.nn.Module):
             replicated_adapter=self.replicated_adapter,
         )
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
+        operands = self.product_operands()
+        # Where the product can add the bias on its way out, nothing reads the output once more.
+        in_product = bias is not None and hasattr(operands, "with_bias")
         output = slope_linear(
             input,
             weight,
-            self.product_operands(),
+            operands.with_bias(bias) if in_product else operands,
             adapters=adapters,
             communication=communication,
             pruning=self.gradient_pruning(),
         )
+        if in_product:
+            return bias_gradient(output, bias)
         return output if bias is None else output + bias
 
 

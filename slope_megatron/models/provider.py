@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slope_megatron.config import Config, ModelConfig
+from slope_megatron.layers.mlp import fuse_mlps
 from slope_megatron.models.bert import build_bert
 from slope_megatron.models.fill import fill_model
 from slope_megatron.models.layer_spec import block_spec
@@ -33,6 +34,7 @@ RECOMPUTE = {
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the blocks. Initialisation is off: `fill_model` does it, the same at every layout."""
     model, parallel = config.model, config.parallel
+    gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -56,15 +58,17 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        # Fusions that need apex or Transformer Engine, or that compile for 20 s on a CPU.
+        use_cpu_initialization=not gpu,
+        deterministic_mode=gpu and config.train.deterministic,
+        # Megatron compiles these with torch.compile, which takes 20 s on a CPU and gives nothing there.
+        bias_dropout_fusion=gpu,
+        cross_entropy_loss_fusion=gpu,
+        # Fusions that need apex or Transformer Engine, or for which there is a module of our own.
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        cross_entropy_loss_fusion=False,
     )
 
 
@@ -93,14 +97,16 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
         "share_embeddings_and_output_weights": config.model.tie_embeddings,
     }
     if config.model.architecture == "bert":
-        return build_bert(config.model, config.slope, blocks, **ends)
-    model = GPTModel(
-        blocks,
-        block_spec(config.slope, blocks),
-        position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
-        rotary_base=config.model.rotary_base,
-        **ends,
-    )
+        model = build_bert(config.model, config.slope, blocks, **ends)
+    else:
+        model = GPTModel(
+            blocks,
+            block_spec(config.slope, blocks),
+            position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
+            rotary_base=config.model.rotary_base,
+            **ends,
+        )
+    fuse_mlps(model)
     # Megatron's position table ignores `params_dtype`.
     return model.to(dtype)
 

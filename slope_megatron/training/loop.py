@@ -113,6 +113,8 @@ class Run:
             self.validate(done)
         if last or done % self.config.train.save_interval == 0:
             self.watch.reach(done, "checkpoint")
+            # A resumed run must find every choice made by now.
+            kernel_choices.save(self.run)
             self.saver.save()
 
     def log_step(self, done: int, result: StepResult) -> None:

@@ -14,6 +14,7 @@ from slope_megatron.models.table import sparsity_table
 from slope_megatron.training import (
     accounting,
     checkpoint,
+    deterministic,
     disk,
     files,
     kernel_choices,
@@ -61,6 +62,8 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     Raises:
         ValueError: bad input, the same sentence on every rank, before anything is written.
     """
+    if config.train.deterministic:
+        deterministic.switch_on()
     parallel.initialize(config)
     run = Path(config.train.out)
     on_first_rank(lambda: check_installed(config))
