@@ -189,16 +189,16 @@ def sent_by_formula(bench: Bench, tensor: int, replicas: int) -> dict[str, float
 
     S = tokens x hidden x 2 bytes, M micro-batches, B blocks; P parameters of this rank.
 
-    tensor    (r - 1) / r S M (10 B + 5)     sequence parallel: a block's forward gathers twice and scatters twice;
+    tensor    (r - 1) / r S M (10 B + 6)     sequence parallel: a block's forward gathers twice and scatters twice;
                                              backward gathers four times (twice the input again) and scatters twice;
-                                             the embedding scatters and gathers, the output layer gathers twice and
-                                             scatters once
+                                             the embedding is all-reduced and gathered (Megatron scatters none that has
+                                             positions), the output layer gathers twice and scatters once
     data      (d - 1) / d (2 x 2 + 2) P      ZeRO-1: gradients are all-reduced, weights gathered, both as bf16
     """
     work, sizes = bench.work, {"tensor": 0.0, "data": 0.0}
     if tensor > 1:
         whole = work.tokens * bench.model.hidden * 2
-        sizes["tensor"] = (tensor - 1) / tensor * whole * work.micro_batches * (10 * work.blocks + 5)
+        sizes["tensor"] = (tensor - 1) / tensor * whole * work.micro_batches * (10 * work.blocks + 6)
     if replicas > 1:
         held = sum(parameter.numel() for group in bench.engine.members.values() for parameter in group)
         sizes["data"] = (replicas - 1) / replicas * (2 * 2 + 2) * held

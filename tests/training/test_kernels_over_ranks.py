@@ -18,11 +18,6 @@ LAYOUTS = [(2, 1, 1, 1), (1, 2, 1, 1), (2, 1, 2, 1), (2, 1, 2, 3), (4, 1, 1, 1),
 FIRST_STEP, LATER_STEPS = 2e-3, 1e-2
 
 
-@pytest.fixture(params=[pytest.param("gloo", marks=pytest.mark.slow), pytest.param("nccl", marks=pytest.mark.gpu)])
-def pool(request):
-    return request.getfixturevalue("ranks" if request.param == "gloo" else "gpu_ranks")
-
-
 def config_of(tensor_parallel, pipeline_parallel, zero_stage, *, backend):
     """Wide enough for the kernels at TP 4."""
     slope = {"adapter_rank": 16, "lazy_fraction": 0.4, "backward_mask_interval": 3, "backend": backend}
@@ -68,8 +63,23 @@ def one_rank(pool, backend):
     return ONE_RANK[pool]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "TP{}-PP{}-DP{}-ZeRO{}".format(*layout))
-def test_losses_are_those_of_one_rank_and_kernels_are_common(pool, layout):
+def name(layout) -> str:
+    return "TP{}-PP{}-DP{}-ZeRO{}".format(*layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]], ids=name)
+def test_losses_over_gloo_are_those_of_one_rank(ranks, layout):
+    check_layout(ranks, layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_losses_over_nccl_are_those_of_one_gpu_and_kernels_are_common(gpu_ranks, layout):
+    check_layout(gpu_ranks, layout)
+
+
+def check_layout(pool, layout):
     tensor_parallel, pipeline_parallel, data_parallel, zero_stage = layout
     sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     world = tensor_parallel * pipeline_parallel * data_parallel

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_engine import reference
+from test_engine import SLOPE_ON_GPUS, reference
 
 from helpers.models import VOCABULARY, small_config, step_batches
 from helpers.numerics import relative_error
@@ -18,8 +18,8 @@ FAMILIES = {"opt": {}, "llama": {"gated": True}, "bert": {"bert": True}}
 LAYERS = "decoder.layers.1.mlp.linear_fc2"
 
 
-def config_of(stage=1, *, family="opt", parallel=None, optimizer=None, **more) -> Config:
-    config = small_config(**FAMILIES[family], slope=SLOPE, **{"steps": 10, "layers": 2, **more})
+def config_of(stage=1, *, family="opt", parallel=None, optimizer=None, slope=SLOPE, **more) -> Config:
+    config = small_config(**FAMILIES[family], slope=slope, **{"steps": 10, "layers": 2, **more})
     return dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, zero_stage=stage, **(parallel or {})),
@@ -101,7 +101,8 @@ def oracle(ranks, family="opt"):
     """Losses, norms and final tensors of one process with plain torch; once a family and device."""
     key = ranks.device, family
     if key not in ORACLE:
-        losses, norms, parts = ranks.run(reference, config_of(family=family), STEPS, world=1)[0]
+        slope = SLOPE if ranks.device == "cpu" else SLOPE_ON_GPUS
+        losses, norms, parts = ranks.run(reference, config_of(family=family, slope=slope), STEPS, world=1)[0]
         assert losses[-1] < 0.9 * losses[0], "the reference must learn, or equality says little"
         assert max(norms) > config_of().optimizer.clip_grad, "clipping must have been active"
         ORACLE[key] = losses, norms, assemble([(parts, None)])
@@ -192,7 +193,7 @@ def test_other_families(ranks, stage, family):
 @pytest.mark.parametrize(("tensor_parallel", "replicas"), [(1, 2), (2, 2)], ids=["DP2", "TP2-DP2"])
 def test_every_stage_over_nccl_equals_one_gpu(gpu_ranks, stage, tensor_parallel, replicas):
     gpu_ranks.skip_if_too_few(tensor_parallel * replicas)
-    layout = {"tensor_parallel": tensor_parallel, "sequence_parallel": tensor_parallel > 1}
+    layout = {"tensor_parallel": tensor_parallel, "sequence_parallel": tensor_parallel > 1, "slope": SLOPE_ON_GPUS}
     check_against_oracle(gpu_ranks, config_of(stage, **layout), replicas=replicas)
 
 
