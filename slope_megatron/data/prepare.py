@@ -273,7 +273,7 @@ def _trained(corpora: list[Corpus], splits, chosen: PrepareSettings) -> Tokenize
 
 
 def _versions() -> dict[str, str]:
-    """What wrote the data; a package that these sources do not need may be missing."""
+    """Of what prepares; a package that is not installed was not used."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

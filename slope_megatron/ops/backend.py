@@ -83,7 +83,7 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; a bitmask that stays is kept by reference.
         column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`. None: for inference, operands that
             have the forward product alone.
-        products_wanted: those that they will serve; a kernel that writes both operands at once does so anyway.
+        products_wanted: those that they will serve.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
@@ -99,7 +99,9 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
             return operands
         if reason is None:
             column_bits = pack_bits(column) if column.dtype == torch.bool else column
-            return cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=backend == "auto")
+            return cusparselt.build(
+                values_NC, row_bits, column_bits, dense_allowed=backend == "auto", products_wanted=products_wanted
+            )
         if backend != "auto":
             raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
         _say_once(f"sparse products: some weights run on backend reference: {reason}")

@@ -16,6 +16,11 @@ from slope_megatron.training.optimizer import ADAPTERS, SPARSE, is_adapter, mode
 KINDS = ("weights", "patterns", "operands", "gradients", "optimizer")
 
 
+def elements(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter on this tensor-parallel rank, also while ZeRO-3 has cut it."""
+    return zero.shape_of(parameter).numel()
+
+
 def tensors_of(value) -> list[torch.Tensor]:
     """The tensors that an operands object holds."""
     return [item for item in vars(value).values() if isinstance(item, torch.Tensor)]
@@ -36,10 +41,10 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
 
     held = engine.held_gradients
     for name, parameter in model_parameters(engine.model):
-        elements = zero.shape_of(parameter).numel()
-        add("weights", elements * parameter.element_size(), id(parameter) in twins)
+        count = elements(parameter)
+        add("weights", count * parameter.element_size(), id(parameter) in twins)
         if held and (held.adapters or not is_adapter(name)):
-            add("gradients", elements * held.width, id(parameter) in twins)
+            add("gradients", count * held.width, id(parameter) in twins)
     for module in sparse_modules(engine.model):
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
         if module.keep_operands:
@@ -100,8 +105,11 @@ def measured_rank_bytes(engine: Engine) -> dict[str, int]:
     }
 
 
-def formula_rank_bytes(engine: Engine) -> dict[str, int]:
+def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None) -> dict[str, int]:
     """The same from shapes, stage, replicas and type alone.
+
+    Args:
+        adapters: whether they have gradients; None: as in the step whose gradients were noted.
 
     P elements of a group, D replicas, b bytes a weight; groups padded to multiples of 2 D, in stage 3 parameters to D:
 
@@ -114,10 +122,12 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sizes = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     offloaded = parallel.offload_optimizer != "none"
-    adapters = engine.held_gradients is not None and engine.held_gradients.adapters
+    no_step = adapters is None and engine.held_gradients is None
+    if adapters is None:
+        adapters = not no_step and engine.held_gradients.adapters
     width = engine.dtype.itemsize
     for name, members in engine.members.items():
-        counts = [zero.shape_of(parameter).numel() for parameter in members]
+        counts = list(map(elements, members))
         if parallel.zero_stage == 3:
             parts = [-(-count // replicas) for count in counts]
             limit = zero.small_parameter(engine.config)
@@ -141,8 +151,8 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
             sizes["gradients"] += 4 * whole
         elif name != ADAPTERS or adapters:
             sizes["gradients"] += 4 * sum(counts)
-    if engine.held_gradients is None:
-        sizes["gradients"] = 0  # no step was taken
+    if no_step:
+        sizes["gradients"] = 0
     return sizes
 
 
@@ -183,7 +193,7 @@ def parameter_count(engine: Engine) -> int:
     """Parameters held by one replica of the model: shards added up, replicated ones and tied copies once."""
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     here = sum(
-        zero.shape_of(parameter).numel()
+        elements(parameter)
         for _, parameter in model_parameters(engine.model)
         if (tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
         and not getattr(parameter, "ds_pipe_replicated", False)
@@ -204,3 +214,19 @@ def checkpoint_bytes(engine: Engine) -> int:
     total = torch.tensor([weights + patterns], device=engine.device)
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total)
+
+
+# -- the device --------------------------------------------------------------------------------------------------------
+
+
+def device_name(engine: Engine) -> str:
+    return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+
+
+def peak_memory_bytes(engine: Engine) -> int | None:
+    """Of tensors, at the highest moment, on the fullest rank; collective. None: no GPU."""
+    if engine.device.type != "cuda":
+        return None
+    peak = torch.tensor([torch.cuda.max_memory_allocated(engine.device)], device=engine.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak)
