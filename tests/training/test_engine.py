@@ -17,15 +17,16 @@ LAYOUTS = [
     (2, 2, 1, {"sequence_parallel": True, "recompute": "full"}),
 ]
 ON_GPUS = [
-    (1, 1, 2, {}),
-    (2, 1, 1, {"sequence_parallel": True}),
-    (1, 2, 1, {}),
-    (4, 1, 1, {"sequence_parallel": True}),
-    (2, 1, 2, {}),
-    (2, 2, 1, {"sequence_parallel": True, "recompute": "full"}),
-    (1, 2, 2, {}),
-    (8, 1, 1, {"sequence_parallel": True}),
-    (2, 2, 2, {"sequence_parallel": True}),
+    ("llama", (1, 1, 2, {})),
+    ("llama", (2, 1, 1, {"sequence_parallel": True})),
+    ("llama", (1, 2, 1, {})),
+    ("llama", (4, 1, 1, {"sequence_parallel": True})),
+    ("llama", (2, 1, 2, {})),
+    ("llama", (2, 2, 1, {"sequence_parallel": True, "recompute": "full"})),
+    ("opt", (1, 2, 2, {})),
+    ("bert", (2, 1, 2, {"sequence_parallel": True})),
+    ("opt", (2, 2, 2, {"sequence_parallel": True})),
+    ("opt", (4, 1, 2, {"sequence_parallel": True})),
 ]
 EIGHT_RANKS = [
     (2, 2, 2, {}),
@@ -166,11 +167,13 @@ def test_every_layout_equals_one_process(ranks, family):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ON_GPUS, ids=lambda layout: "TP{}-PP{}-DP{}".format(*layout))
-def test_every_layout_over_nccl_equals_one_gpu(gpu_ranks, layout):
+@pytest.mark.parametrize(
+    ("family", "layout"), ON_GPUS, ids=["{}-TP{}-PP{}-DP{}".format(family, *layout) for family, layout in ON_GPUS]
+)
+def test_every_layout_over_nccl_equals_one_gpu(gpu_ranks, family, layout):
     tensor_parallel, pipeline_parallel, data_parallel, _ = layout
     gpu_ranks.skip_if_too_few(tensor_parallel * pipeline_parallel * data_parallel)
-    check_layouts(gpu_ranks, "llama", [layout])
+    check_layouts(gpu_ranks, family, [layout])
 
 
 @pytest.mark.slow
