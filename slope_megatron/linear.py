@@ -12,7 +12,8 @@ weights: `adapter_l` is L^T `[R, K]`, `adapter_r` is R^T `[N, R]`.
 Surprising: dgrad reads the doubly pruned W^{R,C}, not the W^R of the forward (SLoPe, section 3.1); the packed values
 enter as a tensor only so that autograd hands them their gradient, the products read the operands derived from them.
 Under tensor parallelism dX is complete only after a reduction; it starts as soon as dX is there, the adapters' share
-included, and travels while dW is computed.
+included, and travels while dW is computed. Under sequence parallelism X, gathered again for dW, travels before, while
+dX is computed.
 """
 
 from collections.abc import Callable
@@ -98,7 +99,6 @@ class SlopeLinearFunction(torch.autograd.Function):
         dhidden_TR = None
         if adapter_l_RK is not None:
             dhidden_TR = dy_TN @ adapter_r_NR / adapter_l_RK.shape[0]
-        x_TK = gathering.wait().flatten(0, -2) if gathering else None
         # The adapters' gradients are exact: they read dY itself.
         pruned_TN = ctx.prune(dy_TN) if ctx.prune else dy_TN
         reducing = None
@@ -107,6 +107,8 @@ class SlopeLinearFunction(torch.autograd.Function):
             if dhidden_TR is not None:
                 dx_TK = torch.addmm(dx_TK, dhidden_TR, adapter_l_RK)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
+        # The input was travelling while dX was computed.
+        x_TK = gathering.wait().flatten(0, -2) if gathering else None
         adapter_gradients = None
         if need_adapters:
             dl_RK = dhidden_TR.t() @ x_TK

@@ -8,6 +8,7 @@ from pathlib import Path
 BENCHMARKS = {
     "gemm": "every linear of the models, its three products, at each tensor-parallel size",
     "block": "whole transformer blocks, training and forward alone",
+    "parallel": "training steps on several GPUs: tensor parallel, and replicas from one up",
     "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
 }

@@ -114,6 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Chatter of the libraries that says nothing about this run (missing optional packages, deprecations).
     warnings.filterwarnings("default" if arguments.verbose else "ignore")
     os.environ.setdefault("DS_LOG_LEVEL", "info" if arguments.verbose else "error")
+    if config.parallel.tensor_parallel > 1:
+        # Kernels start in the order in which they were asked for: a collective before the product that hides it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from slope_megatron.launch.megatron_args import value_table
     from slope_megatron.training import cpu_host
 

@@ -98,6 +98,21 @@ class BertEmbedding(LanguageModelEmbedding):
             return self.dropout(embeddings)
 
 
+class MaskedTokenHead(BertLMHead):
+    """Megatron's, with a norm that takes a part of the sequence."""
+
+    def __init__(self, config: TransformerConfig):
+        # Its constructor builds Megatron's own norm, which refuses parts.
+        whole_sequence = copy.copy(config)
+        whole_sequence.sequence_parallel = False
+        super().__init__(config.hidden_size, whole_sequence)
+        self.layer_norm = stock_norm(config)(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        for parameter in self.dense.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+
 class BertForPretraining(FusedLoss, LanguageModule):
     """This rank's shard of the encoder with both heads.
 
@@ -132,7 +147,7 @@ class BertForPretraining(FusedLoss, LanguageModule):
             config, encoder_spec(slope, config), pre_process=pre_process, post_process=post_process
         )
         if post_process:
-            self.lm_head = BertLMHead(config.hidden_size, config)
+            self.lm_head = MaskedTokenHead(config)
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,

@@ -119,5 +119,8 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
 def build_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:
     """This rank's shard of the model, filled: the same weights at every layout."""
     model = build_bare_model(config, tokenizer_size, dtype)
+    if torch.cuda.is_available():
+        # Norms and tables of positions are born on the CPU; what fills a tensor depends on where it is.
+        model.cuda()
     fill_model(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
     return model

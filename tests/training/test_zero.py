@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_engine import reference
+from test_engine import SLOPE_ON_GPUS, reference
 
 from helpers.models import VOCABULARY, small_config, step_batches
 from helpers.numerics import relative_error
@@ -18,8 +18,8 @@ FAMILIES = {"opt": {}, "llama": {"gated": True}, "bert": {"bert": True}}
 LAYERS = "decoder.layers.1.mlp.linear_fc2"
 
 
-def config_of(stage=1, *, family="opt", parallel=None, optimizer=None, **more) -> Config:
-    config = small_config(**FAMILIES[family], slope=SLOPE, **{"steps": 10, "layers": 2, **more})
+def config_of(stage=1, *, family="opt", parallel=None, optimizer=None, slope=SLOPE, **more) -> Config:
+    config = small_config(**FAMILIES[family], slope=slope, **{"steps": 10, "layers": 2, **more})
     return dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, zero_stage=stage, **(parallel or {})),
@@ -98,13 +98,15 @@ ORACLE: dict = {}
 
 
 def oracle(ranks, family="opt"):
-    """Losses, norms and final tensors of one process with plain torch; once a family."""
-    if family not in ORACLE:
-        losses, norms, parts = ranks.run(reference, config_of(family=family), STEPS, world=1)[0]
+    """Losses, norms and final tensors of one process with plain torch; once a family and device."""
+    key = ranks.device, family
+    if key not in ORACLE:
+        slope = SLOPE if ranks.device == "cpu" else SLOPE_ON_GPUS
+        losses, norms, parts = ranks.run(reference, config_of(family=family, slope=slope), STEPS, world=1)[0]
         assert losses[-1] < 0.9 * losses[0], "the reference must learn, or equality says little"
         assert max(norms) > config_of().optimizer.clip_grad, "clipping must have been active"
-        ORACLE[family] = losses, norms, assemble([(parts, None)])
-    return ORACLE[family]
+        ORACLE[key] = losses, norms, assemble([(parts, None)])
+    return ORACLE[key]
 
 
 def check_against_oracle(ranks, config, *, replicas=2, family="opt"):
@@ -186,6 +188,15 @@ def test_other_families(ranks, stage, family):
     check_against_oracle(ranks, config_of(stage, family=family, tensor_parallel=2), family=family)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("tensor_parallel", "replicas"), [(1, 2), (2, 2)], ids=["DP2", "TP2-DP2"])
+def test_every_stage_over_nccl_equals_one_gpu(gpu_ranks, stage, tensor_parallel, replicas):
+    gpu_ranks.skip_if_too_few(tensor_parallel * replicas)
+    layout = {"tensor_parallel": tensor_parallel, "sequence_parallel": tensor_parallel > 1, "slope": SLOPE_ON_GPUS}
+    check_against_oracle(gpu_ranks, config_of(stage, **layout), replicas=replicas)
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +264,13 @@ def test_resume_is_exact(ranks, tmp_path, stage):
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
 def test_a_checkpoint_loads_at_another_stage(ranks, tmp_path, before, after):
     check_loading(ranks, tmp_path, config_of(before), [config_of(after)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_checkpoint_loads_at_another_stage_over_nccl(gpu_ranks, tmp_path, world):
+    gpu_ranks.skip_if_too_few(world)
+    check_loading(gpu_ranks, tmp_path, config_of(1), [config_of(3)], world=world)
 
 
 @pytest.mark.slow
