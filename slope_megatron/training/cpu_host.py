@@ -28,7 +28,6 @@ def prepare() -> bool:
     _import_without_compiler()
     _patch_devices()
     _patch_random_states()
-    _patch_norm()
     _patch_factories()
     _patch_clipping()
     _patch_deepspeed()
@@ -82,24 +81,6 @@ def _patch_random_states() -> None:
             torch.set_rng_state(outside)
 
     megatron_random.CudaRNGStatesTracker.fork = fork
-
-
-def _patch_norm() -> None:
-    """Without apex the only norm is WrappedTorchNorm, which asserts that sequence parallelism is off.
-
-    Torch's norms work on a part of the sequence as they are; their gradients must then be summed over the
-    tensor-parallel ranks, which the parameters' `sequence_parallel` mark asks for.
-    """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    def build(cls, config, hidden_size, eps=1e-5, **_):
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = staticmethod(build)
 
 
 class _TorchOnCpu:
