@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 
+from slope_megatron.ops import low_rank
 from slope_megatron.ops.backend import Operands
 
 
@@ -86,11 +87,13 @@ class SlopeLinearFunction(torch.autograd.Function):
     def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Operands, communication, pruning=None):
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
-        y_TN = operands.forward(x_TK)
         hidden_TR = None
-        if adapter_l_RK is not None:
+        if adapter_l_RK is None:
+            y_TN = operands.forward(x_TK)
+        else:
             hidden_TR = x_TK @ adapter_l_RK.t()
-            y_TN = torch.addmm(y_TN, hidden_TR, adapter_r_NR.t(), alpha=1.0 / adapter_l_RK.shape[0])
+            scale = 1.0 / adapter_l_RK.shape[0]
+            y_TN = low_rank.product(operands, "forward", x_TK, hidden_TR, adapter_r_NR, scale)
         # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
         ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR)
         ctx.operands = operands
@@ -109,22 +112,23 @@ class SlopeLinearFunction(torch.autograd.Function):
         )
         gathering = communication.gather_input(x) if need_values or need_adapters else None
         dy_TN = dy.flatten(0, -2)
-        dhidden_TR = None
-        if adapter_l_RK is not None:
-            dhidden_TR = dy_TN @ adapter_r_NR / adapter_l_RK.shape[0]
+        # Without its 1/R, which the products that read it apply.
+        dhidden_TR = dy_TN @ adapter_r_NR if adapter_l_RK is not None else None
+        scale = 1.0 / adapter_l_RK.shape[0] if adapter_l_RK is not None else None
         x_TK = gathering.wait().flatten(0, -2) if gathering else None
         # The adapters' gradients are exact: they read dY itself.
         pruned_TN = pruning.prune(dy_TN) if pruning and pruning.in_dgrad else dy_TN
         reducing = None
         if need_dx:
-            dx_TK = operands.dgrad(pruned_TN)
-            if dhidden_TR is not None:
-                dx_TK = torch.addmm(dx_TK, dhidden_TR, adapter_l_RK)
+            if dhidden_TR is None:
+                dx_TK = operands.dgrad(pruned_TN)
+            else:
+                dx_TK = low_rank.product(operands, "dgrad", pruned_TN, dhidden_TR, adapter_l_RK.t(), scale)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
         adapter_gradients = None
         if need_adapters:
-            dl_RK = dhidden_TR.t() @ x_TK
-            dr_NR = dy_TN.t() @ hidden_TR / adapter_l_RK.shape[0]
+            dl_RK = low_rank.scaled_product(dhidden_TR.t(), x_TK, scale)
+            dr_NR = low_rank.scaled_product(dy_TN.t(), hidden_TR, scale)
             adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
         if need_values and pruning and not pruning.in_dgrad:
             pruned_TN = pruning.prune(dy_TN)

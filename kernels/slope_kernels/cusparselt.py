@@ -1,7 +1,7 @@
 """cuSPARSELt through ctypes, with plans kept: setting one up costs more than most products.
 
-One product only: Y [T, N] = X [T, K] W^T (+ bias), W 2:4 along K, all 16-bit with fp32 sums. The library wants the
-sparse matrix on the left and computes D = W X^T; with D column-major, memory holds Y row-major.
+One product only: Y [T, N] = X [T, K] W^T (+ bias) (+ Y), W 2:4 along K, all 16-bit with fp32 sums. The library wants
+the sparse matrix on the left and computes D = W X^T + beta C; with D column-major, memory holds Y row-major. C is D.
 
     operand   uint8 [9/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8]. Both facts are the
               library's own affair; `slope_megatron.ops.layout` verifies them before they are relied on.
@@ -152,10 +152,14 @@ class Plan:
         if hasattr(library(), "cusparseLtMatmulAlgSelectionDestroy"):
             call("MatmulAlgSelectionDestroy", self.selection.pointer)
 
-    def run(self, operand: int, x: int, y: int, stream: int) -> None:
-        """Enqueue the product; arguments are device addresses and a stream."""
+    def run(self, operand: int, x: int, y: int, stream: int, accumulate: bool = False) -> None:
+        """Enqueue the product; arguments are device addresses and a stream.
+
+        Args:
+            accumulate: add to what Y holds: read by the epilogue, summed in fp32 and rounded once.
+        """
         scratch = _workspace(self.workspace_bytes, self.product.device, stream)
-        inputs = (byref(ONE), c_void_p(operand), c_void_p(x), byref(ZERO))
+        inputs = (byref(ONE), c_void_p(operand), c_void_p(x), byref(ONE if accumulate else ZERO))
         place = c_void_p(scratch.data_ptr() if scratch is not None else None)
         streams = c_void_p(stream)
         output = (c_void_p(y), c_void_p(y))

@@ -1,8 +1,9 @@
 """Which kernel runs each product: measured once, kept for the process, saved as run state.
 
 A product is (forward or dgrad, R x S operand, T tokens, dtype). Its choice is sparse (with how many tiles and which
-algorithm of the library) or dense. Numbers of algorithms mean something only on the machine they were measured on, so a
-saved table names that machine and is ignored elsewhere.
+algorithm of the library) or dense; with adapters, also in which order the two products run (`Order`). Numbers of
+algorithms mean something only on the machine they were measured on, so a saved table names that machine and is ignored
+elsewhere.
 """
 
 import dataclasses
@@ -60,13 +61,29 @@ class Choice:
         return f"{name} ({', '.join(times)})" if times else name
 
 
-_table: dict[Key, Choice] = {}
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Of a product with adapters: whether the low-rank one runs "first" or "last", and the medians (ms) of both.
+
+    Its key's kind is that of the product with the rank behind it: `forward+40`.
+    """
+
+    order: str
+    first_ms: float | None = None
+    last_ms: float | None = None
+
+    def __str__(self) -> str:
+        times = [f"{label} {ms:.3f} ms" for label, ms in (("first", self.first_ms), ("last", self.last_ms)) if ms]
+        return f"low-rank product {self.order}" + (f" ({', '.join(times)})" if times else "")
+
+
+_table: dict[Key, Choice | Order] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
 
-def find(key: Key) -> Choice | None:
+def find(key: Key) -> Choice | Order | None:
     """The choice for a product; None: not made yet."""
     return _table.get(key)
 
@@ -75,7 +92,7 @@ def fixed_tiles(key: Key) -> int | None:
     """The tiles that this shape's operands already have, from its choice for another number of tokens."""
     shape = (key.kind, key.rows, key.columns, key.dtype)
     for other, choice in _table.items():
-        if choice.sparse and (other.kind, other.rows, other.columns, other.dtype) == shape:
+        if (other.kind, other.rows, other.columns, other.dtype) == shape and choice.sparse:
             return choice.tiles
     return None
 
@@ -85,10 +102,10 @@ def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
     return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype))
 
 
-def record(key: Key, choice: Choice) -> None:
+def record(key: Key, choice: Choice | Order) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
-    if choice.sparse and choice.algorithm is not None:
+    if isinstance(choice, Choice) and choice.sparse and choice.algorithm is not None:
         tokens = cusparselt.padded_tokens(key.tokens)
         _algorithms[(key.rows // choice.tiles, key.columns, tokens, key.dtype)] = choice.algorithm
     logger.info("%s: %s", key, choice)
@@ -105,7 +122,7 @@ def clear() -> None:
     _algorithms.clear()
 
 
-def decide(key: Key, measure: Callable[[], Choice]) -> Choice:
+def decide(key: Key, measure: Callable[[], Choice | Order]) -> Choice | Order:
     """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several."""
     found = find(key)
     if found is not None:
@@ -143,11 +160,13 @@ def machine() -> dict[str, str]:
     }
 
 
-def _to_json(choice: Choice) -> dict:
+def _to_json(choice: Choice | Order) -> dict:
     return dataclasses.asdict(choice)
 
 
-def _from_json(fields: dict) -> Choice:
+def _from_json(fields: dict) -> Choice | Order:
+    if "order" in fields:
+        return Order(**fields)
     algorithm = fields.get("algorithm")
     return Choice(**{**fields, "algorithm": cusparselt.Algorithm(**algorithm) if algorithm else None})
 

@@ -1,0 +1,161 @@
+"""Products with adapters beside them: both orders against the oracle, the choice between them, and its gate."""
+
+import pytest
+import torch
+
+from helpers.numerics import relative_error
+from helpers.packed import packed_weight
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops import choices, low_rank, reference
+from slope_megatron.ops.choices import Choice, Key, Order
+from slope_megatron.ops.cusparselt import CusparseltOperands, bias_gradient
+from slope_megatron.sparsity import reference as oracle
+from slope_megatron.sparsity.packing import pack
+
+DTYPE = torch.bfloat16
+ROWS, COLUMNS, RANK = 128, 192, 4
+KEYS = {
+    "forward": Key(f"forward+{RANK}", ROWS, COLUMNS, 48, DTYPE),
+    "dgrad": Key(f"dgrad+{RANK}", COLUMNS, ROWS, 48, DTYPE),
+}
+
+
+def whole_numbers(*shape, device, high=2):
+    return torch.randint(-1, high, shape, device=device).to(DTYPE)
+
+
+def operands_of(device, *, whole=True):
+    weight = packed_weight(ROWS, COLUMNS, DTYPE, device, whole_numbers=whole)
+    ours = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+    return weight, ours
+
+
+def sparse_adapters(device):
+    """Factors with few entries, so that sums stay among the whole numbers that bf16 holds: 1/R is a power of two."""
+    left, right = torch.zeros(RANK, COLUMNS, device=device), torch.zeros(ROWS, RANK, device=device)
+    left[torch.arange(RANK), torch.arange(RANK) * 7] = 4.0
+    right[torch.arange(ROWS), torch.arange(ROWS) % RANK] = 1.0
+    return left.to(DTYPE), right.to(DTYPE)
+
+
+def everything(x, dy, values, operands, adapters, bias=None):
+    """Y and all gradients."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, values, *adapters)]
+    if bias is None:
+        y = slope_linear(leaves[0], leaves[1], operands, adapters=leaves[2:])
+    else:
+        leaves.append(bias.clone().requires_grad_())
+        y = slope_linear(leaves[0], leaves[1], operands.with_bias(leaves[-1]), adapters=leaves[2:4])
+        y = bias_gradient(y, leaves[-1])
+    y.backward(dy)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_either_order_equals_the_oracle(device, order, dense, fresh_choices):
+    """Whole numbers that 16 bits hold: exact whatever is rounded when, biases and the dense choice included."""
+    weight, ours = operands_of(device)
+    for kind, key in KEYS.items():
+        fresh_choices.record(key, Order(order))
+        if dense:
+            fresh_choices.record(Key(kind, key.rows, key.columns, 48, DTYPE), Choice(False))
+    adapters = sparse_adapters(device)
+    x, dy = whole_numbers(48, COLUMNS, device=device), whole_numbers(48, ROWS, device=device)
+    bias = whole_numbers(ROWS, device=device)
+    y, dx, dvalues, dleft, dright, dbias = everything(x, dy, weight.values, ours, adapters, bias)
+
+    left, right = (factor.t().double() for factor in adapters)
+    exact = (x.double(), weight.dense().double(), weight.row, left, right)
+    expected = oracle.backward(x.double(), dy.double(), *exact[1:2], weight.row, weight_column(weight), left, right)
+    assert torch.equal(y.double(), oracle.forward(*exact) + bias.double())
+    assert torch.equal(dx.double(), expected.x_TK)
+    assert torch.equal(dvalues.double(), pack(expected.weight_NK, weight.row))
+    assert torch.equal(dleft.double(), expected.adapter_l_KR.t())
+    assert torch.equal(dright.double(), expected.adapter_r_RN.t())
+    assert torch.equal(dbias.double(), dy.double().sum(0))
+
+
+def weight_column(weight):
+    """Where W^{R,C} keeps what W has: bool `[N, K]`."""
+    places = torch.zeros_like(weight.row)
+    places[weight.row] = weight.column.flatten()
+    return places
+
+
+@pytest.mark.parametrize("tokens", [48, 21])
+def test_the_orders_differ_by_rounding_alone(device, tokens, fresh_choices):
+    """Fresh random data; against fp64 each is within a few roundings to 16 bits (2^-9) of Y."""
+    weight, ours = operands_of(device, whole=False)
+    x, dy = (torch.randn(tokens, width, device=device).to(DTYPE) for width in (COLUMNS, ROWS))
+    adapters = [torch.randn(*shape, device=device).to(DTYPE) for shape in ((RANK, COLUMNS), (ROWS, RANK))]
+    left, right = (factor.t().double() for factor in adapters)
+    masks = (weight.row, weight_column(weight))
+    expected = oracle.backward(x.double(), dy.double(), weight.dense().double(), *masks, left, right)
+    exact = oracle.forward(x.double(), weight.dense().double(), weight.row, left, right)
+    for order in ("first", "last"):
+        for key in KEYS.values():
+            fresh_choices.record(Key(key.kind, key.rows, key.columns, tokens, DTYPE), Order(order))
+        y, dx, _, dleft, dright = everything(x, dy, weight.values, ours, adapters)
+        wanted = (exact, expected.x_TK, expected.adapter_l_KR.t(), expected.adapter_r_RN.t())
+        for found, right_answer in zip((y, dx, dleft, dright), wanted, strict=True):
+            assert relative_error(found, right_answer) < 4 * 2**-9
+
+
+def test_operands_that_cannot_add_run_the_sparse_product_first(device):
+    """The reference backend, in fp64 to the bit: no choice is asked for."""
+    weight = packed_weight(ROWS, COLUMNS, torch.float64, device, whole_numbers=True)
+    operands = reference.build(weight.values, weight.row, weight.column)
+    x, up = torch.ones(3, COLUMNS, device=device).double(), torch.ones(ROWS, RANK, device=device).double()
+    hidden = torch.full((3, RANK), 2.0, device=device).double()
+    found = low_rank.product(operands, "forward", x, hidden, up, 0.25)
+    assert torch.equal(found, x @ weight.dense().t() + 2.0)
+
+
+def test_the_choice_is_saved_and_read_back(fresh_choices, tmp_path):
+    order = Order("first", 0.25, 0.5)
+    fresh_choices.record(KEYS["forward"], order)
+    fresh_choices.save(tmp_path / "choices.json")
+    fresh_choices.clear()
+    assert fresh_choices.load(tmp_path / "choices.json")
+    assert fresh_choices.find(KEYS["forward"]) == order
+    assert str(order) == "low-rank product first (first 0.250 ms, last 0.500 ms)"
+
+
+class Wrong:
+    """Operands whose adding product forgets what was there."""
+
+    def __init__(self, operands):
+        self.operands, self.forward = operands, operands.forward
+
+    def add_forward(self, y_TN, x_TK):
+        y_TN.copy_(self.forward(x_TK))
+
+    def add_dgrad(self, dx_TK, dy_TN):
+        raise AssertionError("not asked for")
+
+
+def test_the_gate_refuses_an_adding_product_that_is_wrong(device, fresh_choices, caplog):
+    _, ours = operands_of(device, whole=False)
+    assert isinstance(Wrong(ours), low_rank.AddingOperands)
+    assert low_rank.measure(Wrong(ours), "forward", KEYS["forward"], torch.device(device)) == Order("last")
+    assert "gives wrong results and is not used: relative difference" in caplog.text
+
+
+@pytest.mark.gpu
+def test_the_choice_is_measured_once_and_works_in_a_graph(device, fresh_choices):
+    _, ours = operands_of(device)
+    x = whole_numbers(48, COLUMNS, device=device)
+    left, right = sparse_adapters(device)
+    run = lambda: low_rank.product(ours, "forward", x, x @ left.t(), right, 1 / RANK)  # noqa: E731
+    ours.forward(x)
+    with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run()
+    run()
+    assert choices.find(KEYS["forward"]).first_ms > 0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.copy_(whole_numbers(48, COLUMNS, device=device))
+    graph.replay()
+    assert torch.equal(y, run())
