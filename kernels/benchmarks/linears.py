@@ -27,6 +27,8 @@ class Dense(torch.nn.Module):
 class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
+    adapters = None
+
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(rows, columns // 2, device="cuda", dtype=DTYPE) * 0.02)
@@ -37,11 +39,22 @@ class Sparse(torch.nn.Module):
 
     def forward(self, x):
         if self.bias is None:
-            return slope_linear(x, self.weight, self.operands)
-        return bias_gradient(slope_linear(x, self.weight, self.operands.with_bias(self.bias)), self.bias)
+            return slope_linear(x, self.weight, self.operands, adapters=self.adapters)
+        biased = self.operands.with_bias(self.bias)
+        return bias_gradient(slope_linear(x, self.weight, biased, adapters=self.adapters), self.bias)
 
     def refresh(self) -> None:
         self.operands.refresh(self.weight.detach())
+
+
+class WithAdapters(Sparse):
+    """And with low-rank adapters of some rank."""
+
+    def __init__(self, rows: int, columns: int, bias: bool, *, rank: int):
+        super().__init__(rows, columns, bias)
+        self.adapter_l = torch.nn.Parameter(torch.randn(rank, columns, device="cuda", dtype=DTYPE))
+        self.adapter_r = torch.nn.Parameter(torch.randn(rows, rank, device="cuda", dtype=DTYPE) * 0.02)
+        self.adapters = (self.adapter_l, self.adapter_r)
 
 
 # What `slope bench block --modes` and its kin take; dense is measured beside them always.
