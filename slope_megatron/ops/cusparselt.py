@@ -58,11 +58,11 @@ class CusparseltOperands:
     def __init__(self, values_NC, row_bits, column_bits, *, dense_allowed: bool = True):
         """
         Args:
-            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`, kept and not copied.
             dense_allowed: whether a product may fall to the dense candidate.
         """
         self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
-        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.contiguous()
         self.dtype, self.device = values_NC.dtype, values_NC.device
         self.dense_allowed = dense_allowed
         size = layout.operand_bytes(self.rows, self.columns)
@@ -115,10 +115,14 @@ class CusparseltOperands:
 
     @torch.no_grad()
     def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
-        """A new second pruning: bool `[N, C]` or its bitmask."""
-        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
+        """A new second pruning: bool `[N, C]` or its bitmask, which is kept and not copied."""
+        self.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
         self._write_column_metadata(values_NC)
         self.refresh(values_NC)
+
+    def keep_forward_alone(self) -> None:
+        """Let go of all that the forward product does not read: no refresh, dgrad or wgrad can follow."""
+        self.row_bits = self.column_bits = self.backward_operand = None
 
     # -- choices ------------------------------------------------------------------------------------------------------
 
@@ -126,6 +130,9 @@ class CusparseltOperands:
         shape = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
         key = Key(kind, *shape, tokens, self.dtype)
         choice = choices.find(key)
+        if choice is not None and not choice.sparse and self.row_bits is None:
+            # Chosen for a weight that could keep a dense copy; this one cannot.
+            return Choice(True, self.tiles[kind])
         ready = choice is not None and (
             choice.tiles == self.tiles[kind] if choice.sparse else self._dense(kind) is not None
         )
