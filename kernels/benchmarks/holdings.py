@@ -31,6 +31,8 @@ class Ledger:
     @contextlib.contextmanager
     def allocation(self, item: str, counted: float):
         """Charge what is allocated inside and still there at the end."""
+        # A new tensor must not get a larger block that is left over, whose whole size would count as its own.
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         yield
         self.charge(item, torch.cuda.memory_allocated() - before, counted)
@@ -67,16 +69,17 @@ def charge_adapters(ledger: Ledger, rows: int, columns: int, rank: int, train: b
     return [factors, state]
 
 
-def tensors_of(operands) -> dict[str, torch.Tensor]:
-    """A backend's tensors by attribute, whatever it calls them."""
-    return {name: value for name, value in vars(operands).items() if isinstance(value, torch.Tensor)}
+def tensors_of(operands) -> list[str]:
+    """The attributes of a backend's operands that are tensors, whatever it calls them."""
+    return [name for name, value in vars(operands).items() if isinstance(value, torch.Tensor)]
 
 
 def charge_operands(ledger: Ledger, operands, weights: int, shared: tuple[torch.Tensor, ...] = ()) -> None:
     """Let an operands object go, part by part. `shared` tensors are charged elsewhere."""
     known = {"forward_operand": (weights, weights / 8), "backward_operand": (weights, weights / 8)}
     storages = {tensor.data_ptr() for tensor in shared}
-    for name, tensor in tensors_of(operands).items():
+    for name in tensors_of(operands):
+        tensor = getattr(operands, name)
         if tensor.data_ptr() in storages or not tensor.numel():
             continue
         counted = known.get(name, (float(tensor.nbytes), 0.0))
@@ -129,6 +132,7 @@ def sparse_linear(ledger, rows: int, columns: int, rank: int, train: bool, backe
     with ledger.allocation("column pattern", weights / 16):
         column_bits = choose_column_bits(values, row_bits, 2, 4)
     kept = [charge_training(ledger, values), charge_adapters(ledger, rows, columns, rank, train)]
+    torch.cuda.empty_cache()
     operands = build_operands(backend, values, row_bits, column_bits)
     run_products(operands, rows, columns, tokens, train)
     charge_operands(ledger, operands, weights, (values, row_bits, column_bits))

@@ -103,7 +103,7 @@ def measure(operands, kind: str, key: Key, device: torch.device, *, rounds: int 
     hidden_TP = torch.randn(key.tokens, rank, device=device, dtype=key.dtype)
     up_RP = torch.randn(key.rows, rank, device=device, dtype=key.dtype)
     # Terms of the size of Y's own, the hardest case for the rounding of the one that comes first.
-    scale = float(getattr(operands, kind)(x_TS[:64]).float().std()) / rank**0.5
+    scale = float(getattr(operands, kind)(x_TS)[:64].float().std()) / rank**0.5
     arguments = (operands, kind, x_TS, hidden_TP, up_RP, scale)
     problem = wrong(*arguments)
     if problem:
