@@ -15,7 +15,11 @@ Every peer multiplies right or is refused: `wrong` compares with the dense produ
 import torch
 import torch.nn.functional as F
 from linears import DTYPE
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
 
 from slope_megatron.ops.backend import build_operands
 from slope_megatron.ops.measure import random_bits
@@ -23,6 +27,8 @@ from slope_megatron.ops.products import choose_column, gather_kept, unpack_kept
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.transposable import patterns
 
+# torch's own switch for row-major results, which the rest of a block wants.
+SparseSemiStructuredTensor._FUSE_TRANSPOSE = True
 # Both products round the same fp32 sums once to 16 bits.
 MOST_RELATIVE_ERROR = 1e-2
 
