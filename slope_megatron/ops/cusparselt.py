@@ -190,21 +190,20 @@ class CusparseltOperands:
             return dy_TN @ self.dense_backward_NK
         return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
 
-    def add_forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
-        """Y += X (W^R)^T (+ bias)."""
+    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Y + X (W^R)^T (+ bias), in the place of Y."""
         if not self._choice("forward", x_TK.shape[0]).sparse:
             y_TN.addmm_(x_TK, self.dense_forward_NK.t())
-            if bias_N is not None:
-                y_TN.add_(bias_N)
-            return
+            return y_TN if bias_N is None else y_TN.add_(bias_N)
         products.sparse_mm_add_(y_TN, self.forward_operand, x_TK, self.tiles["forward"], bias_N)
+        return y_TN
 
-    def add_dgrad(self, dx_TK: torch.Tensor, dy_TN: torch.Tensor) -> None:
-        """dX += dY W^{R,C}."""
+    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
+        """dX + dY W^{R,C}, in the place of dX."""
         if not self._choice("dgrad", dy_TN.shape[0]).sparse:
-            dx_TK.addmm_(dy_TN, self.dense_backward_NK)
-            return
+            return dx_TK.addmm_(dy_TN, self.dense_backward_NK)
         products.sparse_mm_add_(dx_TK, self.backward_operand, dy_TN, self.tiles["dgrad"], None)
+        return dx_TK
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
         """dW = dY^T X at the kept places, `[N, C]`."""
@@ -228,11 +227,11 @@ class BiasedOperands:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return self.operands.dgrad(dy_TN)
 
-    def add_forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-        self.operands.add_forward(y_TN, x_TK, self.bias_N.detach())
+    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> torch.Tensor:
+        return self.operands.forward_add(x_TK, y_TN, self.bias_N.detach())
 
-    def add_dgrad(self, dx_TK: torch.Tensor, dy_TN: torch.Tensor) -> None:
-        self.operands.add_dgrad(dx_TK, dy_TN)
+    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
+        return self.operands.dgrad_add(dy_TN, dx_TK)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
         return self.operands.wgrad(dy_TN, x_TK)

@@ -10,13 +10,12 @@ Both products end in the same Y, so one of them adds to what the other has writt
     last      Y := X W^T, then Y += scale H U^T in place: Y is written, read and written again
     first     Y := scale H U^T, then Y += X W^T: the sparse product's epilogue reads Y behind its own arithmetic
 
-Where operands can add to a Y, both are timed once for each shape behind a numerics gate, and the choice is kept like
-every other (`ops.choices`).
+Where operands can add to a Y (`forward_add`, `dgrad_add`: X, Y -> Y + X W^T, which may overwrite Y), both are timed once
+for each shape behind a numerics gate, and the choice is kept like every other (`ops.choices`).
 """
 
 import logging
 import sys
-from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -27,17 +26,6 @@ logger = logging.getLogger(__name__)
 # "first" rounds the low-rank term to 16 bits before the sum, "last" the sparse one: each within 2^-9 of a term that is
 # no larger than a few times Y.
 MOST_RELATIVE_ERROR = 1e-2
-
-
-@runtime_checkable
-class AddingOperands(Protocol):
-    """Operands whose products can add to what is there."""
-
-    def add_forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-        """Y += X (W^R)^T."""
-
-    def add_dgrad(self, dx_TK: torch.Tensor, dy_TN: torch.Tensor) -> None:
-        """dX += dY W^{R,C}."""
 
 
 def product(operands, kind: str, x_TS, hidden_TP, up_RP, scale: float) -> torch.Tensor:
@@ -67,13 +55,12 @@ def _first(operands, kind, x_TS, hidden_TP, up_RP, scale) -> torch.Tensor:
     y_TR = x_TS.new_empty(x_TS.shape[0], up_RP.shape[0])
     # With beta 0 the product reads nothing of Y, and its scale costs no pass of its own.
     y_TR.addmm_(hidden_TP, up_RP.t(), beta=0, alpha=scale)
-    getattr(operands, f"add_{kind}")(y_TR, x_TS)
-    return y_TR
+    return getattr(operands, f"{kind}_add")(x_TS, y_TR)
 
 
 def _order(operands, kind: str, x_TS: torch.Tensor, up_RP: torch.Tensor) -> str:
     """ "first" or "last"; measured the first time on a GPU."""
-    if not isinstance(operands, AddingOperands):
+    if not hasattr(operands, f"{kind}_add"):
         return "last"
     rows, rank = up_RP.shape
     key = Key(f"{kind}+{rank}", rows, x_TS.shape[1], x_TS.shape[0], x_TS.dtype)
