@@ -91,9 +91,8 @@ class SlopeLinearFunction(torch.autograd.Function):
         if adapter_l_RK is None:
             y_TN = operands.forward(x_TK)
         else:
-            hidden_TR = x_TK @ adapter_l_RK.t()
             scale = 1.0 / adapter_l_RK.shape[0]
-            y_TN = low_rank.product(operands, "forward", x_TK, hidden_TR, adapter_r_NR, scale)
+            y_TN, hidden_TR = low_rank.product(operands, "forward", x_TK, adapter_l_RK, adapter_r_NR, scale)
         # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
         ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR)
         ctx.operands = operands
@@ -112,23 +111,25 @@ class SlopeLinearFunction(torch.autograd.Function):
         )
         gathering = communication.gather_input(x) if need_values or need_adapters else None
         dy_TN = dy.flatten(0, -2)
-        # Without its 1/R, which the products that read it apply.
-        dhidden_TR = dy_TN @ adapter_r_NR if adapter_l_RK is not None else None
-        scale = 1.0 / adapter_l_RK.shape[0] if adapter_l_RK is not None else None
+        dhidden_TR = None
         x_TK = gathering.wait().flatten(0, -2) if gathering else None
         # The adapters' gradients are exact: they read dY itself.
         pruned_TN = pruning.prune(dy_TN) if pruning and pruning.in_dgrad else dy_TN
         reducing = None
         if need_dx:
-            if dhidden_TR is None:
+            if adapter_l_RK is None:
                 dx_TK = operands.dgrad(pruned_TN)
             else:
-                dx_TK = low_rank.product(operands, "dgrad", pruned_TN, dhidden_TR, adapter_l_RK.t(), scale)
+                down, up, scale = adapter_r_NR.t(), adapter_l_RK.t(), 1.0 / adapter_l_RK.shape[0]
+                other = pruned_TN if pruned_TN is not dy_TN else None
+                dx_TK, dhidden_TR = low_rank.product(operands, "dgrad", dy_TN, down, up, scale, other)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
         adapter_gradients = None
         if need_adapters:
-            dl_RK = low_rank.scaled_product(dhidden_TR.t(), x_TK, scale)
-            dr_NR = low_rank.scaled_product(dy_TN.t(), hidden_TR, scale)
+            if dhidden_TR is None:
+                dhidden_TR = low_rank.hidden(dy_TN, adapter_r_NR.t(), 1.0 / adapter_l_RK.shape[0])
+            # Both hiddens have their 1/R already.
+            dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
             adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
         if need_values and pruning and not pruning.in_dgrad:
             pruned_TN = pruning.prune(dy_TN)

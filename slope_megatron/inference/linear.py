@@ -50,9 +50,8 @@ class Linear(torch.nn.Module):
             y_TN = self.operands.forward(x_TK)
         else:
             adapter_l_RK, adapter_r_NR = self.adapters
-            hidden_TR = x_TK @ adapter_l_RK.t()
             scale = 1.0 / adapter_l_RK.shape[0]
-            y_TN = low_rank.product(self.operands, "forward", x_TK, hidden_TR, adapter_r_NR, scale)
+            y_TN, _ = low_rank.product(self.operands, "forward", x_TK, adapter_l_RK, adapter_r_NR, scale)
         y = y_TN.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -63,18 +64,20 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Of a product with adapters: whether the low-rank one runs "first" or "last", and the medians (ms) of both.
+    """How a product runs with adapters beside it (`ops.low_rank`), and the median (ms) of each candidate.
 
     Its key's kind is that of the product with the rank behind it: `forward+40`.
     """
 
+    # It names no form of the plain operand.
+    sparse: ClassVar[bool] = False
+
     order: str
-    first_ms: float | None = None
-    last_ms: float | None = None
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        times = [f"{label} {ms:.3f} ms" for label, ms in (("first", self.first_ms), ("last", self.last_ms)) if ms]
-        return f"low-rank product {self.order}" + (f" ({', '.join(times)})" if times else "")
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.times.items())
+        return f"with adapters {self.order}" + (f" ({times})" if times else "")
 
 
 _table: dict[Key, Choice | Order] = {}
@@ -92,7 +95,7 @@ def fixed_tiles(key: Key) -> int | None:
     """The tiles that this shape's operands already have, from its choice for another number of tokens."""
     shape = (key.kind, key.rows, key.columns, key.dtype)
     for other, choice in _table.items():
-        if (other.kind, other.rows, other.columns, other.dtype) == shape and choice.sparse:
+        if choice.sparse and (other.kind, other.rows, other.columns, other.dtype) == shape:
             return choice.tiles
     return None
 
@@ -105,7 +108,7 @@ def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
 def record(key: Key, choice: Choice | Order) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
-    if isinstance(choice, Choice) and choice.sparse and choice.algorithm is not None:
+    if choice.sparse and choice.algorithm is not None:
         tokens = cusparselt.padded_tokens(key.tokens)
         _algorithms[(key.rows // choice.tiles, key.columns, tokens, key.dtype)] = choice.algorithm
     logger.info("%s: %s", key, choice)

@@ -16,6 +16,7 @@ import torch
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure, products
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.joined import JoinedOperand
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 
@@ -69,6 +70,8 @@ class CusparseltOperands:
         self.forward_operand = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.backward_operand = torch.empty_like(self.forward_operand)
         self.tiles = {"forward": 1, "dgrad": 1}
+        # By kind: operands with adapters in them, in the place of the plain ones.
+        self.joined: dict[str, JoinedOperand] = {}
         self.dense_forward_NK: torch.Tensor | None = None
         self.dense_backward_NK: torch.Tensor | None = None
         self._write_row_metadata()
@@ -91,6 +94,9 @@ class CusparseltOperands:
             survives = unpack_bits(self.column_bits)
             _, places = backward_slots(values_NC, unpack_bits(self.row_bits), survives)
             metadata = layout.library_metadata(places, self.dtype)
+        if "dgrad" in self.joined:
+            self.joined["dgrad"].set_metadata(metadata)
+            return
         tiles = self.tiles["dgrad"]
         target = layout.metadata_of(self.backward_operand, self.columns, self.rows, tiles)
         target.copy_(metadata.view_as(target))
@@ -107,6 +113,12 @@ class CusparseltOperands:
             self.tiles["forward"],
             self.tiles["dgrad"],
         )
+        if "forward" in self.joined:
+            self.joined["forward"].set_values(values_NC)
+        if "dgrad" in self.joined:
+            scratch = self.row_bits.new_empty(layout.operand_bytes(self.columns, self.rows))
+            products.refresh_(values_NC, self.row_bits, self.column_bits, None, scratch, 1, 1)
+            self.joined["dgrad"].set_values(layout.values_of(scratch, self.columns, self.rows, 1, self.dtype)[0])
         if self.dense_forward_NK is not None:
             self.dense_forward_NK.copy_(products.unpack_kept(values_NC, self.row_bits))
         if self.dense_backward_NK is not None:
@@ -168,8 +180,11 @@ class CusparseltOperands:
         """Dense copies from the operand's own values: the caller's may have changed since the last refresh."""
         if self._dense(kind) is not None:
             return
-        values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
-        values_NC = values.reshape(self.rows, -1)
+        if "forward" in self.joined:
+            values_NC = self.joined["forward"].weight_values().contiguous()
+        else:
+            values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
+            values_NC = values.reshape(self.rows, -1)
         if kind == "forward":
             self.dense_forward_NK = products.unpack_kept(values_NC, self.row_bits)
         else:
@@ -180,12 +195,16 @@ class CusparseltOperands:
 
     def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Y = X (W^R)^T (+ bias), `[T, N]`."""
+        if "forward" in self.joined:
+            return self.joined["forward"].plain(x_TK, bias_N)
         if not self._choice("forward", x_TK.shape[0]).sparse:
             return torch.nn.functional.linear(x_TK, self.dense_forward_NK, bias_N)
         return products.sparse_mm(self.forward_operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
+        if "dgrad" in self.joined:
+            return self.joined["dgrad"].plain(dy_TN)
         if not self._choice("dgrad", dy_TN.shape[0]).sparse:
             return dy_TN @ self.dense_backward_NK
         return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
@@ -204,6 +223,34 @@ class CusparseltOperands:
             return dx_TK.addmm_(dy_TN, self.dense_backward_NK)
         products.sparse_mm_add_(dx_TK, self.backward_operand, dy_TN, self.tiles["dgrad"], None)
         return dx_TK
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def can_join(self, kind: str, tokens: int, rank: int) -> bool:
+        """Whether adapters may go into the operand: where it is the library's, in a layout that we know."""
+        choice = self._choice(kind, tokens)
+        plain = self.forward_operand if kind == "forward" else self.backward_operand
+        known = layout.probe(self.device, self.dtype).known_metadata
+        return choice.sparse and plain is not None and rank % 4 == 0 and known
+
+    def joined_copy(self, kind: str, form: str, rank: int) -> JoinedOperand:
+        """A joined operand with the present values and metadata."""
+        rows, columns = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
+        plain = self.forward_operand if kind == "forward" else self.backward_operand
+        joined = JoinedOperand(form, rows, columns, rank, self.dtype, self.device)
+        joined.set_values(layout.values_of(plain, rows, columns, self.tiles[kind], self.dtype).reshape(rows, -1))
+        joined.set_metadata(layout.metadata_of(plain, rows, columns, self.tiles[kind]))
+        return joined
+
+    @torch.no_grad()
+    def join(self, kind: str, form: str, rank: int) -> None:
+        """Put a joined operand in the place of the plain one."""
+        self.joined[kind] = self.joined_copy(kind, form, rank)
+        setattr(self, "forward_operand" if kind == "forward" else "backward_operand", None)
+
+    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float, bias_N=None):
+        """Y (+ bias) and H = scale X D^T."""
+        return self.joined[kind].product(x_TS, down_PS, up_RP, scale, bias_N)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
         """dW = dY^T X at the kept places, `[N, C]`."""
@@ -232,6 +279,15 @@ class BiasedOperands:
 
     def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
         return self.operands.dgrad_add(dy_TN, dx_TK)
+
+    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float):
+        bias_N = self.bias_N.detach() if kind == "forward" else None
+        return self.operands.joined_product(kind, x_TS, down_PS, up_RP, scale, bias_N)
+
+    @property
+    def unbiased(self) -> CusparseltOperands:
+        """Where the buffers and the choices are."""
+        return self.operands
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
         return self.operands.wgrad(dy_TN, x_TK)

@@ -1,4 +1,6 @@
-"""Products with adapters beside them: both orders against the oracle, the choice between them, and its gate."""
+"""Products with adapters beside them: every way against the oracle, the choice between them, and its gate."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from slope_megatron.ops import choices, low_rank, reference
 from slope_megatron.ops.choices import Choice, Key, Order
 from slope_megatron.ops.cusparselt import CusparseltOperands, bias_gradient
 from slope_megatron.sparsity import reference as oracle
-from slope_megatron.sparsity.packing import pack
+from slope_megatron.sparsity.packing import pack, unpack
+from slope_megatron.sparsity.pattern import column_pattern
 
 DTYPE = torch.bfloat16
 ROWS, COLUMNS, RANK = 128, 192, 4
@@ -38,6 +41,15 @@ def sparse_adapters(device):
     return left.to(DTYPE), right.to(DTYPE)
 
 
+@pytest.fixture(params=["last", "first", "tall", "wide"])
+def way(request, fresh_choices):
+    """Chosen for both products, at both numbers of tokens."""
+    for key in KEYS.values():
+        for tokens in (48, 21):
+            fresh_choices.record(dataclasses.replace(key, tokens=tokens), Order(request.param))
+    return request.param
+
+
 def everything(x, dy, values, operands, adapters, bias=None):
     """Y and all gradients."""
     leaves = [tensor.clone().requires_grad_() for tensor in (x, values, *adapters)]
@@ -51,13 +63,11 @@ def everything(x, dy, values, operands, adapters, bias=None):
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("dense", [False, True])
-def test_either_order_equals_the_oracle(device, order, dense, fresh_choices):
+def test_every_way_equals_the_oracle(device, way, dense, fresh_choices):
     """Whole numbers that 16 bits hold: exact whatever is rounded when, biases and the dense choice included."""
     weight, ours = operands_of(device)
     for kind, key in KEYS.items():
-        fresh_choices.record(key, Order(order))
         if dense:
             fresh_choices.record(Key(kind, key.rows, key.columns, 48, DTYPE), Choice(False))
     adapters = sparse_adapters(device)
@@ -84,7 +94,7 @@ def weight_column(weight):
 
 
 @pytest.mark.parametrize("tokens", [48, 21])
-def test_the_orders_differ_by_rounding_alone(device, tokens, fresh_choices):
+def test_the_ways_differ_by_rounding_alone(device, tokens, way, fresh_choices):
     """Fresh random data; against fp64 each is within a few roundings to 16 bits (2^-9) of Y."""
     weight, ours = operands_of(device, whole=False)
     x, dy = (torch.randn(tokens, width, device=device).to(DTYPE) for width in (COLUMNS, ROWS))
@@ -93,13 +103,53 @@ def test_the_orders_differ_by_rounding_alone(device, tokens, fresh_choices):
     masks = (weight.row, weight_column(weight))
     expected = oracle.backward(x.double(), dy.double(), weight.dense().double(), *masks, left, right)
     exact = oracle.forward(x.double(), weight.dense().double(), weight.row, left, right)
-    for order in ("first", "last"):
-        for key in KEYS.values():
-            fresh_choices.record(Key(key.kind, key.rows, key.columns, tokens, DTYPE), Order(order))
-        y, dx, _, dleft, dright = everything(x, dy, weight.values, ours, adapters)
-        wanted = (exact, expected.x_TK, expected.adapter_l_KR.t(), expected.adapter_r_RN.t())
-        for found, right_answer in zip((y, dx, dleft, dright), wanted, strict=True):
-            assert relative_error(found, right_answer) < 4 * 2**-9
+    y, dx, _, dleft, dright = everything(x, dy, weight.values, ours, adapters)
+    wanted = (exact, expected.x_TK, expected.adapter_l_KR.t(), expected.adapter_r_RN.t())
+    for found, right_answer in zip((y, dx, dleft, dright), wanted, strict=True):
+        assert relative_error(found, right_answer) < 4 * 2**-9
+
+
+@pytest.mark.parametrize("way", ["tall", "wide"], indirect=True)
+def test_a_joined_operand_stands_in_the_place_of_the_plain_one(device, way, fresh_choices):
+    """It follows refreshes and new column patterns, and still gives the products without adapters."""
+    weight, ours = operands_of(device)
+    theirs = reference.build(weight.values, weight.row, weight.column)
+    adapters = sparse_adapters(device)
+    x, dy = whole_numbers(48, COLUMNS, device=device), whole_numbers(48, ROWS, device=device)
+    everything(x, dy, weight.values, ours, adapters)
+    assert ours.forward_operand is None and ours.backward_operand is None
+    assert {kind: joined.form for kind, joined in ours.joined.items()} == {"forward": way, "dgrad": way}
+    for operands in (ours, theirs):
+        operands.refresh(weight.values * 2)
+    for _ in range(2):
+        assert torch.equal(ours.forward(x), theirs.forward(x))
+        assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
+        found, expected = (everything(x, dy, weight.values, operands, adapters) for operands in (ours, theirs))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        column = column_pattern_of(-weight.values.flip(0), weight)
+        for operands in (ours, theirs):
+            operands.set_column_pattern(column, -weight.values)
+
+
+def column_pattern_of(values, weight):
+    """A second pruning by the magnitudes of other values."""
+    return pack(column_pattern(unpack(values, weight.row), weight.row, 2, 4), weight.row)
+
+
+@pytest.mark.parametrize("form", ["tall", "wide"])
+def test_a_joined_operand_is_the_matrix_that_its_docstring_shows(form, device, fresh_choices):
+    from slope_megatron.ops.products import _operand_matrix
+
+    weight, ours = operands_of(device, whole=False)
+    joined = ours.joined_copy("forward", form, 8)
+    down, up = (torch.randn(*shape, device=device).to(DTYPE) for shape in ((8, COLUMNS), (ROWS, 8)))
+    joined._set_factor(down, up)
+    matrix = _operand_matrix(joined.buffer, joined.outer_rows, joined.outer_columns, 1, DTYPE)
+    assert torch.equal(matrix[:ROWS, :COLUMNS], weight.dense())
+    factor = matrix[ROWS:] if form == "tall" else matrix[:, COLUMNS:].t()
+    first, second = factor.unflatten(0, (2, 32)).unbind(0)
+    assert torch.equal((first + second)[:8], down if form == "tall" else up.t())
+    assert not (first + second)[8:].any()
 
 
 def test_operands_that_cannot_add_run_the_sparse_product_first(device):
@@ -107,19 +157,21 @@ def test_operands_that_cannot_add_run_the_sparse_product_first(device):
     weight = packed_weight(ROWS, COLUMNS, torch.float64, device, whole_numbers=True)
     operands = reference.build(weight.values, weight.row, weight.column)
     x, up = torch.ones(3, COLUMNS, device=device).double(), torch.ones(ROWS, RANK, device=device).double()
-    hidden = torch.full((3, RANK), 2.0, device=device).double()
-    found = low_rank.product(operands, "forward", x, hidden, up, 0.25)
+    down = torch.zeros(RANK, COLUMNS, device=device).double()
+    down[:, 0] = 2.0
+    found, hidden = low_rank.product(operands, "forward", x, down, up, 0.25)
+    assert torch.equal(hidden, torch.full((3, RANK), 0.5, device=device).double())
     assert torch.equal(found, x @ weight.dense().t() + 2.0)
 
 
 def test_the_choice_is_saved_and_read_back(fresh_choices, tmp_path):
-    order = Order("first", 0.25, 0.5)
+    order = Order("wide", {"last": 0.5, "wide": 0.25})
     fresh_choices.record(KEYS["forward"], order)
     fresh_choices.save(tmp_path / "choices.json")
     fresh_choices.clear()
     assert fresh_choices.load(tmp_path / "choices.json")
     assert fresh_choices.find(KEYS["forward"]) == order
-    assert str(order) == "low-rank product first (first 0.250 ms, last 0.500 ms)"
+    assert str(order) == "with adapters wide (last 0.500 ms, wide 0.250 ms)"
 
 
 class Wrong:
@@ -132,10 +184,18 @@ class Wrong:
         return self.forward(x_TK)
 
 
-def test_the_gate_refuses_an_adding_product_that_is_wrong(device, fresh_choices, caplog):
+def test_the_gate_refuses_an_adding_product_that_is_wrong(device, monkeypatch, fresh_choices, caplog):
     _, ours = operands_of(device, whole=False)
-    assert low_rank.measure(Wrong(ours), "forward", KEYS["forward"], torch.device(device)) == Order("last")
-    assert "gives wrong results and is not used: relative difference" in caplog.text
+    monkeypatch.setattr(low_rank.timing, "interleaved", lambda ways, **_: {name: [1.0] for name in ways})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    order = low_rank.measure(Wrong(ours), "forward", KEYS["forward"], torch.device(device))
+    assert order == Order("last", {"last": 1.0})
+    assert "first gives wrong results and is not used: relative difference" in caplog.text
+    assert set(low_rank.measure(ours, "forward", KEYS["forward"], torch.device(device)).times) == {
+        "last",
+        "first",
+        "tall",
+    }
 
 
 @pytest.mark.gpu
@@ -143,12 +203,12 @@ def test_the_choice_is_measured_once_and_works_in_a_graph(device, fresh_choices)
     _, ours = operands_of(device)
     x = whole_numbers(48, COLUMNS, device=device)
     left, right = sparse_adapters(device)
-    run = lambda: low_rank.product(ours, "forward", x, x @ left.t(), right, 1 / RANK)  # noqa: E731
+    run = lambda: low_rank.product(ours, "forward", x, left, right, 1 / RANK)[0]  # noqa: E731
     ours.forward(x)
     with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         run()
     run()
-    assert choices.find(KEYS["forward"]).first_ms > 0
+    assert min(choices.find(KEYS["forward"]).times.values()) > 0
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = run()

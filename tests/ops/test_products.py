@@ -129,6 +129,12 @@ def op_arguments(device):
     return {
         "sparse_mm": (operand, x, 64, 1, bias, False),
         "sparse_mm_add_": (torch.randn(32, 64, device=device).to(dtype), operand, x, 1, bias),
+        "join_input": (x, torch.randn(8, 128, device=device).to(dtype), 32, 0.5),
+        "add_low_rank": (
+            x[:, :64],
+            torch.randn(32, 8, device=device).to(dtype),
+            torch.randn(64, 8, device=device).to(dtype),
+        ),
         "gather_kept": (dense, weight.row_bits),
         "unpack_kept": (weight.values, weight.row_bits),
         "gather_kept_add_": (torch.zeros(64, 64, device=device), dense, weight.row_bits),
@@ -144,6 +150,8 @@ def op_arguments(device):
     [
         "sparse_mm",
         "sparse_mm_add_",
+        "join_input",
+        "add_low_rank",
         "gather_kept",
         "unpack_kept",
         "gather_kept_add_",
