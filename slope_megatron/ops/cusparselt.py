@@ -224,30 +224,6 @@ class CusparseltOperands:
         products.sparse_mm_add_(dx_TK, self.backward_operand, dy_TN, self.tiles["dgrad"], None)
         return dx_TK
 
-    # -- adapters -----------------------------------------------------------------------------------------------------
-
-    def can_join(self, kind: str, tokens: int, rank: int) -> bool:
-        """Whether adapters may go into the operand: where it is the library's, in a layout that we know."""
-        choice = self._choice(kind, tokens)
-        plain = self.forward_operand if kind == "forward" else self.backward_operand
-        known = layout.probe(self.device, self.dtype).known_metadata
-        return choice.sparse and plain is not None and rank % 4 == 0 and known
-
-    def joined_copy(self, kind: str, form: str, rank: int) -> JoinedOperand:
-        """A joined operand with the present values and metadata."""
-        rows, columns = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
-        plain = self.forward_operand if kind == "forward" else self.backward_operand
-        joined = JoinedOperand(form, rows, columns, rank, self.dtype, self.device)
-        joined.set_values(layout.values_of(plain, rows, columns, self.tiles[kind], self.dtype).reshape(rows, -1))
-        joined.set_metadata(layout.metadata_of(plain, rows, columns, self.tiles[kind]))
-        return joined
-
-    @torch.no_grad()
-    def join(self, kind: str, form: str, rank: int) -> None:
-        """Put a joined operand in the place of the plain one."""
-        self.joined[kind] = self.joined_copy(kind, form, rank)
-        setattr(self, "forward_operand" if kind == "forward" else "backward_operand", None)
-
     def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float, bias_N=None):
         """Y (+ bias) and H = scale X D^T."""
         return self.joined[kind].product(x_TS, down_PS, up_RP, scale, bias_N)

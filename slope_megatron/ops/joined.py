@@ -19,7 +19,7 @@ import sys
 
 import torch
 
-from slope_megatron.ops import choices, layout, measure, products, timing
+from slope_megatron.ops import adapter_products, choices, layout, measure, products, timing
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.sparsity.operand import metadata_sm90
 
@@ -32,6 +32,10 @@ BLOCK_BYTES = 256
 def form_for(rows: int, columns: int) -> str:
     """The form that moves less: see the module's docstring."""
     return "wide" if columns <= rows else "tall"
+
+
+# Attribute of the plain operand of each product.
+PLAIN = {"forward": "forward_operand", "dgrad": "backward_operand"}
 
 
 class JoinedOperand:
@@ -95,12 +99,12 @@ class JoinedOperand:
         self._ensure_algorithm(x_TS.shape[0])
         self._set_factor(down_PS, up_RP)
         if self.form == "wide":
-            hidden_TP, joined = products.join_input(x_TS, down_PS, self.padded, scale)
+            hidden_TP, joined = adapter_products.join_input(x_TS, down_PS, self.padded, scale)
             return products.sparse_mm(self.buffer, joined, self.rows, 1, bias_R, False), hidden_TP
         whole = products.sparse_mm(self.buffer, x_TS, self.outer_rows, 1, self._long_bias(bias_R), False)
         first, second = whole[:, self.rows :].split(self.padded, 1)
         hidden_TP = (first[:, : self.rank] + second[:, : self.rank]) * scale
-        return products.add_low_rank(whole[:, : self.rows], hidden_TP, up_RP), hidden_TP
+        return adapter_products.add_low_rank(whole[:, : self.rows], hidden_TP, up_RP), hidden_TP
 
     def plain(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         """X W^T (+ bias), without the adapters: rare once they have joined, and not fast."""
@@ -130,6 +134,35 @@ class JoinedOperand:
                 f"{key} has not run yet and a CUDA graph is being captured: run it once before capturing"
             )
         choices.decide(key, lambda: measure_algorithm(key, self.buffer.device))
+
+
+def can_join(operands, kind: str, tokens: int, rank: int) -> bool:
+    """Whether adapters may go into an operand: where it is the library's own, in a layout that we know."""
+    if not hasattr(operands, "joined"):
+        return False
+    shape = (operands.rows, operands.columns) if kind == "forward" else (operands.columns, operands.rows)
+    plain = choices.find(Key(kind, *shape, tokens, operands.dtype))
+    if plain is not None and (not plain.sparse or getattr(plain, "by_cutlass", False)):
+        return False
+    known = layout.probe(operands.device, operands.dtype).known_metadata
+    return getattr(operands, PLAIN[kind]) is not None and rank % 4 == 0 and known
+
+
+def joined_copy(operands, kind: str, form: str, rank: int) -> JoinedOperand:
+    """A joined operand with the present values and metadata of the plain one."""
+    rows, columns = (operands.rows, operands.columns) if kind == "forward" else (operands.columns, operands.rows)
+    plain, tiles = getattr(operands, PLAIN[kind]), operands.tiles[kind]
+    joined = JoinedOperand(form, rows, columns, rank, operands.dtype, operands.device)
+    joined.set_values(layout.values_of(plain, rows, columns, tiles, operands.dtype).reshape(rows, -1))
+    joined.set_metadata(layout.metadata_of(plain, rows, columns, tiles))
+    return joined
+
+
+@torch.no_grad()
+def join(operands, kind: str, form: str, rank: int) -> None:
+    """Put a joined operand in the place of the plain one."""
+    operands.joined[kind] = joined_copy(operands, kind, form, rank)
+    setattr(operands, PLAIN[kind], None)
 
 
 def measure_algorithm(key: Key, device: torch.device) -> Choice:

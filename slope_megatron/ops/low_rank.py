@@ -11,9 +11,8 @@ The products over P are small; what costs is that X and Y move once more for eac
     first         Y := H U^T, then Y += X W^T in the sparse product's epilogue
     tall, wide    one sparse product of an operand that has D or U in it (`ops.joined`)
 
-Which of them operands offer, they say: `forward_add`, `dgrad_add` (X, Y -> Y + X W^T, which may overwrite Y) and
-`can_join`. Where there are several, they are timed once for each shape behind a numerics gate, and the choice is kept
-like every other (`ops.choices`).
+"first" is for operands with `forward_add` or `dgrad_add` (X, Y -> Y + X W^T, which may overwrite Y). Where there are
+several ways, they are timed once for each shape behind a numerics gate, and the choice is kept like every other.
 """
 
 import logging
@@ -93,9 +92,9 @@ def _adopt(operands, kind: str, key: Key, device: torch.device) -> str:
     if order not in FORMS:
         return order
     rank = rank_of(key)
-    if not operands.can_join(kind, key.tokens, rank):
+    if not joined.can_join(operands, kind, key.tokens, rank):
         return "last"
-    operands.join(kind, order, rank)
+    joined.join(operands, kind, order, rank)
     return order
 
 
@@ -118,9 +117,9 @@ def measure(operands, kind: str, key: Key, device: torch.device, *, rounds: int 
         "last": lambda: _last(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP),
         "first": lambda: _first(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP),
     }
-    if hasattr(operands, "can_join") and operands.can_join(kind, key.tokens, rank):
+    if joined.can_join(operands, kind, key.tokens, rank):
         form = joined.form_for(key.rows, key.columns)
-        copy = operands.joined_copy(kind, form, rank)
+        copy = joined.joined_copy(operands, kind, form, rank)
         ways[form] = lambda: copy.product(x_TS, down_PS, up_RP, scale)[0]
     expected = ways["last"]().float()
     for name in [name for name in ways if name != "last"]:

@@ -11,6 +11,7 @@ from slope_megatron.linear import slope_linear
 from slope_megatron.ops import choices, low_rank, reference
 from slope_megatron.ops.choices import Choice, Key, Order
 from slope_megatron.ops.cusparselt import CusparseltOperands, bias_gradient
+from slope_megatron.ops.joined import joined_copy
 from slope_megatron.sparsity import reference as oracle
 from slope_megatron.sparsity.packing import pack, unpack
 from slope_megatron.sparsity.pattern import column_pattern
@@ -141,7 +142,7 @@ def test_a_joined_operand_is_the_matrix_that_its_docstring_shows(form, device, f
     from slope_megatron.ops.products import _operand_matrix
 
     weight, ours = operands_of(device, whole=False)
-    joined = ours.joined_copy("forward", form, 8)
+    joined = joined_copy(ours, "forward", form, 8)
     down, up = (torch.randn(*shape, device=device).to(DTYPE) for shape in ((8, COLUMNS), (ROWS, 8)))
     joined._set_factor(down, up)
     matrix = _operand_matrix(joined.buffer, joined.outer_rows, joined.outer_columns, 1, DTYPE)
