@@ -5,7 +5,8 @@ Everything is built by the functions that training and inference use, and each p
 comes free. Beside it stands the formula. W = N K weights, kept half:
 
     values            2 W dense, W packed          row pattern       W / 8        column pattern    W / 16
-    operands          W values + W / 8 metadata each, forward and backward (inference: forward alone)
+    operands          W values + W / 8 metadata each, forward and backward (inference: forward alone); with adapters in
+                      them, as much more as their outer shape says
     gradients         4 W, or 2 W packed           AdamW             12 W, or 6 W packed: fp32 master, two moments
     adapters          18 R (N + K) in training (2 + 4 + 12), 2 R (N + K) for inference
 """
@@ -60,13 +61,14 @@ def charge_training(ledger: Ledger, parameter: torch.Tensor, prefix: str = "") -
     return [gradient, master, optimizer]
 
 
-def charge_adapters(ledger: Ledger, rows: int, columns: int, rank: int, train: bool) -> list:
+def charge_adapters(ledger: Ledger, rows: int, columns: int, rank: int, train: bool) -> tuple[list, list]:
+    """The factors, `[R, K]` and `[N, R]`, and what keeps their state alive."""
     if not rank:
-        return []
+        return [], []
     with ledger.allocation("adapters", 2 * rank * (rows + columns)):
         factors = [randn(rank, columns), randn(rows, rank)]
     state = [charge_training(ledger, factor, "adapters' ") for factor in factors] if train else []
-    return [factors, state]
+    return factors, state
 
 
 def tensors_of(operands) -> list[str]:
@@ -86,20 +88,39 @@ def charge_operands(ledger: Ledger, operands, weights: int, shared: tuple[torch.
         del tensor
         before = torch.cuda.memory_allocated()
         setattr(operands, name, None)
-        freed = before - torch.cuda.memory_allocated()
-        label = name.replace("_", " ")
-        if name in known:
-            ledger.charge(f"{label}: values", freed - counted[1], counted[0])
-            ledger.charge(f"{label}: metadata", counted[1], counted[1])
-        else:
-            ledger.charge(label, freed, counted[0])
+        charge_operand(ledger, name, before - torch.cuda.memory_allocated(), counted)
+    joined = getattr(operands, "joined", {})
+    for kind, name in (("forward", "forward_operand"), ("dgrad", "backward_operand")):
+        if kind in joined:
+            # With room for a factor in it: that much more of both.
+            outer = joined[kind].outer_rows * joined[kind].outer_columns
+            before = torch.cuda.memory_allocated()
+            del joined[kind]
+            charge_operand(ledger, name, before - torch.cuda.memory_allocated(), (outer, outer / 8))
 
 
-def run_products(operands, rows: int, columns: int, tokens: int, train: bool) -> None:
-    """Each product once: a choice may want a dense copy beside an operand, which is part of what is held."""
-    operands.forward(randn(tokens, columns))
-    if train:
-        operands.dgrad(randn(tokens, rows))
+def charge_operand(ledger: Ledger, name: str, freed: int, counted: tuple[float, float]) -> None:
+    """`counted`: values and metadata, which lie in one buffer."""
+    label = name.replace("_", " ")
+    if not counted[1]:
+        ledger.charge(label, freed, counted[0])
+        return
+    ledger.charge(f"{label}: values", freed - counted[1], counted[0])
+    ledger.charge(f"{label}: metadata", counted[1], counted[1])
+
+
+def run_products(operands, factors: list, rows: int, columns: int, tokens: int, train: bool) -> None:
+    """Each product once: a choice may want a dense copy beside an operand, or adapters in it, which is then held."""
+    from slope_megatron.ops import low_rank
+
+    x, dy = randn(tokens, columns), randn(tokens, rows)
+    if not factors:
+        operands.forward(x)
+        _ = operands.dgrad(dy) if train else None
+    else:
+        left, right = factors
+        low_rank.product(operands, "forward", x, left, right, 1.0)
+        _ = low_rank.product(operands, "dgrad", dy, right.t(), left.t(), 1.0) if train else None
     torch.cuda.synchronize()
 
 
@@ -118,12 +139,12 @@ def sparse_linear(ledger, rows: int, columns: int, rank: int, train: bool, backe
 
     weights = rows * columns
     if not train:
-        linear = SparseLinear(
-            randn(rows, columns // 2), random_bits(rows, columns, torch.device("cuda")), backend=backend
-        )
-        run_products(linear.operands, rows, columns, tokens, train)
+        factors, _ = charge_adapters(ledger, rows, columns, rank, train)
+        pattern = random_bits(rows, columns, torch.device("cuda"))
+        linear = SparseLinear(randn(rows, columns // 2), pattern, backend=backend)
+        del pattern
+        run_products(linear.operands, factors, rows, columns, tokens, train)
         charge_operands(ledger, linear.operands, weights)
-        charge_adapters(ledger, rows, columns, rank, train)
         return
     with ledger.allocation("values", weights):
         values = randn(rows, columns // 2)
@@ -131,12 +152,13 @@ def sparse_linear(ledger, rows: int, columns: int, rank: int, train: bool, backe
         row_bits = random_bits(rows, columns, values.device)
     with ledger.allocation("column pattern", weights / 16):
         column_bits = choose_column_bits(values, row_bits, 2, 4)
-    kept = [charge_training(ledger, values), charge_adapters(ledger, rows, columns, rank, train)]
+    state = charge_training(ledger, values)
+    factors, more_state = charge_adapters(ledger, rows, columns, rank, train)
     torch.cuda.empty_cache()
     operands = build_operands(backend, values, row_bits, column_bits)
-    run_products(operands, rows, columns, tokens, train)
+    run_products(operands, factors, rows, columns, tokens, train)
     charge_operands(ledger, operands, weights, (values, row_bits, column_bits))
-    del kept
+    del state, more_state
 
 
 def activations(model, linear: type, tokens: int) -> tuple[float, float, float]:
