@@ -8,6 +8,7 @@ from slope_megatron.ops.backend import build_operands
 from slope_megatron.ops.cusparselt import bias_gradient
 from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column
+from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
 DTYPE = torch.bfloat16
 
@@ -27,6 +28,7 @@ class Dense(torch.nn.Module):
 class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
+    adapters = None
     backend = "auto"
 
     def __init__(self, rows: int, columns: int, bias: bool):
@@ -39,8 +41,11 @@ class Sparse(torch.nn.Module):
 
     def forward(self, x):
         if self.bias is None:
-            return slope_linear(x, self.weight, self.operands)
-        return bias_gradient(slope_linear(x, self.weight, self.operands.with_bias(self.bias)), self.bias)
+            return self.product(x, self.operands)
+        return bias_gradient(self.product(x, self.operands.with_bias(self.bias)), self.bias)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands, adapters=self.adapters)
 
     def refresh(self) -> None:
         self.operands.refresh(self.weight.detach())
@@ -52,7 +57,33 @@ class Cutlass(Sparse):
     backend = "cutlass"
 
 
+class Full(Sparse):
+    """In `full` mode: wgrad reads the unbiased 2:4 estimate of dY."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__(rows, columns, bias)
+        key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
+        self.draws = TokenDraws(key.cuda(), streams.cuda(), 2, 4)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands, adapters=self.adapters, draws=self.draws)
+
+
+class WithAdapters(Sparse):
+    """And with low-rank adapters of some rank."""
+
+    def __init__(self, rows: int, columns: int, bias: bool, *, rank: int):
+        super().__init__(rows, columns, bias)
+        self.adapter_l = torch.nn.Parameter(torch.randn(rank, columns, device="cuda", dtype=DTYPE))
+        self.adapter_r = torch.nn.Parameter(torch.randn(rows, rank, device="cuda", dtype=DTYPE) * 0.02)
+        self.adapters = (self.adapter_l, self.adapter_r)
+
+
 # What `slope bench block --modes` and its kin take; dense is measured beside them always.
-MODES: dict[str, type] = {"dense": Dense, "paper": Sparse, "cutlass": Cutlass}
+MODES: dict[str, type] = {"dense": Dense, "paper": Sparse, "full": Full, "cutlass": Cutlass}
 # The products that a mode may run sparse, as `ops.choices` names them.
-SPARSE_PRODUCTS = {"paper": ("forward", "dgrad"), "cutlass": ("forward", "dgrad")}
+SPARSE_PRODUCTS = {
+    "paper": ("forward", "dgrad"),
+    "full": ("forward", "dgrad", "wgrad"),
+    "cutlass": ("forward", "dgrad"),
+}

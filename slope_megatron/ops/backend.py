@@ -10,6 +10,7 @@ import torch
 from slope_megatron.ops import cusparselt, cutlass, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ class Operands(Protocol):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        """dW = dY^T X read at the kept places, `[N, C]`."""
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
 
 
 PRODUCTS = reference.PRODUCTS
@@ -84,10 +85,11 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
     """Operands of one packed weight.
 
     Args:
-        row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; a bitmask that stays is kept by reference.
+        row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; bitmasks are kept by reference.
         column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`. None: for inference, operands that
-            have the forward product alone.
-        products_wanted: those that they will serve; a kernel that writes both operands at once does so anyway.
+            have the forward product alone, and on 2:4 units always the sparse one: a dense copy beside the operand
+            would make the model larger than a dense one.
+        products_wanted: those that they will serve.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
@@ -97,16 +99,18 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         reason = BACKENDS[name].unsupported_weight(values_NC, row_bits)
         if reason is None and name == "cutlass":
             column_bits = pack_bits(column) if column is not None and column.dtype == torch.bool else column
-            return cutlass.build(values_NC, row_bits, column_bits)
+            return cutlass.build(values_NC, row_bits, column_bits, products_wanted)
         if reason is None and column is None:
             # The builder writes both operands at once: it gets a valid second pruning, whose operand is let go.
             column = choose_column_bits(values_NC, row_bits, 2, 4)
-            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=backend == "auto")
-            operands.backward_operand = operands.backward_operand.new_empty(0)
+            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False)
+            operands.keep_forward_alone()
             return operands
         if reason is None:
             column_bits = pack_bits(column) if column.dtype == torch.bool else column
-            return cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=backend == "auto")
+            return cusparselt.build(
+                values_NC, row_bits, column_bits, dense_allowed=backend == "auto", products_wanted=products_wanted
+            )
         if backend != "auto":
             raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
         _say_once(f"sparse products: some weights run on backend reference: {reason}")

@@ -1,8 +1,9 @@
 """Which kernel runs each product: measured once, kept for the process, saved as run state.
 
-A product is (forward or dgrad, R x S operand, T tokens, dtype). Its choice is sparse (with how many tiles and which
-algorithm, of cuSPARSELt or of our own kernels) or dense. Numbers of algorithms mean something only on the machine they
-were measured on, so a saved table names that machine and is ignored elsewhere.
+A product is (forward, dgrad or wgrad, R x S matrix, T tokens, dtype). Its choice is sparse (with how many tiles and
+which algorithm, of cuSPARSELt or of our own kernels) or dense; with adapters, also in which order the two products run
+(`Order`). Numbers of algorithms mean something only on the machine they were measured on, so a saved table names that
+machine and is ignored elsewhere.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -20,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One product. `rows` x `columns` is the sparse operand: W^R for forward, the transposed W^{R,C} for dgrad."""
+    """One product. `rows` x `columns` is the sparse operand: W^R for forward, the transposed W^{R,C} for dgrad.
+
+    For wgrad, whose operand is N x T and is written anew each time, it is the shape of the gradient, N x K.
+    """
 
     kind: str
     rows: int
@@ -67,14 +72,33 @@ class Choice:
         return f"{name} ({', '.join(times)})" if times else name
 
 
-_table: dict[Key, Choice] = {}
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How a product runs with adapters beside it (`ops.low_rank`), and the median (ms) of each candidate.
+
+    Its key's kind is that of the product with the rank behind it: `forward+40`.
+    """
+
+    # It names no form of the plain operand.
+    sparse: ClassVar[bool] = False
+    by_cutlass: ClassVar[bool] = False
+
+    order: str
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.times.items())
+        return f"with adapters {self.order}" + (f" ({times})" if times else "")
+
+
+_table: dict[Key, Choice | Order] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
 _cutlass_algorithms: dict[tuple, cutlass.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
 
-def find(key: Key) -> Choice | None:
+def find(key: Key) -> Choice | Order | None:
     """The choice for a product; None: not made yet."""
     return _table.get(key)
 
@@ -96,23 +120,28 @@ def fixed_tiles(key: Key) -> int | None:
 
 def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
     """The measured algorithm of a product (of one tile, where the operand is cut); None: the library's default."""
-    return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype))
+    return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype, product.straight))
 
 
 def cutlass_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> cutlass.Algorithm | None:
-    """The measured kernel of a product; None: CUTLASS was not measured for it, or lost."""
+    """The measured kernel of a product; None: our own kernels were not measured for it, or lost."""
     return _cutlass_algorithms.get((rows, columns, tokens, dtype))
 
 
-def record(key: Key, choice: Choice) -> None:
+def record(key: Key, choice: Choice | Order) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
     if choice.by_cutlass:
         _cutlass_algorithms[(key.rows, key.columns, key.tokens, key.dtype)] = choice.algorithm
     elif choice.sparse and choice.algorithm is not None:
-        tokens = cusparselt.padded_tokens(key.tokens)
-        _algorithms[(key.rows // choice.tiles, key.columns, tokens, key.dtype)] = choice.algorithm
-    logger.info("%s: %s", key, choice)
+        if key.kind == "wgrad":
+            shape = (key.rows, cusparselt.padded_columns(key.tokens), key.columns, key.dtype, True)
+        else:
+            tokens = cusparselt.padded_tokens(key.tokens)
+            shape = (key.rows // choice.tiles, key.columns, tokens, key.dtype, False)
+        _algorithms[shape] = choice.algorithm
+    exact = "; the exact gradient, unpruned" if key.kind == "wgrad" and not choice.sparse else ""
+    logger.info("%s: %s%s", key, choice, exact)
 
 
 def is_empty() -> bool:
@@ -127,7 +156,7 @@ def clear() -> None:
     _cutlass_algorithms.clear()
 
 
-def decide(key: Key, measure: Callable[[], Choice]) -> Choice:
+def decide(key: Key, measure: Callable[[], Choice | Order]) -> Choice | Order:
     """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several."""
     found = find(key)
     if found is not None:
@@ -166,11 +195,13 @@ def machine() -> dict[str, str]:
     }
 
 
-def _to_json(choice: Choice) -> dict:
+def _to_json(choice: Choice | Order) -> dict:
     return dataclasses.asdict(choice)
 
 
-def _from_json(fields: dict) -> Choice:
+def _from_json(fields: dict) -> Choice | Order:
+    if "order" in fields:
+        return Order(**fields)
     algorithm = fields.get("algorithm")
     if algorithm:
         algorithm = (cutlass if "kernel" in algorithm else cusparselt).Algorithm(**algorithm)

@@ -1,9 +1,9 @@
-"""The `cusparselt` backend: both sparse products on 2:4 tensor cores, the dense wgrad read at the kept places.
+"""The `cusparselt` backend: products on 2:4 tensor cores, wgrad read at the kept places.
 
 N out, K in, C = K/2 kept per row, T tokens.
     forward   Y  = X (W^R)^T           operand W^R [N, K]
     dgrad     dX = dY W^{R,C}          operand (W^{R,C})^T [K, N]
-    wgrad     dW = (dY^T X) gathered
+    wgrad     dW = (dY^T X) gathered; with draws (P(dY)^T X) gathered, see `ops.wgrad`
 Operands are a copy of the values and metadata that depends on the patterns alone: a refresh moves values only. Where a
 measurement favours the dense product, a dense copy of that operand is kept beside it. Where it favours one of our own
 kernels (under `auto` alone), the operand is handed over to it: the forward one is let go, since that kernel reads the
@@ -14,13 +14,16 @@ import dataclasses
 import sys
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_kernels import cusparselt, cusparselt_library
-from slope_megatron.ops import choices, layout, measure, products
+from slope_megatron.ops import choices, layout, measure, products, reference, wgrad
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cutlass_mm import column_metadata, cutlass_mm, row_metadata
+from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, row_metadata
+from slope_megatron.ops.joined import JoinedOperand
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 
 def unsupported() -> str | None:
@@ -43,46 +46,74 @@ def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str |
     reason = cusparselt.unsupported_shape(rows, columns, values_NC.dtype)
     if reason:
         return f"the weight is {reason}"
-    if not is_two_of_four(values_NC, row_bits):
+    if values_NC.shape[1] * 2 != columns or not is_two_of_four(row_bits):
         return "its row pattern is not 2:4"
     refused = layout.probe(values_NC.device, values_NC.dtype).refused
     return f"cuSPARSELt {refused}" if refused else None
 
 
-def is_two_of_four(values_NC: torch.Tensor, row_bits: torch.Tensor) -> bool:
-    """Whether every group of four keeps two."""
-    nibbles = torch.stack((row_bits & 15, row_bits >> 4))
-    allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
-    return values_NC.shape[1] == row_bits.shape[1] * 4 and bool(torch.isin(nibbles, allowed).all())
+# Bitmask -> its version when it was looked at, and what was found: looking waits for the GPU, and under ZeRO-3 operands
+# are built in every forward and backward.
+_seen_patterns = WeakTensorKeyDictionary()
 
 
-def build(values_NC, row_bits, column_bits, *, dense_allowed: bool = True) -> "CusparseltOperands":
-    return CusparseltOperands(values_NC, row_bits, column_bits, dense_allowed=dense_allowed)
+def is_two_of_four(row_bits: torch.Tensor) -> bool:
+    """Whether a bitmask keeps two of every four weights."""
+    version, found = _seen_patterns.get(row_bits, (None, False))
+    if version != row_bits._version:
+        nibbles = torch.stack((row_bits & 15, row_bits >> 4))
+        allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
+        found = bool(torch.isin(nibbles, allowed).all())
+        _seen_patterns[row_bits] = (row_bits._version, found)
+    return found
+
+
+def build(
+    values_NC,
+    row_bits,
+    column_bits,
+    *,
+    dense_allowed: bool = True,
+    products_wanted: tuple[str, ...] = reference.PRODUCTS,
+) -> "CusparseltOperands":
+    return CusparseltOperands(
+        values_NC, row_bits, column_bits, dense_allowed=dense_allowed, products_wanted=products_wanted
+    )
 
 
 class CusparseltOperands:
     """Operand buffers of one weight; see the module's docstring."""
 
-    def __init__(self, values_NC, row_bits, column_bits, *, dense_allowed: bool = True):
+    def __init__(
+        self, values_NC, row_bits, column_bits, *, dense_allowed: bool = True, products_wanted=reference.PRODUCTS
+    ):
         """
         Args:
-            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`, kept and not copied.
             dense_allowed: whether a product may fall to the dense candidate.
+            products_wanted: those that will be asked for; the operand of another one is not there.
         """
         self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
-        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.contiguous()
         self.dtype, self.device = values_NC.dtype, values_NC.device
         self.dense_allowed = dense_allowed
         size = layout.operand_bytes(self.rows, self.columns)
-        self.forward_operand = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self.backward_operand = torch.empty_like(self.forward_operand)
+
+        def operand(product: str) -> torch.Tensor | None:
+            return torch.empty(size, dtype=torch.uint8, device=self.device) if product in products_wanted else None
+
+        self.forward_operand, self.backward_operand = operand("forward"), operand("dgrad")
+        # Without the forward operand the values are here no longer than these operands.
+        self.passing_NC = values_NC if self.forward_operand is None else None
         self.tiles = {"forward": 1, "dgrad": 1}
+        # By kind: operands with adapters in them, in the place of the plain ones.
+        self.joined: dict[str, JoinedOperand] = {}
+        # By kind: those that our own kernels run. Operands that pass with their use are not worth the handing over.
+        self.handed_over: dict[str, CutlassOperand] = {}
+        lasting = dense_allowed and set(products_wanted) == set(reference.PRODUCTS)
+        self.libraries = () if lasting else ("cusparselt",)
         self.dense_forward_NK: torch.Tensor | None = None
         self.dense_backward_NK: torch.Tensor | None = None
-        # Once handed over to our own kernels: their metadata, and the forward product's values, the parameter's own.
-        self.cutlass_forward: torch.Tensor | None = None
-        self.cutlass_backward: torch.Tensor | None = None
-        self.values_NC: torch.Tensor | None = None
         self._write_row_metadata()
         self._write_column_metadata(values_NC)
         self.refresh(values_NC)
@@ -90,6 +121,8 @@ class CusparseltOperands:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def _write_row_metadata(self) -> None:
+        if self.forward_operand is None:
+            return
         if layout.probe(self.device, self.dtype).known_metadata:
             metadata = products.row_metadata(self.row_bits)
         else:
@@ -97,8 +130,10 @@ class CusparseltOperands:
         layout.metadata_of(self.forward_operand, self.rows, self.columns, 1).copy_(metadata[None])
 
     def _write_column_metadata(self, values_NC) -> None:
-        if self.cutlass_backward is not None:
-            self.cutlass_backward.copy_(column_metadata(self.row_bits, self.column_bits))
+        if "dgrad" in self.handed_over:
+            self.handed_over["dgrad"].metadata.copy_(column_metadata(self.row_bits, self.column_bits))
+            return
+        if self.backward_operand is None and "dgrad" not in self.joined:
             return
         if layout.probe(self.device, self.dtype).known_metadata:
             metadata = products.column_metadata(self.row_bits, self.column_bits)
@@ -106,6 +141,9 @@ class CusparseltOperands:
             survives = unpack_bits(self.column_bits)
             _, places = backward_slots(values_NC, unpack_bits(self.row_bits), survives)
             metadata = layout.library_metadata(places, self.dtype)
+        if "dgrad" in self.joined:
+            self.joined["dgrad"].set_metadata(metadata)
+            return
         tiles = self.tiles["dgrad"]
         target = layout.metadata_of(self.backward_operand, self.columns, self.rows, tiles)
         target.copy_(metadata.view_as(target))
@@ -114,15 +152,22 @@ class CusparseltOperands:
     def refresh(self, values_NC: torch.Tensor) -> None:
         """New values, same patterns."""
         self.rebind(values_NC)
-        products.refresh_(
-            values_NC,
-            self.row_bits,
-            self.column_bits,
-            self.forward_operand,
-            self.backward_operand,
-            self.tiles["forward"],
-            self.tiles["dgrad"],
-        )
+        if self.forward_operand is not None or self.backward_operand is not None:
+            products.refresh_(
+                values_NC,
+                self.row_bits,
+                self.column_bits,
+                self.forward_operand,
+                self.backward_operand,
+                self.tiles["forward"],
+                self.tiles["dgrad"],
+            )
+        if "forward" in self.joined:
+            self.joined["forward"].set_values(values_NC)
+        if "dgrad" in self.joined:
+            scratch = self.row_bits.new_empty(layout.operand_bytes(self.columns, self.rows))
+            products.refresh_(values_NC, self.row_bits, self.column_bits, None, scratch, 1, 1)
+            self.joined["dgrad"].set_values(layout.values_of(scratch, self.columns, self.rows, 1, self.dtype)[0])
         if self.dense_forward_NK is not None:
             self.dense_forward_NK.copy_(products.unpack_kept(values_NC, self.row_bits))
         if self.dense_backward_NK is not None:
@@ -131,15 +176,19 @@ class CusparseltOperands:
 
     def rebind(self, values_NC: torch.Tensor) -> None:
         """The parameter is here now: for a forward product that reads it."""
-        if self.cutlass_forward is not None:
-            self.values_NC = values_NC
+        if "forward" in self.handed_over:
+            self.handed_over["forward"].values_RC = values_NC
 
     @torch.no_grad()
     def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
-        """A new second pruning: bool `[N, C]` or its bitmask."""
-        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
+        """A new second pruning: bool `[N, C]` or its bitmask, which is kept and not copied."""
+        self.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
         self._write_column_metadata(values_NC)
         self.refresh(values_NC)
+
+    def keep_forward_alone(self) -> None:
+        """Let go of all that the forward product does not read: no refresh, dgrad or wgrad can follow."""
+        self.row_bits = self.column_bits = self.backward_operand = None
 
     # -- choices ------------------------------------------------------------------------------------------------------
 
@@ -147,6 +196,9 @@ class CusparseltOperands:
         shape = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
         key = Key(kind, *shape, tokens, self.dtype)
         choice = choices.find(key)
+        if choice is not None and not choice.sparse and self.row_bits is None:
+            # Chosen for a weight that could keep a dense copy; this one cannot.
+            return Choice(True, self.tiles[kind])
         if choice is not None and self._has_form_of(choice, kind):
             return choice
         # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
@@ -156,8 +208,9 @@ class CusparseltOperands:
     def _has_form_of(self, choice: Choice, kind: str) -> bool:
         if not choice.sparse:
             return self._dense(kind) is not None
-        handed_over = (self.cutlass_forward if kind == "forward" else self.cutlass_backward) is not None
-        return choice.by_cutlass == handed_over and choice.tiles == self.tiles[kind]
+        if choice.by_cutlass and not self.libraries:
+            return kind in self.handed_over
+        return choice.tiles == self.tiles[kind]
 
     @torch.no_grad()
     def _adopt(self, kind: str, key: Key) -> Choice:
@@ -168,11 +221,11 @@ class CusparseltOperands:
             raise RuntimeError(
                 f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
             )
-        candidates = {"dense_allowed": self.dense_allowed, "libraries": () if self.dense_allowed else ("cusparselt",)}
+        candidates = {"dense_allowed": self.dense_allowed, "libraries": self.libraries}
         choice = choices.decide(key, lambda: measure.measure(key, self.device, **candidates))
         if not choice.sparse:
             self._make_dense(kind)
-        elif choice.by_cutlass:
+        elif choice.by_cutlass and not self.libraries:
             self._hand_over(kind)
         elif choice.tiles != self.tiles[kind]:
             name = "forward_operand" if kind == "forward" else "backward_operand"
@@ -181,22 +234,17 @@ class CusparseltOperands:
             self.tiles[kind] = choice.tiles
         return choice
 
-    def _values(self) -> torch.Tensor:
-        """The packed values `[N, C]` as the forward product reads them."""
-        if self.cutlass_forward is not None:
-            return self.values_NC
-        values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
-        return values.reshape(self.rows, -1)
-
     def _hand_over(self, kind: str) -> None:
         """Give an operand, of one tile, the form that our own kernels read."""
         if kind == "forward":
             # The operand's own values serve until the parameter itself is bound.
-            self.values_NC = self._values()
-            self.cutlass_forward, self.forward_operand = row_metadata(self.row_bits), None
+            values = layout.values_of(self.forward_operand, self.rows, self.columns, 1, self.dtype)[0]
+            self.handed_over[kind] = CutlassOperand(values, row_metadata(self.row_bits))
+            self.forward_operand = None
         else:
-            self.cutlass_backward = column_metadata(self.row_bits, self.column_bits)
             self.backward_operand = self.backward_operand[: self.rows * self.columns].clone()
+            values = self.backward_operand.view(self.dtype).view(self.columns, -1)
+            self.handed_over[kind] = CutlassOperand(values, column_metadata(self.row_bits, self.column_bits))
 
     def _dense(self, kind: str) -> torch.Tensor | None:
         return self.dense_forward_NK if kind == "forward" else self.dense_backward_NK
@@ -205,7 +253,14 @@ class CusparseltOperands:
         """Dense copies from the operand's own values: the caller's may have changed since the last refresh."""
         if self._dense(kind) is not None:
             return
-        values_NC = self._values()
+        values_NC = self.passing_NC
+        if "forward" in self.joined:
+            values_NC = self.joined["forward"].weight_values().contiguous()
+        elif "forward" in self.handed_over:
+            values_NC = self.handed_over["forward"].values_RC
+        elif values_NC is None:
+            values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
+            values_NC = values.reshape(self.rows, -1)
         if kind == "forward":
             self.dense_forward_NK = products.unpack_kept(values_NC, self.row_bits)
         else:
@@ -216,26 +271,54 @@ class CusparseltOperands:
 
     def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Y = X (W^R)^T (+ bias), `[T, N]`."""
-        choice = self._choice("forward", x_TK.shape[0])
-        if not choice.sparse:
+        if "forward" in self.joined:
+            return self.joined["forward"].plain(x_TK, bias_N)
+        if not self._choice("forward", x_TK.shape[0]).sparse:
             return torch.nn.functional.linear(x_TK, self.dense_forward_NK, bias_N)
-        if choice.by_cutlass:
-            return cutlass_mm(self.values_NC, self.cutlass_forward, x_TK, bias_N, None, 0.0, False)
+        if "forward" in self.handed_over:
+            return self.handed_over["forward"].product(x_TK, bias_N)
         return products.sparse_mm(self.forward_operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
-        choice = self._choice("dgrad", dy_TN.shape[0])
-        if not choice.sparse:
+        if "dgrad" in self.joined:
+            return self.joined["dgrad"].plain(dy_TN)
+        if not self._choice("dgrad", dy_TN.shape[0]).sparse:
             return dy_TN @ self.dense_backward_NK
-        if choice.by_cutlass:
-            values_KN = self.backward_operand.view(self.dtype).view(self.columns, -1)
-            return cutlass_mm(values_KN, self.cutlass_backward, dy_TN, None, None, 0.0, False)
+        if "dgrad" in self.handed_over:
+            return self.handed_over["dgrad"].product(dy_TN)
         return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        """dW = dY^T X at the kept places, `[N, C]`."""
-        return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Y + X (W^R)^T (+ bias), in the place of Y."""
+        if not self._choice("forward", x_TK.shape[0]).sparse:
+            y_TN.addmm_(x_TK, self.dense_forward_NK.t())
+            return y_TN if bias_N is None else y_TN.add_(bias_N)
+        if "forward" in self.handed_over:
+            return self.handed_over["forward"].add(x_TK, y_TN, bias_N)
+        products.sparse_mm_add_(y_TN, self.forward_operand, x_TK, self.tiles["forward"], bias_N)
+        return y_TN
+
+    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
+        """dX + dY W^{R,C}, in the place of dX."""
+        if not self._choice("dgrad", dy_TN.shape[0]).sparse:
+            return dx_TK.addmm_(dy_TN, self.dense_backward_NK)
+        if "dgrad" in self.handed_over:
+            return self.handed_over["dgrad"].add(dy_TN, dx_TK)
+        products.sparse_mm_add_(dx_TK, self.backward_operand, dy_TN, self.tiles["dgrad"], None)
+        return dx_TK
+
+    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float, bias_N=None):
+        """Y (+ bias) and H = scale X D^T."""
+        return self.joined[kind].product(x_TS, down_PS, up_RP, scale, bias_N)
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X, or the exact one where that is faster."""
+        if draws is None:
+            dense_NK = dy_TN.t() @ x_TK
+        else:
+            dense_NK = wgrad.product(dy_TN, x_TK, draws, dense_allowed=self.dense_allowed)
+        return products.gather_kept(dense_NK, self.row_bits)
 
     def with_bias(self, bias_N: torch.Tensor) -> "BiasedOperands":
         """These operands with a bias added by the forward product's epilogue."""
@@ -255,8 +338,23 @@ class BiasedOperands:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return self.operands.dgrad(dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.wgrad(dy_TN, x_TK)
+    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> torch.Tensor:
+        return self.operands.forward_add(x_TK, y_TN, self.bias_N.detach())
+
+    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
+        return self.operands.dgrad_add(dy_TN, dx_TK)
+
+    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float):
+        bias_N = self.bias_N.detach() if kind == "forward" else None
+        return self.operands.joined_product(kind, x_TS, down_PS, up_RP, scale, bias_N)
+
+    @property
+    def unbiased(self) -> CusparseltOperands:
+        """Where the buffers and the choices are."""
+        return self.operands
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        return self.operands.wgrad(dy_TN, x_TK, draws)
 
 
 class BiasGradient(torch.autograd.Function):

@@ -1,9 +1,10 @@
-"""The 2:4 product whose values and metadata are separate tensors, as a registered op.
+"""The 2:4 product whose values and metadata are separate tensors, as registered ops.
 
-T tokens, R rows and S columns of the sparse operand, N out, K in, C = K/2 kept per row.
-    slope::cutlass_mm     Y [T, R] = X [T, S] W^T + beta C + b, then ReLU where asked
-The values are read where they lie: for the forward product in the parameter itself. On CUDA it runs
-`slope_kernels.cutlass`; on a CPU its plain-torch twin, which reads the same metadata.
+T tokens, R rows and S columns of the sparse operand.
+    slope::cutlass_mm        Y [T, R] = X [T, S] W^T (+ bias, ReLU)
+    slope::cutlass_mm_add_   Y += X W^T (+ bias), in place
+The values are read where they lie: for the forward product in the parameter itself. On CUDA they run
+`slope_kernels.cutlass`; on a CPU their plain-torch twins, which read the same metadata.
 """
 
 import functools
@@ -12,23 +13,11 @@ import logging
 import torch
 
 from slope_kernels import cutlass
-from slope_megatron.ops import choices, products
+from slope_megatron.ops import choices
 from slope_megatron.sparsity.operand import scatter_slots
-from slope_megatron.sparsity.operand_cutlass import from_sm90, places_cutlass
+from slope_megatron.sparsity.operand_cutlass import places_cutlass
 
 logger = logging.getLogger(__name__)
-
-
-def row_metadata(row_bits: torch.Tensor) -> torch.Tensor:
-    """Metadata of W^R in CUTLASS's order, from its bitmask uint8 `[N, K/8]`."""
-    rows, eighths = row_bits.shape
-    return from_sm90(products.row_metadata(row_bits), rows, eighths * 2)
-
-
-def column_metadata(row_bits: torch.Tensor, column_bits: torch.Tensor) -> torch.Tensor:
-    """Metadata of the transposed W^{R,C} in CUTLASS's order, from both bitmasks."""
-    rows, eighths = row_bits.shape
-    return from_sm90(products.column_metadata(row_bits, column_bits), eighths * 8, rows // 4)
 
 
 @functools.cache
@@ -46,43 +35,58 @@ def lined_up(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % cutlass.ALIGNMENT == 0 else tensor.clone()
 
 
-@torch.library.custom_op("slope::cutlass_mm", mutates_args=(), device_types="cuda")
-def cutlass_mm(
-    values_RC: torch.Tensor,
-    metadata: torch.Tensor,
-    x_TS: torch.Tensor,
-    bias_R: torch.Tensor | None,
-    source_TR: torch.Tensor | None,
-    beta: float,
-    relu: bool,
-) -> torch.Tensor:
-    """Y `[T, R]`; runs the kernel that was measured for this product, else the first one.
-
-    Args:
-        values_RC: a copy is made, and said once, where they do not start on a line of 16 bytes.
-        source_TR: C, of the operands' type; None: nothing is added, whatever beta is.
-    """
+def _run(values_RC, metadata, x_TS, y_TR, **epilogue) -> None:
+    """The kernel that was measured for this product, else the first one."""
     if values_RC.data_ptr() % cutlass.ALIGNMENT:
         _say_copied(values_RC.shape)
     values_RC, x_TS = lined_up(values_RC), lined_up(x_TS)
-    source_TR = None if source_TR is None else lined_up(source_TR)
-    y_TR = x_TS.new_empty((x_TS.shape[0], values_RC.shape[0]))
     algorithm = choices.cutlass_algorithm(values_RC.shape[0], x_TS.shape[1], x_TS.shape[0], x_TS.dtype)
-    more = {"bias_R": bias_R, "source_TR": source_TR, "beta": beta, "relu": relu}
-    cutlass.run(algorithm or cutlass.DEFAULT, values_RC, metadata, x_TS, y_TR, **more)
+    cutlass.run(algorithm or cutlass.DEFAULT, values_RC, metadata, x_TS, y_TR, **epilogue)
+
+
+@torch.library.custom_op("slope::cutlass_mm", mutates_args=(), device_types="cuda")
+def cutlass_mm(
+    values_RC: torch.Tensor, metadata: torch.Tensor, x_TS: torch.Tensor, bias_R: torch.Tensor | None, relu: bool
+) -> torch.Tensor:
+    """Y `[T, R]`. Values that do not start on a line of 16 bytes are copied, which is said once."""
+    y_TR = x_TS.new_empty((x_TS.shape[0], values_RC.shape[0]))
+    _run(values_RC, metadata, x_TS, y_TR, bias_R=bias_R, relu=relu)
     return y_TR
 
 
+def _weight(values_RC, metadata, columns: int) -> torch.Tensor:
+    return scatter_slots(values_RC, places_cutlass(metadata, values_RC.shape[0], columns // 4))
+
+
 @cutlass_mm.register_kernel("cpu")
-def _(values_RC, metadata, x_TS, bias_R, source_TR, beta, relu):
-    rows, columns = values_RC.shape[0], x_TS.shape[1]
-    weight_RS = scatter_slots(values_RC, places_cutlass(metadata, rows, columns // 4))
-    y_TR = x_TS @ weight_RS.t()
-    y_TR = y_TR if source_TR is None else y_TR + beta * source_TR
+def _(values_RC, metadata, x_TS, bias_R, relu):
+    y_TR = x_TS @ _weight(values_RC, metadata, x_TS.shape[1]).t()
     y_TR = y_TR if bias_R is None else y_TR + bias_R
     return torch.relu(y_TR) if relu else y_TR
 
 
 @cutlass_mm.register_fake
-def _(values_RC, metadata, x_TS, bias_R, source_TR, beta, relu):
+def _(values_RC, metadata, x_TS, bias_R, relu):
     return x_TS.new_empty((x_TS.shape[0], values_RC.shape[0]))
+
+
+@torch.library.custom_op("slope::cutlass_mm_add_", mutates_args=("y_TR",), device_types="cuda")
+def cutlass_mm_add_(
+    y_TR: torch.Tensor,
+    values_RC: torch.Tensor,
+    metadata: torch.Tensor,
+    x_TS: torch.Tensor,
+    bias_R: torch.Tensor | None,
+) -> None:
+    """Y += X W^T (+ bias): the sum is rounded once."""
+    in_place = lined_up(y_TR)
+    _run(values_RC, metadata, x_TS, in_place, source_TR=in_place, bias_R=bias_R)
+    if in_place is not y_TR:
+        y_TR.copy_(in_place)
+
+
+@cutlass_mm_add_.register_kernel("cpu")
+def _(y_TR, values_RC, metadata, x_TS, bias_R):
+    y_TR.addmm_(x_TS, _weight(values_RC, metadata, x_TS.shape[1]).t())
+    if bias_R is not None:
+        y_TR.add_(bias_R)

@@ -8,6 +8,7 @@ several times on poisoned outputs, before its time counts.
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 
 import torch
 
@@ -27,6 +28,8 @@ GATE_REPEATS = 3
 # A sparse product must be this much faster, or the dense one stays.
 WORTH_IT = 0.99
 FINALISTS = 3
+# An operand in tiles is tried with the algorithms that were best for the whole one.
+TRIED_IN_TILES = 6
 # The first algorithms, all that bf16 has on sm_90 (cuSPARSELt 0.8.0). fp16 has 52, of which some past 32 do not merely
 # give wrong results: they end the process's CUDA context with an illegal instruction.
 MOST_CONFIGS = 21
@@ -36,12 +39,12 @@ LIBRARIES = ("cusparselt", "cutlass")
 
 @dataclasses.dataclass
 class Trial:
-    """Random data of one product: X, the operand in one tile, room for Y, and the dense weight and its Y."""
+    """Random data of one product: X, the operand by its number of tiles, room for Y, the dense weight and its Y."""
 
     key: Key
     x_TS: torch.Tensor
     row_bits: torch.Tensor
-    operand: torch.Tensor
+    operands: dict[int, torch.Tensor]
     y_TR: torch.Tensor
     dense: torch.Tensor
     expected_TR: torch.Tensor
@@ -50,6 +53,14 @@ class Trial:
         """Forward keeps the dense weight as [R, S], dgrad as [S, R]: how each reads its own."""
         weight = self.dense.t() if self.key.kind == "forward" else self.dense
         return torch.mm(self.x_TS, weight, out=self.y_TR)
+
+    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":
+        return Candidate(self, algorithm, tiles)
+
+    def operand(self, tiles: int) -> torch.Tensor:
+        if tiles not in self.operands:
+            self.operands[tiles] = layout.retile(self.operands[1], self.key.rows, self.key.columns, 1, tiles)
+        return self.operands[tiles]
 
 
 def random_bits(rows: int, columns: int, device) -> torch.Tensor:
@@ -63,6 +74,11 @@ def random_bits(rows: int, columns: int, device) -> torch.Tensor:
 
 def prepare(key: Key, device: torch.device) -> Trial:
     """Fresh random data; the operand in one tile, without cuSPARSELt its values alone."""
+    if key.kind == "wgrad":
+        # It compiles kernels that no machine without `full` mode needs.
+        from slope_megatron.ops.measure_wgrad import WgradTrial
+
+        return WgradTrial(key, device)
     row_bits = random_bits(key.rows, key.columns, device)
     values = torch.randn(key.rows, key.columns // 2, device=device, dtype=key.dtype)
     operand = torch.empty(layout.operand_bytes(key.rows, key.columns), dtype=torch.uint8, device=device)
@@ -79,7 +95,7 @@ def prepare(key: Key, device: torch.device) -> Trial:
     tokens = cusparselt.padded_tokens(key.tokens)
     x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
     y = torch.empty(tokens, key.rows, device=device, dtype=key.dtype)
-    trial = Trial(key, x, row_bits, operand, y, dense, y)
+    trial = Trial(key, x, row_bits, {1: operand}, y, dense, y)
     trial.expected_TR = trial.dense_product().clone()
     return trial
 
@@ -94,7 +110,7 @@ class Candidate:
             key.rows // tiles, key.columns, trial.x_TS.shape[0], key.dtype, device.index, key.rows
         )
         self.plan = cusparselt.Plan(product, algorithm)
-        self.operand = layout.retile(trial.operand, key.rows, key.columns, 1, tiles) if tiles > 1 else trial.operand
+        self.operand = trial.operand(tiles)
 
     def __call__(self) -> None:
         trial = self.trial
@@ -124,17 +140,16 @@ def wrong(candidate: Candidate) -> str | None:
     return None
 
 
-def finalists(trial: Trial, tiles: int) -> list[Candidate]:
-    """The fastest of the library's algorithms by a rough timing, as far as they pass the gate.
+def ranking(trial: Trial, tiles: int, configs: Iterable[int]) -> list[int]:
+    """The library's algorithms from the fastest on, by a rough timing; those that cannot run are left out.
 
     They are tried by number, not by the library's own search, which tries all: see MOST_CONFIGS.
     """
-    count = min(MOST_CONFIGS, Candidate(trial, None, tiles).plan.algorithm_count())
     timed = []
-    for config in range(count):
+    for config in configs:
         algorithm = cusparselt.Algorithm(config)
         try:
-            candidate = Candidate(trial, algorithm, tiles)
+            candidate = trial.candidate(algorithm, tiles)
             times = timing.interleaved({"": candidate}, rounds=2, calls=2)[""]
         except torch.AcceleratorError:
             # The context is lost: nothing can run after this.
@@ -144,9 +159,14 @@ def finalists(trial: Trial, tiles: int) -> list[Candidate]:
             continue
         timed.append((min(times), config))
         candidate.plan.close()
+    return [config for _, config in sorted(timed)]
+
+
+def finalists(trial: Trial, tiles: int, ranked: list[int]) -> list[Candidate]:
+    """The first few, as far as they pass the gate."""
     passed = []
-    for _, config in sorted(timed)[:FINALISTS]:
-        candidate = Candidate(trial, cusparselt.Algorithm(config), tiles)
+    for config in ranked[:FINALISTS]:
+        candidate = trial.candidate(cusparselt.Algorithm(config), tiles)
         problem = wrong(candidate)
         if problem:
             logger.warning("%s: algorithm %d gives wrong results and is not used: %s", trial.key, config, problem)
@@ -158,8 +178,11 @@ def finalists(trial: Trial, tiles: int) -> list[Candidate]:
 def tilings(key: Key, device: torch.device) -> list[int]:
     """Whole; where the operand is taller than wide, also in halves, and in squares where it is a whole number high.
 
-    A shape that has been measured for other tokens keeps its tiles: a weight has one operand.
+    A shape that has been measured for other tokens keeps its tiles: a weight has one operand. wgrad's lives for one
+    product and stays whole.
     """
+    if key.kind == "wgrad":
+        return [1]
     fixed = choices.fixed_tiles(key)
     if fixed:
         return [fixed]
@@ -171,23 +194,42 @@ def tilings(key: Key, device: torch.device) -> list[int]:
 
 
 def libraries_for(key: Key) -> tuple[str, ...]:
-    """Whose candidates are tried: a shape that has been measured for other tokens keeps its library, as its tiles."""
+    """Whose candidates are tried: a shape that has been measured for other tokens keeps its library, as its tiles.
+
+    Our own kernels have the two products whose sparse operand is a weight.
+    """
+    if key.kind not in ("forward", "dgrad"):
+        return ("cusparselt",)
     earlier = choices.earlier(key)
     return LIBRARIES if earlier is None else (("cutlass",) if earlier.by_cutlass else ("cusparselt",))
 
 
-def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple[str, ...] = LIBRARIES) -> dict:
+def cusparselt_finalists(trial: Trial, tilings: list[int]) -> list[Candidate]:
+    """Of every number of tiles; an operand in tiles meets those algorithms that were best for the whole one."""
+    configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
+    found = []
+    for tiles in tilings:
+        ranked = ranking(trial, tiles, configs)
+        configs = ranked[:TRIED_IN_TILES]
+        found += finalists(trial, tiles, ranked)
+    return found
+
+
+def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple[str, ...] = ()) -> dict:
     """Times (ms, one a round) of the dense product, "dense", and of each sparse finalist, (tiles, algorithm).
 
     Synchronizes; takes about a second for a large product.
+
+    Args:
+        libraries: whose candidates; none: those that the shape's operands allow.
     """
+    libraries = libraries or libraries_for(key)
     trial = prepare(key, device)
     functions: dict = {"dense": trial.dense_product}
-    if "cusparselt" in libraries:
-        for tiles in tilings(key, device):
-            functions |= {(tiles, candidate.algorithm): candidate for candidate in finalists(trial, tiles)}
+    candidates = cusparselt_finalists(trial, tilings(key, device)) if "cusparselt" in libraries else []
     if "cutlass" in libraries:
-        functions |= {(1, candidate.algorithm): candidate for candidate in measure_cutlass.finalists(trial, wrong)}
+        candidates += measure_cutlass.finalists(trial, wrong)
+    functions |= {(candidate.tiles, candidate.algorithm): candidate for candidate in candidates}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
     return timing.interleaved(functions, rounds=rounds, calls=timing.calls_for(rough))
 
@@ -205,13 +247,8 @@ def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:
 
 
 def measure(key: Key, device: torch.device, *, dense_allowed: bool = True, libraries: tuple[str, ...] = ()) -> Choice:
-    """Measure a product's candidates and choose.
-
-    Args:
-        libraries: whose candidates; none: those that the shape's operands allow.
-    """
-    samples = contest(key, device, libraries=libraries or libraries_for(key))
-    choice = pick(key, samples, dense_allowed=dense_allowed)
+    """Measure a product's candidates, those of `libraries` or of all, and choose."""
+    choice = pick(key, contest(key, device, libraries=libraries), dense_allowed=dense_allowed)
     # The trial's tensors are large and of sizes that training will not ask for again.
     torch.cuda.empty_cache()
     return choice

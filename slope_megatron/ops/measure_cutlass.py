@@ -10,7 +10,7 @@ import torch
 
 from slope_kernels import cutlass, load_cuda
 from slope_megatron.ops import layout, timing
-from slope_megatron.ops.cutlass_mm import row_metadata
+from slope_megatron.ops.cutlass_operand import row_metadata
 
 logger = logging.getLogger(__name__)
 # (swizzle, raster): the default walk, and the others that ever won.
@@ -27,7 +27,7 @@ class Candidate:
     def __init__(self, trial, metadata: torch.Tensor, algorithm: cutlass.Algorithm):
         key = trial.key
         self.trial, self.metadata, self.algorithm = trial, metadata, algorithm
-        self.values_RC = layout.values_of(trial.operand, key.rows, key.columns, 1, key.dtype)[0]
+        self.values_RC = layout.values_of(trial.operand(1), key.rows, key.columns, 1, key.dtype)[0]
 
     def __call__(self) -> None:
         cutlass.run(self.algorithm, self.values_RC, self.metadata, self.trial.x_TS, self.trial.y_TR)

@@ -13,6 +13,7 @@ from slope_megatron.ops import choices, cutlass_mm, measure_cutlass, reference
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import CusparseltOperands
 from slope_megatron.ops.cutlass import CutlassOperands, unsupported, unsupported_weight
+from slope_megatron.ops.cutlass_operand import row_metadata
 
 DTYPE = torch.bfloat16
 SHAPES = [(64, 64, 16), (128, 192, 48), (192, 320, 7)]
@@ -56,9 +57,14 @@ def test_epilogues_add_a_bias_and_a_source(kernels_here, fresh_choices):
     # One kernel for all three, not as many libraries as kernels may win.
     fresh_choices.record(Key("forward", 128, 192, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
     assert torch.equal(ours.with_bias(bias).forward(x), exact + bias)
-    assert torch.equal(ours.forward_add(x, source, 2.0), exact + 2 * source)
-    arguments = (ours.values_NC, ours.forward_metadata, x, bias, None, 0.0, True)
-    assert torch.equal(cutlass_mm.cutlass_mm(*arguments), torch.relu(exact + bias))
+    assert torch.equal(ours.forward_add(x, source.clone()), exact + source)
+    assert torch.equal(ours.forward_add(x, source.clone(), bias), exact + source + bias)
+    operand = ours.operands["forward"]
+    found = cutlass_mm.cutlass_mm(operand.values_RC, operand.metadata, x, bias, True)
+    assert torch.equal(found, torch.relu(exact + bias))
+    dy, source = whole_numbers(48, 128, device=kernels_here), whole_numbers(48, 192, device=kernels_here)
+    fresh_choices.record(Key("dgrad", 192, 128, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
+    assert torch.equal(ours.dgrad_add(dy, source.clone()), theirs.dgrad(dy) + source)
 
 
 def test_the_forward_product_reads_the_parameter_itself(kernels_here, fresh_choices):
@@ -106,10 +112,9 @@ def test_forward_alone_keeps_metadata_alone(kernels_here, fresh_choices):
     ours = CutlassOperands(weight.values, weight.row_bits)
     x = whole_numbers(48, 256, device=kernels_here)
     assert torch.equal(ours.forward(x), theirs.forward(x))
-    kept = [
-        tensor for tensor in vars(ours).values() if isinstance(tensor, torch.Tensor) and tensor is not weight.values
-    ]
-    assert sum(tensor.nbytes for tensor in kept) == 128 * 256 // 8
+    assert (ours.row_bits, ours.column_bits, list(ours.operands)) == (None, None, ["forward"])
+    assert ours.operands["forward"].values_RC is weight.values
+    assert ours.operands["forward"].metadata.nbytes == 128 * 256 // 8
 
 
 def test_the_autograd_function_on_these_operands(kernels_here, fresh_choices):
@@ -140,7 +145,7 @@ def test_cusparselt_s_operands_are_handed_over_where_a_kernel_of_ours_wins(kind,
     assert torch.equal(getattr(operands, kind)(x), getattr(theirs, kind)(x))
     if kind == "forward":
         assert operands.forward_operand is None
-        assert operands.values_NC is values
+        assert operands.handed_over["forward"].values_RC is values
     else:
         assert operands.backward_operand.numel() == 128 * 192
 
@@ -178,11 +183,12 @@ def test_reasons_for_refusing_a_weight():
 
 def test_opcheck(kernels_here):
     weight = packed_weight(64, 128, DTYPE, kernels_here)
-    metadata = cutlass_mm.row_metadata(weight.row_bits)
+    metadata = row_metadata(weight.row_bits)
     x = torch.randn(33, 128, device=kernels_here).to(DTYPE)
-    bias, source = x.new_ones(64), x.new_ones(33, 64)
-    for more in ((None, None, 0.0, False), (bias, source, 1.0, True)):
+    bias, y = x.new_ones(64), x.new_ones(33, 64)
+    for more in ((None, False), (bias, True)):
         torch.library.opcheck(torch.ops.slope.cutlass_mm.default, (weight.values, metadata, x, *more))
+    torch.library.opcheck(torch.ops.slope.cutlass_mm_add_.default, (y, weight.values, metadata, x, bias))
 
 
 @pytest.mark.gpu
@@ -205,7 +211,7 @@ def test_cutlass_s_own_word_on_the_metadata(kernels_here):
 def test_every_kernel_is_as_near_fp64_as_dense_products(rows, columns, tokens, kernels_here):
     """The bound is twice the dense product's own error: both round fp32 sums once to 16 bits."""
     weight = packed_weight(rows, columns, DTYPE, kernels_here)
-    metadata = cutlass_mm.row_metadata(weight.row_bits)
+    metadata = row_metadata(weight.row_bits)
     x = torch.randn(tokens, columns, device=kernels_here).to(DTYPE)
     bias = torch.randn(rows, device=kernels_here).to(DTYPE)
     exact = x.double() @ weight.dense().double().t()
@@ -223,7 +229,7 @@ def test_every_kernel_is_as_near_fp64_as_dense_products(rows, columns, tokens, k
 def test_a_source_may_be_the_output(kernels_here):
     """Y += X W^T in place, a large C beside small products: fp32 until the one rounding."""
     weight = packed_weight(512, 256, DTYPE, kernels_here)
-    metadata = cutlass_mm.row_metadata(weight.row_bits)
+    metadata = row_metadata(weight.row_bits)
     x = torch.randn(300, 256, device=kernels_here).to(DTYPE)
     y = 100 * torch.randn(300, 512, device=kernels_here).to(DTYPE)
     exact = y.double() + x.double() @ weight.dense().double().t()

@@ -42,8 +42,8 @@ def train(config):
     wanted = 0
     for module in sparse_modules(engine.model):
         rows, columns = module.weight_pattern.shape[0], module.weight_pattern.shape[1] * 8
-        # Transposed values, both metadata, and the second pruning's bitmask.
-        wanted += rows * columns + rows * columns // 16
+        # Transposed values and both metadata.
+        wanted += rows * columns
         wanted += metadata_bytes(rows, columns // 4) + metadata_bytes(columns, rows // 4)
     return losses, measured, wanted
 
