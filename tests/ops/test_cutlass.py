@@ -130,6 +130,27 @@ def test_the_autograd_function_on_these_operands(kernels_here, fresh_choices):
     assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
 
 
+@pytest.mark.slow
+def test_torch_compile_sees_one_graph(kernels_here, fresh_choices):
+    weight, ours, _ = both(kernels_here)
+    values = weight.values.clone().requires_grad_()
+    x = whole_numbers(48, 192, device=kernels_here).requires_grad_()
+
+    def layer(x, values):
+        return slope_linear(torch.relu(x), values, ours) * 2
+
+    def gradients(function):
+        x.grad = values.grad = None
+        y = function(x, values)
+        y.sum().backward()
+        return y.detach(), x.grad.clone(), values.grad.clone()
+
+    eager = gradients(layer)
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(layer, backend="aot_eager", fullgraph=True))
+    assert all(torch.equal(found, expected) for found, expected in zip(compiled, eager, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["forward", "dgrad"])
 def test_cusparselt_s_operands_are_handed_over_where_a_kernel_of_ours_wins(kind, kernels_here, fresh_choices):
     weight, _, theirs = both(kernels_here)
