@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 
+from slope_megatron.ops import low_rank
 from slope_megatron.ops.backend import Operands, TokenDraws
 
 
@@ -73,11 +74,12 @@ class SlopeLinearFunction(torch.autograd.Function):
     def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Operands, communication, prune, draws):
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
-        y_TN = operands.forward(x_TK)
         hidden_TR = None
-        if adapter_l_RK is not None:
-            hidden_TR = x_TK @ adapter_l_RK.t()
-            y_TN = torch.addmm(y_TN, hidden_TR, adapter_r_NR.t(), alpha=1.0 / adapter_l_RK.shape[0])
+        if adapter_l_RK is None:
+            y_TN = operands.forward(x_TK)
+        else:
+            scale = 1.0 / adapter_l_RK.shape[0]
+            y_TN, hidden_TR = low_rank.product(operands, "forward", x_TK, adapter_l_RK, adapter_r_NR, scale)
         # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
         ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR)
         ctx.operands = operands
@@ -97,22 +99,25 @@ class SlopeLinearFunction(torch.autograd.Function):
         gathering = communication.gather_input(x) if need_values or need_adapters else None
         dy_TN = dy.flatten(0, -2)
         dhidden_TR = None
-        if adapter_l_RK is not None:
-            dhidden_TR = dy_TN @ adapter_r_NR / adapter_l_RK.shape[0]
         # The adapters' gradients are exact: they read dY itself.
         pruned_TN = ctx.prune(dy_TN) if ctx.prune else dy_TN
         reducing = None
         if need_dx:
-            dx_TK = operands.dgrad(pruned_TN)
-            if dhidden_TR is not None:
-                dx_TK = torch.addmm(dx_TK, dhidden_TR, adapter_l_RK)
+            if adapter_l_RK is None:
+                dx_TK = operands.dgrad(pruned_TN)
+            else:
+                down, up, scale = adapter_r_NR.t(), adapter_l_RK.t(), 1.0 / adapter_l_RK.shape[0]
+                other = pruned_TN if pruned_TN is not dy_TN else None
+                dx_TK, dhidden_TR = low_rank.product(operands, "dgrad", dy_TN, down, up, scale, other)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
         # The input was travelling while dX was computed.
         x_TK = gathering.wait().flatten(0, -2) if gathering else None
         adapter_gradients = None
         if need_adapters:
-            dl_RK = dhidden_TR.t() @ x_TK
-            dr_NR = dy_TN.t() @ hidden_TR / adapter_l_RK.shape[0]
+            if dhidden_TR is None:
+                dhidden_TR = low_rank.hidden(dy_TN, adapter_r_NR.t(), 1.0 / adapter_l_RK.shape[0])
+            # Both hiddens have their 1/R already.
+            dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
             adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
         dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.draws) if need_values else None
         dx = reducing.wait() if reducing else None

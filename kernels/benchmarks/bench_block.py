@@ -52,27 +52,31 @@ def moved_bytes(model: Model, tokens: int, train: bool) -> float:
 
 def timed(model: Model, arguments, accumulate: str) -> dict:
     """{pass: {mode: samples}}, ms a block; "dense" is among the modes."""
-    from block import Stack, captured
+    from block import Stack
     from linears import MODES
-
-    from slope_megatron.ops import timing
 
     stacks = {
         mode: Stack(model, MODES[mode], arguments.blocks, arguments.tokens, accumulate)
         for mode in ("dense", *arguments.modes)
     }
-    results = {}
-    for name in ("train", "forward"):
-        functions = {}
-        for mode, stack in stacks.items():
-            function = getattr(stack, name)
-            function()
-            functions[mode] = function if arguments.eager else captured(function).replay
-        rough = timing.median(timing.interleaved(functions, rounds=3, calls=1)["dense"])
-        calls = timing.calls_for(rough, target=60.0)
-        samples = timing.interleaved(functions, rounds=arguments.rounds, calls=calls)
-        results[name] = {mode: [ms / arguments.blocks for ms in values] for mode, values in samples.items()}
-    return results
+    return {name: timed_stacks(stacks, name, arguments) for name in ("train", "forward")}
+
+
+def timed_stacks(stacks: dict, name: str, arguments) -> dict[str, list[float]]:
+    """Samples (ms a block) of each stack's method `name`; "dense" is among the stacks."""
+    from block import captured
+
+    from slope_megatron.ops import timing
+
+    functions = {}
+    for label, stack in stacks.items():
+        function = getattr(stack, name)
+        function()
+        functions[label] = function if arguments.eager else captured(function).replay
+    rough = timing.median(timing.interleaved(functions, rounds=3, calls=1)["dense"])
+    calls = timing.calls_for(rough, target=60.0)
+    samples = timing.interleaved(functions, rounds=arguments.rounds, calls=calls)
+    return {label: [ms / arguments.blocks for ms in values] for label, values in samples.items()}
 
 
 def row(model: Model, mode: str, accumulate: str, name: str, samples: dict, arguments, bandwidth, peak) -> dict:

@@ -62,15 +62,16 @@ def rotate(x, cos, sin):
 
 
 class Block(torch.nn.Module):
-    """See the file's docstring; `linear` is one of `linears.MODES`."""
+    """See the file's docstring; `linear` is one of `linears.MODES`, or one for each of `model.linears()`."""
 
-    def __init__(self, model: Model, linear: type):
+    def __init__(self, model: Model, linear: type | dict[str, type]):
         super().__init__()
         self.model, hidden = model, model.hidden
+        kinds = linear if isinstance(linear, dict) else dict.fromkeys(model.linears(), linear)
         biased = {"qkv": not model.gated}
         # Biases other than qkv's are added by the fused pointwise functions, as Megatron does.
         self.linears = torch.nn.ModuleDict(
-            {name: linear(*shape, biased.get(name, False)) for name, shape in model.linears().items()}
+            {name: kinds[name](*shape, biased.get(name, False)) for name, shape in model.linears().items()}
         )
         like = {"device": "cuda", "dtype": DTYPE}
         vectors = {"norm1": hidden, "norm2": hidden}
@@ -123,7 +124,7 @@ def accumulate_in_fp32(module: torch.nn.Module) -> dict[torch.nn.Parameter, torc
 class Stack:
     """Blocks one after the other, with what is timed: a training micro-batch and a forward pass."""
 
-    def __init__(self, model: Model, linear: type, blocks: int, tokens: int, accumulate: str):
+    def __init__(self, model: Model, linear: type | dict[str, type], blocks: int, tokens: int, accumulate: str):
         self.blocks = torch.nn.Sequential(*(Block(model, linear) for _ in range(blocks)))
         self.x = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE, requires_grad=True)
         self.dy = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE) * 1e-3

@@ -28,6 +28,8 @@ class Dense(torch.nn.Module):
 class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
+    adapters = None
+
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(rows, columns // 2, device="cuda", dtype=DTYPE) * 0.02)
@@ -42,7 +44,7 @@ class Sparse(torch.nn.Module):
         return bias_gradient(self.product(x, self.operands.with_bias(self.bias)), self.bias)
 
     def product(self, x, operands):
-        return slope_linear(x, self.weight, operands)
+        return slope_linear(x, self.weight, operands, adapters=self.adapters)
 
     def refresh(self) -> None:
         self.operands.refresh(self.weight.detach())
@@ -57,7 +59,17 @@ class Full(Sparse):
         self.draws = TokenDraws(key.cuda(), streams.cuda(), 2, 4)
 
     def product(self, x, operands):
-        return slope_linear(x, self.weight, operands, draws=self.draws)
+        return slope_linear(x, self.weight, operands, adapters=self.adapters, draws=self.draws)
+
+
+class WithAdapters(Sparse):
+    """And with low-rank adapters of some rank."""
+
+    def __init__(self, rows: int, columns: int, bias: bool, *, rank: int):
+        super().__init__(rows, columns, bias)
+        self.adapter_l = torch.nn.Parameter(torch.randn(rank, columns, device="cuda", dtype=DTYPE))
+        self.adapter_r = torch.nn.Parameter(torch.randn(rows, rank, device="cuda", dtype=DTYPE) * 0.02)
+        self.adapters = (self.adapter_l, self.adapter_r)
 
 
 # What `slope bench block --modes` and its kin take; dense is measured beside them always.

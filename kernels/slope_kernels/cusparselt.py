@@ -1,9 +1,9 @@
 """cuSPARSELt through ctypes, with plans kept: setting one up costs more than most products.
 
-Two products, all 16-bit with fp32 sums. The library wants the sparse matrix on the left; its row-major or column-major
-dense matrices say which of the two it is:
-    Y [T, N] = X [T, K] W^T (+ bias)    W 2:4 along K; D = W X^T, D and X^T column-major: memory holds Y and X row-major
-    D [N, K] = S [N, T] X [T, K]        S 2:4 along T; D and X row-major
+Two products, all 16-bit with fp32 sums. The library wants the sparse matrix on the left and adds beta C, C being D; its
+row-major or column-major dense matrices say which of the two it is:
+    Y [T, N] = X [T, K] W^T (+ bias) (+ Y)   W 2:4 along K; D = W X^T; D, X^T column-major: memory holds Y, X row-major
+    D [N, K] = S [N, T] X [T, K]             S 2:4 along T; D and X row-major
 
     operand   uint8 [9/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8]. Both facts are the
               library's own affair; `slope_megatron.ops.layout` verifies them before they are relied on.
@@ -164,10 +164,14 @@ class Plan:
         if hasattr(library(), "cusparseLtMatmulAlgSelectionDestroy"):
             call("MatmulAlgSelectionDestroy", self.selection.pointer)
 
-    def run(self, operand: int, x: int, y: int, stream: int) -> None:
-        """Enqueue the product; arguments are device addresses and a stream."""
+    def run(self, operand: int, x: int, y: int, stream: int, accumulate: bool = False) -> None:
+        """Enqueue the product; arguments are device addresses and a stream.
+
+        Args:
+            accumulate: add to what Y holds: read by the epilogue, summed in fp32 and rounded once.
+        """
         scratch = _workspace(self.workspace_bytes, self.product.device, stream)
-        inputs = (byref(ONE), c_void_p(operand), c_void_p(x), byref(ZERO))
+        inputs = (byref(ONE), c_void_p(operand), c_void_p(x), byref(ONE if accumulate else ZERO))
         place = c_void_p(scratch.data_ptr() if scratch is not None else None)
         streams = c_void_p(stream)
         output = (c_void_p(y), c_void_p(y))

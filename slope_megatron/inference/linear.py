@@ -3,36 +3,55 @@
 T tokens, N out, K in, C kept per row, R adapter rank.   Y = X (W^R)^T + (1/R) (X L) R + b
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
+from slope_megatron.ops import low_rank
 from slope_megatron.ops.backend import build_operands
 
 
-class Linear(torch.nn.Module):
-    """A product with adapters and bias around it.
+class ForwardOperands(Protocol):
+    """What computes X W^T."""
 
-    Args:
-        product: X `[T, K]` -> X W^T `[T, N]`.
-    """
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """`[T, N]`."""
+
+
+class DenseOperands:
+    """A dense weight `[N, K]`."""
+
+    def __init__(self, weight_NK: torch.Tensor):
+        self.weight_NK = weight_NK
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return x_TK @ self.weight_NK.t()
+
+
+class Linear(torch.nn.Module):
+    """A product with adapters and bias around it."""
 
     def __init__(
         self,
-        product: Callable[[torch.Tensor], torch.Tensor],
+        operands: ForwardOperands,
         bias: torch.Tensor | None,
         adapters: tuple[torch.Tensor, torch.Tensor] | None,
     ):
         super().__init__()
-        self.product, self.bias, self.adapters = product, bias, adapters
+        if bias is not None and hasattr(operands, "with_bias"):
+            # The product's epilogue adds it.
+            operands, bias = operands.with_bias(bias), None
+        self.operands, self.bias, self.adapters = operands, bias, adapters
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TK = x.flatten(0, -2)
-        y_TN = self.product(x_TK)
-        if self.adapters is not None:
+        if self.adapters is None:
+            y_TN = self.operands.forward(x_TK)
+        else:
             adapter_l_RK, adapter_r_NR = self.adapters
-            rank = adapter_l_RK.shape[0]
-            y_TN = torch.addmm(y_TN, x_TK @ adapter_l_RK.t(), adapter_r_NR.t(), alpha=1.0 / rank)
+            scale = 1.0 / adapter_l_RK.shape[0]
+            y_TN, _ = low_rank.product(self.operands, "forward", x_TK, adapter_l_RK, adapter_r_NR, scale)
         y = y_TN.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
@@ -41,7 +60,7 @@ class SparseLinear(Linear):
     """One packed linear. What the backend derives from values and pattern is all that stays in memory."""
 
     def __init__(self, values_NC, pattern_bits, bias=None, adapters=None, backend: str = "auto"):
-        super().__init__(build_operands(backend, values_NC, pattern_bits).forward, bias, adapters)
+        super().__init__(build_operands(backend, values_NC, pattern_bits), bias, adapters)
         self.dense_bytes = pattern_bits.numel() * 8 * values_NC.element_size()
         self.packed_bytes = values_NC.nbytes + pattern_bits.nbytes
 
@@ -60,5 +79,5 @@ def build_linear(tensors: Mapping[str, torch.Tensor], name: str, place, backend:
     adapter_l = get("adapter_l")
     adapters = None if adapter_l is None else (adapter_l, get("adapter_r"))
     if pattern is None:
-        return Linear(lambda x_TK: x_TK @ weight.t(), bias, adapters)
+        return Linear(DenseOperands(weight), bias, adapters)
     return SparseLinear(weight, pattern, bias, adapters, backend)

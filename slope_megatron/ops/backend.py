@@ -81,9 +81,10 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
     """Operands of one packed weight.
 
     Args:
-        row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; a bitmask that stays is kept by reference.
+        row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; bitmasks are kept by reference.
         column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`. None: for inference, operands that
-            have the forward product alone.
+            have the forward product alone, and on 2:4 units always the sparse one: a dense copy beside the operand
+            would make the model larger than a dense one.
         products_wanted: those that they will serve.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
@@ -95,8 +96,8 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         if reason is None and column is None:
             # The builder writes both operands at once: it gets a valid second pruning, whose operand is let go.
             column = choose_column_bits(values_NC, row_bits, 2, 4)
-            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=backend == "auto")
-            operands.backward_operand = operands.backward_operand.new_empty(0)
+            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False)
+            operands.keep_forward_alone()
             return operands
         if reason is None:
             column_bits = pack_bits(column) if column.dtype == torch.bool else column

@@ -1,8 +1,9 @@
 """Which kernel runs each product: measured once, kept for the process, saved as run state.
 
 A product is (forward, dgrad or wgrad, R x S matrix, T tokens, dtype). Its choice is sparse (with how many tiles and
-which algorithm of the library) or dense. Numbers of algorithms mean something only on the machine they were measured
-on, so a saved table names that machine and is ignored elsewhere.
+which algorithm of the library) or dense; with adapters, also in which order the two products run (`Order`). Numbers of
+algorithms mean something only on the machine they were measured on, so a saved table names that machine and is ignored
+elsewhere.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -63,13 +65,31 @@ class Choice:
         return f"{name} ({', '.join(times)})" if times else name
 
 
-_table: dict[Key, Choice] = {}
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How a product runs with adapters beside it (`ops.low_rank`), and the median (ms) of each candidate.
+
+    Its key's kind is that of the product with the rank behind it: `forward+40`.
+    """
+
+    # It names no form of the plain operand.
+    sparse: ClassVar[bool] = False
+
+    order: str
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.times.items())
+        return f"with adapters {self.order}" + (f" ({times})" if times else "")
+
+
+_table: dict[Key, Choice | Order] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
 
-def find(key: Key) -> Choice | None:
+def find(key: Key) -> Choice | Order | None:
     """The choice for a product; None: not made yet."""
     return _table.get(key)
 
@@ -88,7 +108,7 @@ def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
     return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype, product.straight))
 
 
-def record(key: Key, choice: Choice) -> None:
+def record(key: Key, choice: Choice | Order) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
     if choice.sparse and choice.algorithm is not None:
@@ -113,7 +133,7 @@ def clear() -> None:
     _algorithms.clear()
 
 
-def decide(key: Key, measure: Callable[[], Choice]) -> Choice:
+def decide(key: Key, measure: Callable[[], Choice | Order]) -> Choice | Order:
     """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several."""
     found = find(key)
     if found is not None:
@@ -151,11 +171,13 @@ def machine() -> dict[str, str]:
     }
 
 
-def _to_json(choice: Choice) -> dict:
+def _to_json(choice: Choice | Order) -> dict:
     return dataclasses.asdict(choice)
 
 
-def _from_json(fields: dict) -> Choice:
+def _from_json(fields: dict) -> Choice | Order:
+    if "order" in fields:
+        return Order(**fields)
     algorithm = fields.get("algorithm")
     return Choice(**{**fields, "algorithm": cusparselt.Algorithm(**algorithm) if algorithm else None})
 

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure, products, reference, wgrad
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.joined import JoinedOperand
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
@@ -85,12 +86,12 @@ class CusparseltOperands:
     ):
         """
         Args:
-            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`, kept and not copied.
             dense_allowed: whether a product may fall to the dense candidate.
             products_wanted: those that will be asked for; the operand of another one is not there.
         """
         self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
-        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.contiguous()
         self.dtype, self.device = values_NC.dtype, values_NC.device
         self.dense_allowed = dense_allowed
         size = layout.operand_bytes(self.rows, self.columns)
@@ -102,6 +103,8 @@ class CusparseltOperands:
         # Without the forward operand the values are here no longer than these operands.
         self.passing_NC = values_NC if self.forward_operand is None else None
         self.tiles = {"forward": 1, "dgrad": 1}
+        # By kind: operands with adapters in them, in the place of the plain ones.
+        self.joined: dict[str, JoinedOperand] = {}
         self.dense_forward_NK: torch.Tensor | None = None
         self.dense_backward_NK: torch.Tensor | None = None
         self._write_row_metadata()
@@ -128,6 +131,9 @@ class CusparseltOperands:
             survives = unpack_bits(self.column_bits)
             _, places = backward_slots(values_NC, unpack_bits(self.row_bits), survives)
             metadata = layout.library_metadata(places, self.dtype)
+        if "dgrad" in self.joined:
+            self.joined["dgrad"].set_metadata(metadata)
+            return
         tiles = self.tiles["dgrad"]
         target = layout.metadata_of(self.backward_operand, self.columns, self.rows, tiles)
         target.copy_(metadata.view_as(target))
@@ -146,6 +152,12 @@ class CusparseltOperands:
             self.tiles["forward"],
             self.tiles["dgrad"],
         )
+        if "forward" in self.joined:
+            self.joined["forward"].set_values(values_NC)
+        if "dgrad" in self.joined:
+            scratch = self.row_bits.new_empty(layout.operand_bytes(self.columns, self.rows))
+            products.refresh_(values_NC, self.row_bits, self.column_bits, None, scratch, 1, 1)
+            self.joined["dgrad"].set_values(layout.values_of(scratch, self.columns, self.rows, 1, self.dtype)[0])
         if self.dense_forward_NK is not None:
             self.dense_forward_NK.copy_(products.unpack_kept(values_NC, self.row_bits))
         if self.dense_backward_NK is not None:
@@ -154,10 +166,14 @@ class CusparseltOperands:
 
     @torch.no_grad()
     def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
-        """A new second pruning: bool `[N, C]` or its bitmask."""
-        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
+        """A new second pruning: bool `[N, C]` or its bitmask, which is kept and not copied."""
+        self.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
         self._write_column_metadata(values_NC)
         self.refresh(values_NC)
+
+    def keep_forward_alone(self) -> None:
+        """Let go of all that the forward product does not read: no refresh, dgrad or wgrad can follow."""
+        self.row_bits = self.column_bits = self.backward_operand = None
 
     # -- choices ------------------------------------------------------------------------------------------------------
 
@@ -165,6 +181,9 @@ class CusparseltOperands:
         shape = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
         key = Key(kind, *shape, tokens, self.dtype)
         choice = choices.find(key)
+        if choice is not None and not choice.sparse and self.row_bits is None:
+            # Chosen for a weight that could keep a dense copy; this one cannot.
+            return Choice(True, self.tiles[kind])
         ready = choice is not None and (
             choice.tiles == self.tiles[kind] if choice.sparse else self._dense(kind) is not None
         )
@@ -201,7 +220,9 @@ class CusparseltOperands:
         if self._dense(kind) is not None:
             return
         values_NC = self.passing_NC
-        if values_NC is None:
+        if "forward" in self.joined:
+            values_NC = self.joined["forward"].weight_values().contiguous()
+        elif values_NC is None:
             values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
             values_NC = values.reshape(self.rows, -1)
         if kind == "forward":
@@ -214,15 +235,38 @@ class CusparseltOperands:
 
     def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Y = X (W^R)^T (+ bias), `[T, N]`."""
+        if "forward" in self.joined:
+            return self.joined["forward"].plain(x_TK, bias_N)
         if not self._choice("forward", x_TK.shape[0]).sparse:
             return torch.nn.functional.linear(x_TK, self.dense_forward_NK, bias_N)
         return products.sparse_mm(self.forward_operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
+        if "dgrad" in self.joined:
+            return self.joined["dgrad"].plain(dy_TN)
         if not self._choice("dgrad", dy_TN.shape[0]).sparse:
             return dy_TN @ self.dense_backward_NK
         return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
+
+    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Y + X (W^R)^T (+ bias), in the place of Y."""
+        if not self._choice("forward", x_TK.shape[0]).sparse:
+            y_TN.addmm_(x_TK, self.dense_forward_NK.t())
+            return y_TN if bias_N is None else y_TN.add_(bias_N)
+        products.sparse_mm_add_(y_TN, self.forward_operand, x_TK, self.tiles["forward"], bias_N)
+        return y_TN
+
+    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
+        """dX + dY W^{R,C}, in the place of dX."""
+        if not self._choice("dgrad", dy_TN.shape[0]).sparse:
+            return dx_TK.addmm_(dy_TN, self.dense_backward_NK)
+        products.sparse_mm_add_(dx_TK, self.backward_operand, dy_TN, self.tiles["dgrad"], None)
+        return dx_TK
+
+    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float, bias_N=None):
+        """Y (+ bias) and H = scale X D^T."""
+        return self.joined[kind].product(x_TS, down_PS, up_RP, scale, bias_N)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X, or the exact one where that is faster."""
@@ -249,6 +293,21 @@ class BiasedOperands:
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return self.operands.dgrad(dy_TN)
+
+    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> torch.Tensor:
+        return self.operands.forward_add(x_TK, y_TN, self.bias_N.detach())
+
+    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
+        return self.operands.dgrad_add(dy_TN, dx_TK)
+
+    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float):
+        bias_N = self.bias_N.detach() if kind == "forward" else None
+        return self.operands.joined_product(kind, x_TS, down_PS, up_RP, scale, bias_N)
+
+    @property
+    def unbiased(self) -> CusparseltOperands:
+        """Where the buffers and the choices are."""
+        return self.operands
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         return self.operands.wgrad(dy_TN, x_TK, draws)

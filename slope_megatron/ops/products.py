@@ -2,6 +2,7 @@
 
 T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
     slope::sparse_mm      Y [T, R] = X [T, S] W^T (+ bias, ReLU), W an operand buffer
+    slope::sparse_mm_add_ Y += X W^T (+ bias), in the product's epilogue
     slope::gather_kept    dense [N, K] -> its kept values [N, C];   slope::unpack_kept  is its transpose
     slope::gather_kept_add_   the same, added into an accumulator
     slope::refresh_       packed values -> both operands' values
@@ -43,37 +44,66 @@ def sparse_mm(
     operand: torch.Tensor, x_TS: torch.Tensor, rows: int, tiles: int, bias: torch.Tensor | None, relu: bool
 ) -> torch.Tensor:
     """Y `[T, R]`; runs the algorithm that was measured for this product, else the library's default."""
-    tokens, columns = x_TS.shape
+    tokens = x_TS.shape[0]
     x_TS = padded(x_TS, cusparselt.padded_tokens(tokens))
     y_TR = x_TS.new_empty((x_TS.shape[0], rows))
-    device = x_TS.device.index
-    product = cusparselt.Product(rows // tiles, columns, x_TS.shape[0], x_TS.dtype, device, rows, relu)
+    _run_tiles(operand, x_TS, y_TR, tiles, bias, relu, False)
+    return y_TR[:tokens].clone() if tokens != y_TR.shape[0] else y_TR
+
+
+def _run_tiles(operand, x_TS, y_TR, tiles: int, bias, relu: bool, accumulate: bool) -> None:
+    """Enqueue the product, tile by tile; X and Y hold padded tokens."""
+    rows, device = y_TR.shape[1], x_TS.device.index
+    product = cusparselt.Product(rows // tiles, x_TS.shape[1], x_TS.shape[0], x_TS.dtype, device, rows, relu)
     algorithm = choices.algorithm(product)
     stream = torch.cuda.current_stream(device).cuda_stream
     operand_start, y_start = operand.data_ptr(), y_TR.data_ptr()
     for tile in range(tiles):
         first = tile * (rows // tiles) * x_TS.element_size()
         plan = cusparselt.plan(product, algorithm, bias.data_ptr() + first if bias is not None else 0)
-        plan.run(operand_start + tile * operand.numel() // tiles, x_TS.data_ptr(), y_start + first, stream)
-    return y_TR[:tokens].clone() if tokens != y_TR.shape[0] else y_TR
+        start = operand_start + tile * operand.numel() // tiles
+        plan.run(start, x_TS.data_ptr(), y_start + first, stream, accumulate)
 
 
 @sparse_mm.register_kernel("cpu")
 def _(operand, x_TS, rows, tiles, bias, relu):
-    columns = x_TS.shape[1]
+    y_TR = x_TS @ _operand_matrix(operand, rows, x_TS.shape[1], tiles, x_TS.dtype).t()
+    y_TR = y_TR if bias is None else y_TR + bias
+    return torch.relu(y_TR) if relu else y_TR
+
+
+def _operand_matrix(operand, rows: int, columns: int, tiles: int, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix `[R, S]` that an operand buffer stands for."""
     parts = []
     size = rows // tiles * columns
     for tile in operand.view(tiles, -1):
-        values = tile[:size].view(x_TS.dtype).view(rows // tiles, columns // 2)
+        values = tile[:size].view(dtype).view(rows // tiles, columns // 2)
         parts.append(scatter_slots(values, places_sm90(tile[size:], rows // tiles, columns // 4)))
-    y_TR = x_TS @ torch.cat(parts).t()
-    y_TR = y_TR if bias is None else y_TR + bias
-    return torch.relu(y_TR) if relu else y_TR
+    return torch.cat(parts)
 
 
 @sparse_mm.register_fake
 def _(operand, x_TS, rows, tiles, bias, relu):
     return x_TS.new_empty((x_TS.shape[0], rows))
+
+
+@torch.library.custom_op("slope::sparse_mm_add_", mutates_args=("y_TR",), device_types="cuda")
+def sparse_mm_add_(
+    y_TR: torch.Tensor, operand: torch.Tensor, x_TS: torch.Tensor, tiles: int, bias: torch.Tensor | None
+) -> None:
+    """Y `[T, R]`, contiguous, += X W^T (+ bias): sums in fp32, rounded once."""
+    tokens = cusparselt.padded_tokens(y_TR.shape[0])
+    padded_TR = padded(y_TR, tokens)
+    _run_tiles(operand, padded(x_TS, tokens), padded_TR, tiles, bias, False, True)
+    if padded_TR.data_ptr() != y_TR.data_ptr():
+        y_TR.copy_(padded_TR[: y_TR.shape[0]])
+
+
+@sparse_mm_add_.register_kernel("cpu")
+def _(y_TR, operand, x_TS, tiles, bias):
+    weight_RS = _operand_matrix(operand, y_TR.shape[1], x_TS.shape[1], tiles, x_TS.dtype)
+    total_TR = y_TR.float() + x_TS.float() @ weight_RS.float().t()
+    y_TR.copy_(total_TR if bias is None else total_TR + bias)
 
 
 @torch.library.custom_op("slope::gather_kept", mutates_args=(), device_types="cuda")

@@ -13,7 +13,7 @@ def parse(*words):
     return cli.parse(["bench", *words])
 
 
-@pytest.mark.parametrize("name", ["gemm", "block", "parallel", "step", "refresh"])
+@pytest.mark.parametrize("name", ["gemm", "block", "parallel", "adapters", "memory", "peers", "step", "refresh"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can be measured")
 def test_a_machine_without_a_gpu_is_refused_with_the_reason(name):
     arguments = parse(name)
@@ -38,3 +38,51 @@ def test_without_a_checkout_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "none")
     with pytest.raises(ValueError, match="needs a source checkout"):
         parse("gemm").run(argparse.Namespace(benchmark="gemm", rest=[]))
+
+
+@pytest.mark.parametrize("share", [0.0, 6.25])
+def test_whole_models_are_counted_as_the_planner_counts_them(share):
+    """A block at the formula's bytes a weight, extrapolated, is the planner's state to the byte."""
+    from slope_megatron.config import Config, ModelConfig, SlopeConfig
+    from slope_megatron.config.fields import load_yaml
+    from slope_megatron.launch import memory, tensors
+
+    benchmark = bench.load("memory")
+    from holdings import Ledger
+    from models import MODELS
+
+    model = MODELS["llama-3-8b"]
+    weights = sum(rows * columns for rows, columns in model.linears().values())
+    ledger = Ledger()
+    # Values, both operands, both patterns, fp32 gradients and AdamW's state of half the weights.
+    ledger.charge("all", (1 + 2 * 9 / 8 + 1 / 8 + 1 / 16 + 2 + 6) * weights, 0)
+    ledger.charge("adapters' gradients", 123, 123)
+    found = benchmark.whole_model(model, benchmark.Form(True, share), ledger, "training")
+
+    path = benchmark.ARCHITECTURES / "llama-3-8b.yaml"
+    architecture = ModelConfig(**load_yaml(path, {"model": ModelConfig})["model"])
+    config = Config(model=architecture, slope=SlopeConfig(adapter_rank=256 if share else 0))
+    counts = tensors.count(list(tensors.tensors(config, architecture.vocab_size)), 1)
+    expected = memory.state_bytes(counts, memory.precision("bf16", "fp32"), "kernels")
+    assert found == pytest.approx(sum(expected.values()), rel=1e-12)
+
+
+def test_adapters_work_is_counted_by_the_formula():
+    """One linear of 64 x 32 with rank 4 and 8 tokens: three pairs of products in training, one in forward."""
+    benchmark = bench.load("adapters")
+    from models import Model
+
+    one = type("One", (Model,), {"linears": lambda self: {"fc": (64, 32)}})("one", 32, 64, 1, 1, False)
+    assert benchmark.adapter_work(one, 4, 8, train=False) == (2 * 8 * 4 * (64 + 32), 2 * 8 * (64 + 32))
+    assert benchmark.adapter_work(one, 4, 8, train=True) == (3 * 2 * 8 * 4 * (64 + 32), 3 * 2 * 8 * (64 + 32))
+    assert benchmark.rank_of(one, 6.25) == 2
+
+
+def test_a_ledger_adds_up_what_it_is_charged_with():
+    bench.load("memory")
+    from holdings import Ledger
+
+    ledger = Ledger()
+    ledger.charge("values", 512, 500)
+    ledger.charge("values", 1024, 1000)
+    assert ledger.items == {"values": (1536, 1500)} and ledger.total == 1536

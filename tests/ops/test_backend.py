@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from helpers.packed import packed_weight
 from slope_kernels import cusparselt_library
 from slope_megatron.ops import backend, cusparselt, reference
+from slope_megatron.ops.choices import Choice, Key
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,19 @@ def test_auto_on_a_gpu_with_sparse_units(device):
     assert built.dense_allowed
     forced = backend.build_operands("cusparselt", weight.values, weight.row, weight.column)
     assert not forced.dense_allowed
+
+
+def test_inference_operands_hold_what_the_forward_product_reads_and_no_more(device, monkeypatch, fresh_choices):
+    """Values and metadata: 9/16 of dense, also where training's choice was the dense product."""
+    monkeypatch.setattr(cusparselt, "unsupported", lambda: None)
+    monkeypatch.setattr(cusparselt, "unsupported_weight", lambda *_: None)
+    weight = packed_weight(64, 128, torch.bfloat16, device, whole_numbers=True)
+    built = backend.build_operands("auto", weight.values, weight.row_bits)
+    held = [value for value in vars(built).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.nbytes for tensor in held) == 64 * 128 * 2 * 9 / 16
+    x = torch.randint(-1, 2, (16, 128), device=device).to(torch.bfloat16)
+    fresh_choices.record(Key("forward", 64, 128, 16, torch.bfloat16), Choice(False))
+    assert torch.equal(built.forward(x), x @ weight.dense().t())
 
 
 @pytest.mark.gpu

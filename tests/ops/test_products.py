@@ -53,6 +53,22 @@ def test_sparse_mm_of_whole_numbers_is_exact(rows, columns, tokens, device):
     assert torch.equal(biased.double(), torch.relu(exact + bias.double()))
 
 
+@pytest.mark.parametrize("tokens", [16, 7])
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("biased", [False, True])
+def test_adding_to_what_is_there_is_exact(tokens, tiles, biased, device):
+    rows, columns, dtype = 128, 192, torch.bfloat16
+    weight = packed_weight(rows, columns, dtype, device, whole_numbers=True)
+    operand = layout.retile(operand_of(weight, device, dtype), rows, columns, 1, tiles)
+    x = torch.randint(-1, 2, (tokens, columns), device=device).to(dtype)
+    y = torch.randint(-9, 10, (tokens, rows), device=device).to(dtype)
+    bias = torch.randint(-2, 3, (rows,), device=device).to(dtype) if biased else None
+    exact = y.double() + x.double() @ weight.dense().double().t() + (bias.double() if biased else 0)
+    assert exact.abs().max() < 254
+    products.sparse_mm_add_(y, operand, x, tiles, bias)
+    assert torch.equal(y.double(), exact)
+
+
 @pytest.mark.parametrize("tiles", [2, 3])
 def test_tiles_change_nothing(tiles, device):
     rows, columns, dtype = 192, 64, torch.bfloat16
@@ -101,6 +117,13 @@ def op_arguments(device):
     bits = (weight.row_bits, weight.column_bits)
     return {
         "sparse_mm": (operand, x, 64, 1, bias, False),
+        "sparse_mm_add_": (torch.randn(32, 64, device=device).to(dtype), operand, x, 1, bias),
+        "join_input": (x, torch.randn(8, 128, device=device).to(dtype), 32, 0.5),
+        "add_low_rank": (
+            x[:, :64],
+            torch.randn(32, 8, device=device).to(dtype),
+            torch.randn(64, 8, device=device).to(dtype),
+        ),
         "gather_kept": (dense, weight.row_bits),
         "unpack_kept": (weight.values, weight.row_bits),
         "gather_kept_add_": (torch.zeros(64, 64, device=device), dense, weight.row_bits),
@@ -113,6 +136,9 @@ def op_arguments(device):
 
 OPS = [
     "sparse_mm",
+    "sparse_mm_add_",
+    "join_input",
+    "add_low_rank",
     "gather_kept",
     "unpack_kept",
     "gather_kept_add_",

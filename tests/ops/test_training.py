@@ -14,21 +14,28 @@ from slope_megatron.sparsity.pattern import column_pattern
 WIDTH, HIDDEN, TOKENS, STEPS, INTERVAL = 256, 512, 512, 200, 50
 
 
-def test_torch_compile_sees_one_graph(device, fresh_choices):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_torch_compile_sees_one_graph(rank, device, fresh_choices):
     """Measured once in eager mode, a product compiles without a break; results stay the same to the bit."""
     weight = packed_weight(128, 192, torch.bfloat16, device, whole_numbers=True)
     operands = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
     values = weight.values.clone().requires_grad_()
     x = torch.randint(-1, 2, (48, 192), device=device).to(torch.bfloat16).requires_grad_()
+    leaves = [x, values]
+    if rank:
+        leaves += [
+            torch.ones(*shape, device=device).bfloat16().requires_grad_() for shape in ((rank, 192), (128, rank))
+        ]
 
-    def layer(x, values):
-        return slope_linear(torch.relu(x), values, operands) * 2
+    def layer(x, values, *adapters):
+        return slope_linear(torch.relu(x), values, operands, adapters=adapters) * 2
 
     def gradients(function):
-        x.grad = values.grad = None
-        y = function(x, values)
+        for leaf in leaves:
+            leaf.grad = None
+        y = function(*leaves)
         y.sum().backward()
-        return y.detach(), x.grad.clone(), values.grad.clone()
+        return [y.detach(), *(leaf.grad.clone() for leaf in leaves)]
 
     eager = gradients(layer)
     torch._dynamo.reset()

@@ -1,0 +1,56 @@
+"""The adapters' two products against plain torch: whole numbers, so equal to the bit, on poisoned outputs."""
+
+import pytest
+import torch
+
+# The interpreter multiplies the bits of bf16 as if they were integers.
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+
+def whole_numbers(*shape, device):
+    return torch.randint(-1, 2, shape, device=device).to(DTYPE)
+
+
+def poisoned(*shape, device):
+    return torch.full(shape, float("nan"), dtype=DTYPE, device=device)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "rank", "padded"), [(64, 128, 16, 32), (37, 72, 5, 32), (130, 64, 40, 64)]
+)
+def test_down_writes_the_hidden_and_the_joined_input(tokens, columns, rank, padded, transposed, device):
+    from slope_kernels.triton.low_rank import down
+
+    x = whole_numbers(tokens, columns, device=device)
+    factor = (
+        whole_numbers(columns, rank, device=device).t() if transposed else whole_numbers(rank, columns, device=device)
+    )
+    # Sums of at most 130 whole numbers of one digit, times a power of two: 16 bits hold them.
+    expected = (x.double() @ factor.double().t() / 4).to(DTYPE)
+    hidden = poisoned(tokens, rank, device=device)
+    down(x, factor, hidden, scale=0.25)
+    assert torch.equal(hidden, expected)
+
+    hidden, joined = poisoned(tokens, rank, device=device), poisoned(tokens, columns + 2 * padded, device=device)
+    down(x, factor, hidden, joined, padded=padded, scale=0.25)
+    assert torch.equal(hidden, expected)
+    filled = torch.nn.functional.pad(expected, (0, padded - rank))
+    assert torch.equal(joined, torch.cat((x, filled, filled), 1))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "rank", "apart"), [(64, 128, 16, 128), (37, 200, 5, 264), (130, 64, 80, 96)]
+)
+def test_up_adds_to_rows_that_lie_apart(tokens, rows, rank, apart, transposed, device):
+    from slope_kernels.triton.low_rank import up
+
+    whole = poisoned(tokens, apart, device=device)
+    y = whole[:, :rows]
+    y.copy_(whole_numbers(tokens, rows, device=device))
+    hidden = whole_numbers(tokens, rank, device=device)
+    factor = whole_numbers(rank, rows, device=device).t() if transposed else whole_numbers(rows, rank, device=device)
+    out = poisoned(tokens, rows, device=device)
+    up(y, hidden, factor, out)
+    assert torch.equal(out, (y.double() + hidden.double() @ factor.double().t()).to(DTYPE))
