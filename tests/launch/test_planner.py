@@ -241,6 +241,22 @@ def test_mode_full_counts_the_pruned_wgrad_at_its_measured_rate():
     pruning = tokens * out * 3.125 / (cluster.memory_gbs * 1e9)
     assert wgrad(900.0) == pytest.approx(operations / 900e12 + pruning)
     assert wgrad(400.0) == pytest.approx(operations / 500e12)
+    # A wgrad that was measured itself holds its pruning.
+    own = [speed.Rate("sparse", "wgrad", tokens, out, width, 600.0), speed.Rate("dense", "wgrad", 1, 1, 1, 450.0)]
+    rates = speed.Rates(tuple(own), 0.4, 1.3)
+    for full, tflops in ((True, 600e12), (False, 450e12)):
+        seconds = speed.linear_seconds(rates, cluster, True, full, ("wgrad",), tokens, (out, width), 2)
+        assert seconds == pytest.approx(operations / tflops)
+
+
+def test_this_repositorys_own_products_are_taken_on_their_architecture(capsys):
+    for cluster, flags, said in (
+        ("generic-h100", [], "products of "),
+        ("generic-h100", ["--mfu", 0.5], "assumed: MFU 0.5"),
+        ("narval", [], "assumed: MFU 0.4"),
+    ):
+        assert slope_plan("--cluster", cluster, *MODEL, *flags) == 0
+        assert f"times are estimates; {said}" in capsys.readouterr().out
 
 
 def slope_plan(*flags):
