@@ -1,10 +1,11 @@
 """cuSPARSELt through ctypes, with plans kept: setting one up costs more than most products.
 
-One product only: Y [T, N] = X [T, K] W^T (+ bias), W 2:4 along K, all 16-bit with fp32 sums. The library wants the
-sparse matrix on the left and computes D = W X^T; with D column-major, memory holds Y row-major.
+One product only: Y [T, N] = X [T, K] W^T (+ bias), W 2:4 along K, all 16-bit with fp32 sums; or W and X in e4m3, where
+row n of W carries a factor read from device memory, the product of the scales: Y[:, n] = f[n] X W[n]^T. The library
+wants the sparse matrix on the left and computes D = W X^T; with D column-major, memory holds Y row-major.
 
-    operand   uint8 [9/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8]. Both facts are the
-              library's own affair; `slope_megatron.ops.layout` verifies them before they are relied on.
+    operand   uint8 [9/8 N K], in e4m3 [5/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8].
+              Both facts are the library's own affair; `slope_megatron.ops.layout` verifies them before relying on them.
     plan      one for each (N, K, T, dtype, epilogue, algorithm, device), kept for the life of the process
     handle    one for each (process, device)
 
@@ -22,6 +23,8 @@ from slope_kernels.cusparselt_library import Opaque, call, handle_of, library
 
 # cudaDataType
 DTYPES = {torch.float16: 2, torch.bfloat16: 14}
+E4M3 = torch.float8_e4m3fn
+CODES = {**DTYPES, E4M3: 28}
 # cusparseOrder_t, cusparseOperation_t, cusparseComputeType
 COLUMN_MAJOR, ROW_MAJOR = 1, 2
 NON_TRANSPOSE = 0
@@ -31,14 +34,17 @@ HALF_IS_ZERO = 0
 # cusparseLtMatmulAlgAttribute_t
 CONFIG_ID, CONFIG_MAX_ID, SPLIT_K, SPLIT_K_MODE = 0, 1, 3, 4
 # cusparseLtMatmulDescAttribute_t
-ACTIVATION_RELU, BIAS_POINTER = 0, 8
+ACTIVATION_RELU, ALPHA_VECTOR, BIAS_POINTER = 0, 5, 8
 ALIGNMENT = 16
 ONE, ZERO = c_float(1.0), c_float(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Y [tokens, rows] = X [tokens, columns] W^T, W [rows, columns] sparse; Y's rows are `stride` elements apart."""
+    """Y [tokens, rows] = X [tokens, columns] W^T, W [rows, columns] sparse; Y's rows are `stride` elements apart.
+
+    `dtype` is that of W and X; Y's is `output` where it differs, as it does for e4m3.
+    """
 
     rows: int
     columns: int
@@ -47,6 +53,12 @@ class Product:
     device: int
     stride: int
     relu: bool = False
+    output: torch.dtype | None = None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rows of W carry factors."""
+        return self.dtype == E4M3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +75,9 @@ def padded_tokens(tokens: int) -> int:
     return tokens + -tokens % 16
 
 
-def operand_bytes(rows: int, columns: int) -> int:
-    """Size of a 16-bit operand: half the values, and a nibble for every four weights."""
-    return rows * columns * 9 // 8
+def operand_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
+    """Size of an operand: half the values, and a nibble for every four weights."""
+    return rows * columns * itemsize // 2 + rows * columns // 8
 
 
 def unsupported_shape(rows: int, columns: int, dtype: torch.dtype) -> str | None:
@@ -84,7 +96,7 @@ class Plan:
         """
         Args:
             algorithm: None: the library's default.
-            bias: address of a bias `[rows]` of the operands' dtype, added before ReLU; 0: none.
+            bias: address of a bias `[rows]` of Y's dtype, added before ReLU; 0: none.
         """
         self.product = product
         self.handle = handle_of(product.device)
@@ -103,18 +115,24 @@ class Plan:
         """W row-major; X^T and D column-major, so that X and Y are row-major."""
         product = self.product
         rows, columns, tokens = c_int64(product.rows), c_int64(product.columns), c_int64(product.tokens)
-        layout = (c_uint32(ALIGNMENT), c_int32(DTYPES[product.dtype]))
+        layout = (c_uint32(ALIGNMENT), c_int32(CODES[product.dtype]))
         sparse = (*layout, c_int32(ROW_MAJOR), c_int32(HALF_IS_ZERO))
         dense = (*layout, c_int32(COLUMN_MAJOR))
+        output = (c_uint32(ALIGNMENT), c_int32(CODES[product.output or product.dtype]), c_int32(COLUMN_MAJOR))
         call("StructuredDescriptorInit", self.handle, self.weight.pointer, rows, columns, columns, *sparse)
         call("DenseDescriptorInit", self.handle, self.x.pointer, columns, tokens, columns, *dense)
-        call("DenseDescriptorInit", self.handle, self.y.pointer, rows, tokens, c_int64(product.stride), *dense)
+        call("DenseDescriptorInit", self.handle, self.y.pointer, rows, tokens, c_int64(product.stride), *output)
 
     def _describe_product(self, bias: int) -> None:
         matrices = (self.weight.pointer, self.x.pointer, self.y.pointer, self.y.pointer)
         operations = (c_int32(NON_TRANSPOSE), c_int32(NON_TRANSPOSE))
         call("MatmulDescriptorInit", self.handle, self.matmul.pointer, *operations, *matrices, c_int32(COMPUTE_FP32))
-        for attribute, value in ((BIAS_POINTER, c_void_p(bias)), (ACTIVATION_RELU, c_int32(self.product.relu))):
+        attributes = {
+            BIAS_POINTER: c_void_p(bias),
+            ACTIVATION_RELU: c_int32(self.product.relu),
+            ALPHA_VECTOR: c_int32(self.product.scaled),
+        }
+        for attribute, value in attributes.items():
             if value.value:
                 size = c_size_t(ctypes.sizeof(value))
                 call("MatmulDescSetAttribute", self.handle, self.matmul.pointer, c_int32(attribute), byref(value), size)
@@ -152,10 +170,15 @@ class Plan:
         if hasattr(library(), "cusparseLtMatmulAlgSelectionDestroy"):
             call("MatmulAlgSelectionDestroy", self.selection.pointer)
 
-    def run(self, operand: int, x: int, y: int, stream: int) -> None:
-        """Enqueue the product; arguments are device addresses and a stream."""
+    def run(self, operand: int, x: int, y: int, stream: int, factors: int = 0) -> None:
+        """Enqueue the product; arguments are device addresses and a stream.
+
+        Args:
+            factors: float32 `[rows]`, where the product is scaled.
+        """
         scratch = _workspace(self.workspace_bytes, self.product.device, stream)
-        inputs = (byref(ONE), c_void_p(operand), c_void_p(x), byref(ZERO))
+        alpha = c_void_p(factors) if self.product.scaled else byref(ONE)
+        inputs = (alpha, c_void_p(operand), c_void_p(x), byref(ZERO))
         place = c_void_p(scratch.data_ptr() if scratch is not None else None)
         streams = c_void_p(stream)
         output = (c_void_p(y), c_void_p(y))
@@ -189,7 +212,8 @@ def plan(product: Product, algorithm: Algorithm | None = None, bias: int = 0) ->
 def compress(rows: int, columns: int, dense: torch.Tensor, operand: torch.Tensor) -> None:
     """The library's own compressor: `dense` [rows, columns], already 2:4, into `operand`. As slow as a product."""
     device = dense.device.index
-    sized = plan(Product(rows, columns, 128, dense.dtype, device, rows))
+    output = torch.bfloat16 if dense.dtype == E4M3 else None
+    sized = plan(Product(rows, columns, 128, dense.dtype, device, rows, output=output))
     size, scratch = c_size_t(), c_size_t()
     call("SpMMACompressedSize", sized.handle, sized.plan.pointer, byref(size), byref(scratch))
     if size.value != operand.numel():

@@ -7,7 +7,9 @@ its time counts.
 """
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -43,6 +45,8 @@ class Trial:
     y_TR: torch.Tensor
     dense: torch.Tensor
     expected_TR: torch.Tensor
+    most_relative_error: float = MOST_RELATIVE_ERROR
+    most_element_error: float = MOST_ELEMENT_ERROR
 
     def dense_product(self) -> torch.Tensor:
         """Forward keeps the dense weight as [R, S], dgrad as [S, R]: how each reads its own."""
@@ -116,37 +120,37 @@ def wrong(candidate: Candidate) -> str | None:
             squares += float(difference.square().sum())
             worst = max(worst, float((difference / (part_expected.float().abs() + typical)).nan_to_num(1e9).max()))
         relative = squares**0.5 / (typical * expected.numel() ** 0.5)
-        if not (relative <= MOST_RELATIVE_ERROR and worst <= MOST_ELEMENT_ERROR):
+        if not (relative <= trial.most_relative_error and worst <= trial.most_element_error):
             return f"relative error {relative:.1e}, worst element {worst:.1e}"
     return None
 
 
-def finalists(trial: Trial, tiles: int) -> list[Candidate]:
+def finalists(key: Key, candidate_of: Callable[[cusparselt.Algorithm | None], Candidate]) -> list[Candidate]:
     """The fastest of the library's algorithms by a rough timing, as far as they pass the gate.
 
     They are tried by number, not by the library's own search, which tries all: see MOST_CONFIGS.
     """
-    count = min(MOST_CONFIGS, Candidate(trial, None, tiles).plan.algorithm_count())
+    count = min(MOST_CONFIGS, candidate_of(None).plan.algorithm_count())
     timed = []
     for config in range(count):
         algorithm = cusparselt.Algorithm(config)
         try:
-            candidate = Candidate(trial, algorithm, tiles)
+            candidate = candidate_of(algorithm)
             times = timing.interleaved({"": candidate}, rounds=2, calls=2)[""]
         except torch.AcceleratorError:
             # The context is lost: nothing can run after this.
             raise
         except RuntimeError as error:
-            logger.debug("%s: algorithm %d cannot run: %s", trial.key, config, error)
+            logger.debug("%s: algorithm %d cannot run: %s", key, config, error)
             continue
         timed.append((min(times), config))
         candidate.plan.close()
     passed = []
     for _, config in sorted(timed)[:FINALISTS]:
-        candidate = Candidate(trial, cusparselt.Algorithm(config), tiles)
+        candidate = candidate_of(cusparselt.Algorithm(config))
         problem = wrong(candidate)
         if problem:
-            logger.warning("%s: algorithm %d gives wrong results and is not used: %s", trial.key, config, problem)
+            logger.warning("%s: algorithm %d gives wrong results and is not used: %s", key, config, problem)
         else:
             passed.append(candidate)
     return passed
@@ -175,7 +179,8 @@ def contest(key: Key, device: torch.device, *, rounds: int = 9) -> dict:
     trial = prepare(key, device)
     functions: dict = {"dense": trial.dense_product}
     for tiles in tilings(key, device):
-        functions |= {(tiles, candidate.algorithm): candidate for candidate in finalists(trial, tiles)}
+        tiled = functools.partial(Candidate, trial, tiles=tiles)
+        functions |= {(tiles, candidate.algorithm): candidate for candidate in finalists(key, tiled)}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
     return timing.interleaved(functions, rounds=rounds, calls=timing.calls_for(rough))
 

@@ -1,0 +1,200 @@
+"""Products in e4m3: forward and dgrad on 2:4 tensor cores at twice the 16-bit rate, wgrad on dense ones.
+
+N out, K in, C = K/2 kept per row, T tokens; q(.) rounds to e4m3 with one power-of-two scale a tensor, taken from its
+present largest magnitude (`sparsity.float8`).
+    forward   Y  = q(X) q(W^R)^T
+    dgrad     dX = q(dY) q(W^{R,C})
+    wgrad     dW = q(dY)^T q(X) gathered; or in 16 bits, dW = (dY^T X) gathered
+The parameter stays packed in 16 bits: `refresh` rounds it into both operands, once a step. What is rounded is the same
+wherever it runs; which kernel multiplies, 2:4 or dense, is measured.
+"""
+
+import functools
+import sys
+
+import torch
+
+from slope_megatron.ops import choices, cusparselt, float8_products, layout, measure_float8, products
+from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.cusparselt import BiasedOperands
+from slope_megatron.ops.reference import ReferenceOperands
+from slope_megatron.sparsity import float8
+from slope_megatron.sparsity.float8 import E4M3
+from slope_megatron.sparsity.operand import backward_slots, metadata_e4m3, scatter_slots, slot_places
+from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+
+OLDEST_ARCHITECTURE = (8, 9)
+
+
+def unsupported() -> str | None:
+    """Why this machine cannot run it; None: it can."""
+    reason = cusparselt.unsupported()
+    if reason:
+        return reason
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_ARCHITECTURE:
+        return f"sm_{capability[0]}{capability[1]} has no e4m3 units; they came with sm_89 (L40S) and sm_90 (H100)"
+    return None
+
+
+def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str | None:
+    """Why this weight cannot have operands here; None: it can."""
+    reason = cusparselt.unsupported_weight(values_NC, row_bits)
+    if reason:
+        return reason
+    refused = layout.probe(values_NC.device, E4M3).refused
+    return f"cuSPARSELt {refused}" if refused else None
+
+
+class Float8Operands:
+    """Operand buffers of one weight; see the module's docstring."""
+
+    def __init__(self, values_NC, row_bits, column_bits, *, wgrad: bool, dense_allowed: bool = True):
+        """
+        Args:
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+            wgrad: whether wgrad is in e4m3 too.
+            dense_allowed: whether a product may fall to the dense candidate.
+        """
+        self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
+        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+        self.dtype, self.device = values_NC.dtype, values_NC.device
+        self.float8_wgrad, self.dense_allowed = wgrad, dense_allowed
+        size = layout.operand_bytes(self.rows, self.columns, E4M3)
+        self.operands = {
+            kind: torch.empty(size, dtype=torch.uint8, device=self.device) for kind in ("forward", "dgrad")
+        }
+        self.scale = torch.empty(1, dtype=torch.float32, device=self.device)
+        # Of a product that measured faster on dense tensor cores: its weight, as [rows, columns] of the operand.
+        self.dense: dict[str, torch.Tensor] = {}
+        self._write_metadata("forward")
+        self.set_column_pattern(self.column_bits, values_NC)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _shape(self, kind: str) -> tuple[int, int]:
+        return (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
+
+    def _write_metadata(self, kind: str) -> None:
+        """Once a pattern: our kernels' metadata of 16-bit operands, put in order; or, where that is another, unknown
+        one, the library's."""
+        rows, columns = self._shape(kind)
+        if not layout.probe(self.device, E4M3).known_metadata:
+            metadata = layout.library_metadata(self._places(kind), E4M3)
+        elif kind == "forward":
+            metadata = metadata_e4m3(products.row_metadata(self.row_bits), rows, columns // 4)
+        else:
+            metadata = metadata_e4m3(products.column_metadata(self.row_bits, self.column_bits), rows, columns // 4)
+        layout.metadata_of(self.operands[kind], rows, columns, 1).copy_(metadata[None])
+
+    def _places(self, kind: str) -> torch.Tensor:
+        """Places of the operand's slots, `[R, S/4, 2]`."""
+        row_NK = unpack_bits(self.row_bits)
+        if kind == "forward":
+            return slot_places(row_NK)
+        survives = unpack_bits(self.column_bits)
+        return backward_slots(survives.to(torch.uint8), row_NK, survives)[1]
+
+    @torch.no_grad()
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        """New values, same patterns."""
+        buffers = (self.operands["forward"], self.operands["dgrad"])
+        float8_products.refresh_(values_NC, self.row_bits, self.column_bits, *buffers, self.scale)
+        for kind in self.dense:
+            self.dense[kind].copy_(self._unpacked(kind))
+
+    @torch.no_grad()
+    def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning: bool `[N, C]` or its bitmask."""
+        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
+        self._write_metadata("dgrad")
+        self.refresh(values_NC)
+
+    # -- choices ------------------------------------------------------------------------------------------------------
+
+    def _choice(self, kind: str, tokens: int) -> Choice:
+        key = Key(kind, *self._shape(kind), tokens, E4M3)
+        choice = choices.find(key)
+        if choice is not None and (choice.sparse or kind in self.dense):
+            return choice
+        # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
+        adopt = torch.compiler.disable(self._adopt) if "torch._dynamo" in sys.modules else self._adopt
+        return adopt(kind, key)
+
+    @torch.no_grad()
+    def _adopt(self, kind: str, key: Key) -> Choice:
+        """Make the choice if need be, and the dense copy if it wants one."""
+        if self.device.type == "cpu" and choices.find(key) is None:
+            choices.record(key, Choice(True))
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
+            )
+        measure = functools.partial(
+            measure_float8.measure_product, key, self.dtype, self.device, dense_allowed=self.dense_allowed
+        )
+        choice = choices.decide(key, measure)
+        if not choice.sparse and kind not in self.dense:
+            self.dense[kind] = self._unpacked(kind)
+        return choice
+
+    def _unpacked(self, kind: str) -> torch.Tensor:
+        """The operand as a dense e4m3 matrix."""
+        rows, columns = self._shape(kind)
+        values = layout.values_of(self.operands[kind], rows, columns, 1, E4M3)[0]
+        return scatter_slots(values, self._places(kind))
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def _product(self, kind: str, q: torch.Tensor, scale: torch.Tensor, tokens: int, bias=None) -> torch.Tensor:
+        if self._choice(kind, tokens).sparse:
+            rows = self._shape(kind)[0]
+            y = float8_products.sparse_mm(self.operands[kind], self.scale, q, scale, rows, bias, self.dtype)
+        else:
+            y = float8_products.dense_mm(q, self.dense[kind], scale, self.scale, bias, self.dtype)
+        return y[:tokens]
+
+    def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Y = q(X) q(W^R)^T (+ bias), `[T, N]`."""
+        q_TK, _, scale = float8_products.quantize(x_TK, True, False)
+        return self._product("forward", q_TK, scale, x_TK.shape[0], bias_N)
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dX = q(dY) q(W^{R,C}), `[T, K]`."""
+        q_TN, _, scale = float8_products.quantize(dy_TN, True, False)
+        return self._product("dgrad", q_TN, scale, dy_TN.shape[0])
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        """dW at the kept places, `[N, C]`."""
+        if not self.float8_wgrad:
+            return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+        _, q_NT, dy_scale = float8_products.quantize(dy_TN, False, True)
+        _, q_KT, x_scale = float8_products.quantize(x_TK, False, True)
+        dw_NK = float8_products.dense_mm(q_NT, q_KT, dy_scale, x_scale, None, self.dtype)
+        return products.gather_kept(dw_NK, self.row_bits)
+
+    def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
+        """These operands with a bias added by the forward product's epilogue."""
+        return BiasedOperands(self, bias_N)
+
+
+class EmulatedFloat8Operands(ReferenceOperands):
+    """The same products on any device: matrices rounded to e4m3 and multiplied as what they are, 16 bits or more."""
+
+    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[str, ...], *, wgrad: bool):
+        super().__init__(row_NK, dtype, products)
+        self.float8_wgrad = wgrad
+
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        super().refresh(float8.rounded(values_NC))
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return super().forward(float8.rounded(x_TK))
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        return super().dgrad(float8.rounded(dy_TN))
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+        if self.float8_wgrad:
+            dy_TN, x_TK = float8.rounded(dy_TN), float8.rounded(x_TK)
+        return super().wgrad(dy_TN, x_TK)
