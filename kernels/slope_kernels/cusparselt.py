@@ -1,8 +1,10 @@
 """cuSPARSELt through ctypes, with plans kept: setting one up costs more than most products.
 
-One product only: Y [T, N] = X [T, K] W^T (+ bias), W 2:4 along K, all 16-bit with fp32 sums; or W and X in e4m3, where
-row n of W carries a factor read from device memory, the product of the scales: Y[:, n] = f[n] X W[n]^T. The library
-wants the sparse matrix on the left and computes D = W X^T; with D column-major, memory holds Y row-major.
+One product only: Y [T, N] = X [T, K] W^T (+ bias), W 2:4 along K, all 16-bit with fp32 sums; or W and X in e4m3 and
+Y = 2^-18 X W^T: the library takes no scale from device memory for them (a vector of factors is refused, scale pointers
+are taken and ignored), so the caller's scales come after it, and 2^-18 = 1/512^2 keeps Y in the range of fp16 until
+then. The library wants the sparse matrix on the left and computes D = W X^T; with D column-major, memory holds Y
+row-major.
 
     operand   uint8 [9/8 N K], in e4m3 [5/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8].
               Both facts are the library's own affair; `slope_megatron.ops.layout` verifies them before relying on them.
@@ -34,8 +36,9 @@ HALF_IS_ZERO = 0
 # cusparseLtMatmulAlgAttribute_t
 CONFIG_ID, CONFIG_MAX_ID, SPLIT_K, SPLIT_K_MODE = 0, 1, 3, 4
 # cusparseLtMatmulDescAttribute_t
-ACTIVATION_RELU, ALPHA_VECTOR, BIAS_POINTER = 0, 5, 8
+ACTIVATION_RELU, BIAS_POINTER = 0, 8
 ALIGNMENT = 16
+E4M3_FACTOR = 2.0**-18
 ONE, ZERO = c_float(1.0), c_float(0.0)
 
 
@@ -54,11 +57,6 @@ class Product:
     stride: int
     relu: bool = False
     output: torch.dtype | None = None
-
-    @property
-    def scaled(self) -> bool:
-        """Whether rows of W carry factors."""
-        return self.dtype == E4M3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +125,7 @@ class Plan:
         matrices = (self.weight.pointer, self.x.pointer, self.y.pointer, self.y.pointer)
         operations = (c_int32(NON_TRANSPOSE), c_int32(NON_TRANSPOSE))
         call("MatmulDescriptorInit", self.handle, self.matmul.pointer, *operations, *matrices, c_int32(COMPUTE_FP32))
-        attributes = {
-            BIAS_POINTER: c_void_p(bias),
-            ACTIVATION_RELU: c_int32(self.product.relu),
-            ALPHA_VECTOR: c_int32(self.product.scaled),
-        }
-        for attribute, value in attributes.items():
+        for attribute, value in ((BIAS_POINTER, c_void_p(bias)), (ACTIVATION_RELU, c_int32(self.product.relu))):
             if value.value:
                 size = c_size_t(ctypes.sizeof(value))
                 call("MatmulDescSetAttribute", self.handle, self.matmul.pointer, c_int32(attribute), byref(value), size)
@@ -170,15 +163,11 @@ class Plan:
         if hasattr(library(), "cusparseLtMatmulAlgSelectionDestroy"):
             call("MatmulAlgSelectionDestroy", self.selection.pointer)
 
-    def run(self, operand: int, x: int, y: int, stream: int, factors: int = 0) -> None:
-        """Enqueue the product; arguments are device addresses and a stream.
-
-        Args:
-            factors: float32 `[rows]`, where the product is scaled.
-        """
+    def run(self, operand: int, x: int, y: int, stream: int) -> None:
+        """Enqueue the product; arguments are device addresses and a stream."""
         scratch = _workspace(self.workspace_bytes, self.product.device, stream)
-        alpha = c_void_p(factors) if self.product.scaled else byref(ONE)
-        inputs = (alpha, c_void_p(operand), c_void_p(x), byref(ZERO))
+        alpha = c_float(E4M3_FACTOR) if self.product.dtype == E4M3 else ONE
+        inputs = (byref(alpha), c_void_p(operand), c_void_p(x), byref(ZERO))
         place = c_void_p(scratch.data_ptr() if scratch is not None else None)
         streams = c_void_p(stream)
         output = (c_void_p(y), c_void_p(y))

@@ -35,7 +35,7 @@ class Precision:
 
 
 def precision(dtype: str, gradients: str, fp8: bool = False) -> Precision:
-    """`dtype` bf16, fp16 or fp32; `gradients` fp32 or bf16 (which means: of the weights' type); `fp8`: e4m3 products."""
+    """`dtype` bf16, fp16 or fp32; `gradients` fp32 or bf16 (that is, of the weights' type); `fp8`: e4m3 operands."""
     weight = 4 if dtype == "fp32" else 2
     return Precision(weight, 4 if gradients == "fp32" else weight, 1 if fp8 else weight)
 

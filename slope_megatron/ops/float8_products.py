@@ -68,15 +68,21 @@ def sparse_mm(
     bias: torch.Tensor | None,
     output: torch.dtype,
 ) -> torch.Tensor:
-    """Y `[T', R]` in `output`; runs the algorithm that was measured for this product, else the library's default."""
+    """Y `[T', R]` in `output`; runs the algorithm that was measured for this product, else the library's default.
+
+    Scales and bias come in a second pass over Y: the library takes no scale from the device. Nothing is lost on the
+    way, because the scales are powers of two.
+    """
+    from slope_kernels.triton.quantize import rescale
+
     tokens, columns = q_TS.shape
     y_TR = q_TS.new_empty((tokens, rows), dtype=output)
     device = q_TS.device.index
-    factors_R = operand_scale.expand(rows) * q_scale
     product = cusparselt.Product(rows, columns, tokens, E4M3, device, rows, output=output)
-    plan = cusparselt.plan(product, choices.algorithm(product), bias.data_ptr() if bias is not None else 0)
+    plan = cusparselt.plan(product, choices.algorithm(product))
     stream = torch.cuda.current_stream(device).cuda_stream
-    plan.run(operand.data_ptr(), q_TS.data_ptr(), y_TR.data_ptr(), stream, factors_R.data_ptr())
+    plan.run(operand.data_ptr(), q_TS.data_ptr(), y_TR.data_ptr(), stream)
+    rescale(y_TR, operand_scale, q_scale, 1.0 / cusparselt.E4M3_FACTOR, bias)
     return y_TR
 
 

@@ -18,6 +18,9 @@ from slope_megatron.sparsity.operand import metadata_e4m3, slot_places
 from slope_megatron.sparsity.packing import unpack_bits
 
 logger = logging.getLogger(__name__)
+# Sums of e4m3 products err by 1.5e-3 at 9216 terms, 2:4 and dense alike, rounding to bf16 by 1.7e-3.
+MOST_RELATIVE_ERROR = 8e-3
+MOST_ELEMENT_ERROR = 5e-2
 
 
 @dataclasses.dataclass
@@ -31,6 +34,8 @@ class Trial:
     scale: torch.Tensor
     y_TR: torch.Tensor
     expected_TR: torch.Tensor
+    most_relative_error: float = MOST_RELATIVE_ERROR
+    most_element_error: float = MOST_ELEMENT_ERROR
 
     def dense_product(self) -> torch.Tensor:
         return float8_products.dense_mm(self.q_TS, self.w_RS, self.scale, self.scale, None, self.y_TR.dtype)
@@ -56,24 +61,29 @@ def prepare(key: Key, output: torch.dtype, device: torch.device) -> Trial:
     # Of the size that a layer's scales have: their product keeps Y in the range of fp16.
     scale = torch.full((1,), 2.0**-9, device=device)
     expected = (q.to(torch.bfloat16) @ dense.t()).mul_(2.0**-18).to(output)
-    return Trial(key, q, operand, dense.to(E4M3), scale, torch.empty_like(expected), expected)
+    room = torch.empty_like(expected)
+    return Trial(key, q.view(torch.uint8), operand, dense.to(E4M3), scale, room, expected)
 
 
 class Candidate:
     """A 2:4 product of a trial by one algorithm."""
 
     def __init__(self, trial: Trial, algorithm: cusparselt.Algorithm | None):
+        from slope_kernels.triton.quantize import rescale
+
         key, y = trial.key, trial.y_TR
         self.trial, self.algorithm = trial, algorithm
-        self.factors_R = trial.scale.square().expand(key.rows).contiguous()
         product = cusparselt.Product(key.rows, key.columns, y.shape[0], E4M3, y.device.index, key.rows, output=y.dtype)
         self.plan = cusparselt.Plan(product, algorithm)
+        self.rescale = rescale
 
     def __call__(self) -> None:
+        """The product and the pass that scales it: the dense candidate scales its own."""
         trial = self.trial
         stream = torch.cuda.current_stream(trial.y_TR.device).cuda_stream
         addresses = (tensor.data_ptr() for tensor in (trial.operand, trial.q_TS, trial.y_TR))
-        self.plan.run(*addresses, stream, self.factors_R.data_ptr())
+        self.plan.run(*addresses, stream)
+        self.rescale(trial.y_TR, trial.scale, trial.scale, 1.0 / cusparselt.E4M3_FACTOR, None)
 
 
 def contest(key: Key, output: torch.dtype, device: torch.device, *, rounds: int = 9) -> dict:

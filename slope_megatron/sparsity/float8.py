@@ -43,6 +43,6 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def scaled_mm(q_TS, w_RS, q_scale, w_scale, bias, dtype: torch.dtype) -> torch.Tensor:
-    """Y `[T, R]` = s_q s_w Q W^T (+ bias) of e4m3 matrices, summed in float32 and rounded once."""
-    y_TR = (q_TS.float() @ w_RS.float().t()) * (q_scale * w_scale)
-    return (y_TR if bias is None else y_TR + bias.float()).to(dtype)
+    """Y `[T, R]` = s_q s_w Q W^T of e4m3 matrices, summed in float32 and rounded; then (+ bias)."""
+    y_TR = ((q_TS.float() @ w_RS.float().t()) * (q_scale * w_scale)).to(dtype)
+    return y_TR if bias is None else y_TR + bias

@@ -78,20 +78,22 @@ def places_sm90(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
 def metadata_e4m3(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     """cuSPARSELt's metadata of an e4m3 operand on sm_90 from that of a 16-bit one; G a multiple of 16.
 
-    Blocks of 64 rows x 16 groups, row-major.
+    Blocks of 64 rows x 16 groups, group-major within a row block; within one the nibble's address is, from the highest
+    bit, r5 r4 r2 r1 r0 g2 g1 g3 r3 g0.
     """
     nibble = torch.stack((metadata & 15, metadata >> 4), -1)
-    bits = nibble.view(rows // 64, groups // 8, 4, 8, 2, 2, 2, 2)
-    plain = bits.permute(0, 2, 7, 3, 1, 6, 4, 5).reshape(rows // 64, 64, groups // 16, 16)
-    ordered = plain.permute(0, 2, 1, 3).reshape(-1, 2)
+    # Axes: row block, group block, g3, r54, r210, g1, g0, g2, r3.
+    bits = nibble.view(rows // 64, groups // 16, 2, 4, 8, 2, 2, 2, 2)
+    ordered = bits.permute(0, 1, 3, 4, 7, 5, 2, 8, 6).reshape(-1, 2)
     return ordered[:, 0] | ordered[:, 1] << 4
 
 
 def places_e4m3(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     """The places int64 `[rows, groups, 2]` that e4m3 metadata stands for."""
     nibble = torch.stack((metadata & 15, metadata >> 4), -1)
-    plain = nibble.view(rows // 64, groups // 16, 64, 16).permute(0, 2, 1, 3).reshape(rows, groups).long()
-    return torch.stack((plain & 3, plain >> 2), -1)
+    bits = nibble.view(rows // 64, groups // 16, 4, 8, 2, 2, 2, 2, 2)
+    ordered = bits.permute(0, 2, 7, 3, 1, 6, 4, 5, 8).reshape(rows, groups).long()
+    return torch.stack((ordered & 3, ordered >> 2), -1)
 
 
 def scatter_slots(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,23 @@ def test_what_is_not_finite_spoils_the_whole_matrix(dtype, value, device):
     assert scale.isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(16, 64), (7, 24)])
+def test_rescale(shape, biased, dtype, device):
+    """Whole numbers: the interpreter does not round as a GPU does."""
+    from slope_kernels.triton.quantize import rescale
+
+    y = torch.randint(-50, 51, shape, device=device).to(dtype)
+    bias = torch.randint(-50, 51, shape[1:], device=device).to(dtype) if biased else None
+    scales = torch.tensor([2.0**-9, 2.0**7, float("nan")], device=device)
+    found = y.clone()
+    rescale(found, scales[:1], scales[1:2], 8.0, bias, block=256)
+    assert torch.equal(found, y * 2 + bias if biased else y * 2)
+    rescale(found, scales[:1], scales[2:], 8.0, bias, block=256)
+    assert found.isnan().all()
+
+
 @pytest.mark.gpu
 def test_large_offsets(device):
     """More than 2^31 elements: offsets are 64-bit."""

@@ -4,6 +4,7 @@ T rows (tokens), S columns. x is near q * scale, the scale a power of two, the s
 multiplying by it is exact, and only q's own rounding (to nearest, ties to even) is left.
     amax       x [T, S] -> the bits of its largest |x|                    2 B read an element
     quantize   x [T, S] -> q [T', S] and / or q^T [S, T'], and the scale  2 B read, 1 B written for each copy
+    rescale    y [T, R] *= the scales of both factors of a product (+ bias)   2 B read, 2 B written
 T' is T padded to what a product wants, with zeros. A matrix with an infinity or a NaN becomes NaN throughout, so that a
 gradient that has overflowed stays visible. Oracle: `slope_megatron.sparsity.float8`.
 """
@@ -13,7 +14,9 @@ import triton
 import triton.language as tl
 
 # Programs of the amax kernel: several for each multiprocessor.
-PROGRAMS = 1024
+PROGRAMS = 4096
+# Rows and columns a program and its warps, by the copies that are wanted (row-major, transposed): the fastest tried.
+BLOCKS = {(True, False): (16, 256, 4), (False, True): (128, 64, 8), (True, True): (128, 128, 8)}
 
 
 @triton.jit
@@ -94,6 +97,19 @@ def _quantize_kernel(
         tl.store(columns + (s.to(tl.int64) * padded + t), code, mask=inside)
 
 
+@triton.jit
+def _rescale_kernel(
+    y, first, second, constant, bias, width, elements, BIASED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = None if EVEN else place < elements
+    # One after the other: the scales' product alone might leave the range of fp32.
+    value = tl.load(y + place, mask=inside).to(tl.float32) * constant * tl.load(first) * tl.load(second)
+    if BIASED:
+        value += tl.load(bias + place % width, mask=inside).to(tl.float32)
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+
+
 def amax_bits(
     x_TS: torch.Tensor, amax: torch.Tensor, *, programs: int = PROGRAMS, block: int = 2048, warps: int = 8
 ) -> None:
@@ -125,11 +141,11 @@ def quantize(
         amax: from `amax_bits`, of x or of a matrix that x's values are from.
         scale: float32, one element.
         rows: uint8 `[T', S]`; columns: uint8 `[S, T']`; None: leave it out.
-        blocks: rows and columns a program, and its warps.
+        blocks: rows and columns a program, and its warps; None: BLOCKS.
     """
     tokens, width = x_TS.shape
     padded = rows.shape[0] if rows is not None else columns.shape[1]
-    block_t, block_s, warps = blocks or ((128, 128, 8) if columns is not None else (16, 256, 4))
+    block_t, block_s, warps = blocks or BLOCKS[rows is not None, columns is not None]
     even = tokens % block_t == 0 and width % block_s == 0 and padded == tokens
     _quantize_kernel[(triton.cdiv(width, block_s), triton.cdiv(padded, block_t))](
         x_TS,
@@ -148,4 +164,36 @@ def quantize(
         BLOCK_T=block_t,
         BLOCK_S=block_s,
         num_warps=warps,
+    )
+
+
+def rescale(
+    y_TR: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    constant: float,
+    bias: torch.Tensor | None,
+    *,
+    block: int = 4096,
+) -> None:
+    """y = constant first second y (+ bias), in place.
+
+    Args:
+        y_TR: 16-bit, contiguous.
+        first, second: float32, one element each; with `constant` powers of two, so that y is not rounded again.
+        bias: `[R]` of y's dtype.
+    """
+    elements = y_TR.numel()
+    _rescale_kernel[(triton.cdiv(elements, block),)](
+        y_TR,
+        first,
+        second,
+        constant,
+        bias if bias is not None else y_TR,
+        y_TR.shape[1],
+        elements,
+        BIASED=bias is not None,
+        EVEN=elements % block == 0,
+        BLOCK=block,
+        num_warps=8,
     )
