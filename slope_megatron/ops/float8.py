@@ -13,6 +13,7 @@ import functools
 import sys
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_megatron.ops import choices, cusparselt, float8_products, layout, measure_float8, products
 from slope_megatron.ops.choices import Choice, Key
@@ -67,6 +68,8 @@ class Float8Operands:
         self.scale = torch.empty(1, dtype=torch.float32, device=self.device)
         # Of a product that measured faster on dense tensor cores: its weight, as [rows, columns] of the operand.
         self.dense: dict[str, torch.Tensor] = {}
+        # From a dgrad to the wgrad of the same dY; gone with dY itself where no wgrad comes.
+        self._transposed = WeakTensorKeyDictionary()
         self._write_metadata("forward")
         self.set_column_pattern(self.column_bits, values_NC)
 
@@ -160,15 +163,26 @@ class Float8Operands:
         return self._product("forward", q_TK, scale, x_TK.shape[0], bias_N)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """dX = q(dY) q(W^{R,C}), `[T, K]`."""
-        q_TN, _, scale = float8_products.quantize(dy_TN, True, False)
+        """dX = q(dY) q(W^{R,C}), `[T, K]`. One reading of dY also gives the transposed q(dY) that wgrad will want."""
+        with_transposed = self.float8_wgrad and not torch.compiler.is_compiling()
+        q_TN, q_NT, scale = float8_products.quantize(dy_TN, True, with_transposed)
+        if with_transposed:
+            self._transposed[dy_TN] = (q_NT, scale, dy_TN._version)
         return self._product("dgrad", q_TN, scale, dy_TN.shape[0])
+
+    def _transposed_gradient(self, dy_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transposed q(dY) and its scale: dgrad's, where it has read this very tensor."""
+        if not torch.compiler.is_compiling():
+            q_NT, scale, version = self._transposed.pop(dy_TN, (None, None, None))
+            if q_NT is not None and version == dy_TN._version:
+                return q_NT, scale
+        return float8_products.quantize(dy_TN, False, True)[1:]
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
         """dW at the kept places, `[N, C]`."""
         if not self.float8_wgrad:
             return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
-        _, q_NT, dy_scale = float8_products.quantize(dy_TN, False, True)
+        q_NT, dy_scale = self._transposed_gradient(dy_TN)
         _, q_KT, x_scale = float8_products.quantize(x_TK, False, True)
         dw_NK = float8_products.dense_mm(q_NT, q_KT, dy_scale, x_scale, None, self.dtype)
         return products.gather_kept(dw_NK, self.row_bits)

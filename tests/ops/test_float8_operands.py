@@ -106,6 +106,21 @@ def test_the_autograd_function_on_these_operands(device, fresh_choices):
     assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
 
 
+def test_the_transposed_gradient_is_shared_and_does_not_outlive_the_gradient(device, fresh_choices):
+    _, ours, theirs = both(device)
+    x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)
+    ours.dgrad(dy)
+    assert len(ours._transposed) == 1
+    assert torch.equal(ours.wgrad(dy, x), theirs.wgrad(dy, x))
+    assert len(ours._transposed) == 0
+    ours.dgrad(dy)
+    dy.neg_()
+    assert torch.equal(ours.wgrad(dy, x), theirs.wgrad(dy, x)), "written in between"
+    ours.dgrad(dy)
+    del dy
+    assert len(ours._transposed) == 0
+
+
 def test_torch_compile_sees_one_graph(device, fresh_choices):
     weight, operands, _ = both(device)
     values = weight.values.clone().requires_grad_()
