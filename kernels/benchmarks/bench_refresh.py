@@ -1,18 +1,32 @@
 """Bandwidth of every kernel that moves weights, as a share of the machine's measured copy bandwidth.
 
-Bytes are the fewest that the kernel must read and write, once each.
+Bytes are the fewest that the kernel must read and write, once each. A kernel is captured in a CUDA graph over as many
+copies of its tensors as overflow the cache, so that neither launches nor the cache are timed.
 """
+
+import dataclasses
+from collections.abc import Callable
 
 from common import copy_bandwidth, machine, print_table, require_gpu, rounded, say, write_csv
 
 SHAPES = ((7680, 2560), (5120, 20480), (20480, 5120), (36864, 9216))
 
 
-def kernels(rows: int, columns: int, dtype) -> dict:
-    """{name: (function, bytes)} on fresh random data."""
+@dataclasses.dataclass
+class Case:
+    """One kernel on one weight: `run(*tensors)` moves `moved` bytes."""
+
+    name: str
+    run: Callable
+    tensors: tuple
+    moved: int
+
+
+def cases(rows: int, columns: int, dtype) -> list[Case]:
+    """Every kernel on fresh random data."""
     import torch
 
-    from slope_kernels.triton import gather, metadata, refresh
+    from slope_kernels.triton import choose, gather, metadata, refresh
     from slope_megatron.ops import layout, measure
 
     device, weights = torch.device("cuda"), rows * columns
@@ -20,36 +34,74 @@ def kernels(rows: int, columns: int, dtype) -> dict:
     values = torch.randn(rows, columns // 2, device=device).to(dtype)
     dense = torch.randn(rows, columns, device=device).to(dtype)
     column_bits = torch.empty(rows, columns // 16, dtype=torch.uint8, device=device)
+    choose.choose_column(values, row_bits, column_bits)
     meta = torch.empty(weights // 8, dtype=torch.uint8, device=device)
-    metadata.choose_column(values, row_bits, column_bits, meta)
     forward = torch.empty(layout.operand_bytes(rows, columns), dtype=torch.uint8, device=device)
     backward = torch.empty_like(forward)
-    total = torch.zeros(rows, columns // 2, device=device)
-    total16 = torch.zeros_like(values)
+    total, total16 = torch.zeros(rows, columns // 2, device=device), torch.zeros_like(values)
     packed, row, column = weights, weights // 8, weights // 16
-    return {
-        "refresh": (
-            lambda: refresh.refresh(values, row_bits, column_bits, forward, backward),
-            3 * packed + row + column,
-        ),
-        "choose_column": (
-            lambda: metadata.choose_column(values, row_bits, column_bits, meta),
-            packed + row + column + weights // 8,
-        ),
-        "column_metadata": (
-            lambda: metadata.column_metadata(row_bits, column_bits, meta),
-            row + column + weights // 8,
-        ),
-        "row_metadata": (lambda: metadata.row_metadata(row_bits, meta), row + weights // 8),
-        "gather": (lambda: gather.gather(dense, row_bits, values), 2 * weights + row + packed),
-        "gather_add_fp32": (lambda: gather.gather_add(dense, row_bits, total), 2 * weights + row + 4 * packed),
-        "gather_add_16": (lambda: gather.gather_add(dense, row_bits, total16), 2 * weights + row + 2 * packed),
-        "unpack": (lambda: gather.unpack(values, row_bits, dense), 2 * weights + row + packed),
-    }
+    patterns = (row_bits, column_bits)
+    return [
+        Case("refresh", refresh.refresh, (values, *patterns, forward, backward), 3 * packed + row + column),
+        Case("choose_column", choose.choose_column, (values, *patterns), packed + row + column),
+        Case("column_metadata", metadata.column_metadata, (*patterns, meta), row + column + weights // 8),
+        Case("row_metadata", metadata.row_metadata, (row_bits, meta), row + weights // 8),
+        Case("gather", gather.gather, (dense, row_bits, values), 2 * weights + row + packed),
+        Case("gather_add_fp32", gather.gather_add, (dense, row_bits, total), 2 * weights + row + 4 * packed),
+        Case("gather_add_16", gather.gather_add, (dense, row_bits, total16), 2 * weights + row + 2 * packed),
+        Case("unpack", gather.unpack, (values, row_bits, dense), 2 * weights + row + packed),
+    ]
+
+
+def variants(case: Case) -> dict[str, dict]:
+    """Settings to try of a kernel: {what to call it: keyword arguments}."""
+    if case.name == "refresh":
+        tried = [((8, 16), 2), ((8, 8), 2), ((16, 4), 2), ((16, 8), 1), ((16, 16), 1), ((8, 16), 1), ((8, 8), 1)]
+        plain = {f"{lanes} {pairs}": {"lanes": lanes, "pairs": pairs} for lanes, pairs in tried}
+        return plain | {"(8, 16) 2, 168 registers": {"registers": 168}}
+    if case.name in ("choose_column", "column_metadata"):
+        return {str(threads): {"threads": threads} for threads in (32, 64, 128, 256)}
+    return {"": {}}
+
+
+def graph(case: Case, **settings):
+    """A CUDA graph of the kernel on several copies of its tensors; and how many."""
+    import torch
+
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    count = min(64, 1 + 3 * cache // case.moved)
+    copies = [case.tensors] + [tuple(tensor.clone() for tensor in case.tensors) for _ in range(count - 1)]
+    case.run(*case.tensors, **settings)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for tensors in copies:
+            case.run(*tensors, **settings)
+    # The graph reads the copies' memory, so they must live as long.
+    return lambda copies=copies: captured.replay(), count
+
+
+def timed(found: list[Case], bandwidth: float, rows: int, columns: int, *, sweep: bool) -> list[dict]:
+    """A row for each kernel, or for each setting of it."""
+    from slope_megatron.ops import timing
+
+    results = []
+    for case in found:
+        settings = variants(case) if sweep else {"": {}}
+        graphs = {name: graph(case, **more) for name, more in settings.items()}
+        samples = timing.interleaved({name: replay for name, (replay, _) in graphs.items()}, rounds=11, calls=2)
+        for name, (_, count) in graphs.items():
+            ms = timing.median(samples[name]) / count
+            row = {"kernel": case.name, "rows": rows, "columns": columns, "ms": ms}
+            row |= {"setting": name} if sweep else {}
+            row |= {"spread": timing.spread(samples[name]), "tbytes_per_s": case.moved / ms / 1e9}
+            row |= {"floor_ms": case.moved / bandwidth * 1e3, "share_of_copy": case.moved / ms * 1e3 / bandwidth}
+            results.append(rounded(row))
+    return results
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--sweep", action="store_true", help="time several settings of each kernel; writes no CSV")
     parser.add_argument("--out", help="folder for the CSV; default: kernels/benchmarks/results")
 
 
@@ -57,32 +109,16 @@ def main(arguments) -> int:
     require_gpu()
     import torch
 
-    from slope_megatron.ops import timing
-
     bandwidth = copy_bandwidth()
     say(f"{machine()}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s")
     results = []
-    for rows, columns in SHAPES:
-        cases = kernels(rows, columns, getattr(torch, arguments.dtype))
-        samples = timing.interleaved({name: function for name, (function, _) in cases.items()}, rounds=11, calls=5)
-        for name, (_, moved) in cases.items():
-            ms = timing.median(samples[name])
-            results.append(
-                rounded(
-                    {
-                        "kernel": name,
-                        "rows": rows,
-                        "columns": columns,
-                        "ms": ms,
-                        "spread": timing.spread(samples[name]),
-                        "tbytes_per_s": moved / ms / 1e9,
-                        "floor_ms": moved / bandwidth * 1e3,
-                        "share_of_copy": moved / ms * 1e3 / bandwidth,
-                    }
-                )
-            )
-        del cases
-    path = write_csv("refresh", results, arguments.out)
-    print_table(results, ["kernel", "rows", "columns", "ms", "spread", "tbytes_per_s", "share_of_copy"])
-    print(f"wrote {path}")
+    for rows, columns in SHAPES[1::2] if arguments.sweep else SHAPES:
+        found = cases(rows, columns, getattr(torch, arguments.dtype))
+        if arguments.sweep:
+            found = [case for case in found if len(variants(case)) > 1]
+        results += timed(found, bandwidth, rows, columns, sweep=arguments.sweep)
+    names = ["kernel", "rows", "columns", *(["setting"] if arguments.sweep else [])]
+    print_table(results, [*names, "ms", "spread", "tbytes_per_s", "share_of_copy"])
+    if not arguments.sweep:
+        print(f"wrote {write_csv('refresh', results, arguments.out)}")
     return 0

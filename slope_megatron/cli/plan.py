@@ -145,12 +145,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not found:
         raise ValueError(refusals(asked, arguments.nodes, only))
     if arguments.flags:
-        best, why = planner.recommend(found, kind)
+        best, why = planner.recommend(found, kind, asked.name(kind))
         print(" ".join(best.layout.flags()))
         print(f"{best.layout}, {best.gib:.1f} GiB a GPU, bubble {best.bubble:.1%}: {why}", file=sys.stderr)
         return 0
     if arguments.print_deepspeed_config:
-        best, _ = planner.recommend(found, kind)
+        best, _ = planner.recommend(found, kind, asked.name(kind))
         print(json.dumps(deepspeed_json(config, best.layout), indent=2))
         return 0
     show(arguments, asked, found, only)
@@ -207,10 +207,11 @@ def show(arguments, asked, found, only) -> None:
         f"products of {arguments.rates}" if rates.measured else f"assumed: MFU {rates.mfu}, 2:4 x{rates.sparse_speedup}"
     )
     print(f"times are estimates; {source}\n")
-    print(planner.table(found, tokens))
-    for kind, name in (("dense", "dense"), ("sparse", "2:4")):
+    print(planner.table(found, tokens, asked.name("sparse")))
+    for kind in planner.KINDS:
+        name = asked.name(kind)
         try:
-            best, why = planner.recommend(found, kind)
+            best, why = planner.recommend(found, kind, asked.name(kind))
             print(f"\n{name}: take {best.layout}: {why}\n  slope pretrain flags: {' '.join(best.layout.flags())}")
             parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in best.bytes.items())
             print(f"  {best.gib:.1f} GiB on the fullest GPU: {parts}")

@@ -76,10 +76,8 @@ class Config:
 
     @property
     def adapter_start(self) -> int | None:
-        """The step, counted from 0, at which the adapters join: floor((1 - f) T); None: never."""
-        if not self.slope.enabled or not self.slope.adapter_rank:
-            return None
-        return int((1.0 - self.slope.lazy_fraction) * self.train.steps + 1e-9)
+        """The step, counted from 0, at which the adapters join; None: never."""
+        return self.slope.adapter_start(self.train.steps)
 
     def to_dict(self) -> dict[str, dict]:
         return dataclasses.asdict(self)

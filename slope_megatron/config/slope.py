@@ -200,6 +200,12 @@ class SlopeConfig:
         """Whether the attention's linears are pruned: where asked for, and in FST only where said twice."""
         return self.sparse_attention and (self.method != "fst" or self.fst_attention)
 
+    def adapter_start(self, steps: int) -> int | None:
+        """The step of `steps`, counted from 0, at which the adapters join: floor((1 - f) T); None: never."""
+        if not self.enabled or not self.adapter_rank:
+            return None
+        return int((1.0 - self.lazy_fraction) * steps + 1e-9)
+
     @property
     def gradient_nm(self) -> tuple[int, int]:
         """N and M of an output gradient along tokens: what sparse tensor cores take, whatever N:M the weight has."""

@@ -47,7 +47,7 @@ RULES = (
 
 def complete_deepspeed() -> None:
     """Newer DeepSpeeds have no `deepspeed.compression.compress`, which the upstream imports without needing it."""
-    if importlib.util.find_spec(COMPRESSION) is not None:
+    if COMPRESSION in sys.modules or importlib.util.find_spec(COMPRESSION) is not None:
         return
 
     def absent(*_, **__):
@@ -106,6 +106,8 @@ def settings():
     wrong = refusals(args, RULES) + unsupported_here(slope)
     if max(getattr(args, "num_experts", None) or [1]) > 1:
         wrong.append(f"--num-experts is {args.num_experts} with --slope: use a model without experts")
+    if slope.adapter_rank:
+        wrong.append(f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are not served here; use 0")
     if not args.deepspeed:
         wrong.append("--deepspeed is off with --slope: give --deepspeed and a --deepspeed_config")
     if wrong:

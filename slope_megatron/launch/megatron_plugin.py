@@ -3,16 +3,21 @@
     from slope_megatron.launch.megatron_plugin import install as install_slope
     install_slope(globals())
 
+and `pretrain_bert.py`, before it imports a layer spec:
+
+    from slope_megatron.launch.megatron_specs import complete_bert_specs
+    complete_bert_specs()
+
 Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with a sentence. What is done:
 
     megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
     GPTModel, BertModel, in the module that builds it    block linears replaced, then filled: the same at every TP size
-    megatron.training.training.train_step                after the optimizer step, operands follow the weights
+    megatron.training.training.train_step                adapters join at their step; after it, operands follow weights
+    megatron.training.training.evaluate                  in the phase of the steps that are done
 
 Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
 """
 
-import copy
 import functools
 import logging
 import sys
@@ -30,7 +35,8 @@ def install(script: dict) -> None:
     import megatron.training.training as training
 
     wrap(vars(arguments), "add_megatron_arguments", with_flags, arguments.__name__)
-    wrap(vars(training), "train_step", with_refresh, training.__name__)
+    wrap(vars(training), "train_step", with_phase_and_refresh, training.__name__)
+    wrap(vars(training), "evaluate", with_phase, training.__name__)
     found = 0
     for module, name in BUILDERS:
         namespace = script if module is None else vars(sys.modules[module]) if module in sys.modules else {}
@@ -69,20 +75,34 @@ def settings():
     from megatron.training import get_args
 
     args = get_args()
-    slope = slope_config_from_args(args)
-    wrong = refusals(args) + unsupported_here(slope) if slope.enabled else []
+    slope = slope_config_from_args(args).with_rank_for(args.hidden_size)
+    wrong = refusals(args) + unsupported_here(slope) + adapter_refusals(args, slope) if slope.enabled else []
     if wrong:
         raise ValueError("; ".join(wrong))
     return args, slope
 
 
+def adapter_refusals(args, slope) -> list[str]:
+    """Settings of Megatron-LM under which adapters that are not used yet, or join, would fail."""
+    if not slope.adapter_rank:
+        return []
+    wrong = []
+    if args.overlap_grad_reduce:
+        wrong.append(
+            "--overlap-grad-reduce is on with --slope-adapter-rank: it waits for gradients of every parameter, and "
+            "adapters have none before their step; leave it out"
+        )
+    if args.use_distributed_optimizer and not (args.bf16 or args.fp16):
+        wrong.append(
+            "--use-distributed-optimizer is on with --slope-adapter-rank in fp32: adapters cannot start anew in its "
+            "shards; leave it out, or give --bf16"
+        )
+    return wrong
+
+
 def unsupported_here(slope) -> list[str]:
     """Settings of SLoPe that need an optimizer or schedule of ours: refused, never ignored."""
     wrong = []
-    if slope.adapter_rank:
-        wrong.append(
-            f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are `slope pretrain`'s so far; use 0"
-        )
     if slope.method != "slope" or slope.mode != "paper":
         wrong.append(
             f"--slope-method {slope.method} and --slope-mode {slope.mode}: baselines and pruned gradients are "
@@ -92,10 +112,10 @@ def unsupported_here(slope) -> list[str]:
         wrong.append(
             "--slope-pattern is wanda: it needs a trained model, as `slope pretrain --init-from` has; use random"
         )
-    if slope.lr_multiplier != 1.0:
-        wrong.append(
-            f"--slope-lr-multiplier is {slope.lr_multiplier}: the upstream's optimizer has one learning rate; use 1.0"
-        )
+    for name in ("lr_multiplier", "adapter_lr_multiplier"):
+        if getattr(slope, name) != 1.0:
+            flag = "--slope-" + name.replace("_", "-")
+            wrong.append(f"{flag} is {getattr(slope, name)}: the upstream's optimizer has one learning rate; use 1.0")
     return wrong
 
 
@@ -104,31 +124,25 @@ def with_sparse_layers(model_class):
 
     # No functools.wraps: the class's own dictionary does not belong on a function.
     def build(*positional, **keywords):
+        from slope_megatron.launch.megatron_specs import refuse_no_spec, sparse_block_spec
+        from slope_megatron.models.fill import fill_model
+
         args, slope = settings()
+        refuse_no_spec(keywords["transformer_layer_spec"])
         if not slope.enabled:
             return model_class(*positional, **keywords)
-        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-        from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-        from slope_megatron.models.fill import fill_model
-        from slope_megatron.models.layer_spec import sparsify
-
-        config, stock = keywords["config"], keywords["transformer_layer_spec"]
-        if isinstance(stock, TransformerBlockSubmodules) or keywords.get("vp_stage") is not None:
-            raise ValueError(
-                "--slope wants one layer spec and no virtual pipeline: leave --num-layers-per-virtual-* out"
-            )
-        first = get_transformer_layer_offset(config)
-        stock = with_plain_mlp(stock)
-        specs = [
-            without_new_arguments(sparsify(stock, slope, first + index))
-            for index in range(get_num_layers_to_build(config))
-        ]
-        norm = specs[0].submodules.input_layernorm
-        keywords["transformer_layer_spec"] = TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+        if keywords.get("vp_stage") is not None:
+            raise ValueError("--slope has no virtual pipeline: leave --num-layers-per-virtual-pipeline-stage out")
+        config = keywords["config"]
+        keywords["transformer_layer_spec"] = sparse_block_spec(keywords["transformer_layer_spec"], slope, config)
         # Megatron's own initialisation is left out: every parameter is filled below.
         config.perform_initialization = False
+        # Blocks differ (the first QKV is dense): checkpoints must not stack their tensors over layers.
+        config.hetereogenous_dist_checkpoint = True
         model = model_class(*positional, **keywords)
+        if hasattr(model, "attn_mask_dimensions"):
+            # BERT's mask as one row for all queries: where padding asks too, no row is all forbidden.
+            model.attn_mask_dimensions = "b11s"
         fill_model(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
         return model
 
@@ -136,51 +150,40 @@ def with_sparse_layers(model_class):
     return build
 
 
-def with_plain_mlp(stock):
-    """Core 0.20's specs hold the MLP as a bound builder: turned back into the ModuleSpec that it still takes."""
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    builder = stock.submodules.mlp
-    if isinstance(builder, functools.partial) and hasattr(builder.func, "__self__"):
-        stock = copy.deepcopy(stock)
-        stock.submodules.mlp = ModuleSpec(module=builder.func.__self__, submodules=builder.keywords["submodules"])
-    return stock
-
-
-def without_new_arguments(spec):
-    """Core 0.20 tells every linear its name and all process groups; packed ones know their tensor-parallel group."""
-    from slope_megatron.models.fill import PackedWeight
-
-    holders = (spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules)
-    for holder in holders:
-        for linear in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
-            packed = getattr(holder, linear, None)
-            if isinstance(packed, type) and issubclass(packed, PackedWeight):
-                setattr(holder, linear, with_old_arguments(packed))
-    return spec
-
-
-def with_old_arguments(packed: type) -> type:
-    """The same class with the constructor of core 0.16."""
-
-    def init(self, *positional, name=None, pg_collection=None, **keywords):
-        packed.__init__(self, *positional, **keywords)
-
-    return type(packed.__name__, (packed,), {"__init__": init})
-
-
-def with_refresh(train_step):
-    """The step, and after it the operands: new values, and the column pattern when its step has come."""
+def with_phase_and_refresh(train_step):
+    """The step; before it the adapters' phase, after it the operands, with a new column pattern in its turn."""
 
     @functools.wraps(train_step)
-    def step(forward_step_func, data_iterator, model, *positional, **keywords):
-        result = train_step(forward_step_func, data_iterator, model, *positional, **keywords)
+    def step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords):
+        from slope_megatron.launch.megatron_adapters import adapter_phase
+
         args, slope = settings()
-        if slope.enabled:
-            refresh_operands(model, slope, args.curr_iteration + 1)
+        if not slope.enabled:
+            return train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
+        at = {"step": args.curr_iteration, "steps": args.train_iters, "seed": args.seed}
+        with adapter_phase(model, optimizer, slope, **at):
+            result = train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
+        refresh_operands(model, slope, args.curr_iteration + 1)
         return result
 
     return step
+
+
+def with_phase(evaluate):
+    """An evaluation, also one without training (`--skip-train`), with the adapters that its checkpoint trained."""
+
+    @functools.wraps(evaluate)
+    def run(forward_step_func, data_iterator, model, *positional, **keywords):
+        from slope_megatron.launch.megatron_adapters import use_adapters
+
+        args, slope = settings()
+        start = slope.adapter_start(args.train_iters or 0)
+        if start is not None:
+            # The step last made: of this run, or of the one whose checkpoint it is.
+            use_adapters(model, getattr(args, "curr_iteration", args.iteration - 1) >= start)
+        return evaluate(forward_step_func, data_iterator, model, *positional, **keywords)
+
+    return run
 
 
 def refresh_operands(chunks, slope, step: int) -> None:

@@ -1,8 +1,8 @@
 """Bytes on one GPU, by what they are for. P parameters on this GPU (packed ones counted as kept values), D replicas.
 
 weights        b P                    b: 2 (bf16, fp16) or 4
-patterns       1/8 + n/(8 m)          a dense weight: row bitmask, column bitmask
-operands       of the backend         see `operand_bytes`
+patterns       1/8 + n/(8 m)          a dense weight: row bitmask, column bitmask; of a baseline the mask, 1/8
+operands       of the backend         see `operand_bytes`; of a baseline the masked copy, b
 gradients      g P                    g: 4 (fp32 accumulation) or b
 optimizer      12 P / D               fp32 master and two moments (ZeRO-1)
 ZeRO-2: gradients / D; ZeRO-3: weights / D too
@@ -15,7 +15,7 @@ import math
 
 from slope_megatron.config import Config
 from slope_megatron.launch.layout import Layout
-from slope_megatron.launch.tensors import Counts, block_widths, count, padded_vocabulary, stage_tensors
+from slope_megatron.launch.tensors import Counts, block_widths, padded_vocabulary, stage_counts
 
 GIB = 2**30
 # CUDA context, NCCL's buffers and libraries' workspaces; and what the allocator loses to fragmentation. Assumed.
@@ -57,8 +57,8 @@ def state_bytes(counts: Counts, bytes_of: Precision, backend: str, replicas: int
     dense = counts.packed_dense
     return {
         "weights": counts.trained * bytes_of.weight,
-        "patterns": dense / 8 + counts.packed / 8,
-        "operands": operand_bytes(counts, bytes_of, backend),
+        "patterns": dense / 8 + counts.packed / 8 + counts.masked / 8,
+        "operands": operand_bytes(counts, bytes_of, backend) + counts.masked * bytes_of.weight,
         "gradients": counts.trained * bytes_of.gradient,
         "optimizer": 12 * counts.trained / replicas,
     }
@@ -139,7 +139,7 @@ class Holding:
 def gpu_bytes(config: Config, layout: Layout, vocabulary: int, how: Holding, stage: int) -> dict[str, float]:
     """Everything on one GPU of a pipeline stage; the sum is the peak."""
     bytes_of = how.precision
-    counts = count(stage_tensors(config, vocabulary, layout.pipeline, stage), layout.tensor)
+    counts = stage_counts(config, vocabulary, layout.pipeline, stage, layout.tensor)
     sizes = state_bytes(counts, bytes_of, how.backend, layout.data)
     if layout.zero >= 2:
         sizes["gradients"] /= layout.data

@@ -45,6 +45,12 @@ class Question:
         bytes_of = precision(self.dtype, self.gradients, self.config.slope.fp8 != "off")
         return Holding(bytes_of, backend, self.offload, self.fused)
 
+    def name(self, kind: str) -> str:
+        """A kind as it is written: 2:4, or the baseline that stands in its place."""
+        return (
+            "dense" if kind == "dense" else "2:4" if self.config.slope.method == "slope" else self.config.slope.method
+        )
+
     def twin(self, kind: str) -> Config:
         """The configuration with, or without, 2:4 layers."""
         slope = dataclasses.replace(self.config.slope, enabled=kind == "sparse")
@@ -109,16 +115,18 @@ def host_fits(question: Question, layout: Layout, config: Config) -> bool:
     return needed <= question.cluster.host_memory_gib * GIB / 2
 
 
-def recommend(found: list[Row], kind: str) -> tuple[Row, str]:
+def recommend(found: list[Row], kind: str, name: str) -> tuple[Row, str]:
     """The fastest row of `kind` that fits and that `slope pretrain` can run, and why it.
 
+    Args:
+        name: how the kind is written.
     Raises:
         ValueError: nothing fits; says what comes nearest.
     """
     mine = [row for row in found if row.kind == kind]
     fitting = [row for row in mine if row.fits]
     if not fitting:
-        raise ValueError(nothing_fits(mine, kind))
+        raise ValueError(nothing_fits(mine, name))
     runnable = [row for row in fitting if row.refused is None] or fitting
     # Nearly equal estimates say nothing: of those, the one with the fewest cuts.
     fastest = min(row.seconds for row in runnable)
@@ -139,9 +147,8 @@ def cuts(layout: Layout) -> tuple:
     return (layout.recompute != "none", layout.pipeline, layout.tensor, layout.zero)
 
 
-def nothing_fits(mine: list[Row], kind: str) -> str:
+def nothing_fits(mine: list[Row], name: str) -> str:
     """The sentence for a model that is too large."""
-    name = "2:4" if kind == "sparse" else kind
     if not mine:
         return (
             f"no layout of the {name} model is possible on these GPUs: none of the TP x PP x DP divides the model and "
@@ -170,18 +177,18 @@ def nodes_needed(question: Question, kind: str, only: Layout | None = None) -> t
         possible = [layout for layout, no in every if no is None]
         mine = [row(asked, layout, kind) for layout in possible if not only or matches(layout, only)]
         if any(candidate.fits for candidate in mine):
-            return nodes, recommend(mine, kind)[0]
+            return nodes, recommend(mine, kind, question.name(kind))[0]
     return None
 
 
-def table(found: list[Row], tokens: int) -> str:
-    """The rows as text, the two kinds side by side, fastest 2:4 first."""
+def table(found: list[Row], tokens: int, name: str = "2:4") -> str:
+    """The rows as text, the two kinds side by side, fastest sparse first; `name`: how the sparse kind is written."""
     pairs: dict[Layout, dict[str, Row]] = {}
     for entry in found:
         pairs.setdefault(entry.layout, {})[entry.kind] = entry
     lines = [
-        f"{'layout':34}{'dense GiB':>11}{'2:4 GiB':>10}{'bubble':>9}{'dense s/step':>14}{'2:4 s/step':>12}"
-        f"{'2:4 us/token':>14}"
+        f"{'layout':34}{'dense GiB':>11}{f'{name} GiB':>10}{'bubble':>9}{'dense s/step':>14}{f'{name} s/step':>12}"
+        f"{f'{name} us/token':>14}"
     ]
     for layout, pair in sorted(pairs.items(), key=lambda item: item[1]["sparse"].seconds):
         dense, sparse = pair["dense"], pair["sparse"]

@@ -3,6 +3,8 @@
 T tokens of a micro-batch, M micro-batches of a replica, P pipeline stages.
 
     micro-batch   products + pointwise traffic + tensor-parallel reductions, of the slowest stage
+    product       2:4 where a packed weight is read: forward and dgrad; in mode "full" wgrad too, of a dY that is pruned
+                  first. A baseline's are dense, and its masks' own work is not counted.
     step          (M + P - 1) x micro-batch + data-parallel reduction;  bubble = (P - 1) / (M + P - 1)
 """
 
@@ -16,7 +18,7 @@ from slope_megatron.config import Config
 from slope_megatron.launch.cluster import Cluster
 from slope_megatron.launch.layout import Layout
 from slope_megatron.launch.memory import Precision, block_activation_bytes
-from slope_megatron.launch.tensors import block_widths, count, padded_vocabulary, patterns, stage_tensors
+from slope_megatron.launch.tensors import block_widths, padded_vocabulary, patterns, stage_counts
 
 # Of one message between GPUs, whatever its size. Assumed.
 LATENCY = 20e-6
@@ -53,8 +55,7 @@ class Rates:
     def seconds(self, kind: str, product: str, tokens: int, out: int, width: int, peak: float) -> float:
         """One product of this shape, at the rate of the nearest measured one."""
         operations = 2.0 * tokens * out * width
-        # The weight's gradient is a dense product (mode "paper"); any dense product of its size stands for it.
-        kind = "dense" if product == "wgrad" else kind
+        # No wgrad was measured: any product of its kind and size stands for it.
         near = [rate for rate in self.measured if rate.kind == kind and product in (rate.product, "wgrad")]
         if near:
 
@@ -106,16 +107,33 @@ def bubble(layout: Layout, micro_batches: int) -> float:
     return (layout.pipeline - 1) / (micro_batches + layout.pipeline - 1)
 
 
+def linear_seconds(
+    rates: Rates, cluster: Cluster, packed: bool, full: bool, passes: tuple[str, ...], tokens: int, shape, b: int
+) -> float:
+    """The products of one linear; `shape` (out, in) on this rank, `full`: mode "full".
+
+    A pruned wgrad is a product of 2:4 dY^T `[out, T]` with X `[T, in]`; dY is read, its kept half and metadata written.
+    """
+    out, width = shape
+    peak = cluster.peak_tflops
+    kind = "sparse" if packed and cluster.sparse_24 else "dense"
+    seconds = sum(rates.seconds(kind, product, tokens, out, width, peak) for product in passes if product != "wgrad")
+    wgrad = rates.seconds("dense", "wgrad", tokens, out, width, peak)
+    if full and kind == "sparse":
+        pruning = tokens * out * (b + b / 2 + 1 / 8) / (cluster.memory_gbs * 1e9)
+        wgrad = min(wgrad, rates.seconds("sparse", "wgrad", width, out, tokens, peak) + pruning)
+    return seconds + wgrad
+
+
 def block_seconds(config: Config, layout: Layout, cluster: Cluster, rates: Rates, packed: frozenset, b: int) -> float:
     """Forward and backward of one micro-batch through one block on one GPU; `packed` names its packed linears."""
     tokens = config.data.seq_length * config.data.micro_batch_size
-    peak = cluster.peak_tflops
+    peak, full = cluster.peak_tflops, config.slope.mode == "full"
     passes = ("forward", *PRODUCTS) if layout.recompute == "full" else PRODUCTS
     seconds = 0.0
     for name, (out, width, cut) in block_widths(config).items():
-        kind = "sparse" if cluster.sparse_24 and name in packed else "dense"
         local = (out // layout.tensor, width) if cut == 0 else (out, width // layout.tensor)
-        seconds += sum(rates.seconds(kind, product, tokens, *local, peak) for product in passes)
+        seconds += linear_seconds(rates, cluster, name in packed, full, passes, tokens, local, b)
     # Causal attention: two products of T x s over half the pairs; backward twice that.
     attention = 2.0 * tokens * config.data.seq_length * config.model.hidden_size / layout.tensor
     # `passes` counts right here too: forward once (or twice), backward as two.
@@ -151,7 +169,7 @@ def step_seconds(
     if layout.pipeline > 1:
         moved = tokens * config.model.hidden_size * bytes_of.weight / layout.tensor
         micro += 2 * (moved / per_gpu + LATENCY)
-    counts = count(stage_tensors(config, vocabulary, layout.pipeline, 0), layout.tensor)
+    counts = stage_counts(config, vocabulary, layout.pipeline, 0, layout.tensor)
     spread = layout.gpus > cluster.gpus_per_node
     link = per_gpu if spread else cluster.intra_gbs * 1e9
     ring = (layout.data - 1) / layout.data

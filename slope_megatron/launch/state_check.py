@@ -81,7 +81,7 @@ def compare_with_build(config: Config, vocabulary: int, tensor: int, built: list
     adapters = sum(elements for name, elements in built if ".adapter_" in name)
     rest = sum(elements for _, elements in built) - adapters
     return [
-        Comparison("parameters of a rank", counts.packed + counts.other, rest),
+        Comparison("parameters of a rank", counts.trained - counts.adapters, rest),
         Comparison("adapters of a rank", counts.adapters, adapters),
     ]
 

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterator
 
-from slope_megatron.config import Config, SlopeConfig
+from slope_megatron.config import Config, DataConfig, SlopeConfig
 from slope_megatron.models.rules import sparse_linears
 
 FIRST, LAST = "first", "last"
@@ -24,6 +24,7 @@ class Tensor:
         cut: axis cut over the tensor-parallel ranks; None: every rank has all of it.
         place: the block it is in; "first" and "last": the pipeline's ends.
         nm: N and M of a packed weight; None: stored whole.
+        masked: a baseline's: stored whole, multiplied as a pruned copy.
         adapter: a low-rank adapter's: without a gradient until the adapters join.
     """
 
@@ -32,7 +33,15 @@ class Tensor:
     cut: int | None
     place: int | str
     nm: tuple[int, int] | None = None
+    masked: bool = False
     adapter: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The field of `Counts` that it adds to."""
+        if self.nm:
+            return "packed_dense"
+        return "masked" if self.masked else "adapters" if self.adapter else "other"
 
     def elements(self, tensor_parallel: int = 1) -> int:
         """Dense elements on one rank."""
@@ -61,6 +70,12 @@ def patterns(slope: SlopeConfig, block: int) -> dict[str, tuple[int, int]]:
     return {name: (own.n, own.m) for name in sorted(sparse_linears(slope, block))}
 
 
+@functools.lru_cache(maxsize=4096)
+def masked_linears(slope: SlopeConfig, block: int) -> set[str]:
+    """A block's linears with a baseline's mask over a dense weight."""
+    return set() if slope.for_block(block).packed else sparse_linears(slope, block)
+
+
 def norm(config: Config, name: str, place: int | str) -> Iterator[Tensor]:
     yield Tensor(f"{name}.weight", (config.model.hidden_size,), None, place)
     if config.model.normalization == "LayerNorm":
@@ -71,12 +86,12 @@ def linear(config: Config, name: str, block: int) -> Iterator[Tensor]:
     """Weight, bias and adapters of one linear."""
     out, width, cut = block_widths(config)[name]
     full = f"decoder.layers.{block}.{name}"
-    nm = patterns(config.slope, block).get(name)
-    yield Tensor(f"{full}.weight", (out, width), cut, block, nm)
+    nm, masked = patterns(config.slope, block).get(name), name in masked_linears(config.slope, block)
+    yield Tensor(f"{full}.weight", (out, width), cut, block, nm, masked)
     if config.model.linear_bias:
         # A row-parallel linear adds its bias after the reduction: every rank has all of it.
         yield Tensor(f"{full}.bias", (out,), 0 if cut == 0 else None, block)
-    if nm and config.slope.adapter_rank:
+    if (nm or masked) and config.slope.adapter_rank:
         rank = config.slope.adapter_rank
         yield Tensor(f"{full}.adapter_l", (rank, width), None if cut == 0 else 1, block, adapter=True)
         yield Tensor(f"{full}.adapter_r", (out, rank), 0 if cut == 0 else None, block, adapter=True)
@@ -141,26 +156,39 @@ class Counts:
 
     Args:
         packed: kept values of the packed weights; `packed_dense`: what their dense weights would have.
+        masked: weights under a baseline's mask.
         other: everything else but adapters.
     """
 
     packed: int
     packed_dense: int
+    masked: int
     other: int
     adapters: int
 
     @property
     def trained(self) -> int:
-        return self.packed + self.other + self.adapters
+        return self.packed + self.masked + self.other + self.adapters
 
 
 def count(parameters: list[Tensor], tensor_parallel: int) -> Counts:
     """Add up one rank's elements."""
-    totals = {"packed": 0, "packed_dense": 0, "other": 0, "adapters": 0}
+    totals = {"packed": 0, "packed_dense": 0, "masked": 0, "other": 0, "adapters": 0}
     for tensor in parameters:
-        kind = "packed_dense" if tensor.nm else "adapters" if tensor.adapter else "other"
         elements = tensor.elements(tensor_parallel)
-        totals[kind] += elements
+        totals[tensor.kind] += elements
         if tensor.nm:
             totals["packed"] += elements * tensor.nm[0] // tensor.nm[1]
     return Counts(**totals)
+
+
+def stage_counts(config: Config, vocabulary: int, pipeline: int, stage: int, tensor_parallel: int) -> Counts:
+    """Elements on one rank of a pipeline stage. Kept: a planner asks again for other batches, ZeRO stages and nodes."""
+    # All that the counts depend on.
+    bare = Config(model=config.model, slope=config.slope, data=DataConfig(seq_length=config.data.seq_length))
+    return _stage_counts(bare, vocabulary, pipeline, stage, tensor_parallel)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stage_counts(config: Config, vocabulary: int, pipeline: int, stage: int, tensor_parallel: int) -> Counts:
+    return count(stage_tensors(config, vocabulary, pipeline, stage), tensor_parallel)

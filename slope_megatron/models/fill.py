@@ -10,7 +10,7 @@ from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.packed_weight import PackedWeight, Region, chunks
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
-from slope_megatron.models.rules import ONE, ZERO, initial_std
+from slope_megatron.models.rules import ADAPTER, ONE, ZERO, initial_std
 from slope_megatron.sparsity import counter
 
 
@@ -41,6 +41,17 @@ def fill_model(model: torch.nn.Module, *, seed: int, init_std: float, num_layers
         else:
             fill_dense(shard, seed, std)
     choose_derived(model)
+
+
+@torch.no_grad()
+def fill_adapters(model: torch.nn.Module, *, seed: int) -> list[torch.nn.Parameter]:
+    """Both factors of every adapter as they start, L standard normal and R zero; returns them."""
+    parameters = dict(model.named_parameters())
+    adapters = {name: parameter for name, parameter in parameters.items() if ADAPTER.search(name)}
+    for shard in shards(model):
+        if shard.local_name in adapters:
+            fill_dense(shard, seed, std=1.0)
+    return list(adapters.values())
 
 
 def choose_derived(model: torch.nn.Module) -> None:

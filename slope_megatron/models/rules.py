@@ -12,6 +12,7 @@ from slope_megatron.config import SlopeConfig
 ZERO = re.compile(r"\.bias$|\.adapter_r$")
 ONE = re.compile(r"norm\.weight$")
 STANDARD_NORMAL = re.compile(r"\.adapter_l$")
+ADAPTER = re.compile(r"\.adapter_[lr]$")
 OUTPUT_PROJECTION = re.compile(r"\.(linear_proj|linear_fc2)\.weight$")
 
 

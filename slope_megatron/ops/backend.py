@@ -139,8 +139,8 @@ def choose_column_bits(values_NC: torch.Tensor, row_bits: torch.Tensor, n: int, 
 
     One kernel for 2:4 in 16 bits on a GPU; elsewhere plain torch, some rows at a time to bound its scratch memory.
     """
-    sixteen_bits = values_NC.dtype in (torch.bfloat16, torch.float16)
-    if (n, m) == (2, 4) and sixteen_bits and values_NC.is_cuda and cusparselt.unsupported() is None:
+    kernel_takes = values_NC.dtype in (torch.bfloat16, torch.float16) and values_NC.shape[1] % 16 == 0
+    if (n, m) == (2, 4) and kernel_takes and values_NC.is_cuda and cusparselt.unsupported() is None:
         return products.choose_column(values_NC, row_bits)
     parts = []
     for values, bits in zip(values_NC.split(ROWS_AT_ONCE), row_bits.split(ROWS_AT_ONCE), strict=True):

@@ -25,9 +25,15 @@ from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 
 
+def aligned(tensor: torch.Tensor, to: int = 4) -> torch.Tensor:
+    """Kernels read contiguous words of `to` bytes; a view, or a parameter in a flat buffer, may lie elsewhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % to == 0 else tensor.clone()
+
+
 def _padded(x_TS: torch.Tensor) -> torch.Tensor:
     missing = cusparselt.padded_tokens(x_TS.shape[0]) - x_TS.shape[0]
-    return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else x_TS.contiguous()
+    return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else aligned(x_TS, cusparselt.ALIGNMENT)
 
 
 @torch.library.custom_op("slope::sparse_mm", mutates_args=(), device_types="cuda")
@@ -74,7 +80,7 @@ def gather_kept(dense_NK: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
     from slope_kernels.triton.gather import gather
 
     packed_NC = dense_NK.new_empty((dense_NK.shape[0], dense_NK.shape[1] // 2))
-    gather(dense_NK.contiguous(), row_bits, packed_NC)
+    gather(aligned(dense_NK, 8), aligned(row_bits), packed_NC)
     return packed_NC
 
 
@@ -94,7 +100,7 @@ def unpack_kept(values_NC: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor
     from slope_kernels.triton.gather import unpack as unpack_kernel
 
     dense_NK = values_NC.new_empty((values_NC.shape[0], values_NC.shape[1] * 2))
-    unpack_kernel(aligned(values_NC), row_bits, dense_NK)
+    unpack_kernel(aligned(values_NC), aligned(row_bits), dense_NK)
     return dense_NK
 
 
@@ -121,7 +127,10 @@ def gather_kept_add_(packed_NC: torch.Tensor, dense_NK: torch.Tensor, row_bits: 
     """packed += dense at the kept places: a gradient accumulated over micro-batches, in fp32 say."""
     from slope_kernels.triton.gather import gather_add
 
-    gather_add(dense_NK.contiguous(), row_bits, packed_NC)
+    total_NC = packed_NC.contiguous()
+    gather_add(aligned(dense_NK, 8), aligned(row_bits), total_NC)
+    if total_NC is not packed_NC:
+        packed_NC.copy_(total_NC)
 
 
 @gather_kept_add_.register_kernel("cpu")
@@ -143,7 +152,7 @@ def refresh_(
     from slope_kernels.triton.refresh import refresh
 
     tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
-    refresh(aligned(values_NC), row_bits, column_bits, forward, backward, **tiles)
+    refresh(aligned(values_NC), aligned(row_bits), aligned(column_bits), forward, backward, **tiles)
 
 
 @refresh_.register_kernel("cpu")
@@ -158,11 +167,11 @@ def _(values_NC, row_bits, column_bits, forward, backward, forward_tiles, backwa
 
 @torch.library.custom_op("slope::choose_column", mutates_args=(), device_types="cuda")
 def choose_column(values_NC: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
-    """The second pruning of the present values by magnitude: bitmask uint8 `[N, C/8]`."""
-    from slope_kernels.triton.metadata import choose_column as choose
+    """The second pruning of the present values by magnitude: bitmask uint8 `[N, C/8]`; on a GPU K a multiple of 32."""
+    from slope_kernels.triton.choose import choose_column as choose
 
     column_bits = row_bits.new_empty((values_NC.shape[0], values_NC.shape[1] // 8))
-    choose(aligned(values_NC), row_bits, column_bits)
+    choose(aligned(values_NC), aligned(row_bits), column_bits)
     return column_bits
 
 
@@ -183,7 +192,7 @@ def row_metadata(row_bits: torch.Tensor) -> torch.Tensor:
     from slope_kernels.triton.metadata import row_metadata as write
 
     metadata = row_bits.new_empty(row_bits.numel())
-    write(row_bits, metadata)
+    write(aligned(row_bits), metadata)
     return metadata
 
 
@@ -198,7 +207,7 @@ def column_metadata(row_bits: torch.Tensor, column_bits: torch.Tensor) -> torch.
     from slope_kernels.triton.metadata import column_metadata as write
 
     metadata = row_bits.new_empty(row_bits.numel())
-    write(row_bits, column_bits, metadata)
+    write(aligned(row_bits), aligned(column_bits), metadata)
     return metadata
 
 
@@ -216,9 +225,3 @@ def _(row_bits):
 @column_metadata.register_fake
 def _(row_bits, column_bits):
     return row_bits.new_empty(row_bits.numel())
-
-
-def aligned(values_NC: torch.Tensor) -> torch.Tensor:
-    """Kernels read pairs of values at once: contiguous, on a 4-byte boundary. A flat buffer may put them elsewhere."""
-    values_NC = values_NC.contiguous()
-    return values_NC if values_NC.data_ptr() % 4 == 0 else values_NC.clone()

@@ -14,13 +14,13 @@ def top_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n highest of every m consecutive scores along the last axis; of equal ones the earlier.
 
     Args:
-        scores: `[..., K]`, K a multiple of m. NaN counts as the highest.
+        scores: `[..., K]`, K a multiple of m. NaN and infinity count as the largest finite number.
     Returns:
         bool, same shape, exactly n True in each group.
     """
     groups = scores.unflatten(-1, (-1, m))
     if groups.is_floating_point():
-        groups = torch.nan_to_num(groups, nan=float("inf"))
+        groups = torch.nan_to_num(groups, nan=torch.finfo(groups.dtype).max)
     position = torch.arange(m, device=scores.device)
     rank = torch.zeros(groups.shape, dtype=torch.uint8, device=scores.device)
     # The rank by counting who comes first: m comparisons of whole tensors, no sort.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slope_megatron.sparsity.operand import backward_slots, forward_slots, metadata_sm90
-from slope_megatron.sparsity.packing import pack, pack_bits, unpack
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern, random_pattern
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -20,6 +20,10 @@ def problem(rows, columns, dtype, device, seed, kind="normal"):
         # Few different magnitudes, both zeros, infinities and NaN: the order of equals decides.
         choices = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, float("inf"), -float("inf"), float("nan"), 65504.0])
         values = choices[torch.randint(0, len(choices), values.shape, generator=generator)]
+    if kind == "tiny":
+        # The smallest subnormal numbers, which a device that flushes them would take for zeros.
+        values = torch.randint(-3, 4, values.shape, generator=generator) * torch.finfo(dtype).smallest_normal
+        values = values.double() * torch.finfo(dtype).eps
     values = values.to(dtype)
     column = pack(column_pattern(unpack(values, row), row, 2, 4), row)
     return tuple(tensor.to(device) for tensor in (values, row, column, pack_bits(row), pack_bits(column)))
@@ -92,23 +96,13 @@ def test_metadata_of_both_operands(rows, columns, device):
     assert torch.equal(found, metadata_sm90(backward_slots(values, row, column)[1]))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "tiny"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (192, 320)])
+@pytest.mark.parametrize(("rows", "columns"), [(12, 96), (192, 320)])
 def test_choosing_the_second_pruning(rows, columns, dtype, kind, device):
-    from slope_kernels.triton.metadata import choose_column
+    from slope_kernels.triton.choose import choose_column
 
-    values, row, column, row_bits, column_bits = problem(rows, columns, dtype, device, seed=rows + 1, kind=kind)
-    found, metadata = poisoned(column_bits.numel(), device).view_as(column_bits), poisoned(rows * columns // 8, device)
-    choose_column(values, row_bits, found, metadata)
-    assert torch.equal(found, column_bits)
-    assert torch.equal(metadata, metadata_sm90(backward_slots(values, row, column)[1]))
-
-
-def test_choosing_without_metadata_takes_small_widths(device):
-    from slope_kernels.triton.metadata import choose_column
-
-    values, _, _, row_bits, column_bits = problem(12, 48, torch.bfloat16, device, seed=3)
+    values, _, _, row_bits, column_bits = problem(rows, columns, dtype, device, seed=rows + 1, kind=kind)
     found = poisoned(column_bits.numel(), device).view_as(column_bits)
     choose_column(values, row_bits, found)
     assert torch.equal(found, column_bits)
@@ -175,3 +169,42 @@ def test_more_elements_than_a_32_bit_index_holds(device):
     for column in (1, columns // 2 + 2, columns - 2):
         expected = packed[:, column // 4 * 2 + column % 4 - 1].view(-1, 4)[:, :2].reshape(-1)
         assert torch.equal(backward[column], expected)
+
+
+@pytest.mark.gpu
+def test_patterns_of_more_weights_than_a_32_bit_index_holds(device):
+    """2^31 + 2^22 weights: rows and columns from both ends against the twins."""
+    from slope_kernels.triton.choose import choose_column
+    from slope_kernels.triton.metadata import column_metadata, row_metadata
+    from slope_kernels.triton.refresh import refresh
+    from slope_megatron.ops.measure import random_bits
+
+    rows, columns = 65664, 32768
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    size = rows * columns
+    values = torch.randn(rows, columns // 2, device=device, dtype=torch.bfloat16)
+    row_bits = random_bits(rows, columns, device)
+    column_bits = poisoned(size // 16, device).view(rows, -1)
+    choose_column(values, row_bits, column_bits)
+    row_meta, column_meta = poisoned(size // 8, device), poisoned(size // 8, device)
+    row_metadata(row_bits, row_meta)
+    column_metadata(row_bits, column_bits, column_meta)
+    forward, backward = poisoned(size * 9 // 8, device), poisoned(size * 9 // 8, device)
+    refresh(values, row_bits, column_bits, forward, backward)
+    assert same_bits(forward[:size].view(torch.bfloat16).view_as(values), values)
+    assert (forward[size:] == POISON).all() and (backward[size:] == POISON).all()
+    transposed = backward[:size].view(torch.bfloat16).view(columns, rows // 2)
+    for block in (0, rows // 128, rows // 64 - 1):
+        part = slice(block * 64, block * 64 + 64)
+        row = unpack_bits(row_bits[part])
+        column = column_pattern(unpack(values[part], row), row, 2, 4)
+        assert torch.equal(column_bits[part], pack_bits(pack(column, row)))
+        found = row_meta.view(rows // 64, -1)[block]
+        assert torch.equal(found, metadata_sm90(forward_slots(None, row)[1]))
+    for block in (0, columns // 128, columns // 64 - 1):
+        row = unpack_bits(row_bits[:, block * 8 : block * 8 + 8])
+        kept = unpack_bits(column_bits[:, block * 4 : block * 4 + 4])
+        slots, places = backward_slots(values[:, block * 32 : block * 32 + 32], row, kept)
+        assert torch.equal(transposed[block * 64 : block * 64 + 64], slots)
+        assert torch.equal(column_meta.view(columns // 64, -1)[block], metadata_sm90(places))

@@ -85,6 +85,30 @@ def test_bytes_of_a_sparse_weight(dtype, fp8):
     }
 
 
+@pytest.mark.parametrize("method", ["srste", "fst"])
+def test_bytes_of_a_baseline(method):
+    """Stored whole, with a bitmask and a masked copy: nothing is saved, and more is held than by the dense twin."""
+    slope = SlopeConfig(method=method)
+    counts = count(list(tensors(dataclasses.replace(SMALL, slope=slope), 500)), 1)
+    # FST prunes the MLP alone; SR-STE all but the first QKV.
+    assert counts.masked == (4 * 8 if method == "fst" else 4 * 12 - 3) * 768**2 and counts.packed == 0
+    plain = count(list(tensors(dense(SMALL), 500)), 1)
+    assert counts.trained == plain.trained
+    bytes_of = precision("bf16", "fp32")
+    sizes, twin = (memory.state_bytes(found, bytes_of, "kernels") for found in (counts, plain))
+    more = {name: sizes[name] - twin[name] for name in sizes if sizes[name] != twin[name]}
+    assert more == {"patterns": counts.masked / 8, "operands": 2 * counts.masked}
+
+
+def test_a_baseline_takes_a_dense_step_and_mode_full_a_faster_one():
+    def seconds(**slope):
+        config = dataclasses.replace(SMALL, slope=SlopeConfig(**slope))
+        cluster, bytes_of = read_cluster("generic-h100"), precision("bf16", "fp32")
+        return speed.step_seconds(config, Layout(1, 1, 1), cluster, STATED, 500, bytes_of)
+
+    assert seconds(method="srste") == seconds(enabled=False) > seconds() > seconds(mode="full")
+
+
 def test_what_opt_66b_needs():
     """The headline: 2:4 fits 8 nodes of Narval at TP 4 x PP 8 and of Lonestar 6 at TP 3 x PP 8, dense does not."""
     narval = Layout(4, 8, 1, recompute="full", sequence_parallel=True)
@@ -132,7 +156,7 @@ def test_measured_rates_are_read_and_the_faster_product_counts(tmp_path):
     assert rates.seconds("dense", "forward", 1000, 1000, 500, 1) == pytest.approx(1e-3)
     assert rates.seconds("sparse", "forward", 1000, 1000, 500, 1) == pytest.approx(0.5e-3)
     assert rates.seconds("sparse", "dgrad", 1000, 1000, 500, 1) == pytest.approx(1e-3), "dense is always a candidate"
-    assert rates.seconds("sparse", "wgrad", 2000, 1000, 500, 1) == pytest.approx(2 * operations / 1e12)
+    assert rates.seconds("dense", "wgrad", 2000, 1000, 500, 1) == pytest.approx(2 * operations / 1e12)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="lacks the columns columns, dense_ms, kind"):
         speed.read_rates(path)
@@ -164,11 +188,11 @@ def test_what_pretrain_cannot_run_is_said():
 def test_the_recommendation_is_the_fastest_that_fits():
     question = planner.Question(OPT66B, 50272, read_cluster("narval"), STATED)
     rows = planner.rows(question, 8)
-    best, why = planner.recommend(rows, "sparse")
+    best, why = planner.recommend(rows, "sparse", "2:4")
     assert best.fits and (best.layout.tensor, best.layout.pipeline) == (4, 8)
     assert "possible layouts" in why
     with pytest.raises(ValueError, match=r"the dense model fits none of \d+ layouts: the least is .* GiB a GPU"):
-        planner.recommend(rows, "dense")
+        planner.recommend(rows, "dense", "dense")
     assert planner.nodes_needed(question, "sparse")[0] < planner.nodes_needed(question, "dense")[0]
 
 
@@ -206,6 +230,23 @@ def test_a_wrong_cluster_file_is_refused(tmp_path, line, message):
 def test_an_unknown_cluster_names_the_known_ones():
     with pytest.raises(ValueError, match=r"cluster 'narwal' has no file .*use one of .*narval"):
         read_cluster("narwal")
+
+
+def test_mode_full_counts_the_pruned_wgrad_at_its_measured_rate():
+    """dY^T `[out, T]` is the 2:4 matrix there, and T what is summed over; where it is no faster, wgrad stays dense."""
+    cluster = read_cluster("generic-h100")
+    tokens, out, width = 8192, 2048, 1024
+    operations = 2.0 * tokens * out * width
+
+    def wgrad(sparse_tflops):
+        measured = [speed.Rate("dense", "forward", tokens, out, width, 500.0)]
+        measured += [speed.Rate("sparse", "forward", width, out, tokens, sparse_tflops)]
+        rates = speed.Rates(tuple(measured), 0.4, 1.3)
+        return speed.linear_seconds(rates, cluster, True, True, ("wgrad",), tokens, (out, width), 2)
+
+    pruning = tokens * out * 3.125 / (cluster.memory_gbs * 1e9)
+    assert wgrad(900.0) == pytest.approx(operations / 900e12 + pruning)
+    assert wgrad(400.0) == pytest.approx(operations / 500e12)
 
 
 def slope_plan(*flags):
@@ -256,7 +297,8 @@ def test_counts_are_those_of_the_model_package(capsys):
 
 
 @pytest.mark.slow
-def test_state_bytes_are_those_of_a_real_run(tmp_path, capsys):
+@pytest.mark.parametrize("method", ["slope", "srste"])
+def test_state_bytes_are_those_of_a_real_run(method, tmp_path, capsys):
     """One step of `slope pretrain`, sparse with adapters: what it measured, to the byte."""
     from slope_megatron.data.prepare import prepare
 
@@ -266,6 +308,7 @@ def test_state_bytes_are_those_of_a_real_run(tmp_path, capsys):
     prepare(str(tmp_path / "texts"), tmp_path / "data", vocab_size=512, valid_percent=10.0)
     small = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-multiple 48 --steps 4"
     run = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--stop-at", 1, "--slope-adapter-rank", 4]
+    run += ["--slope-method", method]
     command = [sys.executable, "-m", "slope_megatron", "pretrain", *small.split(), *map(str, run)]
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"})

@@ -20,50 +20,82 @@ STEPS = 20
 FLAGS = f"""
 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --seed 7
 --micro-batch-size 1 --global-batch-size 4 --train-iters {STEPS} --lr 3e-3 --min-lr 3e-3 --lr-decay-style constant
---log-interval 1 --eval-iters 0 --eval-interval 1000 --tokenizer-type NullTokenizer --vocab-size 127 --split 100,0,0
+--log-interval 1 --eval-iters 0 --eval-interval 1000 --split 100,0,0
 --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
 --attention-dropout 0 --hidden-dropout 0 --num-workers 0 --transformer-impl local --distributed-backend gloo
---no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion --no-create-attention-mask-in-dataloader
---slope --slope-backward-mask-interval 4
+--no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion --slope --slope-backward-mask-interval 4
 """.split()
+GPT = "--tokenizer-type NullTokenizer --vocab-size 127 --no-create-attention-mask-in-dataloader".split()
+BERT = "--tokenizer-type BertWordPieceLowerCase --legacy-tokenizer --spec local".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def corpus(prefix: Path) -> None:
-    """Megatron's indexed format: 64 documents in which each token says the next."""
-    documents = [((np.arange(144) * 7 + start) % 120).astype(np.uint16) for start in range(64)]
-    prefix.with_suffix(".bin").write_bytes(b"".join(document.tobytes() for document in documents))
-    sizes = np.array([len(document) for document in documents], np.int32)
+def corpus(prefix: Path, sentences: int = 1) -> None:
+    """Megatron's indexed format: 64 documents, cut into `sentences`, in which each token says the next."""
+    documents = [((np.arange(144) * 7 + start) % 112 + 8).astype(np.uint16) for start in range(64)]
+    parts = [part for document in documents for part in np.split(document, sentences)]
+    prefix.with_suffix(".bin").write_bytes(b"".join(part.tobytes() for part in parts))
+    sizes = np.array([len(part) for part in parts], np.int32)
     starts = np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64) * 2))
-    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(sizes), len(sizes) + 1)
-    index = head + sizes.tobytes() + starts.tobytes() + np.arange(len(sizes) + 1, dtype=np.int64).tobytes()
-    prefix.with_suffix(".idx").write_bytes(index)
+    ends = np.arange(len(documents) + 1, dtype=np.int64) * sentences
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(sizes), len(ends))
+    prefix.with_suffix(".idx").write_bytes(head + sizes.tobytes() + starts.tobytes() + ends.tobytes())
 
 
-@pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
-def test_megatron_lm_trains_a_sparse_model(version, tmp_path):
-    patch = next(apply.Patch(path) for path in PATCHES if path.parent.name == version and "gpt" in path.name)
-    found = [path for path in Path(CHECKOUTS or "/nowhere").glob(f"*/{patch.file}")]
-    found = [path for path in found if apply.blob(path.read_bytes()) in (patch.before, patch.after)]
+def checkout_of(version: str, name: str, folder: Path) -> Path:
+    """A patched copy of a checkout at hand, which is left as it was; skips where there is none."""
+    path = next(path for path in PATCHES if path.parent.name == version and path.stem == name)
+    patch = apply.Patch(path)
+    found = [file for file in Path(CHECKOUTS or "/nowhere").glob(f"*/{patch.file}")]
+    found = [file for file in found if apply.blob(file.read_bytes()) in (patch.before, patch.after)]
     if not found:
         pytest.skip(f"no checkout with blob {patch.before[:12]} of {patch.file} in $SLOPE_UPSTREAM_CHECKOUTS")
-    content = found[0].read_bytes()
-    script = tmp_path / patch.file
-    script.write_bytes(content if apply.blob(content) == patch.after else patch.add(content))
-    # A checkout without the wheel's compiled helpers: ours, of a copy, so that the checkout is left as it was.
-    checkout = tmp_path / "checkout"
+    checkout = folder / "checkout"
     shutil.copytree(found[0].parent, checkout, ignore=shutil.ignore_patterns(".git", "tests", "docs", "images"))
+    apply.run(path.relative_to(apply.FOLDER).parts[0], checkout, undo=False, check=False)
+    # A checkout has not the wheel's compiled helpers.
     import megatron.core.datasets as datasets
 
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    for folder in datasets.__path__:
-        for path in Path(folder).glob(f"*{suffix}"):
-            shutil.copy(path, checkout / "megatron" / "core" / "datasets")
-    corpus(tmp_path / "corpus")
+    for compiled in (path for place in datasets.__path__ for path in Path(place).glob(f"*{suffix}")):
+        shutil.copy(compiled, checkout / "megatron" / "core" / "datasets")
+    return checkout / patch.file
+
+
+def run(script: Path, *flags) -> subprocess.CompletedProcess:
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHDYNAMO_DISABLE": "1"}
     one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     one_rank |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, SHIM, checkout, script, *FLAGS, "--data-path", tmp_path / "corpus"]
-    result = subprocess.run(command, env={**os.environ, **one_rank}, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    losses = [float(text) for text in re.findall(r"lm loss: (\S+)", result.stdout)]
-    assert len(losses) == STEPS and losses[-1] < losses[0] - 1.0
+    command = [sys.executable, SHIM, script.parent, script, *FLAGS, *map(str, flags)]
+    return subprocess.run(command, env={**os.environ, **one_rank}, capture_output=True, text=True, timeout=300)
+
+
+def losses(result: subprocess.CompletedProcess) -> list[float]:
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-4000:]
+    return [float(text) for text in re.findall(r"lm loss: (\S+)", result.stdout)]
+
+
+@pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
+def test_megatron_lm_trains_a_sparse_gpt(version, tmp_path):
+    script = checkout_of(version, "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    found = losses(run(script, *GPT, "--data-path", tmp_path / "corpus"))
+    assert len(found) == STEPS and found[-1] < found[0] - 1.0
+
+
+def test_megatron_lm_trains_a_sparse_bert(tmp_path):
+    script = checkout_of("core_v0.16.1", "pretrain_bert", tmp_path)
+    corpus(tmp_path / "corpus", sentences=9)
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{index}" for index in range(123))]))
+    flags = [*BERT, "--vocab-file", tmp_path / "vocab.txt", "--data-path", tmp_path / "corpus"]
+    # The upstream divides by a micro-batch's masked tokens: of one short sample, there may be none.
+    found = losses(run(script, *flags, "--micro-batch-size", 4, "--global-batch-size", 16))
+    assert len(found) == STEPS and np.mean(found[-5:]) < found[0] - 0.5
+
+
+def test_bert_without_transformer_engine_asks_for_the_local_spec(tmp_path):
+    script = checkout_of("core_v0.16.1", "pretrain_bert", tmp_path)
+    flags = [flag for flag in BERT if flag not in ("--spec", "local")]
+    (tmp_path / "vocab.txt").write_text("\n".join(SPECIAL))
+    result = run(script, *flags, "--vocab-file", tmp_path / "vocab.txt", "--mock-data")
+    assert "the default layer spec needs Transformer Engine, which is not installed" in result.stderr

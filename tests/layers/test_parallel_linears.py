@@ -1,5 +1,7 @@
 """Column- and row-parallel layers at TP 1, 2, 4 against the dense oracle: small whole numbers, equal to the bit."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -102,17 +104,26 @@ def shard_of_oracle(kind, nm, rank, sequence_parallel):
     return checks
 
 
-@pytest.mark.parametrize("nm", ["2:4", "1:2", "2:8"])
-@pytest.mark.parametrize("rank", [0, RANK], ids=["plain", "adapters"])
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "sp"])
-@pytest.mark.parametrize("kind", ["column", "row"])
-def test_a_shard_equals_its_part_of_the_oracle(ranks, kind, sequence_parallel, rank, nm):
-    for size in (1, 2, 4):
-        if sequence_parallel and size == 1:
-            continue
-        results = ranks.run(shard_of_oracle, kind, nm, rank, sequence_parallel, world=size, tensor_parallel=size)
-        for place, checks in enumerate(results):
-            wrong = [name for name, equal in checks.items() if not equal]
+CASES = list(itertools.product(["column", "row"], ["2:4", "1:2", "2:8"], [0, RANK], [False, True]))
+
+
+def all_shards(cases):
+    return {case: shard_of_oracle(*case) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def shards(ranks):
+    """`size: the checks of each rank`, of all cases at once: starting ranks takes longer than a small layer."""
+    cases = {size: [case for case in CASES if size > 1 or not case[-1]] for size in (1, 2, 4)}
+    return {size: ranks.run(all_shards, cases[size], world=size, tensor_parallel=size) for size in cases}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'sp' if case[3] else 'tp'}-{case[2]}-{case[1]}")
+def test_a_shard_equals_its_part_of_the_oracle(shards, case):
+    sizes = (2, 4) if case[-1] else (1, 2, 4)
+    for size in sizes:
+        for place, checks in enumerate(shards[size]):
+            wrong = [name for name, equal in checks[case].items() if not equal]
             assert not wrong, f"TP {size}, rank {place}: {wrong} differ from the oracle"
 
 

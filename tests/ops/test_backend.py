@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.packed import packed_weight
+from slope_kernels import cusparselt_library
 from slope_megatron.ops import backend, cusparselt, reference
 
 
@@ -30,6 +32,46 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(cusparselt, "unsupported", lambda: "no 2:4 units here")
     with pytest.raises(ValueError, match="--slope-backend cusparselt cannot run here: no 2:4 units here; use"):
         backend.choose("cusparselt")
+
+
+REASONS = {
+    "V100": "sm_70 has no 2:4 units; they came with sm_80 (A100)",
+    "old library": "cuSPARSELt 0.5.2 is older than 0.6.0; upgrade the wheel",
+}
+
+
+@pytest.mark.parametrize("machine", list(REASONS))
+def test_the_library_s_reason_reaches_the_user(machine, monkeypatch, caplog):
+    """auto: named in one line, and the run goes on; forced: refused."""
+    monkeypatch.setattr(cusparselt_library, "unsupported", lambda: REASONS[machine])
+    with caplog.at_level("INFO"):
+        weight = packed_weight(64, 64, torch.float32, "cpu")
+        for _ in range(2):
+            built = backend.build_operands("auto", weight.values, weight.row, weight.column)
+            assert isinstance(built, reference.ReferenceOperands)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].endswith(f"; cusparselt: {REASONS[machine]}")
+    with pytest.raises(ValueError, match="--slope-backend cusparselt cannot run here: ") as refused:
+        backend.build_operands("cusparselt", weight.values, weight.row, weight.column)
+    assert REASONS[machine] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "reason"),
+    [
+        (64, torch.float32, "the weight is float32 (bf16 and fp16 are)"),
+        (96, torch.bfloat16, "the weight is 96 x 64 (both must be multiples of 64)"),
+    ],
+)
+def test_a_forced_backend_names_the_weight_it_cannot_run(rows, dtype, reason, monkeypatch):
+    """Tensors without data stand in for those on a GPU."""
+    monkeypatch.setattr(cusparselt, "unsupported", lambda: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values = torch.empty(rows, 32, dtype=dtype, device="cuda")
+        bits = torch.empty(rows, 8, dtype=torch.uint8, device="cuda")
+    with pytest.raises(ValueError, match="--slope-backend cusparselt cannot run a weight: ") as refused:
+        backend.build_operands("cusparselt", values, bits, bits)
+    assert f"{reason}; use --slope-backend auto" in str(refused.value)
 
 
 def test_a_weight_that_cannot_falls_back_once(monkeypatch, caplog):
@@ -70,3 +112,22 @@ def test_auto_on_a_gpu_with_sparse_units(device):
     assert built.dense_allowed
     forced = backend.build_operands("cusparselt", weight.values, weight.row, weight.column)
     assert not forced.dense_allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "dtype", "reason"),
+    [
+        (64, torch.float32, "the weight is float32 (bf16 and fp16 are)"),
+        (96, torch.bfloat16, "the weight is 96 x 128 (both must be multiples of 64)"),
+    ],
+)
+def test_auto_on_a_gpu_names_the_weight_it_cannot_run(rows, dtype, reason, device, caplog):
+    weight = packed_weight(rows, 128, dtype, device, whole_numbers=True)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            built = backend.build_operands("auto", weight.values, weight.row, weight.column)
+    assert isinstance(built, reference.ReferenceOperands)
+    assert caplog.messages[1:] == [f"sparse products: some weights run on backend reference: {reason}"]
+    x = torch.randint(-2, 3, (48, 128), device=device).to(dtype)
+    assert torch.equal(built.forward(x), x @ weight.dense().t())

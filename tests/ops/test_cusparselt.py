@@ -6,9 +6,12 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import reference
+from slope_megatron.ops import layout, products, reference
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import CusparseltOperands, unsupported_weight
+from slope_megatron.sparsity.operand import backward_slots, slot_places
+from slope_megatron.sparsity.packing import pack, unpack
+from slope_megatron.sparsity.pattern import column_pattern
 
 DTYPE = torch.bfloat16
 
@@ -161,3 +164,47 @@ def test_the_product_of_a_step_does_not_synchronize(device, fresh_choices):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def unknown_layout(monkeypatch):
+    """As on an architecture whose metadata our kernels do not know: the library's compressor writes it."""
+    monkeypatch.setattr(layout, "probe", lambda device, dtype: layout.Layout(known_metadata=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 192), (1536, 512)])
+def test_an_unknown_metadata_layout(rows, columns, dtype, unknown_layout, device, fresh_choices):
+    """Operands built, refreshed, pruned anew and measured without a kernel that writes metadata."""
+    weight, ours, theirs = both(device, rows, columns, dtype=dtype)
+    x = whole_numbers(48, columns, device=device, dtype=dtype)
+    dy = whole_numbers(48, rows, device=device, dtype=dtype)
+
+    def same():
+        return torch.equal(ours.forward(x), theirs.forward(x)) and torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
+
+    assert same()
+    assert ours.tiles == {"forward": 1, "dgrad": 1}
+    for operands in (ours, theirs):
+        operands.refresh(-weight.values)
+    assert same()
+    generator = torch.Generator().manual_seed(7)
+    score = torch.rand(weight.values.shape, generator=generator).to(device)
+    column = pack(column_pattern(unpack(score, weight.row), weight.row, 2, 4), weight.row)
+    assert not torch.equal(column, weight.column)
+    for operands in (ours, theirs):
+        operands.set_column_pattern(column, weight.values)
+    assert same()
+
+
+@pytest.mark.gpu
+def test_the_library_s_metadata_is_what_our_kernels_write(device):
+    """On an architecture whose layout is known: both ways to the same bytes."""
+    weight = packed_weight(192, 320, DTYPE, device)
+    places = slot_places(weight.row)
+    assert layout.probe(device, DTYPE).known_metadata
+    assert torch.equal(layout.library_metadata(places, DTYPE), products.row_metadata(weight.row_bits))
+    _, places = backward_slots(weight.values, weight.row, weight.column)
+    written = products.column_metadata(weight.row_bits, weight.column_bits)
+    assert torch.equal(layout.library_metadata(places, DTYPE), written)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import commands
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     **os.environ,
@@ -37,10 +39,9 @@ def corpus(tmp_path_factory):
     return next(tmp_path_factory.getbasetemp().glob("prepared*/data"))
 
 
-def slope(*arguments, **keywords):
+def slope(*arguments):
     """`slope pretrain` in a process of its own."""
-    command = [sys.executable, "-m", "slope_megatron", "pretrain", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=900, **keywords)
+    return commands.slope("pretrain", *arguments)
 
 
 def launched(ranks, *arguments):

@@ -1,9 +1,13 @@
-"""Small functions on the patterns of a 4 x 4 tile of weights; shared by every kernel on 2:4 weights.
+"""Small functions on bitmasks of 2:4 weights; shared by the kernels.
 
-A *nibble* has one bit for each column j = 0..3 of the tile. Of a row's two kept values, the *low* one is that of the
-lower bit of the row's nibble; both together are a *pair*, 32 bits with the low value in the low half. Four columns are
-handled at once wherever possible: as bits of a nibble, or as bytes of a word. Bitmasks are laid out as in
-`slope_megatron.sparsity.packing`.
+A *nibble* has one bit for each of the four columns of a group: a word of a row's bitmask is eight nibbles, and most of
+what is asked of a pattern is answered for all eight at once, with the word as it stands. Of a row's two kept values,
+the *low* one is that of the lower bit of its nibble; both together are a *pair*, 32 bits with the low value in the low
+half. Bitmasks are laid out as in `slope_megatron.sparsity.packing`.
+
+These kernels decide which thread owns what. Their tensors' first axis has an element a thread; the others are registers
+of that thread, and a last axis that is contiguous in memory is one load or store of up to 16 bytes. Triton gives an
+axis to threads in just this order, so nothing moves between threads and no layout is converted in shared memory.
 
 Only Triton's builtins are used, none of its jitted library functions: the interpreter is then chosen per kernel.
 """
@@ -20,63 +24,59 @@ def load_nibble(bits, group, mask):
 
 
 @triton.jit
-def load_four(row_bits, column_bits, place, mask, BOTH: tl.constexpr, BG: tl.constexpr, BQ: tl.constexpr):
-    """The patterns of four groups in a row, `[BG, BQ/4]`, repeated for each of the four: `[BG, BQ]`.
-
-    Neighbours share a word of the bitmask: it is loaded once, and each takes its own bits by a constant shift.
-    The low 16 bits are the groups' nibbles; above them, with BOTH, are two bits a group of who survives.
-    """
-    four = tl.load(row_bits + place, mask=mask).to(tl.int32)
-    if BOTH:
-        four |= tl.load(column_bits + place, mask=mask).to(tl.int32) << 16
-    return tl.reshape(tl.broadcast_to(four[:, :, None], (BG, BQ // 4, 4)), (BG, BQ))
-
-
-@triton.jit
-def survivors(four, quad, low, high):
-    """Of a row's lower and higher bit those that survive; `four` from `load_four` with BOTH."""
-    alive = four >> ((quad & 3) * 2 + 16)
-    return low * (alive & 1), high * ((alive >> 1) & 1)
-
-
-@triton.jit
-def split_nibble(kept):
-    """The lower and the higher bit of a row's nibble, each where it stands."""
-    high = kept & (kept - 1)
-    return kept ^ high, high
-
-
-@triton.jit
-def spread(nibble):
-    """Bit j to the lowest bit of byte j."""
-    return (nibble * 0x00204081) & 0x01010101
+def _byte_of(both, selector):
+    """One byte of eight; with bit 3 of the selector its sign, eight times."""
+    byte = (both >> ((selector & 7) * 8)) & 255
+    return tl.where((selector & 8) != 0, (byte >> 7) * 255, byte)
 
 
 @triton.jit
 def permute_bytes(a, b, selector, NATIVE: tl.constexpr):
-    """Byte k of the result is byte (selector >> 4 k) & 7 of the eight bytes (a, b): the `prmt` instruction."""
+    """Byte k of the result is byte (selector >> 4 k) & 7 of the eight bytes (a, b): the `prmt` instruction.
+
+    Where the selector's nibble has bit 3 set, it is that byte's sign eight times: 0 or 255. With (a, b) a table of
+    eight bytes, this looks four nibbles up at once.
+    """
     if NATIVE:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
         )
     both = (a.to(tl.int64) & 0xFFFFFFFF) | (b.to(tl.int64) << 32)
     wide = selector.to(tl.int64)
-    result = (both >> ((wide & 7) * 8)) & 255
-    result |= ((both >> (((wide >> 4) & 7) * 8)) & 255) << 8
-    result |= ((both >> (((wide >> 8) & 7) * 8)) & 255) << 16
-    result |= ((both >> (((wide >> 12) & 7) * 8)) & 255) << 24
+    result = _byte_of(both, wide) | (_byte_of(both, wide >> 4) << 8)
+    result |= (_byte_of(both, wide >> 8) << 16) | (_byte_of(both, wide >> 12) << 24)
     return result.to(tl.int32)
 
 
 @triton.jit
-def expand(pair, low, high, NATIVE: tl.constexpr):
-    """A pair at its columns: columns 0 and 1 in one word, 2 and 3 in another; zero where neither nibble has the column.
+def higher_bits(kept):
+    """The higher of the two bits of every nibble, each where it stands."""
+    return kept & (kept - 0x11111111)
 
-    The selector has a byte a column: 0x10 the low value's bytes, 0x32 the high one's, 0x44 two bytes of the zero.
+
+@triton.jit
+def survivors(kept, survives, NATIVE: tl.constexpr):
+    """Of the two bits of every nibble those that survive the second pruning.
+
+    Args:
+        kept: eight nibbles of a row's pattern.
+        survives: 16 bits, two a nibble: whether the low and whether the high kept value survives.
     """
-    selector = 0x44444444 - 0x34 * spread(low) - 0x12 * spread(high)
-    zero = pair & 0
-    return permute_bytes(pair, zero, selector, NATIVE), permute_bytes(pair, zero, selector >> 16, NATIVE)
+    zero = kept & 0
+    # Two bits -> a byte: its low half says four times whether the low one survives, its high half whether the high one.
+    table = zero - 0xFF100
+    even = permute_bytes(table, zero, survives & 0x3333, NATIVE)
+    odd = permute_bytes(table, zero, (survives >> 2) & 0x3333, NATIVE)
+    low = (even & 0x0F0F0F0F) | ((odd & 0x0F0F0F0F) << 4)
+    high = ((even >> 4) & 0x0F0F0F0F) | (odd & -0x0F0F0F10)
+    higher = higher_bits(kept)
+    return kept & ((higher & high) | (~higher & low))
+
+
+@triton.jit
+def spread(nibble):
+    """Bit j to the lowest bit of byte j."""
+    return (nibble * 0x00204081) & 0x01010101
 
 
 @triton.jit

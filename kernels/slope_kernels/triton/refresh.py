@@ -13,25 +13,52 @@ import torch
 import triton
 import triton.language as tl
 
-from slope_kernels.triton.places import (
-    expand,
-    load_four,
-    permute_bytes,
-    slot_places,
-    split_nibble,
-    spread,
-    survivors,
-)
+from slope_kernels.triton.places import permute_bytes, slot_places, spread, survivors
 
 
 @triton.jit
-def _load_row(values, four, quads_before, quad, mask, NATIVE: tl.constexpr):
-    """One row's pairs, the same at their columns without those that the second pruning drops, and who survives."""
-    pair = tl.load(values + (quads_before + quad), mask=mask)
-    low, high = split_nibble((four >> ((quad & 3) * 4)) & 15)
-    low, high = survivors(four, quad, low, high)
-    front, back = expand(pair, low, high, NATIVE)
-    return pair, front, back, low | high
+def _which(kept, j: tl.constexpr, table: tl.constexpr, NATIVE: tl.constexpr):
+    """The bytes of a pair that hold its value at column j, a byte for each of four groups.
+
+    A kept column 0 is the low value and a kept column 3 the high one; column 1 is the high one where column 0 is kept,
+    and column 2 the low one where column 3 is. At a column that is not kept it is either.
+
+    Args:
+        kept: row patterns, 16 bits.
+        table: the bytes of a low and of a high value.
+    """
+    if j == 0:
+        bits = kept & 0
+    elif j == 1:
+        bits = kept & 0x1111
+    elif j == 2:
+        bits = (~kept >> 3) & 0x1111
+    else:
+        bits = (kept & 0) + 0x1111
+    return permute_bytes((kept & 0) + table, kept & 0, bits, NATIVE)
+
+
+@triton.jit
+def _two_rows(upper, lower, kept_upper, kept_lower, j: tl.constexpr, NATIVE: tl.constexpr):
+    """The values of two rows at the columns j, the upper row's in the low half: `[T, P, 2, 4]`."""
+    first = _which(kept_upper, j, 0x3210, NATIVE)[:, :, :, None]
+    second = _which(kept_lower, j, 0x7654, NATIVE)[:, :, :, None]
+    group = (0x40 + tl.arange(0, 4) * 0x11)[None, None, None, :]
+    return permute_bytes(upper, lower, permute_bytes(first, second, group, NATIVE), NATIVE)
+
+
+@triton.jit
+def _bytes_of(bits):
+    """Bits 16 h + 4 q + j of words `[T, P]` as bytes: byte j of `[:, :, h, q]`."""
+    place = (tl.arange(0, 2) * 16)[:, None] + (tl.arange(0, 4) * 4)[None, :]
+    return spread((bits[:, :, None, None] >> place[None, None, :, :]) & 15)
+
+
+@triton.jit
+def _slots(a0, a1, a2, a3):
+    """Per column the byte pairs that its two slots take of four rows' values: 0x10 + 0x22 place, a byte a column."""
+    first0, first1, second0, second1 = slot_places(a0, a1, a2, a3, 0x01010101)
+    return 0x10101010 + 0x22 * first0 + 0x44 * first1, 0x10101010 + 0x22 * second0 + 0x44 * second1
 
 
 @triton.jit
@@ -44,22 +71,12 @@ def _operand_row(row, tile_rows, tile_stride, row_stride, TILED: tl.constexpr):
 
 
 @triton.jit
-def _two_columns(w0, w1, w2, w3, selectors, NATIVE: tl.constexpr):
-    """Slot pairs of two columns, from one word a row with both columns' values and a 16-bit selector a column."""
-    upper, lower = (w0 & 0xFFFF) | (w1 << 16), (w2 & 0xFFFF) | (w3 << 16)
-    left = permute_bytes(upper, lower, selectors, NATIVE)
-    upper, lower = ((w0 >> 16) & 0xFFFF) | (w1 & -65536), ((w2 >> 16) & 0xFFFF) | (w3 & -65536)
-    return left, permute_bytes(upper, lower, selectors >> 16, NATIVE)
-
-
-@triton.jit
-def _slot_selectors(a0, a1, a2, a3, NATIVE: tl.constexpr):
-    """Per column the bytes that its two slots take of the rows' values: 16 bits a column, two columns a word."""
-    first0, first1, second0, second1 = slot_places(a0, a1, a2, a3, 15)
-    first = 0x10101010 + 0x22 * spread(first0) + 0x44 * spread(first1)
-    second = 0x10101010 + 0x22 * spread(second0) + 0x44 * spread(second1)
-    zero = a0 & 0
-    return permute_bytes(first, second, zero + 0x5140, NATIVE), permute_bytes(first, second, zero + 0x7362, NATIVE)
+def _load_patterns(row_bits, column_bits, place, mask, NATIVE: tl.constexpr):
+    """One row's pattern in each group, `[T, P, 2]`, and its survivors as bytes, `[T, P, 2, 4]`."""
+    kept = tl.load(row_bits + place, mask=mask).to(tl.int32)
+    kept_low, kept_high = tl.split(kept)
+    low, high = tl.split(tl.load(column_bits + place, mask=mask).to(tl.int32))
+    return kept, _bytes_of(survivors(kept_low | (kept_high << 16), low | (high << 8), NATIVE))
 
 
 @triton.jit
@@ -70,7 +87,7 @@ def _refresh_kernel(
     forward,
     backward,
     groups,
-    quads,
+    chunks,
     forward_tile_rows,
     forward_tile_stride,
     backward_tile_rows,
@@ -79,50 +96,57 @@ def _refresh_kernel(
     WRITE_BACKWARD: tl.constexpr,
     FORWARD_TILED: tl.constexpr,
     BACKWARD_TILED: tl.constexpr,
-    EVEN: tl.constexpr,
     NATIVE: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    LANES_G: tl.constexpr,
+    LANES_C: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """One tile of BLOCK_G groups of four rows times BLOCK_Q groups of four columns; all pointers to 32-bit pairs."""
-    quad = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
-    group_start = tl.program_id(1) * BLOCK_G
-    group = group_start + tl.arange(0, BLOCK_G)[:, None]
-    mask = None if EVEN else (quad < quads) & (group < groups)
-    # 64-bit offsets up to the tile's first row, 32-bit ones within the tile.
-    start = group_start.to(tl.int64) * 4 * quads
-    values += start
-    row_bits += start // 4
-    column_bits += start // 4
-    four = tl.program_id(0) * (BLOCK_Q // 4) + tl.arange(0, BLOCK_Q // 4)[None, :]
-    four_mask = None if EVEN else (four < quads // 4) & (group < groups)
-    before = tl.arange(0, BLOCK_G)[:, None] * 4 * quads
-    four += tl.arange(0, BLOCK_G)[:, None] * quads
-    t0 = load_four(row_bits, column_bits, four, four_mask, True, BLOCK_G, BLOCK_Q)
-    t1 = load_four(row_bits, column_bits, four + quads // 4, four_mask, True, BLOCK_G, BLOCK_Q)
-    t2 = load_four(row_bits, column_bits, four + quads // 4 * 2, four_mask, True, BLOCK_G, BLOCK_Q)
-    t3 = load_four(row_bits, column_bits, four + quads // 4 * 3, four_mask, True, BLOCK_G, BLOCK_Q)
-    p0, f0, b0, a0 = _load_row(values, t0, before, quad, mask, NATIVE)
-    p1, f1, b1, a1 = _load_row(values, t1, before + quads, quad, mask, NATIVE)
-    p2, f2, b2, a2 = _load_row(values, t2, before + 2 * quads, quad, mask, NATIVE)
-    p3, f3, b3, a3 = _load_row(values, t3, before + 3 * quads, quad, mask, NATIVE)
+    """A thread has a chunk of 16 columns of PAIRS pairs of groups: 16 bytes a row in, 8 PAIRS bytes a column out.
+
+    Axes: thread, pair of groups of four rows, the two of a pair, four groups of columns. Pointers are to 32-bit pairs,
+    to the 16 bits of a chunk in the row bitmask, and to its 8 bits in the column bitmask.
+    """
+    thread = tl.arange(0, LANES_G * LANES_C)
+    group = (tl.program_id(1) * LANES_G + thread % LANES_G) * (2 * PAIRS)
+    chunk = tl.program_id(0) * LANES_C + thread // LANES_G
+    mask = (group < groups) & (chunk < chunks)
+    mask4 = mask[:, None, None, None]
+    rows = ((tl.arange(0, PAIRS) * 8)[:, None] + (tl.arange(0, 2) * 4)[None, :]) * chunks
+    pairs = rows[None, :, :, None] * 4 + tl.arange(0, 4)[None, None, None, :]
+    start = group.to(tl.int64) * 4 * chunks + chunk
+    values += (start * 4)[:, None, None, None] + pairs
+    p0 = tl.load(values, mask=mask4)
+    p1 = tl.load(values + 4 * chunks, mask=mask4)
+    p2 = tl.load(values + 8 * chunks, mask=mask4)
+    p3 = tl.load(values + 12 * chunks, mask=mask4)
     if WRITE_FORWARD:
-        first = _operand_row(group * 4, forward_tile_rows, forward_tile_stride, quads, FORWARD_TILED)
-        tile = forward + (first + quad)
-        tl.store(tile, p0, mask=mask)
-        tl.store(tile + quads, p1, mask=mask)
-        tl.store(tile + 2 * quads, p2, mask=mask)
-        tl.store(tile + 3 * quads, p3, mask=mask)
+        first = _operand_row(group * 4, forward_tile_rows, forward_tile_stride, chunks * 4, FORWARD_TILED) + chunk * 4
+        forward += first[:, None, None, None] + pairs
+        tl.store(forward, p0, mask=mask4)
+        tl.store(forward + 4 * chunks, p1, mask=mask4)
+        tl.store(forward + 8 * chunks, p2, mask=mask4)
+        tl.store(forward + 12 * chunks, p3, mask=mask4)
     if WRITE_BACKWARD:
-        front, back = _slot_selectors(a0, a1, a2, a3, NATIVE)
-        c0, c1 = _two_columns(f0, f1, f2, f3, front, NATIVE)
-        c2, c3 = _two_columns(b0, b1, b2, b3, back, NATIVE)
-        first = _operand_row(quad * 4, backward_tile_rows, backward_tile_stride, groups, BACKWARD_TILED)
-        tile = backward + (first + group)
-        tl.store(tile, c0, mask=mask)
-        tl.store(tile + groups, c1, mask=mask)
-        tl.store(tile + 2 * groups, c2, mask=mask)
-        tl.store(tile + 3 * groups, c3, mask=mask)
+        place, mask3 = start[:, None, None] + rows[None, :, :], mask[:, None, None]
+        k0, a0 = _load_patterns(row_bits, column_bits, place, mask3, NATIVE)
+        k1, a1 = _load_patterns(row_bits, column_bits, place + chunks, mask3, NATIVE)
+        k2, a2 = _load_patterns(row_bits, column_bits, place + 2 * chunks, mask3, NATIVE)
+        k3, a3 = _load_patterns(row_bits, column_bits, place + 3 * chunks, mask3, NATIVE)
+        first_slot, second_slot = _slots(a0, a1, a2, a3)
+        # A slot without a survivor takes row 0 or 1, where a weight that does not survive is made zero.
+        alive0, alive1 = a0 * 255, a1 * 255
+        first = _operand_row(chunk * 16, backward_tile_rows, backward_tile_stride, groups, BACKWARD_TILED) + group
+        columns = (tl.arange(0, 4) * 4)[:, None] * groups + tl.arange(0, 2 * PAIRS)[None, :]
+        backward += first[:, None, None] + columns[None, :, :]
+        zero = a0 & 0
+        for j in tl.static_range(4):
+            upper = _two_rows(p0, p1, k0, k1, j, NATIVE)
+            upper &= permute_bytes(alive0, alive1, zero + (0x4400 + 0x1111 * j), NATIVE)
+            lower = _two_rows(p2, p3, k2, k3, j, NATIVE)
+            slots = permute_bytes(first_slot, second_slot, zero + (0x40 + 0x11 * j), NATIVE)
+            column = permute_bytes(upper, lower, slots, NATIVE)
+            column = tl.reshape(tl.permute(column, (0, 3, 1, 2)), (LANES_G * LANES_C, 4, 2 * PAIRS))
+            tl.store(backward + j * groups, column, mask=mask3)
 
 
 def refresh(
@@ -134,22 +158,23 @@ def refresh(
     *,
     forward_tiles: int = 1,
     backward_tiles: int = 1,
-    blocks: tuple[int, int, int] = (8, 64, 4),
+    lanes: tuple[int, int] = (8, 16),
+    pairs: int = 2,
     registers: int | None = None,
 ) -> None:
     """Write the operands' values; their metadata is left alone.
 
     Args:
-        values_NC: 16-bit, contiguous, 4-byte aligned; N a multiple of 4, K of 16.
-        row_bits, column_bits: uint8 bitmasks of 2:4 patterns.
+        values_NC: 16-bit, contiguous, 4-byte aligned; N and K multiples of 16, as those of each tile.
+        row_bits, column_bits: uint8 bitmasks of 2:4 patterns, the row one 2-byte aligned.
         forward, backward: uint8 operand buffers, values in front of the metadata in each tile; None: leave it out.
-        blocks: groups of rows and of columns a program, and its warps; registers: most a thread. The defaults are the
-            fastest tried on an H200.
+        lanes: threads of a program along rows and along columns; pairs of groups a thread; most registers a thread.
+            The defaults are the fastest tried.
     """
     rows, kept = values_NC.shape
     columns = kept * 2
-    block_g, block_q, warps = blocks
-    grid = (triton.cdiv(columns // 4, block_q), triton.cdiv(rows // 4, block_g))
+    lanes_g, lanes_c = lanes
+    grid = (triton.cdiv(columns // 16, lanes_c), triton.cdiv(rows // (8 * pairs), lanes_g))
     # A tile is its values and one eighth as much metadata; strides count 32-bit pairs.
     pairs_per_weight = 9 / 32
     _refresh_kernel[grid](
@@ -159,7 +184,7 @@ def refresh(
         forward.view(torch.int32) if forward is not None else values_NC.view(torch.int32),
         backward.view(torch.int32) if backward is not None else values_NC.view(torch.int32),
         rows // 4,
-        columns // 4,
+        columns // 16,
         rows // forward_tiles,
         int(rows // forward_tiles * columns * pairs_per_weight),
         columns // backward_tiles,
@@ -168,10 +193,10 @@ def refresh(
         WRITE_BACKWARD=backward is not None,
         FORWARD_TILED=forward_tiles > 1,
         BACKWARD_TILED=backward_tiles > 1,
-        EVEN=rows % (4 * block_g) == 0 and columns % (4 * block_q) == 0,
         NATIVE=values_NC.is_cuda,
-        BLOCK_G=block_g,
-        BLOCK_Q=block_q,
-        num_warps=warps,
+        LANES_G=lanes_g,
+        LANES_C=lanes_c,
+        PAIRS=pairs,
+        num_warps=lanes_g * lanes_c // 32,
         maxnreg=registers,
     )

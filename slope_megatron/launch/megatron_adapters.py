@@ -1,0 +1,102 @@
+"""Lazy adapters under Megatron-LM's own loop and optimizer: unused until their step comes, fresh when they join.
+
+Before that step Y = X (W^R)^T and the adapters have no gradients, but weight decay shrinks L. So when they join (SLoPe,
+section 3.2) both factors are written anew, their fp32 copies too, and what Adam remembers of them is forgotten. Its
+count of their steps, by which it corrects its averages, is theirs only while a step is made: checkpoints of Megatron
+hold one count for all parameters.
+"""
+
+import contextlib
+import logging
+
+import torch
+
+from slope_megatron.config import SlopeConfig
+from slope_megatron.layers.pruned_linear import PrunedLinear
+from slope_megatron.models.fill import fill_adapters
+
+logger = logging.getLogger(__name__)
+
+
+def use_adapters(chunks, active: bool) -> None:
+    """Whether the adapters take part in the products from now on.
+
+    Args:
+        chunks: the parts of the model on this rank, wrapped as they are trained.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, PrunedLinear):
+                module.adapters_active = active
+
+
+@contextlib.contextmanager
+def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: int, seed: int):
+    """What surrounds the making of step `step` of `steps`, counted from 0.
+
+    Args:
+        optimizer: Megatron's, chained or not.
+    """
+    start = slope.adapter_start(steps)
+    active = start is not None and step >= start
+    use_adapters(chunks, active)
+    if not active:
+        yield
+        return
+    models = [unwrapped(chunk) for chunk in chunks]
+    if step == start:
+        for model in models:
+            restart(optimizer, fill_adapters(model, seed=seed))
+        logger.info("step %d of %d: the adapters join", step, steps)
+    counters = [count for model in models for count in step_counters(optimizer, model)]
+    if not counters:
+        logger.warning("the optimizer counts the steps of all parameters at once: no bias correction of the adapters'")
+    common = [int(count) for count in counters]
+    for count in counters:
+        count.fill_(step - start)
+    yield
+    for count, before in zip(counters, common, strict=True):
+        count.add_(before - (step - start))
+
+
+def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model without Megatron's data parallelism and precision around it."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def adapters_of(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Both factors of each adapter."""
+    modules = [module for module in model.modules() if isinstance(module, PrunedLinear)]
+    return [factor for module in modules for factor in (module.adapter_l, module.adapter_r)]
+
+
+def memories(optimizer, parameter: torch.nn.Parameter):
+    """(Megatron's optimizer, the tensor that it steps for this parameter, Adam's state of it), where there is one."""
+    main = getattr(parameter, "main_param", None)
+    main = parameter if main is None else main
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if main in part.optimizer.state:
+            yield part, main, part.optimizer.state[main]
+
+
+def step_counters(optimizer, model: torch.nn.Module) -> list[torch.Tensor]:
+    """Adam's counts of steps, those of the adapters, where it keeps one for each parameter."""
+    states = [state for parameter in adapters_of(model) for _, _, state in memories(optimizer, parameter)]
+    return [state["step"] for state in states if torch.is_tensor(state.get("step"))]
+
+
+@torch.no_grad()
+def restart(optimizer, parameters: list[torch.nn.Parameter]) -> None:
+    """Fp32 copies from the parameters, and averages of nothing."""
+    for parameter in parameters:
+        for part, main, state in memories(optimizer, parameter):
+            if main.shape == parameter.shape:
+                main.copy_(parameter)
+            else:  # this rank's part, of the distributed optimizer
+                here = part._get_model_param_range_map(parameter)["param"]
+                main.copy_(parameter.view(-1)[here.start : here.end])
+            for name, value in state.items():
+                if name != "step":
+                    value.zero_()

@@ -1,0 +1,109 @@
+"""Megatron-LM's layer specs as `--slope` needs them: of core 0.16 and 0.20, GPT's and BERT's.
+
+Imported where a model is built: the upstream's own megatron.core is the one that counts.
+"""
+
+import copy
+import functools
+import logging
+
+import megatron.core.models.bert.bert_layer_specs as bert_layer_specs
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from slope_megatron.config import SlopeConfig
+from slope_megatron.models.fill import PackedWeight
+from slope_megatron.models.layer_spec import sparsify
+
+logger = logging.getLogger(__name__)
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+LOCAL = "give --transformer-impl local, and to pretrain_bert.py --spec local too"
+BERT_DEFAULT = "bert_layer_with_transformer_engine_spec"
+
+
+class SparseBlockSpec(TransformerBlockSubmodules):
+    """One spec a block, and `submodules` of the stock one, by which BertModel chooses the form of its mask."""
+
+    submodules = None
+
+
+def complete_bert_specs() -> None:
+    """Without Transformer Engine, pretrain_bert.py cannot import the name of its default spec, even for `--spec local`.
+
+    The name is there then, and means no spec: `refuse_no_spec` meets it with a sentence.
+    """
+    if not bert_layer_specs.HAVE_TE:
+        vars(bert_layer_specs)[BERT_DEFAULT] = None
+        logger.warning("Transformer Engine is not installed: of BERT's layer specs, only --spec local can be built")
+
+
+def sparse_block_spec(stock, slope: SlopeConfig, config) -> SparseBlockSpec:
+    """The specs of this pipeline stage's blocks, their linears packed where they are sparse.
+
+    Raises:
+        ValueError: a spec for all blocks already, or one whose linears are not Megatron's own.
+    """
+    if isinstance(stock, TransformerBlockSubmodules):
+        raise ValueError("--slope wants one layer spec for all blocks: leave per-block specs and experts out")
+    refuse_other_linears(stock)
+    stock = with_plain_mlp(stock)
+    first = get_transformer_layer_offset(config)
+    specs = [
+        without_new_arguments(sparsify(stock, slope, first + index)) for index in range(get_num_layers_to_build(config))
+    ]
+    block = SparseBlockSpec(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
+    block.submodules = stock.submodules
+    return block
+
+
+def refuse_no_spec(spec) -> None:
+    """The stand-in of `complete_bert_specs`.
+
+    Raises:
+        ValueError: there is no spec.
+    """
+    if spec is None:
+        raise ValueError(f"the default layer spec needs Transformer Engine, which is not installed: {LOCAL}")
+
+
+def refuse_other_linears(spec) -> None:
+    """Linears with a norm inside, as Transformer Engine has them: in their place, packed ones would leave it out.
+
+    Raises:
+        ValueError: names the linear and the flags.
+    """
+    attention = spec.submodules.self_attention.submodules
+    for linear in (attention.linear_qkv, attention.linear_proj):
+        if linear not in (ColumnParallelLinear, RowParallelLinear):
+            name = getattr(linear, "__name__", repr(linear))
+            raise ValueError(f"the layer spec's linears are {name}, and --slope replaces Megatron's own: {LOCAL}")
+
+
+def with_plain_mlp(stock):
+    """Core 0.20's specs hold the MLP as a bound builder: turned back into the ModuleSpec that it still takes."""
+    builder = stock.submodules.mlp
+    if isinstance(builder, functools.partial) and hasattr(builder.func, "__self__"):
+        stock = copy.deepcopy(stock)
+        stock.submodules.mlp = ModuleSpec(module=builder.func.__self__, submodules=builder.keywords["submodules"])
+    return stock
+
+
+def without_new_arguments(spec):
+    """Core 0.20 tells every linear its name and all process groups; packed ones know their tensor-parallel group."""
+    for holder in (spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules):
+        for linear in LINEARS:
+            packed = getattr(holder, linear, None)
+            if isinstance(packed, type) and issubclass(packed, PackedWeight):
+                setattr(holder, linear, with_old_arguments(packed))
+    return spec
+
+
+def with_old_arguments(packed: type) -> type:
+    """The same class with the constructor of core 0.16."""
+
+    def init(self, *positional, name=None, pg_collection=None, **keywords):
+        packed.__init__(self, *positional, **keywords)
+
+    return type(packed.__name__, (packed,), {"__init__": init})
