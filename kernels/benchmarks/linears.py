@@ -87,5 +87,6 @@ MODES: dict[str, type] = {
     "fp8-wgrad16": SparseFloat8Wgrad16,
     "dense-fp8": DenseFloat8,
 }
+E4M3_MODES = ("fp8", "fp8-wgrad16", "dense-fp8")
 # The products that a mode may run sparse, as `ops.choices` names them.
 SPARSE_PRODUCTS = {"paper": ("forward", "dgrad")}
