@@ -13,12 +13,12 @@ def forward_like(key) -> dict:
     """Times (ms) of one forward or dgrad product."""
     import torch
 
-    from slope_megatron.ops import float8_products, measure, measure_float8, timing
+    from slope_megatron.ops import float8_products, measure, timing
 
     device = torch.device("cuda", torch.cuda.current_device())
-    trial = measure_float8.prepare(key, torch.bfloat16, device)
+    trial = measure.prepare(key, device)
     x, w, y = trial.q_TS.to(torch.bfloat16), trial.w_RS.to(torch.bfloat16), trial.y_TR
-    candidates = measure.finalists(key, lambda algorithm: measure_float8.Candidate(trial, algorithm))
+    candidates = measure.finalists(trial, tiles=1)
     functions = {
         "bf16": lambda: torch.mm(x, w.t(), out=y),
         "dense_fp8": trial.dense_product,

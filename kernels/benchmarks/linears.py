@@ -10,6 +10,7 @@ from slope_megatron.ops.cusparselt import bias_gradient
 from slope_megatron.ops.float8_products import quantize
 from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column
+from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
 DTYPE = torch.bfloat16
 
@@ -42,11 +43,26 @@ class Sparse(torch.nn.Module):
 
     def forward(self, x):
         if self.bias is None:
-            return slope_linear(x, self.weight, self.operands)
-        return bias_gradient(slope_linear(x, self.weight, self.operands.with_bias(self.bias)), self.bias)
+            return self.product(x, self.operands)
+        return bias_gradient(self.product(x, self.operands.with_bias(self.bias)), self.bias)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands)
 
     def refresh(self) -> None:
         self.operands.refresh(self.weight.detach())
+
+
+class Full(Sparse):
+    """In `full` mode: wgrad reads the unbiased 2:4 estimate of dY."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__(rows, columns, bias)
+        key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
+        self.draws = TokenDraws(key.cuda(), streams.cuda(), 2, 4)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands, draws=self.draws)
 
 
 class DenseFloat8(Dense):
@@ -83,10 +99,11 @@ class SparseFloat8Wgrad16(Sparse):
 MODES: dict[str, type] = {
     "dense": Dense,
     "paper": Sparse,
+    "full": Full,
     "fp8": SparseFloat8,
     "fp8-wgrad16": SparseFloat8Wgrad16,
     "dense-fp8": DenseFloat8,
 }
 E4M3_MODES = ("fp8", "fp8-wgrad16", "dense-fp8")
 # The products that a mode may run sparse, as `ops.choices` names them.
-SPARSE_PRODUCTS = {"paper": ("forward", "dgrad")}
+SPARSE_PRODUCTS = {"paper": ("forward", "dgrad"), "full": ("forward", "dgrad", "wgrad")}

@@ -1,10 +1,12 @@
 """cuSPARSELt through ctypes, with plans kept: setting one up costs more than most products.
 
-One product only: Y [T, N] = X [T, K] W^T (+ bias), W 2:4 along K, all 16-bit with fp32 sums; or W and X in e4m3 and
-Y = 2^-18 X W^T: the library takes no scale from device memory for them (a vector of factors is refused, scale pointers
-are taken and ignored), so the caller's scales come after it, and 2^-18 = 1/512^2 keeps Y in the range of fp16 until
-then. The library wants the sparse matrix on the left and computes D = W X^T; with D column-major, memory holds Y
-row-major.
+Two products, all 16-bit with fp32 sums. The library wants the sparse matrix on the left; its row-major or column-major
+dense matrices say which of the two it is:
+    Y [T, N] = X [T, K] W^T (+ bias)    W 2:4 along K; D = W X^T, D and X^T column-major: memory holds Y and X row-major
+    D [N, K] = S [N, T] X [T, K]        S 2:4 along T; D and X row-major
+The first also with W and X in e4m3, then times 2^-18: the library takes no scale from device memory for these (a vector
+of factors is refused, pointers to scales are taken and ignored), so the scales come after it, and 2^-18 = 1/512^2 keeps
+Y in the range of fp16 until then.
 
     operand   uint8 [9/8 N K], in e4m3 [5/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8].
               Both facts are the library's own affair; `slope_megatron.ops.layout` verifies them before relying on them.
@@ -47,6 +49,7 @@ class Product:
     """Y [tokens, rows] = X [tokens, columns] W^T, W [rows, columns] sparse; Y's rows are `stride` elements apart.
 
     `dtype` is that of W and X; Y's is `output` where it differs, as it does for e4m3.
+    With `straight` D [rows, tokens] = W X, X [columns, tokens]: `tokens` is then only the dense matrices' width.
     """
 
     rows: int
@@ -56,6 +59,7 @@ class Product:
     device: int
     stride: int
     relu: bool = False
+    straight: bool = False
     output: torch.dtype | None = None
 
 
@@ -76,6 +80,11 @@ def padded_tokens(tokens: int) -> int:
 def operand_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
     """Size of an operand: half the values, and a nibble for every four weights."""
     return rows * columns * itemsize // 2 + rows * columns // 8
+
+
+def padded_columns(columns: int) -> int:
+    """An operand's columns are a multiple of 64; tokens are filled up with zeros where they become columns."""
+    return columns + -columns % 64
 
 
 def unsupported_shape(rows: int, columns: int, dtype: torch.dtype) -> str | None:
@@ -110,15 +119,17 @@ class Plan:
         self.workspace_bytes = size.value
 
     def _describe_matrices(self) -> None:
-        """W row-major; X^T and D column-major, so that X and Y are row-major."""
+        """W row-major; X^T and D column-major, so that X and Y are row-major, or row-major themselves."""
         product = self.product
         rows, columns, tokens = c_int64(product.rows), c_int64(product.columns), c_int64(product.tokens)
         layout = (c_uint32(ALIGNMENT), c_int32(CODES[product.dtype]))
         sparse = (*layout, c_int32(ROW_MAJOR), c_int32(HALF_IS_ZERO))
-        dense = (*layout, c_int32(COLUMN_MAJOR))
-        output = (c_uint32(ALIGNMENT), c_int32(CODES[product.output or product.dtype]), c_int32(COLUMN_MAJOR))
+        order = c_int32(ROW_MAJOR if product.straight else COLUMN_MAJOR)
+        dense = (*layout, order)
+        output = (c_uint32(ALIGNMENT), c_int32(CODES[product.output or product.dtype]), order)
+        x_stride = tokens if product.straight else columns
         call("StructuredDescriptorInit", self.handle, self.weight.pointer, rows, columns, columns, *sparse)
-        call("DenseDescriptorInit", self.handle, self.x.pointer, columns, tokens, columns, *dense)
+        call("DenseDescriptorInit", self.handle, self.x.pointer, columns, tokens, x_stride, *dense)
         call("DenseDescriptorInit", self.handle, self.y.pointer, rows, tokens, c_int64(product.stride), *output)
 
     def _describe_product(self, bias: int) -> None:

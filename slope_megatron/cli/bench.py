@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = {
-    "gemm": "every linear of the models, forward and dgrad, at each tensor-parallel size",
+    "gemm": "every linear of the models, its three products, at each tensor-parallel size",
     "block": "whole transformer blocks, training and forward alone",
+    "parallel": "training steps on several GPUs: tensor parallel, and replicas from one up",
     "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
     "fp8": "every linear of the models in e4m3, dense and 2:4, against dense bf16",

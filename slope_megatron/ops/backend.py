@@ -9,6 +9,7 @@ import torch
 from slope_megatron.ops import cusparselt, float8, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class Operands(Protocol):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        """dW = dY^T X read at the kept places, `[N, C]`."""
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
 
 
 PRODUCTS = reference.PRODUCTS
@@ -85,7 +86,7 @@ def build_operands(
         row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; a bitmask that stays is kept by reference.
         column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`. None: for inference, operands that
             have the forward product alone.
-        products_wanted: those that they will serve; a kernel that writes both operands at once does so anyway.
+        products_wanted: those that they will serve.
         float8_kinds: the products that are in e4m3: none, ("forward", "dgrad"), or all three.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
@@ -104,7 +105,9 @@ def build_operands(
             return operands
         if reason is None:
             column_bits = pack_bits(column) if column.dtype == torch.bool else column
-            return cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=backend == "auto")
+            return cusparselt.build(
+                values_NC, row_bits, column_bits, dense_allowed=backend == "auto", products_wanted=products_wanted
+            )
         if backend != "auto":
             raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
         _say_once(f"sparse products: some weights run on backend reference: {reason}")
@@ -127,7 +130,14 @@ def build_float8_operands(backend: str, values_NC, row, column, products_wanted,
         if reason:
             raise ValueError(f"--slope-fp8 cannot run here: {reason}; use --slope-fp8 off")
         _say_once(f"sparse products: in e4m3, {'all three' if wgrad else 'wgrad in the type of the parameters'}")
-        return float8.Float8Operands(values_NC, row_bits, column_bits, wgrad=wgrad, dense_allowed=backend == "auto")
+        return float8.Float8Operands(
+            values_NC,
+            row_bits,
+            column_bits,
+            wgrad=wgrad,
+            dense_allowed=backend == "auto",
+            products_wanted=products_wanted,
+        )
     _say_once("sparse products: e4m3 is emulated, by rounding and then multiplying in the type of the parameters")
     operands = float8.EmulatedFloat8Operands(unpack_bits(row_bits), values_NC.dtype, products_wanted, wgrad=wgrad)
     operands.set_column_pattern(column_bits, values_NC)

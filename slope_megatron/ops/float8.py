@@ -9,20 +9,20 @@ The parameter stays packed in 16 bits: `refresh` rounds it into both operands, o
 wherever it runs; which kernel multiplies, 2:4 or dense, is measured.
 """
 
-import functools
 import sys
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from slope_megatron.ops import choices, cusparselt, float8_products, layout, measure_float8, products
+from slope_megatron.ops import choices, cusparselt, float8_products, layout, measure, products
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import BiasedOperands
-from slope_megatron.ops.reference import ReferenceOperands
+from slope_megatron.ops.reference import PRODUCTS, ReferenceOperands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import backward_slots, metadata_e4m3, scatter_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 OLDEST_ARCHITECTURE = (8, 9)
 
@@ -50,12 +50,15 @@ def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str |
 class Float8Operands:
     """Operand buffers of one weight; see the module's docstring."""
 
-    def __init__(self, values_NC, row_bits, column_bits, *, wgrad: bool, dense_allowed: bool = True):
+    def __init__(
+        self, values_NC, row_bits, column_bits, *, wgrad: bool, dense_allowed: bool = True, products_wanted=PRODUCTS
+    ):
         """
         Args:
             row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
             wgrad: whether wgrad is in e4m3 too.
             dense_allowed: whether a product may fall to the dense candidate.
+            products_wanted: those that will be asked for; the operand of another one is not there.
         """
         self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
         self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
@@ -63,7 +66,9 @@ class Float8Operands:
         self.float8_wgrad, self.dense_allowed = wgrad, dense_allowed
         size = layout.operand_bytes(self.rows, self.columns, E4M3)
         self.operands = {
-            kind: torch.empty(size, dtype=torch.uint8, device=self.device) for kind in ("forward", "dgrad")
+            kind: torch.empty(size, dtype=torch.uint8, device=self.device)
+            for kind in ("forward", "dgrad")
+            if kind in products_wanted
         }
         self.scale = torch.empty(1, dtype=torch.float32, device=self.device)
         # Of a product that measured faster on dense tensor cores: its weight, as [rows, columns] of the operand.
@@ -81,6 +86,8 @@ class Float8Operands:
     def _write_metadata(self, kind: str) -> None:
         """Once a pattern: our kernels' metadata of 16-bit operands, put in order; or, where that is another, unknown
         one, the library's."""
+        if kind not in self.operands:
+            return
         rows, columns = self._shape(kind)
         if not layout.probe(self.device, E4M3).known_metadata:
             metadata = layout.library_metadata(self._places(kind), E4M3)
@@ -101,7 +108,7 @@ class Float8Operands:
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
         """New values, same patterns."""
-        buffers = (self.operands["forward"], self.operands["dgrad"])
+        buffers = (self.operands.get("forward"), self.operands.get("dgrad"))
         float8_products.refresh_(values_NC, self.row_bits, self.column_bits, *buffers, self.scale)
         for kind in self.dense:
             self.dense[kind].copy_(self._unpacked(kind))
@@ -133,10 +140,7 @@ class Float8Operands:
             raise RuntimeError(
                 f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
             )
-        measure = functools.partial(
-            measure_float8.measure_product, key, self.dtype, self.device, dense_allowed=self.dense_allowed
-        )
-        choice = choices.decide(key, measure)
+        choice = choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=self.dense_allowed))
         if not choice.sparse and kind not in self.dense:
             self.dense[kind] = self._unpacked(kind)
         return choice
@@ -178,8 +182,9 @@ class Float8Operands:
                 return q_NT, scale
         return float8_products.quantize(dy_TN, False, True)[1:]
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         """dW at the kept places, `[N, C]`."""
+        assert draws is None, "SlopeConfig refuses mode full in e4m3"
         if not self.float8_wgrad:
             return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
         q_NT, dy_scale = self._transposed_gradient(dy_TN)
@@ -208,7 +213,7 @@ class EmulatedFloat8Operands(ReferenceOperands):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return super().dgrad(float8.rounded(dy_TN))
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         if self.float8_wgrad:
             dy_TN, x_TK = float8.rounded(dy_TN), float8.rounded(x_TK)
-        return super().wgrad(dy_TN, x_TK)
+        return super().wgrad(dy_TN, x_TK, draws)

@@ -114,23 +114,25 @@ def refresh_(
     values_NC: torch.Tensor,
     row_bits: torch.Tensor,
     column_bits: torch.Tensor,
-    forward: torch.Tensor,
-    backward: torch.Tensor,
+    forward: torch.Tensor | None,
+    backward: torch.Tensor | None,
     scale: torch.Tensor,
 ) -> None:
-    """Values of both operands and their common scale from the packed values; metadata stays."""
+    """Values of the operands that are there and their common scale from the packed values; metadata stays."""
     from slope_kernels.triton import quantize as kernels
     from slope_kernels.triton.refresh import refresh
 
     values_NC = aligned(values_NC)
     rows, columns = values_NC.shape[0], values_NC.shape[1] * 2
-    # The transposition is done in 16 bits, into scratch: this runs once a step, and then the same kernel rounds.
-    slots = values_NC.new_empty((columns, rows // 2))
-    refresh(values_NC, row_bits, column_bits, None, slots.view(-1).view(torch.uint8))
     amax = torch.zeros(1, dtype=torch.int32, device=values_NC.device)
     kernels.amax_bits(values_NC, amax)
-    for buffer, source in ((forward, values_NC), (backward, slots)):
-        kernels.quantize(source, amax, scale, buffer[: source.numel()].view(source.shape), None)
+    if forward is not None:
+        kernels.quantize(values_NC, amax, scale, forward[: values_NC.numel()].view(values_NC.shape), None)
+    if backward is not None:
+        # The transposition is done in 16 bits, into scratch: this runs once a step, and then the same kernel rounds.
+        slots = values_NC.new_empty((columns, rows // 2))
+        refresh(values_NC, row_bits, column_bits, None, slots.view(-1).view(torch.uint8))
+        kernels.quantize(slots, amax, scale, backward[: slots.numel()].view(slots.shape), None)
 
 
 @refresh_.register_kernel("cpu")
@@ -138,5 +140,6 @@ def _(values_NC, row_bits, column_bits, forward, backward, scale):
     slots, _ = backward_slots(values_NC, unpack_bits(row_bits), unpack_bits(column_bits))
     scale.copy_(float8.scale_of(values_NC.abs().amax()))
     for buffer, source in ((forward, values_NC), (backward, slots)):
-        q, _ = float8.quantize(source, scale[0])
-        buffer[: source.numel()].copy_(q.view(torch.uint8).flatten())
+        if buffer is not None:
+            q, _ = float8.quantize(source, scale[0])
+            buffer[: source.numel()].copy_(q.view(torch.uint8).flatten())

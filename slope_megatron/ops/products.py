@@ -7,7 +7,8 @@ T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
     slope::refresh_       packed values -> both operands' values
     slope::choose_column  the second pruning by magnitude -> bitmask [N, C/8]
     slope::row_metadata_, slope::column_metadata_   the operands' metadata
-On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers.
+On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers. Those of
+`full` mode are in `ops.mvue`.
 """
 
 import torch
@@ -31,8 +32,9 @@ def aligned(tensor: torch.Tensor, to: int = 4) -> torch.Tensor:
     return tensor if tensor.data_ptr() % to == 0 else tensor.clone()
 
 
-def _padded(x_TS: torch.Tensor) -> torch.Tensor:
-    missing = cusparselt.padded_tokens(x_TS.shape[0]) - x_TS.shape[0]
+def padded(x_TS: torch.Tensor, tokens: int) -> torch.Tensor:
+    """X with zeros up to `tokens`, as the library wants to read it."""
+    missing = tokens - x_TS.shape[0]
     return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else aligned(x_TS, cusparselt.ALIGNMENT)
 
 
@@ -42,7 +44,7 @@ def sparse_mm(
 ) -> torch.Tensor:
     """Y `[T, R]`; runs the algorithm that was measured for this product, else the library's default."""
     tokens, columns = x_TS.shape
-    x_TS = _padded(x_TS)
+    x_TS = padded(x_TS, cusparselt.padded_tokens(tokens))
     y_TR = x_TS.new_empty((x_TS.shape[0], rows))
     device = x_TS.device.index
     product = cusparselt.Product(rows // tiles, columns, x_TS.shape[0], x_TS.dtype, device, rows, relu)
