@@ -64,16 +64,27 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
 def variants(case: Case) -> dict[str, dict]:
     """Settings to try of a kernel: {what to call it: keyword arguments}."""
     if case.name == "refresh":
-        tried = [((8, 16), 1, band) for band in (1, 4, 16, 64)]
-        tried += [((8, 8), 1, 4), ((8, 8), 1, 16), ((4, 16), 1, 16), ((4, 32), 1, 16), ((8, 32), 1, 4), ((16, 8), 1, 4)]
-        tried += [((16, 16), 1, 4), ((4, 16), 2, 4), ((4, 16), 2, 16), ((4, 32), 2, 8), ((8, 16), 2, 8), ((8, 8), 2, 8)]
-        return {" ".join(map(str, one)): dict(zip(("lanes", "pairs", "band"), one, strict=True)) for one in tried}
+        tried = [((4, 16), 2, band, False, None) for band in (1, 2, 4)]
+        tried += [((4, 16), 2, 2, True, None), ((4, 16), 2, 2, False, 128), ((4, 8), 2, 4, False, None)]
+        tried += [((2, 32), 2, 4, False, None), ((2, 16), 2, 4, False, None), ((4, 32), 2, 2, False, None)]
+        names = ("lanes", "pairs", "band", "stream", "registers")
+        return {" ".join(map(str, one)): dict(zip(names, one, strict=True)) for one in tried}
     if case.name == "row_metadata":
-        return {str(sets): {"sets": sets} for sets in (2, 4, 8, 16)}
+        tried = [
+            (8, 1, False),
+            (16, 1, False),
+            (32, 1, False),
+            (4, 2, False),
+            (8, 2, False),
+            (16, 2, False),
+            (16, 1, True),
+        ]
+        return {str(one): dict(zip(("sets", "rounds", "stream"), one, strict=True)) for one in tried}
     if case.name == "choose_column":
         return {str(threads): {"threads": threads} for threads in (32, 64, 128, 256)}
     if case.name == "column_metadata":
-        return {str(threads): {"threads": threads} for threads in (32, 64, 128)}
+        tried = [(32, None), (64, None), (128, None), (64, 56), (64, 48), (128, 48), (64, 40)]
+        return {str(one): dict(zip(("threads", "registers"), one, strict=True)) for one in tried}
     if case.name == "mvue_operand":
         return {f"{quads} {warps}": {"quads": quads, "warps": warps} for quads, warps in MVUE_BLOCKS}
     return {"": {}}

@@ -8,6 +8,7 @@ its time counts.
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 
 import torch
 
@@ -30,6 +31,8 @@ GATE_REPEATS = 3
 # A sparse product must be this much faster, or the dense one stays.
 WORTH_IT = 0.99
 FINALISTS = 3
+# An operand in tiles is tried with the algorithms that were best for the whole one.
+TRIED_IN_TILES = 6
 # The first algorithms, all that bf16 has on sm_90 (cuSPARSELt 0.8.0). fp16 has 52, of which some past 32 do not merely
 # give wrong results: they end the process's CUDA context with an illegal instruction.
 MOST_CONFIGS = 21
@@ -38,11 +41,11 @@ ROWS_AT_ONCE = 4096
 
 @dataclasses.dataclass
 class Trial:
-    """Random data of one product: X, the operand in `tiles` tiles, room for Y, and the dense weight and its Y."""
+    """Random data of one product: X, the operand by its number of tiles, room for Y, the dense weight and its Y."""
 
     key: Key
     x_TS: torch.Tensor
-    operand: torch.Tensor
+    operands: dict[int, torch.Tensor]
     y_TR: torch.Tensor
     dense: torch.Tensor
     expected_TR: torch.Tensor
@@ -54,6 +57,11 @@ class Trial:
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":
         return Candidate(self, algorithm, tiles)
+
+    def operand(self, tiles: int) -> torch.Tensor:
+        if tiles not in self.operands:
+            self.operands[tiles] = layout.retile(self.operands[1], self.key.rows, self.key.columns, 1, tiles)
+        return self.operands[tiles]
 
 
 def random_bits(rows: int, columns: int, device) -> torch.Tensor:
@@ -91,7 +99,7 @@ def prepare(key: Key, device: torch.device) -> Trial:
     tokens = cusparselt.padded_tokens(key.tokens)
     x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
     y = torch.empty(tokens, key.rows, device=device, dtype=key.dtype)
-    trial = Trial(key, x, operand, y, dense, y)
+    trial = Trial(key, x, {1: operand}, y, dense, y)
     trial.expected_TR = trial.dense_product().clone()
     return trial
 
@@ -106,7 +114,7 @@ class Candidate:
             key.rows // tiles, key.columns, trial.x_TS.shape[0], key.dtype, device.index, key.rows
         )
         self.plan = cusparselt.Plan(product, algorithm)
-        self.operand = layout.retile(trial.operand, key.rows, key.columns, 1, tiles) if tiles > 1 else trial.operand
+        self.operand = trial.operand(tiles)
 
     def __call__(self) -> None:
         trial = self.trial
@@ -138,14 +146,13 @@ def wrong(candidate: Candidate) -> str | None:
     return None
 
 
-def finalists(trial: Trial, tiles: int) -> list[Candidate]:
-    """The fastest of the library's algorithms by a rough timing, as far as they pass the gate.
+def ranking(trial: Trial, tiles: int, configs: Iterable[int]) -> list[int]:
+    """The library's algorithms from the fastest on, by a rough timing; those that cannot run are left out.
 
     They are tried by number, not by the library's own search, which tries all: see MOST_CONFIGS.
     """
-    count = min(MOST_CONFIGS, trial.candidate(None, tiles).plan.algorithm_count())
     timed = []
-    for config in range(count):
+    for config in configs:
         algorithm = cusparselt.Algorithm(config)
         try:
             candidate = trial.candidate(algorithm, tiles)
@@ -158,8 +165,13 @@ def finalists(trial: Trial, tiles: int) -> list[Candidate]:
             continue
         timed.append((min(times), config))
         candidate.plan.close()
+    return [config for _, config in sorted(timed)]
+
+
+def finalists(trial: Trial, tiles: int, ranked: list[int]) -> list[Candidate]:
+    """The first few, as far as they pass the gate."""
     passed = []
-    for _, config in sorted(timed)[:FINALISTS]:
+    for config in ranked[:FINALISTS]:
         candidate = trial.candidate(cusparselt.Algorithm(config), tiles)
         problem = wrong(candidate)
         if problem:
@@ -194,8 +206,11 @@ def contest(key: Key, device: torch.device, *, rounds: int = 9) -> dict:
     """
     trial = prepare(key, device)
     functions: dict = {"dense": trial.dense_product}
+    configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
     for tiles in tilings(key, device):
-        functions |= {(tiles, candidate.algorithm): candidate for candidate in finalists(trial, tiles)}
+        ranked = ranking(trial, tiles, configs)
+        configs = ranked[:TRIED_IN_TILES]
+        functions |= {(tiles, candidate.algorithm): candidate for candidate in finalists(trial, tiles, ranked)}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
     return timing.interleaved(functions, rounds=rounds, calls=timing.calls_for(rough))
 

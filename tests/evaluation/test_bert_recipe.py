@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from test_fine_tuning import WORDS, squad_file
 
+from helpers import commands
 from slope_megatron.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,9 +17,7 @@ SCALE = ["--scale", "0.0005", "--dtype", "fp32", "--eval-samples", 8, "--steps",
 
 def slope(*arguments):
     """A `slope` command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "slope_megatron", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = commands.slope(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

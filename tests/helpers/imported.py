@@ -10,5 +10,6 @@ from slope_megatron.training import cpu_host
 torch.set_num_threads(1)
 # Before Megatron, whose import it makes shorter.
 cpu_host.prepare()
-for module in ("deepspeed", "slope_megatron.training.engine"):
+# torch's optimizers import dynamo when they are made.
+for module in ("deepspeed", "slope_megatron.training.engine", "torch._dynamo"):
     importlib.import_module(module)

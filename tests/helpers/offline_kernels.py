@@ -22,40 +22,50 @@ REFRESH |= {name: "i32" for name in ("backward_tile_rows", "backward_tile_stride
 BOTH = {"WRITE_FORWARD": True, "WRITE_BACKWARD": True, "FORWARD_TILED": True, "BACKWARD_TILED": True}
 MASKS = {"row_masks": "*i32", "column_masks": "*u16"}
 GATHER = {"dense": "*i64", "row_bits": "*u8", "packed": "*i32", "groups": "i32"}
-# name: (kernel, types of its arguments, its constants); threads of the defaults.
+# name: (kernel, types of its arguments, its constants, warps).
 KERNELS = {
-    "refresh": (refresh._refresh_kernel, REFRESH, {**BOTH, "LANES_G": 8, "LANES_C": 16, "PAIRS": 1, "BAND": 16}),
+    "refresh": (
+        refresh._refresh_kernel,
+        REFRESH,
+        {**BOTH, "LANES_G": 4, "LANES_C": 16, "PAIRS": 2, "BAND": 4, "STREAM": True},
+        2,
+    ),
     "choose_bf16": (
         choose._choose_kernel,
         {"values": "*i32", **MASKS, "words": "i32", "tiles": "i32"},
         {"IS_BF16": True, "THREADS": 128},
+        4,
     ),
     "choose_fp16": (
         choose._choose_kernel,
         {"values": "*i32", **MASKS, "words": "i32", "tiles": "i32"},
         {"IS_BF16": False, "THREADS": 128},
+        4,
     ),
     "row_metadata": (
         metadata._row_metadata_kernel,
         {"row_masks": "*i32", "metadata": "*i32", "group_blocks": "i32"},
-        {"BLOCKS": 4, "SETS": 4},
+        {"BLOCKS": 4, "SETS": 4, "ROUNDS": 2, "STREAM": True},
+        4,
     ),
     "column_metadata": (
         metadata._column_metadata_kernel,
-        {**MASKS, "metadata": "*i32", "words": "i32", "group_blocks": "i32"},
-        {"THREADS": 128, "STAGED": False},
+        {**MASKS, "metadata": "*i32", "group_blocks": "i32"},
+        {"THREADS": 64, "STAGED": True, "WORDS": 288},
+        2,
     ),
-    "gather": (gather._gather_kernel, GATHER, {"BLOCK": gather.BLOCK}),
+    "gather": (gather._gather_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
     "gather_add": (
         gather._gather_add_kernel,
         {**GATHER, "packed": "*fp32"},
         {"IS_BF16": True, "BLOCK": gather.BLOCK},
+        4,
     ),
-    "unpack": (gather._unpack_kernel, GATHER, {"BLOCK": gather.BLOCK}),
+    "unpack": (gather._unpack_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
 }
 
 
-def compiled(kernel, arguments: dict, constants: dict, architecture: int) -> dict:
+def compiled(kernel, arguments: dict, constants: dict, warps: int, architecture: int) -> dict:
     """Shared memory (bytes), stack (bytes, spills among them) and registers of one kernel."""
     if "NATIVE" in kernel.arg_names:
         constants = {**constants, "NATIVE": True}
@@ -63,7 +73,7 @@ def compiled(kernel, arguments: dict, constants: dict, architecture: int) -> dic
     types = {name: arguments.get(name, "constexpr") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in arguments}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(built.asm["cubin"])
@@ -74,5 +84,5 @@ def compiled(kernel, arguments: dict, constants: dict, architecture: int) -> dic
 
 
 if __name__ == "__main__":
-    for name, (kernel, arguments, constants) in KERNELS.items():
-        print(json.dumps({"kernel": name, **compiled(kernel, arguments, constants, int(sys.argv[1]))}), flush=True)
+    for name, parts in KERNELS.items():
+        print(json.dumps({"kernel": name, **compiled(*parts, int(sys.argv[1]))}), flush=True)

@@ -4,14 +4,12 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from helpers import commands
 from slope_megatron.cli import plan
 from slope_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, SlopeConfig
 from slope_megatron.launch import memory, planner, speed
@@ -25,7 +23,6 @@ OPT66B = Config(
     data=DataConfig(seq_length=2048, global_batch_size=512),
 )
 SMALL = Config(model=ModelConfig(num_layers=4), data=DataConfig(seq_length=256, global_batch_size=8))
-ROOT = Path(__file__).resolve().parents[2]
 STATED = speed.Rates((), 0.4, 1.3)
 KERNELS = Holding(precision("bf16", "fp32"), "kernels", fused=True)
 
@@ -312,9 +309,8 @@ def test_state_bytes_are_those_of_a_real_run(method, tmp_path, capsys):
     small = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-multiple 48 --steps 4"
     run = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--stop-at", 1, "--slope-adapter-rank", 4]
     run += ["--slope-method", method]
-    command = [sys.executable, "-m", "slope_megatron", "pretrain", *small.split(), *map(str, run)]
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"})
+    done = commands.slope("pretrain", *small.split(), *run)
+    assert done.returncode == 0, done.stderr
     assert slope_plan("--check", tmp_path / "run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and all(line.split()[-1] == "0.000%" for line in lines[1:])

@@ -35,7 +35,14 @@ def _nibbles_of_row(kept, NATIVE: tl.constexpr):
 
 @triton.jit
 def _row_metadata_kernel(
-    row_masks, metadata, group_blocks, NATIVE: tl.constexpr, BLOCKS: tl.constexpr, SETS: tl.constexpr
+    row_masks,
+    metadata,
+    group_blocks,
+    NATIVE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SETS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
     """A thread has the rows r and r + 8 of BLOCKS neighbouring blocks of eight groups: two words of each block.
 
@@ -43,23 +50,35 @@ def _row_metadata_kernel(
     """
     thread = tl.arange(0, 32 * SETS)
     pair = thread // 2 % 32
-    block = (tl.program_id(0) * SETS + thread // 64 * 2 + thread % 2) * BLOCKS
+    block = (tl.program_id(0) * SETS * ROUNDS + thread // 64 * 2 + thread % 2) * BLOCKS
     row_block = tl.program_id(1).to(tl.int64)
     place = (row_block * 64 + pair // 8 * 16 + pair % 8) * group_blocks + block
-    mask = (block < group_blocks)[:, None]
-    words = row_masks + place[:, None] + tl.arange(0, BLOCKS)[None, :]
-    upper = _nibbles_of_row(tl.load(words, mask=mask), NATIVE)
-    lower = _nibbles_of_row(tl.load(words + 8 * group_blocks, mask=mask), NATIVE)
+    first = (tl.arange(0, ROUNDS) * SETS * BLOCKS)[None, :]
+    mask = ((block[:, None] + first) < group_blocks)[:, :, None]
+    words = row_masks + place[:, None, None] + first[:, :, None] + tl.arange(0, BLOCKS)[None, None, :]
+    if STREAM:
+        upper = tl.load(words, mask=mask, eviction_policy="evict_first")
+        lower = tl.load(words + 8 * group_blocks, mask=mask, eviction_policy="evict_first")
+    else:
+        upper = tl.load(words, mask=mask)
+        lower = tl.load(words + 8 * group_blocks, mask=mask)
+    upper, lower = _nibbles_of_row(upper, NATIVE), _nibbles_of_row(lower, NATIVE)
     even, odd = _exchange(upper, lower, 4, 0x0F0F0F0F, NATIVE)
     # Groups 0 4 1 5 | 2 6 3 7.
     zero = even & 0
     pairs = tl.join(permute_bytes(even, odd, zero + 0x6420, NATIVE), permute_bytes(even, odd, zero + 0x7531, NATIVE))
     target = (row_block * group_blocks + block) * 64 + pair * 2
-    target = target[:, None, None] + tl.arange(0, BLOCKS)[None, :, None] * 64 + tl.arange(0, 2)[None, None, :]
-    tl.store(metadata + target, pairs, mask=mask[:, :, None])
+    target = target[:, None, None] + (first[:, :, None] + tl.arange(0, BLOCKS)[None, None, :]) * 64
+    target = target[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
+    if STREAM:
+        tl.store(metadata + target, pairs, mask=mask[:, :, :, None], cache_modifier=".cs")
+    else:
+        tl.store(metadata + target, pairs, mask=mask[:, :, :, None])
 
 
-def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 4) -> None:
+def row_metadata(
+    row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 16, rounds: int = 1, stream: bool = False
+) -> None:
     """Write the metadata of W^R `[N, K]`; N a multiple of 64, K of 32.
 
     Args:
@@ -68,7 +87,7 @@ def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 
     """
     group_blocks = row_bits.shape[1] // 4
     blocks = 4 if group_blocks % 4 == 0 else 1
-    grid = (triton.cdiv(group_blocks, sets * blocks), row_bits.shape[0] // 64)
+    grid = (triton.cdiv(group_blocks, sets * rounds * blocks), row_bits.shape[0] // 64)
     _row_metadata_kernel[grid](
         row_bits.view(torch.int32),
         metadata.view(torch.int32),
@@ -76,19 +95,21 @@ def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 
         NATIVE=row_bits.is_cuda,
         BLOCKS=blocks,
         SETS=sets,
+        ROUNDS=rounds,
+        STREAM=stream,
         num_warps=sets,
     )
 
 
 @triton.jit
-def _nibbles_of_group(row_masks, column_masks, row, word, words, mask, NATIVE: tl.constexpr):
+def _nibbles_of_group(row_masks, column_masks, row, mask, WORDS: tl.constexpr, NATIVE: tl.constexpr):
     """Metadata nibbles of 32 columns of one group of four rows: word j has those of the columns 4 q + j, q in order.
 
     The group's first row is not read: the other three tell the places.
     """
-    a1 = _load_survivors(row_masks, column_masks, (row + 1) * words + word, mask, NATIVE)
-    a2 = _load_survivors(row_masks, column_masks, (row + 2) * words + word, mask, NATIVE)
-    a3 = _load_survivors(row_masks, column_masks, (row + 3) * words + word, mask, NATIVE)
+    a1 = _load_survivors(row_masks, column_masks, (row + 1) * WORDS, mask, NATIVE)
+    a2 = _load_survivors(row_masks, column_masks, (row + 2) * WORDS, mask, NATIVE)
+    a3 = _load_survivors(row_masks, column_masks, (row + 3) * WORDS, mask, NATIVE)
     p0, p1, p2, p3 = slot_places(a1, a2, a3, -1)
     # Planes -> nibbles: first the lowest bit of the column with that of the plane, then the second ones.
     even01, odd01 = _exchange(p0, p1, 1, 0x55555555, NATIVE)
@@ -148,27 +169,26 @@ def _column_metadata_kernel(
     row_masks,
     column_masks,
     metadata,
-    words,
     group_blocks,
+    WORDS: tl.constexpr,
     NATIVE: tl.constexpr,
     THREADS: tl.constexpr,
     STAGED: tl.constexpr,
 ):
     """A thread has 32 rows x 32 columns of W: half a block, 32 words of metadata."""
     word, group_block = tl.program_id(0) * THREADS + tl.arange(0, THREADS), tl.program_id(1)
-    mask = word < words
-    # Offsets within 32 rows fit 32 bits.
-    start = group_block.to(tl.int64) * 32 * words
-    row_masks += start
-    column_masks += start
-    g0 = _nibbles_of_group(row_masks, column_masks, 0, word, words, mask, NATIVE)
-    g1 = _nibbles_of_group(row_masks, column_masks, 4, word, words, mask, NATIVE)
-    g2 = _nibbles_of_group(row_masks, column_masks, 8, word, words, mask, NATIVE)
-    g3 = _nibbles_of_group(row_masks, column_masks, 12, word, words, mask, NATIVE)
-    g4 = _nibbles_of_group(row_masks, column_masks, 16, word, words, mask, NATIVE)
-    g5 = _nibbles_of_group(row_masks, column_masks, 20, word, words, mask, NATIVE)
-    g6 = _nibbles_of_group(row_masks, column_masks, 24, word, words, mask, NATIVE)
-    g7 = _nibbles_of_group(row_masks, column_masks, 28, word, words, mask, NATIVE)
+    mask = word < WORDS
+    start = group_block.to(tl.int64) * 32 * WORDS
+    row_masks += start + word
+    column_masks += start + word
+    g0 = _nibbles_of_group(row_masks, column_masks, 0, mask, WORDS, NATIVE)
+    g1 = _nibbles_of_group(row_masks, column_masks, 4, mask, WORDS, NATIVE)
+    g2 = _nibbles_of_group(row_masks, column_masks, 8, mask, WORDS, NATIVE)
+    g3 = _nibbles_of_group(row_masks, column_masks, 12, mask, WORDS, NATIVE)
+    g4 = _nibbles_of_group(row_masks, column_masks, 16, mask, WORDS, NATIVE)
+    g5 = _nibbles_of_group(row_masks, column_masks, 20, mask, WORDS, NATIVE)
+    g6 = _nibbles_of_group(row_masks, column_masks, 24, mask, WORDS, NATIVE)
+    g7 = _nibbles_of_group(row_masks, column_masks, 28, mask, WORDS, NATIVE)
     # Axes: thread, r4 r2, and then r1 r0 = 0..3; groups with g1 = 0 and 1 apart.
     even = _stack(
         _words_of_groups(g0[0], g1[0], g4[0], g5[0], NATIVE),
@@ -199,6 +219,7 @@ def column_metadata(
     *,
     threads: int = 32,
     staged: bool = True,
+    registers: int | None = None,
 ) -> None:
     """The backward operand's metadata for a given second pruning; N a multiple of 32, K of 64.
 
@@ -211,10 +232,11 @@ def column_metadata(
         row_bits.view(torch.int32),
         column_bits.view(torch.uint16),
         metadata.view(torch.int32),
-        words,
         rows // 32,
+        WORDS=words,
         NATIVE=row_bits.is_cuda,
         THREADS=threads,
         STAGED=staged,
         num_warps=threads // 32,
+        maxnreg=registers,
     )

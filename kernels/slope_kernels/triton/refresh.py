@@ -111,6 +111,7 @@ def _refresh_kernel(
     LANES_C: tl.constexpr,
     PAIRS: tl.constexpr,
     BAND: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
     """A thread has a chunk of 16 columns of PAIRS pairs of groups: 16 bytes a row in, 8 PAIRS bytes a column out.
 
@@ -127,17 +128,17 @@ def _refresh_kernel(
     pairs = rows[None, :, :, None] * 4 + tl.arange(0, 4)[None, None, None, :]
     start = group.to(tl.int64) * 4 * chunks + chunk
     values += (start * 4)[:, None, None, None] + pairs
-    p0 = tl.load(values, mask=mask4)
-    p1 = tl.load(values + 4 * chunks, mask=mask4)
-    p2 = tl.load(values + 8 * chunks, mask=mask4)
-    p3 = tl.load(values + 12 * chunks, mask=mask4)
+    p0 = tl.load(values, mask=mask4, eviction_policy="evict_first" if STREAM else "")
+    p1 = tl.load(values + 4 * chunks, mask=mask4, eviction_policy="evict_first" if STREAM else "")
+    p2 = tl.load(values + 8 * chunks, mask=mask4, eviction_policy="evict_first" if STREAM else "")
+    p3 = tl.load(values + 12 * chunks, mask=mask4, eviction_policy="evict_first" if STREAM else "")
     if WRITE_FORWARD:
         first = _operand_row(group * 4, forward_tile_rows, forward_tile_stride, chunks * 4, FORWARD_TILED) + chunk * 4
         forward += first[:, None, None, None] + pairs
-        tl.store(forward, p0, mask=mask4)
-        tl.store(forward + 4 * chunks, p1, mask=mask4)
-        tl.store(forward + 8 * chunks, p2, mask=mask4)
-        tl.store(forward + 12 * chunks, p3, mask=mask4)
+        tl.store(forward, p0, mask=mask4, cache_modifier=".cs" if STREAM else "")
+        tl.store(forward + 4 * chunks, p1, mask=mask4, cache_modifier=".cs" if STREAM else "")
+        tl.store(forward + 8 * chunks, p2, mask=mask4, cache_modifier=".cs" if STREAM else "")
+        tl.store(forward + 12 * chunks, p3, mask=mask4, cache_modifier=".cs" if STREAM else "")
     if WRITE_BACKWARD:
         place, mask3 = start[:, None, None] + rows[None, :, :], mask[:, None, None]
         k0, a0 = _load_patterns(row_bits, column_bits, place, mask3, NATIVE)
@@ -166,10 +167,10 @@ def _refresh_kernel(
             l2 = _two_rows(p2[q], p3[q], w22, w32, q, NATIVE)
             l3 = permute_bytes(p2[q], p3[q], zero + 0x7632, NATIVE)
             column = backward + 4 * q * groups
-            _store_column(column, u0, l0, b0, b1, first_slot, second_slot, mask, 0, NATIVE, PAIRS)
-            _store_column(column + groups, u1, l1, b0, b1, first_slot, second_slot, mask, 1, NATIVE, PAIRS)
-            _store_column(column + 2 * groups, u2, l2, b0, b1, first_slot, second_slot, mask, 2, NATIVE, PAIRS)
-            _store_column(column + 3 * groups, u3, l3, b0, b1, first_slot, second_slot, mask, 3, NATIVE, PAIRS)
+            _store_column(column, u0, l0, b0, b1, first_slot, second_slot, mask, 0, NATIVE, PAIRS, STREAM)
+            _store_column(column + groups, u1, l1, b0, b1, first_slot, second_slot, mask, 1, NATIVE, PAIRS, STREAM)
+            _store_column(column + 2 * groups, u2, l2, b0, b1, first_slot, second_slot, mask, 2, NATIVE, PAIRS, STREAM)
+            _store_column(column + 3 * groups, u3, l3, b0, b1, first_slot, second_slot, mask, 3, NATIVE, PAIRS, STREAM)
 
 
 @triton.jit
@@ -185,12 +186,18 @@ def _store_column(
     j: tl.constexpr,
     NATIVE: tl.constexpr,
     PAIRS: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
     zero = upper & 0
     upper &= permute_bytes(alive0, alive1, zero + (0x4400 + 0x1111 * j), NATIVE)
     slots = permute_bytes(first, second, zero + (0x40 + 0x11 * j), NATIVE)
     pairs = permute_bytes(upper, lower, slots, NATIVE)
-    tl.store(column, tl.reshape(pairs, (pairs.shape[0], 2 * PAIRS)), mask=mask[:, None])
+    tl.store(
+        column,
+        tl.reshape(pairs, (pairs.shape[0], 2 * PAIRS)),
+        mask=mask[:, None],
+        cache_modifier=".cs" if STREAM else "",
+    )
 
 
 @triton.jit
@@ -211,9 +218,10 @@ def refresh(
     *,
     forward_tiles: int = 1,
     backward_tiles: int = 1,
-    lanes: tuple[int, int] = (8, 16),
-    pairs: int = 1,
-    band: int = 16,
+    lanes: tuple[int, int] = (4, 16),
+    pairs: int = 2,
+    band: int = 4,
+    stream: bool = False,
     registers: int | None = None,
 ) -> None:
     """Write the operands' values; their metadata is left alone.
@@ -252,6 +260,7 @@ def refresh(
         LANES_C=lanes_c,
         PAIRS=pairs,
         BAND=band,
+        STREAM=stream,
         num_warps=lanes_g * lanes_c // 32,
         maxnreg=registers,
     )
