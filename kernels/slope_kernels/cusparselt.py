@@ -4,9 +4,8 @@ Two products, all 16-bit with fp32 sums. The library wants the sparse matrix on 
 dense matrices say which of the two it is:
     Y [T, N] = X [T, K] W^T (+ bias)    W 2:4 along K; D = W X^T, D and X^T column-major: memory holds Y and X row-major
     D [N, K] = S [N, T] X [T, K]        S 2:4 along T; D and X row-major
-The first also with W and X in e4m3, then times 2^-18: the library takes no scale from device memory for these (a vector
-of factors is refused, pointers to scales are taken and ignored), so the scales come after it, and 2^-18 = 1/512^2 keeps
-Y in the range of fp16 until then.
+The first also with W and X in e4m3, times a factor from the host: for these the library takes no scale from device
+memory (a vector of factors is refused, pointers to scales are taken and ignored).
 
     operand   uint8 [9/8 N K], in e4m3 [5/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8].
               Both facts are the library's own affair; `slope_megatron.ops.layout` verifies them before relying on them.
@@ -40,8 +39,7 @@ CONFIG_ID, CONFIG_MAX_ID, SPLIT_K, SPLIT_K_MODE = 0, 1, 3, 4
 # cusparseLtMatmulDescAttribute_t
 ACTIVATION_RELU, BIAS_POINTER = 0, 8
 ALIGNMENT = 16
-E4M3_FACTOR = 2.0**-18
-ONE, ZERO = c_float(1.0), c_float(0.0)
+ZERO = c_float(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +172,10 @@ class Plan:
         if hasattr(library(), "cusparseLtMatmulAlgSelectionDestroy"):
             call("MatmulAlgSelectionDestroy", self.selection.pointer)
 
-    def run(self, operand: int, x: int, y: int, stream: int) -> None:
-        """Enqueue the product; arguments are device addresses and a stream."""
+    def run(self, operand: int, x: int, y: int, stream: int, factor: float = 1.0) -> None:
+        """Enqueue the product, times `factor`; the others are device addresses and a stream."""
         scratch = _workspace(self.workspace_bytes, self.product.device, stream)
-        alpha = c_float(E4M3_FACTOR) if self.product.dtype == E4M3 else ONE
-        inputs = (byref(alpha), c_void_p(operand), c_void_p(x), byref(ZERO))
+        inputs = (byref(c_float(factor)), c_void_p(operand), c_void_p(x), byref(ZERO))
         place = c_void_p(scratch.data_ptr() if scratch is not None else None)
         streams = c_void_p(stream)
         output = (c_void_p(y), c_void_p(y))

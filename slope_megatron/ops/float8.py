@@ -9,6 +9,7 @@ The parameter stays packed in 16 bits: `refresh` rounds it into both operands, o
 wherever it runs; which kernel multiplies, 2:4 or dense, is measured.
 """
 
+import math
 import sys
 
 import torch
@@ -25,6 +26,10 @@ from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 OLDEST_ARCHITECTURE = (8, 9)
+# 512^-2: sums of up to 2^18 products of e4m3 numbers, times it, stay in the range of fp16.
+SAFE_TARGET = -18
+# An aim leaves so many binades for values to grow.
+HEADROOM = 2
 
 
 def unsupported() -> str | None:
@@ -73,6 +78,10 @@ class Float8Operands:
         self.scale = torch.empty(1, dtype=torch.float32, device=self.device)
         # Of a product that measured faster on dense tensor cores: its weight, as [rows, columns] of the operand.
         self.dense: dict[str, torch.Tensor] = {}
+        # The product of both factors' scales is to be 2^target; see `_aim`.
+        self.targets = dict.fromkeys(("forward", "dgrad"), SAFE_TARGET)
+        self._aimed: set[str] = set()
+        self.resident = set(products_wanted) == set(PRODUCTS)
         # From a dgrad to the wgrad of the same dY; gone with dY itself where no wgrad comes.
         self._transposed = WeakTensorKeyDictionary()
         self._write_metadata("forward")
@@ -119,6 +128,7 @@ class Float8Operands:
         self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
         self._write_metadata("dgrad")
         self.refresh(values_NC)
+        self._aimed.clear()
 
     # -- choices ------------------------------------------------------------------------------------------------------
 
@@ -156,20 +166,43 @@ class Float8Operands:
     def _product(self, kind: str, q: torch.Tensor, scale: torch.Tensor, tokens: int, bias=None) -> torch.Tensor:
         if self._choice(kind, tokens).sparse:
             rows = self._shape(kind)[0]
-            y = float8_products.sparse_mm(self.operands[kind], self.scale, q, scale, rows, bias, self.dtype)
+            arguments = (q, scale, rows, bias, self.dtype, self.targets[kind])
+            y = float8_products.sparse_mm(self.operands[kind], self.scale, *arguments)
         else:
             y = float8_products.dense_mm(q, self.dense[kind], scale, self.scale, bias, self.dtype)
         return y[:tokens]
 
+    def _aim(self, kind: str, x: torch.Tensor) -> None:
+        """Choose the power of two that the product of both scales is to be, from the present input.
+
+        It is the factor that the host hands to the product; as long as the input's scale can be chosen to meet it, by
+        at most SLACK binades, the product needs no second pass. A matter of speed, once a weight and after each new
+        pattern, because it waits for the GPU. Not where results must come again to the bit after a resume (what is
+        aimed rounds the smallest values otherwise), nor in fp16, whose range a missed aim could leave.
+        """
+        unwanted = self.dtype != torch.bfloat16 or not self.resident or torch.are_deterministic_algorithms_enabled()
+        if kind in self._aimed or unwanted or torch.compiler.is_compiling() or self.device.type == "cpu":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        self._aimed.add(kind)
+        scale = float(float8_products.quantize(x, True, False)[2] * self.scale)
+        if math.isfinite(scale) and scale > 2.0**-100:
+            self.targets[kind] = round(math.log2(scale)) + HEADROOM
+
+    def _quantized(self, kind: str, x: torch.Tensor, transposed: bool):
+        self._aim(kind, x)
+        return float8_products.quantize(x, True, transposed, self.scale, self.targets[kind])
+
     def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Y = q(X) q(W^R)^T (+ bias), `[T, N]`."""
-        q_TK, _, scale = float8_products.quantize(x_TK, True, False)
+        q_TK, _, scale = self._quantized("forward", x_TK, False)
         return self._product("forward", q_TK, scale, x_TK.shape[0], bias_N)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = q(dY) q(W^{R,C}), `[T, K]`. One reading of dY also gives the transposed q(dY) that wgrad will want."""
         with_transposed = self.float8_wgrad and not torch.compiler.is_compiling()
-        q_TN, q_NT, scale = float8_products.quantize(dy_TN, True, with_transposed)
+        q_TN, q_NT, scale = self._quantized("dgrad", dy_TN, with_transposed)
         if with_transposed:
             self._transposed[dy_TN] = (q_NT, scale, dy_TN._version)
         return self._product("dgrad", q_TN, scale, dy_TN.shape[0])

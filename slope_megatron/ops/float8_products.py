@@ -29,22 +29,31 @@ def _copies(x_TS: torch.Tensor, rows: bool, columns: bool) -> tuple[torch.Tensor
 
 
 @torch.library.custom_op("slope::quantize_e4m3", mutates_args=(), device_types="cuda")
-def quantize(x_TS: torch.Tensor, rows: bool, columns: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q `[T', S]`, its transpose `[S, T']` and the scale `[1]`; a copy that is not wanted is empty."""
+def quantize(
+    x_TS: torch.Tensor, rows: bool, columns: bool, partner: torch.Tensor | None = None, target: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q `[T', S]`, its transpose `[S, T']` and the scale `[1]`; a copy that is not wanted is empty.
+
+    With a partner's scale `[1]`, the scale is aimed: see `sparsity.float8.aimed`.
+    """
     from slope_kernels.triton import quantize as kernels
 
     x_TS = aligned(x_TS)
     q, transposed, scale = _copies(x_TS, rows, columns)
     amax = torch.zeros(1, dtype=torch.int32, device=x_TS.device)
     kernels.amax_bits(x_TS, amax)
-    kernels.quantize(x_TS, amax, scale, q if rows else None, transposed if columns else None)
+    copies = (q if rows else None, transposed if columns else None)
+    kernels.quantize(x_TS, amax, scale, *copies, partner=partner, target=target)
     return q, transposed, scale
 
 
 @quantize.register_kernel("cpu")
-def _(x_TS, rows, columns):
+def _(x_TS, rows, columns, partner=None, target=0):
     q, transposed, scale = _copies(x_TS, rows, columns)
-    found, found_scale = float8.quantize(x_TS)
+    found_scale = float8.scale_of(x_TS.abs().amax())
+    if partner is not None:
+        found_scale = float8.aimed(found_scale, partner[0], target)
+    found, _ = float8.quantize(x_TS, found_scale)
     padded = torch.nn.functional.pad(found.view(torch.uint8), (0, 0, 0, -x_TS.shape[0] % 16))
     if rows:
         q.copy_(padded)
@@ -54,7 +63,7 @@ def _(x_TS, rows, columns):
 
 
 @quantize.register_fake
-def _(x_TS, rows, columns):
+def _(x_TS, rows, columns, partner=None, target=0):
     return _copies(x_TS, rows, columns)
 
 
@@ -67,11 +76,12 @@ def sparse_mm(
     rows: int,
     bias: torch.Tensor | None,
     output: torch.dtype,
+    target: int,
 ) -> torch.Tensor:
     """Y `[T', R]` in `output`; runs the algorithm that was measured for this product, else the library's default.
 
-    Scales and bias come in a second pass over Y: the library takes no scale from the device. Nothing is lost on the
-    way, because the scales are powers of two.
+    The library takes no scale from the device, but a factor from the host: 2^target. Where the scales' product is
+    another, a second pass over Y makes it right; powers of two lose nothing. A bias comes in that pass.
     """
     from slope_kernels.triton.quantize import rescale
 
@@ -81,13 +91,13 @@ def sparse_mm(
     product = cusparselt.Product(rows, columns, tokens, E4M3, device, rows, output=output)
     plan = cusparselt.plan(product, choices.algorithm(product))
     stream = torch.cuda.current_stream(device).cuda_stream
-    plan.run(operand.data_ptr(), q_TS.data_ptr(), y_TR.data_ptr(), stream)
-    rescale(y_TR, operand_scale, q_scale, 1.0 / cusparselt.E4M3_FACTOR, bias)
+    plan.run(operand.data_ptr(), q_TS.data_ptr(), y_TR.data_ptr(), stream, 2.0**target)
+    rescale(y_TR, operand_scale, q_scale, 2.0**-target, bias)
     return y_TR
 
 
 @sparse_mm.register_kernel("cpu")
-def _(operand, operand_scale, q_TS, q_scale, rows, bias, output):
+def _(operand, operand_scale, q_TS, q_scale, rows, bias, output, target):
     columns = q_TS.shape[1]
     values = layout.values_of(operand, rows, columns, 1, E4M3)[0]
     places = places_e4m3(layout.metadata_of(operand, rows, columns, 1)[0], rows, columns // 4)
@@ -95,7 +105,7 @@ def _(operand, operand_scale, q_TS, q_scale, rows, bias, output):
 
 
 @sparse_mm.register_fake
-def _(operand, operand_scale, q_TS, q_scale, rows, bias, output):
+def _(operand, operand_scale, q_TS, q_scale, rows, bias, output, target):
     return q_TS.new_empty((q_TS.shape[0], rows), dtype=output)
 
 

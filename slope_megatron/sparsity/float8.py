@@ -13,6 +13,8 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 # The exponent of the smallest scale, for tensors of zeros.
 LOWEST_POWER = -100
+# An aimed scale wastes at most so many of e4m3's 18 binades.
+SLACK = 4
 
 
 def scale_of(amax: torch.Tensor) -> torch.Tensor:
@@ -23,6 +25,15 @@ def scale_of(amax: torch.Tensor) -> torch.Tensor:
     scale = torch.exp2(power.clamp(min=LOWEST_POWER).float())
     scale = torch.where(amax == 0, torch.exp2(torch.full_like(scale, LOWEST_POWER)), scale)
     return torch.where(torch.isfinite(amax), scale, torch.full_like(scale, float("nan")))
+
+
+def aimed(scale: torch.Tensor, partner: torch.Tensor, target: int) -> torch.Tensor:
+    """The scale whose product with `partner` is 2^target, if it is `scale` or at most SLACK binades more; else `scale`.
+
+    A product whose scales multiply to a power that the host knows needs no second pass over its result.
+    """
+    wanted = 2.0**target / partner
+    return torch.where((wanted >= scale) & (wanted <= scale * 2.0**SLACK), wanted, scale)
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

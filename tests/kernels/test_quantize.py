@@ -42,6 +42,23 @@ def test_both_copies_and_the_scale(tokens, width, padded, dtype, std, device):
     assert torch.equal(columns, q.t())
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1, 4, 5])
+def test_an_aimed_scale(more, device):
+    """Taken where it is at most SLACK binades more than the smallest."""
+    from slope_kernels.triton import quantize
+
+    x = torch.randn(32, 64, device=device).to(torch.bfloat16)
+    smallest, partner = float8.scale_of(x.abs().amax()), torch.full((1,), 2.0**-7, device=device)
+    target = round(float((smallest * partner[0]).log2())) + more
+    amax = torch.zeros(1, dtype=torch.int32, device=device)
+    quantize.amax_bits(x, amax, programs=3, block=64)
+    rows, scale = torch.empty(32, 64, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
+    quantize.quantize(x, amax, scale, rows, None, partner=partner, target=target, blocks=(32, 64, 4))
+    assert float(scale) == float(float8.aimed(smallest, partner[0], target))
+    assert float(scale) == float(smallest) * (2.0**more if 0 <= more <= 4 else 1.0)
+    assert torch.equal(rows, float8.quantize(x, scale[0])[0].view(torch.uint8))
+
+
 @pytest.mark.parametrize("wanted", ["rows", "columns"])
 def test_one_copy_alone(wanted, device):
     x = torch.randn(48, 64, device=device).to(torch.bfloat16)
@@ -90,6 +107,9 @@ def test_rescale(shape, biased, dtype, device):
     assert torch.equal(found, y * 2 + bias if biased else y * 2)
     rescale(found, scales[:1], scales[2:], 8.0, bias, block=256)
     assert found.isnan().all()
+    found = y.clone()
+    rescale(found, scales[:1], scales[1:2], 4.0, bias, block=256)
+    assert torch.equal(found, y + bias if biased else y)
 
 
 @pytest.mark.gpu

@@ -157,8 +157,8 @@ def op_arguments(device):
     bias = torch.randn(64, device=device).to(DTYPE)
     forward, backward = ours.operands.values()
     return {
-        "quantize_e4m3": (x, True, True),
-        "sparse_mm_e4m3": (forward, ours.scale, q, scale, 64, bias, DTYPE),
+        "quantize_e4m3": (x, True, True, scale, -20),
+        "sparse_mm_e4m3": (forward, ours.scale, q, scale, 64, bias, DTYPE, -18),
         "refresh_e4m3_": (weight.values, weight.row_bits, weight.column_bits, forward, backward, ours.scale),
     }
 
@@ -207,6 +207,19 @@ def test_random_products_are_as_near_fp64_as_dense_ones(rows, columns, tokens, d
         exact = float8.rounded(x).double() @ w.double().t() * scale.double()
         theirs = float8_products.dense_mm(q, w, q_scale, scale[None], None, dtype)[:tokens]
         assert relative_error(getattr(ours, kind)(x), exact) <= 2 * relative_error(theirs, exact)
+
+
+@pytest.mark.gpu
+def test_inputs_that_leave_the_aim_are_scaled_by_a_second_pass(device, fresh_choices):
+    """bf16 products aim at their first input's scale; whatever comes later, the result is the same."""
+    weight, ours, theirs = both(device)
+    x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)
+    for factor in (1.0, 2.0**3, 2.0**-3, 2.0**40, 2.0**-40, 0.0):
+        assert torch.equal(ours.forward(x * factor), theirs.forward(x * factor))
+        assert torch.equal(ours.dgrad(dy * factor), theirs.dgrad(dy * factor))
+    assert ours._aimed == {"forward", "dgrad"}
+    ours.set_column_pattern(weight.column, weight.values)
+    assert not ours._aimed
 
 
 @pytest.mark.gpu

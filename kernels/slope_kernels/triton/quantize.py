@@ -1,10 +1,12 @@
 """quantize: a 16-bit matrix -> e4m3 with one scale, row-major, transposed, or both from one reading.
 
 T rows (tokens), S columns. x is near q * scale, the scale a power of two, the smallest with amax(|x|) <= 448 scale: so
-multiplying by it is exact, and only q's own rounding (to nearest, ties to even) is left.
+multiplying by it is exact, and only q's own rounding (to nearest, ties to even) is left. With an aim, the scale that
+makes the product with a partner's scale 2^target is taken instead, if it is at most SLACK binades larger.
     amax       x [T, S] -> the bits of its largest |x|                    2 B read an element
     quantize   x [T, S] -> q [T', S] and / or q^T [S, T'], and the scale  2 B read, 1 B written for each copy
-    rescale    y [T, R] *= the scales of both factors of a product (+ bias)   2 B read, 2 B written
+    rescale    y [T, R] *= what the scales of both factors of a product call for (+ bias)   2 B read, 2 B written,
+               or nothing where that is one
 T' is T padded to what a product wants, with zeros. A matrix with an infinity or a NaN becomes NaN throughout, so that a
 gradient that has overflowed stays visible. Oracle: `slope_megatron.sparsity.float8`.
 """
@@ -15,6 +17,8 @@ import triton.language as tl
 
 # Programs of the amax kernel: several for each multiprocessor.
 PROGRAMS = 4096
+# An aimed scale wastes at most so many of e4m3's 18 binades.
+SLACK: tl.constexpr = tl.constexpr(4)
 # Rows and columns a program and its warps, by the copies that are wanted (row-major, transposed): the fastest tried.
 BLOCKS = {(True, False): (16, 256, 4), (False, True): (128, 64, 8), (True, True): (128, 128, 8)}
 
@@ -36,7 +40,7 @@ def _amax_kernel(x, amax, words, STEPS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scales(bits, IS_BF16: tl.constexpr):
+def _scales(bits, partner, target, AIMED: tl.constexpr, IS_BF16: tl.constexpr):
     """The scale and its inverse, from the bits of the largest magnitude; NaN where that is not finite."""
     if IS_BF16:
         wide = bits << 16
@@ -45,6 +49,9 @@ def _scales(bits, IS_BF16: tl.constexpr):
     # 448 = 1.75 2^8: a significand over 1.75 takes one power more. Zeros, and what is almost one, stop at 2^-100.
     power = (wide >> 23) - 127 - 8 + ((wide & 0x7FFFFF) > 0x600000).to(tl.int32)
     power = tl.maximum(power, -100)
+    if AIMED:
+        wanted = target + 127 - (tl.load(partner).to(tl.int32, bitcast=True) >> 23)
+        power = tl.where((wanted >= power) & (wanted <= power + SLACK), wanted, power)
     finite = wide < 0x7F800000
     scale = tl.where(finite, (127 + power) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
     inverse = tl.where(finite, (127 - power) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
@@ -64,10 +71,12 @@ def _to_e4m3(value, NATIVE: tl.constexpr):
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["target"])
 def _quantize_kernel(
     x,
     amax,
+    partner,
+    target,
     scale,
     rows,
     columns,
@@ -76,6 +85,7 @@ def _quantize_kernel(
     padded,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    AIMED: tl.constexpr,
     IS_BF16: tl.constexpr,
     EVEN: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -83,7 +93,7 @@ def _quantize_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """One tile of BLOCK_T x BLOCK_S; `rows` [T', S] and `columns` [S, T'] are the two copies."""
-    found, inverse = _scales(tl.load(amax), IS_BF16)
+    found, inverse = _scales(tl.load(amax), partner, target, AIMED, IS_BF16)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(scale, found)
     s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
@@ -99,15 +109,27 @@ def _quantize_kernel(
 
 @triton.jit
 def _rescale_kernel(
-    y, first, second, constant, bias, width, elements, BIASED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr
+    y,
+    first,
+    second,
+    constant,
+    bias,
+    width,
+    elements,
+    BIASED: tl.constexpr,
+    EVEN: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = None if EVEN else place < elements
-    # One after the other: the scales' product alone might leave the range of fp32.
-    value = tl.load(y + place, mask=inside).to(tl.float32) * constant * tl.load(first) * tl.load(second)
-    if BIASED:
-        value += tl.load(bias + place % width, mask=inside).to(tl.float32)
-    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+    factor = tl.load(first) * constant * tl.load(second)
+    if BIASED | (factor != 1.0):
+        for step in range(STEPS):
+            place = (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+            inside = None if EVEN else place < elements
+            value = tl.load(y + place, mask=inside).to(tl.float32) * factor
+            if BIASED:
+                value += tl.load(bias + place % width, mask=inside).to(tl.float32)
+            tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
 
 
 def amax_bits(
@@ -132,6 +154,8 @@ def quantize(
     rows: torch.Tensor | None,
     columns: torch.Tensor | None,
     *,
+    partner: torch.Tensor | None = None,
+    target: int = 0,
     blocks: tuple[int, int, int] | None = None,
 ) -> None:
     """Write the copies and the scale.
@@ -141,6 +165,8 @@ def quantize(
         amax: from `amax_bits`, of x or of a matrix that x's values are from.
         scale: float32, one element.
         rows: uint8 `[T', S]`; columns: uint8 `[S, T']`; None: leave it out.
+        partner, target: a scale, float32, one element, and the power of two that the product of both is to be; None:
+            no aim.
         blocks: rows and columns a program, and its warps; None: BLOCKS.
     """
     tokens, width = x_TS.shape
@@ -150,6 +176,8 @@ def quantize(
     _quantize_kernel[(triton.cdiv(width, block_s), triton.cdiv(padded, block_t))](
         x_TS,
         amax,
+        partner if partner is not None else scale,
+        target,
         scale,
         rows if rows is not None else columns,
         columns if columns is not None else rows,
@@ -158,6 +186,7 @@ def quantize(
         padded,
         ROWS=rows is not None,
         COLUMNS=columns is not None,
+        AIMED=partner is not None,
         IS_BF16=x_TS.dtype == torch.bfloat16,
         EVEN=even,
         NATIVE=x_TS.is_cuda,
@@ -176,7 +205,7 @@ def rescale(
     *,
     block: int = 4096,
 ) -> None:
-    """y = constant first second y (+ bias), in place.
+    """y = first constant second y (+ bias), in place; y is not touched where that changes nothing.
 
     Args:
         y_TR: 16-bit, contiguous.
@@ -184,7 +213,10 @@ def rescale(
         bias: `[R]` of y's dtype.
     """
     elements = y_TR.numel()
-    _rescale_kernel[(triton.cdiv(elements, block),)](
+    # Few programs: mostly there is nothing to do, and then they cost little.
+    steps = triton.cdiv(elements, block * PROGRAMS)
+    programs = triton.cdiv(elements, block * steps)
+    _rescale_kernel[(programs,)](
         y_TR,
         first,
         second,
@@ -193,7 +225,8 @@ def rescale(
         y_TR.shape[1],
         elements,
         BIASED=bias is not None,
-        EVEN=elements % block == 0,
+        EVEN=elements % (block * steps) == 0,
+        STEPS=steps,
         BLOCK=block,
         num_warps=8,
     )
