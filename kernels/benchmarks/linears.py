@@ -2,10 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from dense_float8 import DenseFloat8Function
 
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import build_operands
 from slope_megatron.ops.cusparselt import bias_gradient
+from slope_megatron.ops.float8_products import quantize
 from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column
 from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
@@ -29,6 +31,7 @@ class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
     adapters = None
+    float8_kinds: tuple[str, ...] = ()
 
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
@@ -36,7 +39,8 @@ class Sparse(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.randn(rows, device="cuda", dtype=DTYPE) * 0.02) if bias else None
         row_bits = random_bits(rows, columns, torch.device("cuda"))
         column_bits = choose_column(self.weight.detach(), row_bits)
-        self.operands = build_operands("auto", self.weight.detach(), row_bits, column_bits)
+        patterns = (row_bits, column_bits)
+        self.operands = build_operands("auto", self.weight.detach(), *patterns, float8_kinds=self.float8_kinds)
 
     def forward(self, x):
         if self.bias is None:
@@ -72,7 +76,45 @@ class WithAdapters(Sparse):
         self.adapters = (self.adapter_l, self.adapter_r)
 
 
+class DenseFloat8(Dense):
+    """Y = X W^T (+ b), all three products in e4m3; the weight is rounded once a step, as the sparse operands are."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__(rows, columns, bias)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.rounded = quantize(self.weight.detach(), True, True)
+
+    def forward(self, x):
+        if self.bias is None:
+            return DenseFloat8Function.apply(x, self.weight, self.rounded, None)
+        y = DenseFloat8Function.apply(x, self.weight, self.rounded, self.bias.detach())
+        return bias_gradient(y, self.bias)
+
+
+class SparseFloat8(Sparse):
+    """The same with all three products in e4m3."""
+
+    float8_kinds = ("forward", "dgrad", "wgrad")
+
+
+class SparseFloat8Wgrad16(Sparse):
+    """The same with forward and dgrad in e4m3, wgrad in bf16."""
+
+    float8_kinds = ("forward", "dgrad")
+
+
 # What `slope bench block --modes` and its kin take; dense is measured beside them always.
-MODES: dict[str, type] = {"dense": Dense, "paper": Sparse, "full": Full}
+MODES: dict[str, type] = {
+    "dense": Dense,
+    "paper": Sparse,
+    "full": Full,
+    "fp8": SparseFloat8,
+    "fp8-wgrad16": SparseFloat8Wgrad16,
+    "dense-fp8": DenseFloat8,
+}
+E4M3_MODES = ("fp8", "fp8-wgrad16", "dense-fp8")
 # The products that a mode may run sparse, as `ops.choices` names them.
 SPARSE_PRODUCTS = {"paper": ("forward", "dgrad"), "full": ("forward", "dgrad", "wgrad")}

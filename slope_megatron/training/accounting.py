@@ -22,8 +22,9 @@ def elements(parameter: torch.nn.Parameter) -> int:
 
 
 def tensors_of(value) -> list[torch.Tensor]:
-    """The tensors that an operands object holds."""
-    return [item for item in vars(value).values() if isinstance(item, torch.Tensor)]
+    """The tensors that an operands object holds, singly or in dicts."""
+    parts = [part for item in vars(value).values() for part in (item.values() if isinstance(item, dict) else (item,))]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:

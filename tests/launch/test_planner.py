@@ -62,18 +62,21 @@ def test_blocks_may_differ():
     assert found.packed == ((12 - 3) + 12) * square // 2 + 12 * square // 4
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_bytes_of_a_sparse_weight(dtype):
-    """DESIGN, section 3: a dense bf16 weight costs 1 + 1.125 + 1.125 + 0.19 bytes, gradients 2, state 6."""
+@pytest.mark.parametrize(("dtype", "fp8"), [("bf16", False), ("fp32", False), ("bf16", True)])
+def test_bytes_of_a_sparse_weight(dtype, fp8):
+    """DESIGN, section 3: a dense bf16 weight costs 1 + 1.125 + 1.125 + 0.19 bytes, gradients 2, state 6.
+
+    In e4m3 each operand takes half a byte less.
+    """
     counts = count(list(tensors(OPT66B, 50272)), 1)
     only = dataclasses.replace(counts, other=0, adapters=0)
-    sizes = memory.state_bytes(only, precision(dtype, "fp32"), "kernels")
+    sizes = memory.state_bytes(only, precision(dtype, "fp32", fp8), "kernels")
     b = 1 if dtype == "bf16" else 2
     per_weight = {name: size / only.packed_dense for name, size in sizes.items()}
     assert per_weight == {
         "weights": b,
         "patterns": 0.1875,
-        "operands": 2 * (b + 0.125),
+        "operands": 2 * ((0.5 if fp8 else b) + 0.125),
         "gradients": 2.0,
         "optimizer": 6.0,
     }
