@@ -123,7 +123,7 @@ class CusparseltOperands:
         layout.metadata_of(self.forward_operand, self.rows, self.columns, 1).copy_(metadata[None])
 
     def _write_column_metadata(self, values_NC) -> None:
-        if self.backward_operand is None:
+        if self.backward_operand is None and "dgrad" not in self.joined:
             return
         if layout.probe(self.device, self.dtype).known_metadata:
             metadata = products.column_metadata(self.row_bits, self.column_bits)
@@ -141,17 +141,16 @@ class CusparseltOperands:
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
         """New values, same patterns."""
-        if self.forward_operand is None and self.backward_operand is None:
-            return
-        products.refresh_(
-            values_NC,
-            self.row_bits,
-            self.column_bits,
-            self.forward_operand,
-            self.backward_operand,
-            self.tiles["forward"],
-            self.tiles["dgrad"],
-        )
+        if self.forward_operand is not None or self.backward_operand is not None:
+            products.refresh_(
+                values_NC,
+                self.row_bits,
+                self.column_bits,
+                self.forward_operand,
+                self.backward_operand,
+                self.tiles["forward"],
+                self.tiles["dgrad"],
+            )
         if "forward" in self.joined:
             self.joined["forward"].set_values(values_NC)
         if "dgrad" in self.joined:
