@@ -80,8 +80,13 @@ case $launcher in
   srun | torchrun | deepspeed | mpirun) ;;
   *) die "--launcher is '$launcher': it must be srun, torchrun, deepspeed or mpirun" ;;
 esac
+# As sbatch has it: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on.
+[[ $time =~ ^([0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2})$ ]] ||
+  die "--time is '$time': it must be a time as sbatch takes it, such as 12:00:00 or 2-00:00:00"
 [ "$ACCOUNT_REQUIRED" = no ] || [ -n "$account" ] || [ "$mode" = dry ] ||
   die "$(basename "$file" .env) charges jobs to an account: give --account NAME, or set SBATCH_ACCOUNT"
+[ "$mode" = dry ] || command -v sbatch > /dev/null ||
+  die "there is no sbatch on this machine: submit from a login node, or look at the request with --dry-run"
 
 # The environment beside the code, unless another is active. The same one serves the job (pretrain.sbatch).
 venv=${SLOPE_VENV:-$root/.venv}

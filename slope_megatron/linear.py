@@ -6,23 +6,23 @@ weights: `adapter_l` is L^T `[R, K]`, `adapter_r` is R^T `[N, R]`.
     forward   Y  = X (W^R)^T + (1/R) (X L) R
     dgrad     dX = dY W^{R,C} + (1/R) (dY R^T) L^T
     wgrad     dW = dY^T X at the kept places: packed `[N, C]`, the shape of the parameter
-                   (with a gradient pruning P: P(dY)^T X)
+                   (with draws: P(dY)^T X, P the unbiased N:M estimate along the tokens)
     adapters  dL^T = ((1/R) dY R^T)^T X,   dR^T = (1/R) dY^T (X L)
 
 Surprising: dgrad reads the doubly pruned W^{R,C}, not the W^R of the forward (SLoPe, section 3.1); the packed values
 enter as a tensor only so that autograd hands them their gradient, the products read the operands derived from them.
 Under tensor parallelism dX is complete only after a reduction; it starts as soon as dX is there, the adapters' share
-included, and travels while dW is computed.
+included, and travels while dW is computed. Under sequence parallelism X, gathered again for dW, travels before, while
+dX is computed.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from slope_megatron.ops import low_rank
-from slope_megatron.ops.backend import Operands
+from slope_megatron.ops.backend import Operands, TokenDraws
 
 
 class Pending(Protocol):
@@ -67,24 +67,11 @@ class NoCommunication:
         return Arrived(dl), Arrived(dr)
 
 
-@dataclasses.dataclass(frozen=True)
-class GradientPruning:
-    """What is multiplied instead of dY.
-
-    Args:
-        prune: dY `[T, N]` -> `[T, N]`, N:M along the tokens.
-        in_dgrad: whether dgrad reads it too, or wgrad alone.
-    """
-
-    prune: Callable[[torch.Tensor], torch.Tensor]
-    in_dgrad: bool = False
-
-
 class SlopeLinearFunction(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Operands, communication, pruning=None):
+    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Operands, communication, prune, draws):
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
         hidden_TR = None
@@ -97,13 +84,13 @@ class SlopeLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR)
         ctx.operands = operands
         ctx.communication = communication
-        ctx.pruning = pruning
+        ctx.prune, ctx.draws = prune, draws
         return y_TN.unflatten(0, full_x.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy):
         x, adapter_l_RK, adapter_r_NR, hidden_TR = ctx.saved_tensors
-        operands, communication, pruning = ctx.operands, ctx.communication, ctx.pruning
+        operands, communication = ctx.operands, ctx.communication
         need_dx, need_values, need_adapters = (
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1],
@@ -112,9 +99,8 @@ class SlopeLinearFunction(torch.autograd.Function):
         gathering = communication.gather_input(x) if need_values or need_adapters else None
         dy_TN = dy.flatten(0, -2)
         dhidden_TR = None
-        x_TK = gathering.wait().flatten(0, -2) if gathering else None
         # The adapters' gradients are exact: they read dY itself.
-        pruned_TN = pruning.prune(dy_TN) if pruning and pruning.in_dgrad else dy_TN
+        pruned_TN = ctx.prune(dy_TN) if ctx.prune else dy_TN
         reducing = None
         if need_dx:
             if adapter_l_RK is None:
@@ -124,6 +110,8 @@ class SlopeLinearFunction(torch.autograd.Function):
                 other = pruned_TN if pruned_TN is not dy_TN else None
                 dx_TK, dhidden_TR = low_rank.product(operands, "dgrad", dy_TN, down, up, scale, other)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
+        # The input was travelling while dX was computed.
+        x_TK = gathering.wait().flatten(0, -2) if gathering else None
         adapter_gradients = None
         if need_adapters:
             if dhidden_TR is None:
@@ -131,15 +119,22 @@ class SlopeLinearFunction(torch.autograd.Function):
             # Both hiddens have their 1/R already.
             dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
             adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
-        if need_values and pruning and not pruning.in_dgrad:
-            pruned_TN = pruning.prune(dy_TN)
-        dvalues_NC = operands.wgrad(pruned_TN, x_TK) if need_values else None
+        dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.draws) if need_values else None
         dx = reducing.wait() if reducing else None
         dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
-        return dx, dvalues_NC, dl_RK, dr_NR, None, None, None
+        return dx, dvalues_NC, dl_RK, dr_NR, None, None, None, None
 
 
-def slope_linear(x, values_NC, operands, *, adapters=None, communication=None, pruning=None) -> torch.Tensor:
+def slope_linear(
+    x,
+    values_NC,
+    operands,
+    *,
+    adapters=None,
+    communication=None,
+    prune: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    draws: TokenDraws | None = None,
+) -> torch.Tensor:
     """Y for `x` `[..., K]`; the leading axes are tokens.
 
     Args:
@@ -147,8 +142,9 @@ def slope_linear(x, values_NC, operands, *, adapters=None, communication=None, p
         operands: the backend's operands of the same values.
         adapters: `(adapter_l_RK, adapter_r_NR)` once they have joined, else None.
         communication: of a parallel layer; None on one rank.
-        pruning: what stands for dY in wgrad (`GradientPruning`); None: dY itself.
+        prune: dY `[T, N]` -> what dgrad and wgrad read instead; None: dY itself.
+        draws: of the unbiased estimate that wgrad alone reads instead; None: no estimate.
     """
     adapter_l, adapter_r = adapters or (None, None)
     communication = communication or NoCommunication()
-    return SlopeLinearFunction.apply(x, values_NC, adapter_l, adapter_r, operands, communication, pruning)
+    return SlopeLinearFunction.apply(x, values_NC, adapter_l, adapter_r, operands, communication, prune, draws)

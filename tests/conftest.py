@@ -15,3 +15,11 @@ def ranks():
     from helpers.distributed import RankPool
 
     return RankPool()
+
+
+@pytest.fixture(scope="session")
+def gpu_ranks():
+    """The same over NCCL, a GPU a rank; a test that wants more than there are is skipped with the reason."""
+    from helpers.distributed import RankPool
+
+    return RankPool("cuda")

@@ -1,5 +1,7 @@
 """The autograd function against the dense oracle: forward, dX, packed dW, the adapters' gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -102,3 +104,42 @@ def test_frozen_weights_get_no_gradient():
     slope_linear(x, values, operands).backward(dy)
     assert values.grad is None
     assert x.grad is not None
+
+
+class Journal:
+    """Operands and communication that write down what happens when."""
+
+    def __init__(self):
+        self.lines = []
+
+    def travelling(self, name, tensor):
+        self.lines.append(f"{name} starts")
+        return SimpleNamespace(wait=lambda: self.lines.append(f"{name} waited for") or tensor)
+
+    def gather_input(self, x):
+        return self.travelling("input", x)
+
+    def reduce_input_gradient(self, dx):
+        return self.travelling("dX", dx)
+
+    def forward(self, x_TK):
+        return x_TK @ torch.ones(8, 4, dtype=x_TK.dtype)
+
+    def dgrad(self, dy_TN):
+        self.lines.append("dgrad")
+        return dy_TN @ torch.ones(4, 8, dtype=dy_TN.dtype)
+
+    def wgrad(self, dy_TN, x_TK, draws=None):
+        self.lines.append("wgrad")
+        return torch.zeros(4, 4, dtype=x_TK.dtype)
+
+
+def test_collectives_travel_while_products_are_computed():
+    """The input, gathered again, under dgrad; dX, reduced, under wgrad."""
+    journal = Journal()
+    x = torch.ones(2, 8, requires_grad=True)
+    y = slope_linear(x, torch.zeros(4, 4, requires_grad=True), journal, communication=journal)
+    journal.lines.clear()
+    y.sum().backward()
+    expected = "input starts, dgrad, dX starts, input waited for, wgrad, dX waited for"
+    assert ", ".join(journal.lines) == expected

@@ -34,7 +34,7 @@ def gemm_gain(model: Model, mode: str, tokens: int, train: bool) -> tuple[float,
         one = 2 * rows * columns * tokens
         flops += 3 * one if train else one
         for kind in SPARSE_PRODUCTS.get(mode, ()) if train else ("forward",):
-            shape = (rows, columns) if kind == "forward" else (columns, rows)
+            shape = (columns, rows) if kind == "dgrad" else (rows, columns)
             choice = choices.find(choices.Key(kind, *shape, tokens, DTYPE))
             if choice and choice.sparse:
                 gain += choice.dense_ms - choice.sparse_ms

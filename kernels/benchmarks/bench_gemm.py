@@ -1,30 +1,55 @@
-"""Every linear of the models at every tensor-parallel size: the 2:4 product against the dense one, forward and dgrad.
+"""Every linear of the models at every tensor-parallel size: the 2:4 products against the dense ones.
 
 Dense and sparse alternate in one run. Times are medians; the spread is half the distance between the quartiles.
 `floor_ms` is the time that the fewest possible bytes of the sparse product (operand, X and Y once each) take at the
-machine's measured copy bandwidth; `peak_share` is of the datasheet's 2:4 rate.
+machine's measured copy bandwidth; `peak_share` is of the datasheet's 2:4 rate. wgrad's times hold what `full` mode does
+for it: pruning dY (`prune_ms`, timed apart) and the product.
 """
 
 from common import bar_chart, copy_bandwidth, machine, print_table, require_gpu, rounded, say, sparse_peak, write_csv
 from models import MODELS, Model
 
+KINDS = ("forward", "dgrad", "wgrad")
 
-def keys(model: Model, tensor_parallel: int, tokens: int, dtype) -> dict:
+
+def keys(model: Model, tensor_parallel: int, tokens: int, dtype, kinds) -> dict:
     """{(linear, kind): key}."""
     from slope_megatron.ops.choices import Key
 
     found = {}
     for name, (rows, columns) in model.linears(tensor_parallel).items():
-        found[(name, "forward")] = Key("forward", rows, columns, tokens, dtype)
-        found[(name, "dgrad")] = Key("dgrad", columns, rows, tokens, dtype)
+        for kind in kinds:
+            shape = (columns, rows) if kind == "dgrad" else (rows, columns)
+            found[(name, kind)] = Key(kind, *shape, tokens, dtype)
     return found
+
+
+def moved_bytes(key) -> int:
+    """Operand, dense input and output once each; for wgrad dY is read and its operand is written before that."""
+    from slope_megatron.ops import layout
+
+    if key.kind == "wgrad":
+        operand = layout.operand_bytes(key.rows, key.tokens)
+        return 2 * (key.tokens * (key.rows + key.columns) + key.rows * key.columns) + 2 * operand
+    return layout.operand_bytes(key.rows, key.columns) + 2 * key.tokens * (key.rows + key.columns)
+
+
+def prune_ms(key, device) -> float | str:
+    """Writing wgrad's operand, alone."""
+    from slope_megatron.ops import timing
+    from slope_megatron.ops.measure import prepare
+
+    if key.kind != "wgrad":
+        return ""
+    trial = prepare(key, device)
+    return timing.median(timing.interleaved({"": trial.write_operand}, rounds=11, calls=10)[""])
 
 
 def measured(key, bandwidth: float, peak: float | None) -> dict:
     """One product's row, without the names of model and linear."""
     import torch
 
-    from slope_megatron.ops import layout, measure, timing
+    from slope_megatron.ops import measure, timing
 
     device = torch.device("cuda", torch.cuda.current_device())
     samples = measure.contest(key, device, rounds=11)
@@ -34,7 +59,6 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
     sparse_ms, dense_ms = timing.median(sparse[best]), timing.median(samples["dense"])
     whole = min(timing.median(values) for (tiles, _), values in sparse.items() if tiles == 1)
     flops = 2e-9 * key.rows * key.columns * key.tokens
-    moved = layout.operand_bytes(key.rows, key.columns) + 2 * key.tokens * (key.rows + key.columns)
     return rounded(
         {
             "rows": key.rows,
@@ -53,7 +77,8 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
             "dense_tflops": flops / dense_ms,
             "sparse_tflops": flops / sparse_ms,
             "peak_share": flops / sparse_ms / peak if peak else "",
-            "floor_ms": moved / bandwidth * 1e3,
+            "floor_ms": moved_bytes(key) / bandwidth * 1e3,
+            "prune_ms": prune_ms(key, device),
         }
     )
 
@@ -61,6 +86,7 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
 def add_arguments(parser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to time")
     parser.add_argument("--tensor-parallel", nargs="+", type=int, help="tensor-parallel sizes; default: each model's")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="products to time")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T of the products")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
@@ -78,7 +104,8 @@ def main(arguments) -> int:
     for name in arguments.models:
         model = MODELS[name]
         for size in arguments.tensor_parallel or model.tensor_parallel:
-            for (linear, kind), key in keys(model, size, arguments.tokens, getattr(torch, arguments.dtype)).items():
+            found = keys(model, size, arguments.tokens, getattr(torch, arguments.dtype), arguments.kinds)
+            for (linear, kind), key in found.items():
                 if key not in done:
                     done[key] = measured(key, bandwidth, peak)
                 rows.append({"model": name, "tp": size, "linear": linear, "kind": kind, **done[key]})

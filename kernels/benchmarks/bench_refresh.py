@@ -1,4 +1,4 @@
-"""Bandwidth of every kernel that moves weights, as a share of the machine's measured copy bandwidth.
+"""Bandwidth of every kernel that moves weights or gradients, as a share of the machine's measured copy bandwidth.
 
 Bytes are the fewest that the kernel must read and write, once each. A kernel is captured in a CUDA graph over as many
 copies of its tensors as overflow the cache, so that neither launches nor the cache are timed.
@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from common import copy_bandwidth, machine, print_table, require_gpu, rounded, say, write_csv
 
+TOKENS = 8192
+MVUE_BLOCKS = ((8, 4), (4, 4), (4, 2), (8, 8), (16, 8), (8, 2))
 SHAPES = ((7680, 2560), (5120, 20480), (20480, 5120), (36864, 9216))
 
 
@@ -26,8 +28,8 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     """Every kernel on fresh random data."""
     import torch
 
-    from slope_kernels.triton import choose, gather, metadata, refresh
-    from slope_megatron.ops import layout, measure
+    from slope_kernels.triton import choose, gather, metadata, mvue, refresh
+    from slope_megatron.ops import choices, layout, measure
 
     device, weights = torch.device("cuda"), rows * columns
     row_bits = measure.random_bits(rows, columns, device)
@@ -40,27 +42,40 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     backward = torch.empty_like(forward)
     total, total16 = torch.zeros(rows, columns // 2, device=device), torch.zeros_like(values)
     packed, row, column = weights, weights // 8, weights // 16
+    # Metadata of columns follows from three rows of four.
+    three_of_four = (row + column) * 3 // 4
     patterns = (row_bits, column_bits)
+    trial = measure.prepare(choices.Key("wgrad", rows, columns, TOKENS, dtype), device)
+    gradient = (trial.dy_TN, trial.draws_key, trial.streams, trial.operand)
     return [
         Case("refresh", refresh.refresh, (values, *patterns, forward, backward), 3 * packed + row + column),
         Case("choose_column", choose.choose_column, (values, *patterns), packed + row + column),
-        Case("column_metadata", metadata.column_metadata, (*patterns, meta), row + column + weights // 8),
+        Case("column_metadata", metadata.column_metadata, (*patterns, meta), three_of_four + weights // 8),
         Case("row_metadata", metadata.row_metadata, (row_bits, meta), row + weights // 8),
         Case("gather", gather.gather, (dense, row_bits, values), 2 * weights + row + packed),
         Case("gather_add_fp32", gather.gather_add, (dense, row_bits, total), 2 * weights + row + 4 * packed),
         Case("gather_add_16", gather.gather_add, (dense, row_bits, total16), 2 * weights + row + 2 * packed),
         Case("unpack", gather.unpack, (values, row_bits, dense), 2 * weights + row + packed),
+        # dY of TOKENS tokens is read, the values and the metadata of its operand are written: 2 + 1 + 1/8 bytes.
+        Case("mvue_operand", mvue.mvue_operand, gradient, TOKENS * rows * 25 // 8),
     ]
 
 
 def variants(case: Case) -> dict[str, dict]:
     """Settings to try of a kernel: {what to call it: keyword arguments}."""
     if case.name == "refresh":
-        tried = [((8, 16), 2), ((8, 8), 2), ((16, 4), 2), ((16, 8), 1), ((16, 16), 1), ((8, 16), 1), ((8, 8), 1)]
-        plain = {f"{lanes} {pairs}": {"lanes": lanes, "pairs": pairs} for lanes, pairs in tried}
-        return plain | {"(8, 16) 2, 168 registers": {"registers": 168}}
-    if case.name in ("choose_column", "column_metadata"):
+        tried = [((8, 16), 1, band) for band in (1, 4, 16, 64)]
+        tried += [((8, 8), 1, 4), ((8, 8), 1, 16), ((4, 16), 1, 16), ((4, 32), 1, 16), ((8, 32), 1, 4), ((16, 8), 1, 4)]
+        tried += [((16, 16), 1, 4), ((4, 16), 2, 4), ((4, 16), 2, 16), ((4, 32), 2, 8), ((8, 16), 2, 8), ((8, 8), 2, 8)]
+        return {" ".join(map(str, one)): dict(zip(("lanes", "pairs", "band"), one, strict=True)) for one in tried}
+    if case.name == "row_metadata":
+        return {str(sets): {"sets": sets} for sets in (2, 4, 8, 16)}
+    if case.name == "choose_column":
         return {str(threads): {"threads": threads} for threads in (32, 64, 128, 256)}
+    if case.name == "column_metadata":
+        return {str(threads): {"threads": threads} for threads in (32, 64, 128)}
+    if case.name == "mvue_operand":
+        return {f"{quads} {warps}": {"quads": quads, "warps": warps} for quads, warps in MVUE_BLOCKS}
     return {"": {}}
 
 

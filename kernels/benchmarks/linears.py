@@ -5,9 +5,10 @@ import torch.nn.functional as F
 
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import build_operands
-from slope_megatron.ops.cusparselt import bias_gradient
+from slope_megatron.ops.bias import bias_gradient
 from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column
+from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
 DTYPE = torch.bfloat16
 
@@ -27,8 +28,6 @@ class Dense(torch.nn.Module):
 class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
-    adapters = None
-
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(rows, columns // 2, device="cuda", dtype=DTYPE) * 0.02)
@@ -39,9 +38,11 @@ class Sparse(torch.nn.Module):
 
     def forward(self, x):
         if self.bias is None:
-            return slope_linear(x, self.weight, self.operands, adapters=self.adapters)
-        biased = self.operands.with_bias(self.bias)
-        return bias_gradient(slope_linear(x, self.weight, biased, adapters=self.adapters), self.bias)
+            return self.product(x, self.operands)
+        return bias_gradient(self.product(x, self.operands.with_bias(self.bias)), self.bias)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands)
 
     def refresh(self) -> None:
         self.operands.refresh(self.weight.detach())
@@ -54,10 +55,24 @@ class WithAdapters(Sparse):
         super().__init__(rows, columns, bias)
         self.adapter_l = torch.nn.Parameter(torch.randn(rank, columns, device="cuda", dtype=DTYPE))
         self.adapter_r = torch.nn.Parameter(torch.randn(rows, rank, device="cuda", dtype=DTYPE) * 0.02)
-        self.adapters = (self.adapter_l, self.adapter_r)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands, adapters=(self.adapter_l, self.adapter_r))
+
+
+class Full(Sparse):
+    """In `full` mode: wgrad reads the unbiased 2:4 estimate of dY."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__(rows, columns, bias)
+        key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
+        self.draws = TokenDraws(key.cuda(), streams.cuda(), 2, 4)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands, draws=self.draws)
 
 
 # What `slope bench block --modes` and its kin take; dense is measured beside them always.
-MODES: dict[str, type] = {"dense": Dense, "paper": Sparse}
+MODES: dict[str, type] = {"dense": Dense, "paper": Sparse, "full": Full}
 # The products that a mode may run sparse, as `ops.choices` names them.
-SPARSE_PRODUCTS = {"paper": ("forward", "dgrad")}
+SPARSE_PRODUCTS = {"paper": ("forward", "dgrad"), "full": ("forward", "dgrad", "wgrad")}

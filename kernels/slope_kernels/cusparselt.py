@@ -1,7 +1,9 @@
 """cuSPARSELt through ctypes, with plans kept: setting one up costs more than most products.
 
-One product only: Y [T, N] = X [T, K] W^T (+ bias) (+ Y), W 2:4 along K, all 16-bit with fp32 sums. The library wants
-the sparse matrix on the left and computes D = W X^T + beta C; with D column-major, memory holds Y row-major. C is D.
+Two products, all 16-bit with fp32 sums. The library wants the sparse matrix on the left; its row-major or column-major
+dense matrices say which of the two it is:
+    Y [T, N] = X [T, K] W^T (+ bias, Y) W 2:4 along K; D = W X^T, D and X^T column-major: memory holds Y and X row-major
+    D [N, K] = S [N, T] X [T, K]        S 2:4 along T; D and X row-major
 
     operand   uint8 [9/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8]. Both facts are the
               library's own affair; `slope_megatron.ops.layout` verifies them before they are relied on.
@@ -38,7 +40,10 @@ ONE, ZERO = c_float(1.0), c_float(0.0)
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Y [tokens, rows] = X [tokens, columns] W^T, W [rows, columns] sparse; Y's rows are `stride` elements apart."""
+    """Y [tokens, rows] = X [tokens, columns] W^T, W [rows, columns] sparse; Y's rows are `stride` elements apart.
+
+    With `straight` D [rows, tokens] = W X, X [columns, tokens]: `tokens` is then only the dense matrices' width.
+    """
 
     rows: int
     columns: int
@@ -47,6 +52,7 @@ class Product:
     device: int
     stride: int
     relu: bool = False
+    straight: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,11 @@ class Algorithm:
 def padded_tokens(tokens: int) -> int:
     """The library wants whole lines of 16 bytes of every matrix; 16 tokens also cover its transposed kernels."""
     return tokens + -tokens % 16
+
+
+def padded_columns(columns: int) -> int:
+    """An operand's columns are a multiple of 64; tokens are filled up with zeros where they become columns."""
+    return columns + -columns % 64
 
 
 def operand_bytes(rows: int, columns: int) -> int:
@@ -100,14 +111,15 @@ class Plan:
         self.workspace_bytes = size.value
 
     def _describe_matrices(self) -> None:
-        """W row-major; X^T and D column-major, so that X and Y are row-major."""
+        """W row-major; X^T and D column-major, so that X and Y are row-major, or row-major themselves."""
         product = self.product
         rows, columns, tokens = c_int64(product.rows), c_int64(product.columns), c_int64(product.tokens)
         layout = (c_uint32(ALIGNMENT), c_int32(DTYPES[product.dtype]))
         sparse = (*layout, c_int32(ROW_MAJOR), c_int32(HALF_IS_ZERO))
-        dense = (*layout, c_int32(COLUMN_MAJOR))
+        dense = (*layout, c_int32(ROW_MAJOR if product.straight else COLUMN_MAJOR))
+        x_stride = tokens if product.straight else columns
         call("StructuredDescriptorInit", self.handle, self.weight.pointer, rows, columns, columns, *sparse)
-        call("DenseDescriptorInit", self.handle, self.x.pointer, columns, tokens, columns, *dense)
+        call("DenseDescriptorInit", self.handle, self.x.pointer, columns, tokens, x_stride, *dense)
         call("DenseDescriptorInit", self.handle, self.y.pointer, rows, tokens, c_int64(product.stride), *dense)
 
     def _describe_product(self, bias: int) -> None:

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = {
-    "gemm": "every linear of the models, forward and dgrad, at each tensor-parallel size",
+    "gemm": "every linear of the models, its three products, at each tensor-parallel size",
     "block": "whole transformer blocks, training and forward alone",
     "adapters": "what low-rank adapters of some rank cost a block, training and forward alone",
     "memory": "what a block and a model hold in memory, training and inference, dense and 2:4",
     "peers": "blocks of torch's own 2:4 tensors, of an FST-style MLP and of this project's modes, in one run",
+    "parallel": "training steps on several GPUs: tensor parallel, and replicas from one up",
     "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
 }

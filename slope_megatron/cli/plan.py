@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -110,8 +111,13 @@ def question(arguments, config):
     cluster = read_cluster(arguments.cluster)
     if not 0 < arguments.mfu <= 1:
         raise ValueError(f"--mfu is {arguments.mfu}: it is a share of the GPU's peak, more than 0 and at most 1")
-    if arguments.sparse_speedup <= 0:
-        raise ValueError(f"--sparse-speedup is {arguments.sparse_speedup}: it must be positive")
+    if not 0 < arguments.sparse_speedup < math.inf:
+        raise ValueError(f"--sparse-speedup is {arguments.sparse_speedup}: it must be a positive number")
+    if arguments.vocabulary is not None and arguments.vocabulary < 1:
+        raise ValueError(f"--vocabulary is {arguments.vocabulary}: it must be a number of tokens from 1 on")
+    for flag, path in (("--json", arguments.json), ("--png", arguments.png)):
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first")
     if not 1 <= arguments.nodes <= cluster.max_nodes:
         raise ValueError(
             f"--nodes is {arguments.nodes}: {cluster.name} gives a job 1 to {cluster.max_nodes} nodes "

@@ -50,9 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.no_bandwidth:
             mine.findings.extend(within(cluster))
         text, bad = preflight.verdict([mine])
-        print(text, file=sys.stderr)
+        print("\n".join([text, *measured(mine)]), file=sys.stderr)
         return 1 if bad else 0
     return together(arguments, cluster, ranks, mine)
+
+
+def measured(report) -> list[str]:
+    """A line for each all-reduce of a node."""
+    return [f"preflight: all-reduce, {finding.text}" for finding in report.findings if finding.check == "all-reduce"]
 
 
 def within(cluster) -> list:
@@ -82,7 +87,6 @@ def together(arguments, cluster, ranks, mine) -> int:
             text, bad = preflight.verdict(reports)
         go = preflight.settle(store, ranks, "second", ",".join(bad) or "ready", 2 * seconds)
     if ranks.rank == 0:
-        measured = [finding.text for finding in reports[0].findings if finding.check == "all-reduce"]
-        print("\n".join([text, *(f"preflight: all-reduce, {line}" for line in measured)]), file=sys.stderr)
+        print("\n".join([text, *measured(reports[0])]), file=sys.stderr)
     preflight.leave(store, ranks, 5.0)
     return 0 if go == "ready" else 1

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 STOPPED_EARLY = 75
 UNSAVED = 74
 DIVERGED = 65
+# EX_OSERR: the device has no more memory.
+OUT_OF_MEMORY = 71
 USAGE = "slope pretrain --data FOLDER --out FOLDER [--config YAML ...] [OPTION ...]"
 DESCRIPTION = """\
 Pretrain a 2:4 sparse model (or, with --no-slope, its dense twin) on prepared data.
@@ -56,6 +58,7 @@ EXIT CODES
    2  bad input or configuration: one sentence says what; nothing was written
   65  --max-bad-steps in a row: the loss or gradients were not finite; the last good checkpoint is kept
   70  a rank died, or hung for --hang-timeout: named; go on with --resume
+  71  a GPU has too little memory for this run: what was taken, and what to change
   74  the end was reached, and the last checkpoint could not be written
   75  stopped by USR1 or TERM, and saved: start again with --resume (schedulers: --auto-resume)
  130  interrupted from the keyboard; nothing was saved
@@ -111,20 +114,22 @@ def run(arguments: argparse.Namespace) -> int:
     # Chatter of the libraries that says nothing about this run (missing optional packages, deprecations).
     warnings.filterwarnings("default" if arguments.verbose else "ignore")
     os.environ.setdefault("DS_LOG_LEVEL", "info" if arguments.verbose else "error")
+    if config.parallel.tensor_parallel > 1:
+        # Kernels start in the order in which they were asked for: a collective before the product that hides it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from slope_megatron.launch.megatron_args import value_table
     from slope_megatron.training import cpu_host
 
     if not arguments.brief:
         logger.info("%s", value_table(config, origins))
 
-    if cpu_host.prepare():
-        # torch.compile of small pointwise functions costs more than it gives on CPUs.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    cpu_host.prepare()
     return train(config, origins)
 
 
 def train(config: Config, origins: dict[str, str]) -> int:
     """Train; returns the exit code, and says on the first rank how it went."""
+    from slope_megatron.training.memory import OutOfMemory
     from slope_megatron.training.pretrain import pretrain
     from slope_megatron.training.watch import Diverged
 
@@ -133,6 +138,10 @@ def train(config: Config, origins: dict[str, str]) -> int:
     except Diverged as error:
         say(f"slope: error: {error}")
         return DIVERGED
+    except OutOfMemory as error:
+        # Each rank has its own device.
+        print(f"slope: error: {error}", file=sys.stderr, flush=True)
+        return OUT_OF_MEMORY
     say(f"{config.train.out}: step {summary['steps']}, validation loss {summary['val_loss']:.4f} nats per token")
     if summary["unsaved"]:
         say(f"slope: error: the last checkpoint could not be written: {summary['unsaved']}")

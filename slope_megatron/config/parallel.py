@@ -28,8 +28,12 @@ class ParallelConfig:
     )
     offload_optimizer: str = option(
         "none",
-        "where masters, moments and the update live: none (the GPU), cpu (host memory), nvme (ZeRO-3 alone)",
+        "where masters, moments and the update live: none (the GPU), cpu (host memory), nvme (files under "
+        "--offload-path; ZeRO-3 alone, where DeepSpeed's async_io builds: it needs libaio)",
         choices=("none", "cpu", "nvme"),
+    )
+    offload_path: str | None = option(
+        None, "folder on a local disk for --offload-optimizer nvme; what is in it is worth nothing after the run"
     )
     zero3_resident_operands: bool = option(
         False,

@@ -36,6 +36,7 @@ FREE_ON_RESUME = {
         "resume",
         "auto_resume",
         "overwrite",
+        "deterministic",
         "stop_at",
         "eval_interval",
         "save_interval",

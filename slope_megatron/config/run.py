@@ -68,6 +68,11 @@ class TrainConfig:
         "parameter type; auto: bf16 on GPUs, on CPUs fp32; fp16 scales the loss (--initial-loss-scale)",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
+    deterministic: bool = option(
+        False,
+        "GPUs: the same bits in every run at the same layout, resumed or not, on machines of one kind; only algorithms "
+        "that add in a fixed order, which are slower. CPUs always compute so",
+    )
     eval_interval: int = option(200, "steps between two validations")
     eval_samples: int = option(64, "validation samples, the same ones each time")
     save_interval: int = option(500, "steps between two checkpoints")

@@ -59,11 +59,6 @@ def check_method(slope: "SlopeConfig") -> None:
     """
     if slope.method == "dense":
         object.__setattr__(slope, "enabled", False)
-    if slope.mode == "full" and slope.backend == "cusparselt":
-        raise ValueError(
-            "--slope-mode full with --slope-backend cusparselt: its wgrad reads a dense dY; give --slope-backend "
-            "reference, or --slope-mode paper"
-        )
     if slope.mode == "full" and slope.method != "slope":
         raise ValueError(f"--slope-mode full with --slope-method {slope.method}: the mode is slope's; leave it out")
     if slope.method == "fst" and (slope.nm != "2:4" or slope.nm_by_block):
@@ -101,7 +96,7 @@ class SlopeConfig:
     mode: str = option(
         "paper",
         "paper: sparse forward and dgrad, dense wgrad read at the kept places; full: wgrad reads an unbiased 2:4 "
-        "estimate of the output gradient (backend reference only)",
+        "estimate of the output gradient, on sparse tensor cores too",
         choices=("paper", "full"),
     )
     method: str = option(

@@ -8,6 +8,7 @@
 Parts are whole or not there, in a hidden folder beside the output: a killed prepare goes on behind what is finished.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -16,7 +17,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -272,7 +273,12 @@ def _trained(corpora: list[Corpus], splits, chosen: PrepareSettings) -> Tokenize
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Of what prepares; a package that is not installed was not used."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _progress(title: str, total: int | None) -> tqdm:

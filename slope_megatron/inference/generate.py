@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 
 from slope_megatron.inference.decoder import Decoder
-from slope_megatron.inference.sampling import check_sampling, next_token, uniform
+from slope_megatron.inference.sampling import check_sampling, next_tokens, uniform
+from slope_megatron.inference.steps import Steps
 
 # On a GPU each number of tokens has its own measured kernel choice: prompts are padded so that few occur.
 PROMPT_UNIT = {"cuda": 64}
@@ -75,11 +76,12 @@ def generate(
     logits = decoder(torch.tensor(padded, device=decoder.device), cache=cache)
     last = logits[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
     running = dict.fromkeys(range(len(prompts)))
-    tokens, positions = [0] * len(prompts), list(lengths)
+    positions = list(lengths)
+    advance = Steps(decoder, cache, len(prompts))
     for step in range(sampling.max_tokens):
+        draws = [uniform(sampling.seed, name, position) for name, position in zip(names, positions, strict=True)]
+        tokens = next_tokens(last, sampling.temperature, sampling.top_p, draws)
         for row in list(running):
-            draw = uniform(sampling.seed, names[row], positions[row])
-            tokens[row] = next_token(last[row], sampling.temperature, sampling.top_p, draw)
             if tokens[row] == stop:
                 del running[row]
                 continue
@@ -88,8 +90,6 @@ def generate(
                 del running[row]
         if not running or step == sampling.max_tokens - 1:
             return
-        # Rows that have ended go on in place: their tokens are not read, their slots are their own.
-        places = torch.tensor(positions, device=decoder.device).clamp(max=cache.slots - 1)
-        last = decoder(torch.tensor(tokens, device=decoder.device)[:, None], places[:, None], cache)[:, -1]
+        last = advance(tokens, positions)
         for row in running:
             positions[row] += 1

@@ -23,21 +23,21 @@ def check_sampling(temperature: float, top_p: float) -> None:
         raise ValueError(f"--top-p is {top_p}: it must be in (0, 1]; 1 draws from all tokens")
 
 
-def next_token(logits_V: torch.Tensor, temperature: float, top_p: float, draw: float) -> int:
-    """One token id.
+def next_tokens(logits_BV: torch.Tensor, temperature: float, top_p: float, draws: list[float]) -> list[int]:
+    """One token id for each row, with one wait for the device.
 
     Args:
-        logits_V: of one prompt.
+        logits_BV: of each prompt.
         temperature: 0 takes the likeliest token (of equal ones the first).
         top_p: the draw is from the likeliest tokens that together have at least this probability.
-        draw: uniform in (0, 1): where in their distribution function to look.
+        draws: uniform in (0, 1): where in their distribution function to look.
     """
-    logits_V = logits_V.double().cpu()
     if temperature == 0:
-        return int(logits_V.argmax())
-    shares, order = torch.softmax(logits_V / temperature, dim=-1).sort(descending=True, stable=True)
+        return logits_BV.argmax(-1).tolist()
+    shares, order = torch.softmax(logits_BV.double() / temperature, dim=-1).sort(descending=True, stable=True)
     total = shares.cumsum(-1)
     # A token is in if those before it do not reach top_p yet: the likeliest one always is.
-    inside = int((total - shares < top_p).sum())
-    at = int(torch.searchsorted(total[:inside], draw * total[inside - 1]))
-    return int(order[min(at, inside - 1)])
+    inside = (total - shares < top_p).sum(-1, keepdim=True)
+    aims = torch.tensor(draws, dtype=torch.float64, device=total.device)[:, None] * total.gather(1, inside - 1)
+    at = torch.searchsorted(total, aims).minimum(inside - 1)
+    return order.gather(1, at)[:, 0].tolist()

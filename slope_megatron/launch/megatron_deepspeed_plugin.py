@@ -47,7 +47,7 @@ RULES = (
 
 def complete_deepspeed() -> None:
     """Newer DeepSpeeds have no `deepspeed.compression.compress`, which the upstream imports without needing it."""
-    if COMPRESSION in sys.modules or importlib.util.find_spec(COMPRESSION) is not None:
+    if sys.modules.get(COMPRESSION) or importlib.util.find_spec(COMPRESSION) is not None:
         return
 
     def absent(*_, **__):

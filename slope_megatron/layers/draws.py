@@ -10,8 +10,7 @@ import dataclasses
 import torch
 
 from slope_megatron.sparsity import counter
-from slope_megatron.sparsity.mvue import mvue
-from slope_megatron.sparsity.tokens import along_tokens
+from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
 
 class Draws:
@@ -25,6 +24,20 @@ class Draws:
         self.seed = seed
         self.step = 0
         self.micro_batch = 0
+        self._key: tuple[tuple, torch.Tensor] | None = None
+
+    def key(self, device: torch.device) -> torch.Tensor:
+        """The generator's key of the present place, int32 `[2]` on `device`; a new tensor for each place.
+
+        A pipeline's earlier micro-batches still hold theirs. The copy to a GPU does not wait.
+        """
+        place = (self.step, self.micro_batch, device)
+        if self._key is None or self._key[0] != place:
+            words = as_int32(counter.key_of(self.seed, f"mvue:{self.step}:{self.micro_batch}"))
+            if device.type == "cuda":
+                words = words.pin_memory().to(device, non_blocking=True)
+            self._key = (place, words)
+        return self._key[1]
 
     def follow(self, output):
         """Return a forward pass's output so marked that its backward pass stands at the same micro-batch.
@@ -42,7 +55,7 @@ class Draws:
         return output
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RowDraws:
     """The draws of one layer's outputs.
 
@@ -54,18 +67,11 @@ class RowDraws:
     draws: Draws
     names: tuple[str, ...]
     rows: tuple[range, ...]
+    _streams: torch.Tensor | None = None
 
-    def pruning(self, n: int, m: int):
-        """The estimator for the present step and micro-batch, dY `[T, N]` -> `[T, N]`, n:m along T."""
-        place = f"mvue:{self.draws.step}:{self.draws.micro_batch}"
-        keys = [counter.key_of(self.draws.seed, f"{name}:{place}") for name in self.names]
-
-        def prune(dy_TN: torch.Tensor) -> torch.Tensor:
-            groups = -(-dy_TN.shape[0] // m)
-            words = [
-                counter.bits(key, rows, range(groups), groups, dy_TN.device)
-                for key, rows in zip(keys, self.rows, strict=True)
-            ]
-            return along_tokens(dy_TN, m, lambda dy_NT: mvue(dy_NT, torch.cat(words), n, m))
-
-        return prune
+    def present(self, n: int, m: int, device: torch.device) -> TokenDraws:
+        """The draws of the present step and micro-batch, n:m along the tokens."""
+        if self._streams is None or self._streams.device != device:
+            names = [counter.key_of(self.draws.seed, name) for name in self.names]
+            self._streams = stream_table(names, list(self.rows)).to(device)
+        return TokenDraws(self.draws.key(device), self._streams, n, m)

@@ -15,11 +15,13 @@ optimizer lambda (1 - S) W is added to it (`training.baselines`).
 Sources: SR-STE, arXiv 2102.04010; Extended SR-STE, SLoPe's section 4 and appendix; FST, arXiv 2404.01847.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.linear import GradientPruning
+from slope_megatron.ops.backend import TokenDraws
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern
 from slope_megatron.sparsity.tokens import largest_along_tokens
@@ -38,8 +40,8 @@ class DenseOperands:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return dy_TN @ self.weight_NK
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        return dy_TN.t() @ x_TK
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        return (draws.estimate(dy_TN) if draws else dy_TN).t() @ x_TK
 
 
 class MaskedWeight(PrunedLinear):
@@ -105,13 +107,14 @@ class MaskedWeight(PrunedLinear):
         self.drop_operands()
         return super()._apply(*arguments, **keywords)
 
-    def gradient_pruning(self) -> GradientPruning | None:
-        if not self.masking:
+    def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        if not self.masking or self.slope.method == "fst":
             return None
-        if self.slope.method == "fst":
-            return self.unbiased_pruning()
         n, m = self.slope.n, self.slope.m
-        return GradientPruning(lambda dy_TN: largest_along_tokens(dy_TN, n, m), in_dgrad=True)
+        return lambda dy_TN: largest_along_tokens(dy_TN, n, m)
+
+    def gradient_draws(self) -> TokenDraws | None:
+        return self.present_draws() if self.masking and self.slope.method == "fst" else None
 
 
 def check_masked_shard(rows: int, columns: int, slope: SlopeConfig) -> None:

@@ -17,8 +17,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.passing_operands import PassingOperands
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.linear import GradientPruning
-from slope_megatron.ops.backend import PRODUCTS, Operands, build_operands, choose, choose_column_bits
+from slope_megatron.ops.backend import PRODUCTS, Operands, TokenDraws, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
@@ -70,12 +69,11 @@ class PackedWeight(PrunedLinear):
         Args:
             partition_dim: axis of the weight that tensor parallelism cuts: 0 (column) or 1 (row).
         Raises:
-            ValueError: the shard cuts a group or a byte of a bitmask; the backend has no pruned wgrad.
+            ValueError: the shard cuts a group or a byte of a bitmask.
         """
         rows, kept = self.weight.shape
         columns = kept * slope.m // slope.n
         check_shard(rows, columns, kept, slope)
-        check_mode(slope)
         device = self.weight.device
         self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device))
         self.register_buffer("weight_column", torch.zeros(rows, kept // 8, dtype=torch.uint8, device=device))
@@ -195,18 +193,9 @@ class PackedWeight(PrunedLinear):
         """The kept operands; or, where the values are here only while the layer computes, some built for each use."""
         return self.operands() if self.keep_operands else PassingOperands(self.new_operands)
 
-    def gradient_pruning(self) -> GradientPruning | None:
-        """What stands for dY in wgrad: dY itself, or in `full` mode its unbiased 2:4 estimate."""
-        return self.unbiased_pruning() if self.slope.mode == "full" else None
-
-
-def check_mode(slope: SlopeConfig) -> None:
-    """Refuse a mode that the chosen backend has no product for."""
-    if slope.mode == "full" and (backend := choose(slope.backend)) != "reference":
-        raise ValueError(
-            f"--slope-mode full with the backend {backend}: its wgrad reads a dense dY, so pruning it would only cost; "
-            "give --slope-backend reference, or --slope-mode paper"
-        )
+    def gradient_draws(self) -> TokenDraws | None:
+        """In `full` mode wgrad reads an unbiased 2:4 estimate of dY."""
+        return self.present_draws() if self.slope.mode == "full" else None
 
 
 def check_shard(rows: int, columns: int, kept: int, slope: SlopeConfig) -> None:

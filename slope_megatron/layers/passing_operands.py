@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from slope_megatron.ops.backend import Operands
+from slope_megatron.ops.backend import Operands, TokenDraws
 
 
 class PassingOperands:
@@ -25,7 +25,7 @@ class PassingOperands:
         self.of_backward = self.new_operands(("dgrad", "wgrad"))
         return self.of_backward.dgrad(dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         operands = self.of_backward or self.new_operands(("wgrad",))
         self.of_backward = None
-        return operands.wgrad(dy_TN, x_TK)
+        return operands.wgrad(dy_TN, x_TK, draws)

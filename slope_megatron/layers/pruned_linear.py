@@ -6,6 +6,7 @@ N out, K in (this rank's shard), R adapter rank.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,13 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.draws import RowDraws
-from slope_megatron.linear import GradientPruning, slope_linear
-from slope_megatron.ops.backend import Operands
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops.backend import Operands, TokenDraws
+from slope_megatron.ops.cusparselt import bias_gradient
 
 
 class PrunedLinear(torch.nn.Module):
-    """Mixed into Megatron's linears. A subclass gives `operands()`, and `gradient_pruning()` where it has one."""
+    """Mixed into Megatron's linears. A subclass gives `operands()`, and what it prunes of the gradient."""
 
     weight: torch.nn.Parameter
     slope: SlopeConfig
@@ -48,8 +50,8 @@ class PrunedLinear(torch.nn.Module):
         self.adapters_active = False
         self.row_draws: RowDraws | None = None
 
-    def unbiased_pruning(self) -> GradientPruning | None:
-        """MVUE of dY for wgrad, n:m along tokens; None where no gradient is asked for."""
+    def present_draws(self) -> TokenDraws | None:
+        """Of the unbiased estimate of dY at this place in the run; None where no gradient is asked for."""
         if not torch.is_grad_enabled():
             return None
         if self.row_draws is None:
@@ -57,14 +59,18 @@ class PrunedLinear(torch.nn.Module):
                 f"{type(self).__name__} has no draws for its unbiased gradient pruning: call "
                 "slope_megatron.models.draws.attach_draws on the built model"
             )
-        return GradientPruning(self.row_draws.pruning(*self.slope.gradient_nm))
+        return self.row_draws.present(*self.slope.gradient_nm, self.weight.device)
 
     def product_operands(self) -> Operands:
         """The operands that the next product reads."""
         return self.operands()
 
-    def gradient_pruning(self) -> GradientPruning | None:
-        """What stands for dY in wgrad; None: dY itself."""
+    def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What dgrad and wgrad read instead of dY; None: dY itself."""
+        return None
+
+    def gradient_draws(self) -> TokenDraws | None:
+        """Of the unbiased estimate that wgrad reads instead of dY; None: no estimate."""
         return None
 
     def _forward_impl(self, input, weight, *, bias, allreduce_dgrad, sequence_parallel, tp_group=None, **_):
@@ -76,14 +82,20 @@ class PrunedLinear(torch.nn.Module):
             replicated_adapter=self.replicated_adapter,
         )
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
+        operands = self.product_operands()
+        # Where the product can add the bias on its way out, nothing reads the output once more.
+        in_product = bias is not None and hasattr(operands, "with_bias")
         output = slope_linear(
             input,
             weight,
-            self.product_operands(),
+            operands.with_bias(bias) if in_product else operands,
             adapters=adapters,
             communication=communication,
-            pruning=self.gradient_pruning(),
+            prune=self.gradient_pruning(),
+            draws=self.gradient_draws(),
         )
+        if in_product:
+            return bias_gradient(output, bias)
         return output if bias is None else output + bias
 
 

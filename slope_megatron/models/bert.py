@@ -31,14 +31,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron.core.transformer.utils import get_linear_layer
 
 from slope_megatron.config import ModelConfig, SlopeConfig
+from slope_megatron.layers.norm import own_norm
 from slope_megatron.models.layer_spec import sparsify
+from slope_megatron.models.loss import FusedLoss
 
 TOKEN_TYPES = 2
 
 
 def stock_norm(config: TransformerConfig) -> type:
     """The norm of Megatron's local spec: apex's where it is installed, else torch's."""
-    return get_gpt_layer_local_spec(normalization=config.normalization).submodules.input_layernorm
+    return own_norm(get_gpt_layer_local_spec(normalization=config.normalization).submodules.input_layernorm)
 
 
 class PostNormLayer(TransformerLayer):
@@ -62,7 +64,7 @@ def post_norm_spec(normalization: str) -> ModuleSpec:
     """The stock block's spec without its norms, for `PostNormLayer`; attention sees both sides."""
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization))
     parts = spec.submodules
-    spec.module, spec.params = PostNormLayer, {"norm": parts.input_layernorm}
+    spec.module, spec.params = PostNormLayer, {"norm": own_norm(parts.input_layernorm)}
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
     parts.sharded_state_dict_keys_map = {}
     parts.self_attention.params = {"attn_mask_type": AttnMaskType.padding}
@@ -96,7 +98,22 @@ class BertEmbedding(LanguageModelEmbedding):
             return self.dropout(embeddings)
 
 
-class BertForPretraining(LanguageModule):
+class MaskedTokenHead(BertLMHead):
+    """Megatron's, with a norm that takes a part of the sequence."""
+
+    def __init__(self, config: TransformerConfig):
+        # Its constructor builds Megatron's own norm, which refuses parts.
+        whole_sequence = copy.copy(config)
+        whole_sequence.sequence_parallel = False
+        super().__init__(config.hidden_size, whole_sequence)
+        self.layer_norm = stock_norm(config)(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        for parameter in self.dense.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+
+class BertForPretraining(FusedLoss, LanguageModule):
     """This rank's shard of the encoder with both heads.
 
     Called as `model(input_ids, attention_mask, tokentype_ids, lm_labels)`: `[b, s]` each, all but the first optional;
@@ -130,7 +147,7 @@ class BertForPretraining(LanguageModule):
             config, encoder_spec(slope, config), pre_process=pre_process, post_process=post_process
         )
         if post_process:
-            self.lm_head = BertLMHead(config.hidden_size, config)
+            self.lm_head = MaskedTokenHead(config)
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,

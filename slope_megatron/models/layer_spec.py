@@ -17,6 +17,7 @@ from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
 from slope_megatron.layers.masked_parallel import MaskedColumnParallelLinear, MaskedRowParallelLinear
+from slope_megatron.layers.norm import own_norm
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
 from slope_megatron.models.rules import sparse_linears
 
@@ -29,7 +30,7 @@ LINEARS = {
 
 
 def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
-    """A copy of one transformer block's spec with its sparse linears and the core attention replaced.
+    """A copy of one transformer block's spec with its sparse linears, the core attention and torch's norms replaced.
 
     Raises:
         ValueError: the block is no attention + MLP: experts would silently stay dense.
@@ -43,6 +44,8 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
             "would stay dense; give a spec with a plain MLP"
         )
     attention.core_attention = SdpaAttention
+    for name in ("input_layernorm", "pre_mlp_layernorm"):
+        setattr(spec.submodules, name, own_norm(getattr(spec.submodules, name)))
     own = slope.for_block(block)
     column, row = (linear.configured(own) for linear in LINEARS.get(own.method, LINEARS["slope"]))
     replacements = {

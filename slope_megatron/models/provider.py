@@ -9,9 +9,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slope_megatron.config import Config, ModelConfig
+from slope_megatron.layers.mlp import fuse_mlps
 from slope_megatron.models.bert import build_bert
 from slope_megatron.models.fill import fill_model
 from slope_megatron.models.layer_spec import block_spec
+from slope_megatron.models.loss import FusedLoss
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 ACTIVATIONS = {
@@ -33,6 +35,7 @@ RECOMPUTE = {
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the blocks. Initialisation is off: `fill_model` does it, the same at every layout."""
     model, parallel = config.model, config.parallel
+    gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -56,16 +59,22 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        # Fusions that need apex or Transformer Engine, or that compile for 20 s on a CPU.
+        use_cpu_initialization=not gpu,
+        deterministic_mode=gpu and config.train.deterministic,
+        # Megatron compiles these with torch.compile, which takes 20 s on a CPU and gives nothing there.
+        bias_dropout_fusion=gpu,
+        cross_entropy_loss_fusion=gpu,
+        # Fusions that need apex or Transformer Engine, or for which there is a module of our own.
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        cross_entropy_loss_fusion=False,
     )
+
+
+class Gpt(FusedLoss, GPTModel):
+    """Megatron's GPTModel."""
 
 
 def padded_vocabulary(model: ModelConfig, tokenizer_size: int) -> int:
@@ -93,14 +102,16 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
         "share_embeddings_and_output_weights": config.model.tie_embeddings,
     }
     if config.model.architecture == "bert":
-        return build_bert(config.model, config.slope, blocks, **ends)
-    model = GPTModel(
-        blocks,
-        block_spec(config.slope, blocks),
-        position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
-        rotary_base=config.model.rotary_base,
-        **ends,
-    )
+        model = build_bert(config.model, config.slope, blocks, **ends)
+    else:
+        model = Gpt(
+            blocks,
+            block_spec(config.slope, blocks),
+            position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
+            rotary_base=config.model.rotary_base,
+            **ends,
+        )
+    fuse_mlps(model)
     # Megatron's position table ignores `params_dtype`.
     return model.to(dtype)
 
@@ -108,5 +119,8 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
 def build_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:
     """This rank's shard of the model, filled: the same weights at every layout."""
     model = build_bare_model(config, tokenizer_size, dtype)
+    if torch.cuda.is_available():
+        # Norms and tables of positions are born on the CPU; what fills a tensor depends on where it is.
+        model.cuda()
     fill_model(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
     return model

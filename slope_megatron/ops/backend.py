@@ -9,6 +9,7 @@ import torch
 from slope_megatron.ops import cusparselt, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class Operands(Protocol):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        """dW = dY^T X read at the kept places, `[N, C]`."""
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
 
 
 PRODUCTS = reference.PRODUCTS
@@ -84,7 +85,7 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`. None: for inference, operands that
             have the forward product alone, and on 2:4 units always the sparse one: a dense copy beside the operand
             would make the model larger than a dense one.
-        products_wanted: those that they will serve; a kernel that writes both operands at once does so anyway.
+        products_wanted: those that they will serve.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
@@ -93,14 +94,16 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         row_bits = pack_bits(row) if row.dtype == torch.bool else row
         reason = cusparselt.unsupported_weight(values_NC, row_bits)
         if reason is None and column is None:
-            # The builder writes both operands at once: it gets a valid second pruning, whose operand is let go.
+            # The builder asks for a second pruning, of which nothing stays.
             column = choose_column_bits(values_NC, row_bits, 2, 4)
-            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False)
+            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False, products_wanted=("forward",))
             operands.keep_forward_alone()
             return operands
         if reason is None:
             column_bits = pack_bits(column) if column.dtype == torch.bool else column
-            return cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=backend == "auto")
+            return cusparselt.build(
+                values_NC, row_bits, column_bits, dense_allowed=backend == "auto", products_wanted=products_wanted
+            )
         if backend != "auto":
             raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
         _say_once(f"sparse products: some weights run on backend reference: {reason}")

@@ -1,7 +1,7 @@
 """Which kernel runs each product: measured once, kept for the process, saved as run state.
 
-A product is (forward or dgrad, R x S operand, T tokens, dtype). Its choice is sparse (with how many tiles and which
-algorithm of the library) or dense; with adapters, also in which order the two products run (`Order`). Numbers of
+A product is (forward, dgrad or wgrad, R x S matrix, T tokens, dtype). Its choice is sparse (with how many tiles and
+which algorithm of the library) or dense; with adapters, also in which way the two products run (`Order`). Numbers of
 algorithms mean something only on the machine they were measured on, so a saved table names that machine and is ignored
 elsewhere.
 """
@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One product. `rows` x `columns` is the sparse operand: W^R for forward, the transposed W^{R,C} for dgrad."""
+    """One product. `rows` x `columns` is the sparse operand: W^R for forward, the transposed W^{R,C} for dgrad.
+
+    For wgrad, whose operand is N x T and is written anew each time, it is the shape of the gradient, N x K.
+    """
 
     kind: str
     rows: int
@@ -102,16 +105,21 @@ def fixed_tiles(key: Key) -> int | None:
 
 def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
     """The measured algorithm of a product (of one tile, where the operand is cut); None: the library's default."""
-    return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype))
+    return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype, product.straight))
 
 
 def record(key: Key, choice: Choice | Order) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
     if choice.sparse and choice.algorithm is not None:
-        tokens = cusparselt.padded_tokens(key.tokens)
-        _algorithms[(key.rows // choice.tiles, key.columns, tokens, key.dtype)] = choice.algorithm
-    logger.info("%s: %s", key, choice)
+        if key.kind == "wgrad":
+            shape = (key.rows, cusparselt.padded_columns(key.tokens), key.columns, key.dtype, True)
+        else:
+            tokens = cusparselt.padded_tokens(key.tokens)
+            shape = (key.rows // choice.tiles, key.columns, tokens, key.dtype, False)
+        _algorithms[shape] = choice.algorithm
+    exact = "; the exact gradient, unpruned" if key.kind == "wgrad" and not choice.sparse else ""
+    logger.info("%s: %s%s", key, choice, exact)
 
 
 def is_empty() -> bool:

@@ -1,24 +1,27 @@
-"""The `cusparselt` backend: both sparse products on 2:4 tensor cores, the dense wgrad read at the kept places.
+"""The `cusparselt` backend: products on 2:4 tensor cores, wgrad read at the kept places.
 
 N out, K in, C = K/2 kept per row, T tokens.
     forward   Y  = X (W^R)^T           operand W^R [N, K]
     dgrad     dX = dY W^{R,C}          operand (W^{R,C})^T [K, N]
-    wgrad     dW = (dY^T X) gathered
+    wgrad     dW = (dY^T X) gathered; with draws (P(dY)^T X) gathered, see `ops.wgrad`
 Operands are a copy of the values and metadata that depends on the patterns alone: a refresh moves values only. Where a
 measurement favours the dense product, a dense copy of that operand is kept beside it.
 """
 
-import dataclasses
 import sys
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_kernels import cusparselt, cusparselt_library
-from slope_megatron.ops import choices, layout, measure, products
+from slope_megatron.ops import choices, layout, measure, products, reference, wgrad
+from slope_megatron.ops.bias import BiasedOperands
+from slope_megatron.ops.bias import bias_gradient as bias_gradient
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.joined import JoinedOperand
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 
 def unsupported() -> str | None:
@@ -41,34 +44,65 @@ def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str |
     reason = cusparselt.unsupported_shape(rows, columns, values_NC.dtype)
     if reason:
         return f"the weight is {reason}"
-    nibbles = torch.stack((row_bits & 15, row_bits >> 4))
-    allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
-    if values_NC.shape[1] * 2 != columns or not torch.isin(nibbles, allowed).all():
+    if values_NC.shape[1] * 2 != columns or not is_two_of_four(row_bits):
         return "its row pattern is not 2:4"
     refused = layout.probe(values_NC.device, values_NC.dtype).refused
     return f"cuSPARSELt {refused}" if refused else None
 
 
-def build(values_NC, row_bits, column_bits, *, dense_allowed: bool = True) -> "CusparseltOperands":
-    return CusparseltOperands(values_NC, row_bits, column_bits, dense_allowed=dense_allowed)
+# Bitmask -> its version when it was looked at, and what was found: looking waits for the GPU, and under ZeRO-3 operands
+# are built in every forward and backward.
+_seen_patterns = WeakTensorKeyDictionary()
+
+
+def is_two_of_four(row_bits: torch.Tensor) -> bool:
+    """Whether a bitmask keeps two of every four weights."""
+    version, found = _seen_patterns.get(row_bits, (None, False))
+    if version != row_bits._version:
+        nibbles = torch.stack((row_bits & 15, row_bits >> 4))
+        allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
+        found = bool(torch.isin(nibbles, allowed).all())
+        _seen_patterns[row_bits] = (row_bits._version, found)
+    return found
+
+
+def build(
+    values_NC,
+    row_bits,
+    column_bits,
+    *,
+    dense_allowed: bool = True,
+    products_wanted: tuple[str, ...] = reference.PRODUCTS,
+) -> "CusparseltOperands":
+    return CusparseltOperands(
+        values_NC, row_bits, column_bits, dense_allowed=dense_allowed, products_wanted=products_wanted
+    )
 
 
 class CusparseltOperands:
     """Operand buffers of one weight; see the module's docstring."""
 
-    def __init__(self, values_NC, row_bits, column_bits, *, dense_allowed: bool = True):
+    def __init__(
+        self, values_NC, row_bits, column_bits, *, dense_allowed: bool = True, products_wanted=reference.PRODUCTS
+    ):
         """
         Args:
             row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`, kept and not copied.
             dense_allowed: whether a product may fall to the dense candidate.
+            products_wanted: those that will be asked for; the operand of another one is not there.
         """
         self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
         self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.contiguous()
         self.dtype, self.device = values_NC.dtype, values_NC.device
         self.dense_allowed = dense_allowed
         size = layout.operand_bytes(self.rows, self.columns)
-        self.forward_operand = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self.backward_operand = torch.empty_like(self.forward_operand)
+
+        def operand(product: str) -> torch.Tensor | None:
+            return torch.empty(size, dtype=torch.uint8, device=self.device) if product in products_wanted else None
+
+        self.forward_operand, self.backward_operand = operand("forward"), operand("dgrad")
+        # Without the forward operand the values are here no longer than these operands.
+        self.passing_NC = values_NC if self.forward_operand is None else None
         self.tiles = {"forward": 1, "dgrad": 1}
         # By kind: operands with adapters in them, in the place of the plain ones.
         self.joined: dict[str, JoinedOperand] = {}
@@ -81,6 +115,8 @@ class CusparseltOperands:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def _write_row_metadata(self) -> None:
+        if self.forward_operand is None:
+            return
         if layout.probe(self.device, self.dtype).known_metadata:
             metadata = products.row_metadata(self.row_bits)
         else:
@@ -88,6 +124,8 @@ class CusparseltOperands:
         layout.metadata_of(self.forward_operand, self.rows, self.columns, 1).copy_(metadata[None])
 
     def _write_column_metadata(self, values_NC) -> None:
+        if self.backward_operand is None and "dgrad" not in self.joined:
+            return
         if layout.probe(self.device, self.dtype).known_metadata:
             metadata = products.column_metadata(self.row_bits, self.column_bits)
         else:
@@ -104,15 +142,16 @@ class CusparseltOperands:
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
         """New values, same patterns."""
-        products.refresh_(
-            values_NC,
-            self.row_bits,
-            self.column_bits,
-            self.forward_operand,
-            self.backward_operand,
-            self.tiles["forward"],
-            self.tiles["dgrad"],
-        )
+        if self.forward_operand is not None or self.backward_operand is not None:
+            products.refresh_(
+                values_NC,
+                self.row_bits,
+                self.column_bits,
+                self.forward_operand,
+                self.backward_operand,
+                self.tiles["forward"],
+                self.tiles["dgrad"],
+            )
         if "forward" in self.joined:
             self.joined["forward"].set_values(values_NC)
         if "dgrad" in self.joined:
@@ -180,9 +219,10 @@ class CusparseltOperands:
         """Dense copies from the operand's own values: the caller's may have changed since the last refresh."""
         if self._dense(kind) is not None:
             return
+        values_NC = self.passing_NC
         if "forward" in self.joined:
             values_NC = self.joined["forward"].weight_values().contiguous()
-        else:
+        elif values_NC is None:
             values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
             values_NC = values.reshape(self.rows, -1)
         if kind == "forward":
@@ -228,59 +268,14 @@ class CusparseltOperands:
         """Y (+ bias) and H = scale X D^T."""
         return self.joined[kind].product(x_TS, down_PS, up_RP, scale, bias_N)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        """dW = dY^T X at the kept places, `[N, C]`."""
-        return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X, or the exact one where that is faster."""
+        if draws is None:
+            dense_NK = dy_TN.t() @ x_TK
+        else:
+            dense_NK = wgrad.product(dy_TN, x_TK, draws, dense_allowed=self.dense_allowed)
+        return products.gather_kept(dense_NK, self.row_bits)
 
-    def with_bias(self, bias_N: torch.Tensor) -> "BiasedOperands":
+    def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
         """These operands with a bias added by the forward product's epilogue."""
         return BiasedOperands(self, bias_N)
-
-
-@dataclasses.dataclass(frozen=True)
-class BiasedOperands:
-    """Operands whose forward adds a bias on the way out; see `bias_gradient` for the bias's own gradient."""
-
-    operands: CusparseltOperands
-    bias_N: torch.Tensor
-
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.forward(x_TK, self.bias_N.detach())
-
-    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        return self.operands.dgrad(dy_TN)
-
-    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> torch.Tensor:
-        return self.operands.forward_add(x_TK, y_TN, self.bias_N.detach())
-
-    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.dgrad_add(dy_TN, dx_TK)
-
-    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float):
-        bias_N = self.bias_N.detach() if kind == "forward" else None
-        return self.operands.joined_product(kind, x_TS, down_PS, up_RP, scale, bias_N)
-
-    @property
-    def unbiased(self) -> CusparseltOperands:
-        """Where the buffers and the choices are."""
-        return self.operands
-
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.wgrad(dy_TN, x_TK)
-
-
-class BiasGradient(torch.autograd.Function):
-    """Y, to which an epilogue has added the bias already: forward Y, dY = dY, db = sum of dY over the tokens."""
-
-    @staticmethod
-    def forward(ctx, y_TN, bias_N):
-        return y_TN.view_as(y_TN)
-
-    @staticmethod
-    def backward(ctx, dy_TN):
-        return dy_TN, dy_TN.flatten(0, -2).sum(0)
-
-
-def bias_gradient(y_TN: torch.Tensor, bias_N: torch.Tensor) -> torch.Tensor:
-    """Connects a bias that an epilogue has added to its gradient."""
-    return BiasGradient.apply(y_TN, bias_N)

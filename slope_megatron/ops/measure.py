@@ -49,6 +49,9 @@ class Trial:
         weight = self.dense.t() if self.key.kind == "forward" else self.dense
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
+    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":
+        return Candidate(self, algorithm, tiles)
+
 
 def random_bits(rows: int, columns: int, device) -> torch.Tensor:
     """Bitmask uint8 `[rows, columns/8]` of a random 2:4 pattern."""
@@ -61,6 +64,11 @@ def random_bits(rows: int, columns: int, device) -> torch.Tensor:
 
 def prepare(key: Key, device: torch.device) -> Trial:
     """Fresh random data; the operand in one tile."""
+    if key.kind == "wgrad":
+        # It compiles kernels that no machine without `full` mode needs.
+        from slope_megatron.ops.measure_wgrad import WgradTrial
+
+        return WgradTrial(key, device)
     row_bits = random_bits(key.rows, key.columns, device)
     values = torch.randn(key.rows, key.columns // 2, device=device, dtype=key.dtype)
     operand = torch.empty(layout.operand_bytes(key.rows, key.columns), dtype=torch.uint8, device=device)
@@ -126,12 +134,12 @@ def finalists(trial: Trial, tiles: int) -> list[Candidate]:
 
     They are tried by number, not by the library's own search, which tries all: see MOST_CONFIGS.
     """
-    count = min(MOST_CONFIGS, Candidate(trial, None, tiles).plan.algorithm_count())
+    count = min(MOST_CONFIGS, trial.candidate(None, tiles).plan.algorithm_count())
     timed = []
     for config in range(count):
         algorithm = cusparselt.Algorithm(config)
         try:
-            candidate = Candidate(trial, algorithm, tiles)
+            candidate = trial.candidate(algorithm, tiles)
             times = timing.interleaved({"": candidate}, rounds=2, calls=2)[""]
         except torch.AcceleratorError:
             # The context is lost: nothing can run after this.
@@ -143,7 +151,7 @@ def finalists(trial: Trial, tiles: int) -> list[Candidate]:
         candidate.plan.close()
     passed = []
     for _, config in sorted(timed)[:FINALISTS]:
-        candidate = Candidate(trial, cusparselt.Algorithm(config), tiles)
+        candidate = trial.candidate(cusparselt.Algorithm(config), tiles)
         problem = wrong(candidate)
         if problem:
             logger.warning("%s: algorithm %d gives wrong results and is not used: %s", trial.key, config, problem)
@@ -155,8 +163,11 @@ def finalists(trial: Trial, tiles: int) -> list[Candidate]:
 def tilings(key: Key, device: torch.device) -> list[int]:
     """Whole; where the operand is taller than wide, also in halves, and in squares where it is a whole number high.
 
-    A shape that has been measured for other tokens keeps its tiles: a weight has one operand.
+    A shape that has been measured for other tokens keeps its tiles: a weight has one operand. wgrad's lives for one
+    product and stays whole.
     """
+    if key.kind == "wgrad":
+        return [1]
     fixed = choices.fixed_tiles(key)
     if fixed:
         return [fixed]

@@ -8,7 +8,8 @@ T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
     slope::refresh_       packed values -> both operands' values
     slope::choose_column  the second pruning by magnitude -> bitmask [N, C/8]
     slope::row_metadata_, slope::column_metadata_   the operands' metadata
-On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers.
+On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers. Those of
+`full` mode are in `ops.mvue`.
 """
 
 import torch
@@ -32,8 +33,9 @@ def aligned(tensor: torch.Tensor, to: int = 4) -> torch.Tensor:
     return tensor if tensor.data_ptr() % to == 0 else tensor.clone()
 
 
-def _padded(x_TS: torch.Tensor) -> torch.Tensor:
-    missing = cusparselt.padded_tokens(x_TS.shape[0]) - x_TS.shape[0]
+def padded(x_TS: torch.Tensor, tokens: int) -> torch.Tensor:
+    """X with zeros up to `tokens`, as the library wants to read it."""
+    missing = tokens - x_TS.shape[0]
     return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else aligned(x_TS, cusparselt.ALIGNMENT)
 
 
@@ -43,7 +45,7 @@ def sparse_mm(
 ) -> torch.Tensor:
     """Y `[T, R]`; runs the algorithm that was measured for this product, else the library's default."""
     tokens = x_TS.shape[0]
-    x_TS = _padded(x_TS)
+    x_TS = padded(x_TS, cusparselt.padded_tokens(tokens))
     y_TR = x_TS.new_empty((x_TS.shape[0], rows))
     _run_tiles(operand, x_TS, y_TR, tiles, bias, relu, False)
     return y_TR[:tokens].clone() if tokens != y_TR.shape[0] else y_TR
@@ -90,8 +92,9 @@ def sparse_mm_add_(
     y_TR: torch.Tensor, operand: torch.Tensor, x_TS: torch.Tensor, tiles: int, bias: torch.Tensor | None
 ) -> None:
     """Y `[T, R]`, contiguous, += X W^T (+ bias): sums in fp32, rounded once."""
-    padded_TR = _padded(y_TR)
-    _run_tiles(operand, _padded(x_TS), padded_TR, tiles, bias, False, True)
+    tokens = cusparselt.padded_tokens(x_TS.shape[0])
+    padded_TR = padded(y_TR, tokens)
+    _run_tiles(operand, padded(x_TS, tokens), padded_TR, tiles, bias, False, True)
     if padded_TR.data_ptr() != y_TR.data_ptr():
         y_TR.copy_(padded_TR[: y_TR.shape[0]])
 

@@ -3,6 +3,7 @@
 import torch
 
 from slope_megatron.sparsity.packing import kept_index, unpack, unpack_bits
+from slope_megatron.sparsity.token_draws import TokenDraws
 
 PRODUCTS = ("forward", "dgrad", "wgrad")
 
@@ -51,8 +52,9 @@ class ReferenceOperands:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return dy_TN @ self.backward_NK
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
-        return (dy_TN.t() @ x_TK).gather(1, self.index_NC)
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        read_TN = draws.estimate(dy_TN) if draws else dy_TN
+        return (read_TN.t() @ x_TK).gather(1, self.index_NC)
 
 
 class ForwardOnly:

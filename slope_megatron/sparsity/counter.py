@@ -1,7 +1,8 @@
 """Random numbers that depend on (seed, name, element index) alone: Philox4x32-10 as a function, not a stream.
 
 A tensor cut over any number of ranks is filled with the same numbers, because each element asks for its own by its
-index in the whole tensor. Element `i` of a tensor reads word `i % 4` of the Philox block with counter `i // 4`.
+index in the whole tensor. Element `i` of a tensor reads word `i % 4` of the Philox block with counter `i // 4`. Of the
+counter's four words that takes two; the others, the *stream*, tell apart tensors that share a key.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Triton's `tl.philox` is the same.
 """
 
@@ -28,17 +29,18 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & MASK32, product & MASK32
 
 
-def philox(key: tuple[int, int], block: torch.Tensor) -> torch.Tensor:
+def philox(key: tuple[int, int], block: torch.Tensor, stream=(0, 0)) -> torch.Tensor:
     """Four 32-bit words for each counter.
 
     Args:
         key: two 32-bit words.
-        block: int64 counters >= 0, any shape.
+        block: int64 counters >= 0, any shape: the low half of the whole counter.
+        stream: two 32-bit words, the high half; numbers, or int64 tensors that broadcast against `block`.
     Returns:
         int64 `[..., 4]`, each in [0, 2^32).
     """
     c0, c1 = block & MASK32, (block >> 32) & MASK32
-    c2, c3 = torch.zeros_like(block), torch.zeros_like(block)
+    c2, c3 = (torch.zeros_like(block) + word for word in stream)
     k0, k1 = key
     for _ in range(ROUNDS):
         high0, low0 = _multiply(MULTIPLIERS[0], c0)
@@ -48,8 +50,8 @@ def philox(key: tuple[int, int], block: torch.Tensor) -> torch.Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def _words(key: tuple[int, int], block: torch.Tensor) -> torch.Tensor:
-    return philox(key, block)
+def _words(key: tuple[int, int], block: torch.Tensor, stream=(0, 0)) -> torch.Tensor:
+    return philox(key, block, stream)
 
 
 def _normals(key: tuple[int, int], block: torch.Tensor) -> torch.Tensor:
@@ -61,21 +63,36 @@ def _normals(key: tuple[int, int], block: torch.Tensor) -> torch.Tensor:
     return pairs.flatten(-2).float()
 
 
-def _region(function, key, rows: range, columns: range, row_length: int, device) -> torch.Tensor:
+def _region(function, key, rows: torch.Tensor, columns: range, row_length: int, **more) -> torch.Tensor:
     """`function`'s values for the elements [rows, columns] of a row-major matrix whose rows are `row_length` long."""
-    first = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)[:, None] * row_length
+    first = rows[:, None] * row_length
     if row_length % 4 == 0 and columns.start % 4 == 0 and columns.stop % 4 == 0:
-        blocks = (first + torch.arange(columns.start, columns.stop, 4, device=device)) // 4
-        return function(key, blocks).flatten(-2)
-    index = first + torch.arange(columns.start, columns.stop, device=device)
-    return function(key, index // 4).gather(-1, (index % 4)[..., None]).squeeze(-1)
+        blocks = (first + torch.arange(columns.start, columns.stop, 4, device=rows.device)) // 4
+        return function(key, blocks, **more).flatten(-2)
+    index = first + torch.arange(columns.start, columns.stop, device=rows.device)
+    return function(key, index // 4, **more).gather(-1, (index % 4)[..., None]).squeeze(-1)
+
+
+def _rows(rows: range, device) -> torch.Tensor:
+    return torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)
 
 
 def bits(key: tuple[int, int], rows: range, columns: range, row_length: int, device="cpu") -> torch.Tensor:
     """Uniform 32-bit words, int64 `[len(rows), len(columns)]`, of a region of a row-major matrix."""
-    return _region(_words, key, rows, columns, row_length, device)
+    return _region(_words, key, _rows(rows, device), columns, row_length)
+
+
+def bits_of_rows(key: tuple[int, int], rows: torch.Tensor, row_length: int, stream) -> torch.Tensor:
+    """Uniform 32-bit words, int64 `[len(rows), row_length]`, of any whole rows, each of its own stream.
+
+    Args:
+        key: two words, numbers or int64 tensors of one element.
+        rows: int64.
+        stream: two words, int64 `[len(rows), 1]` each.
+    """
+    return _region(_words, key, rows, range(row_length), row_length, stream=stream)
 
 
 def normal(key: tuple[int, int], rows: range, columns: range, row_length: int, device="cpu") -> torch.Tensor:
     """Standard normal numbers, fp32 `[len(rows), len(columns)]`, of a region of a row-major matrix."""
-    return _region(_normals, key, rows, columns, row_length, device)
+    return _region(_normals, key, _rows(rows, device), columns, row_length)

@@ -9,12 +9,16 @@ and sum p_i = n it is smallest where
 which for 1:2 and 2:4 is the estimator of Chmiel et al., "Minimum variance unbiased N:M sparsity for the neural
 gradients" (arXiv 2203.10991, section 3): only the p_i enter its variance, so any way to draw n places with these
 probabilities serves. Here it is systematic sampling (Madow 1949): the p_i laid end to end on a line, and the n places
-that a comb of unit spacing with a random start hits; one random word a group.
+that a comb of unit spacing with a random start hits; one random word a group. `mvue24` is the same for 2:4, without
+divisions: what the kernel computes.
 
-Groups with at most n non-zeros come back as they are. A group that holds an infinity or NaN comes back as NaN.
+Groups with at most n non-zeros come back as they are. A group that holds an infinity or NaN does not hide it.
 """
 
 import torch
+
+from slope_megatron.sparsity.mvue24 import two_of_four
+from slope_megatron.sparsity.operand import scatter_slots
 
 
 def keep_probabilities(size: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,12 +62,14 @@ def draw(probabilities: torch.Tensor, certain: torch.Tensor, uniform: torch.Tens
 
 
 def mvue(gradient: torch.Tensor, words: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """The estimate of `gradient`, n:m along its last axis; in its type, computed in fp64.
+    """The estimate of `gradient`, n:m along its last axis; in its type.
 
     Args:
         gradient: `[..., S]`, S a multiple of m.
         words: random 32-bit words (`counter.bits`), int64 `[..., S/m]`: one a group.
     """
+    if (n, m) == (2, 4):
+        return scatter_slots(*two_of_four(gradient, words))
     groups = gradient.unflatten(-1, (-1, m)).double()
     size = groups.abs()
     uniform = (words[..., None].double() + 0.5) * 2.0**-32

@@ -9,11 +9,16 @@ from megatron.core import parallel_state
 from slope_megatron.models.fill import masked_modules, sparse_modules
 from slope_megatron.models.layer_spec import twin_weights
 from slope_megatron.sparsity.pattern import extra_zeros
-from slope_megatron.training import zero
+from slope_megatron.training import nvme, zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import ADAPTERS, SPARSE, is_adapter, model_parameters
 
 KINDS = ("weights", "patterns", "operands", "gradients", "optimizer")
+
+
+def elements(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter on this tensor-parallel rank, also while ZeRO-3 has cut it."""
+    return zero.shape_of(parameter).numel()
 
 
 def tensors_of(value) -> list[torch.Tensor]:
@@ -36,10 +41,10 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
 
     held = engine.held_gradients
     for name, parameter in model_parameters(engine.model):
-        elements = zero.shape_of(parameter).numel()
-        add("weights", elements * parameter.element_size(), id(parameter) in twins)
+        count = elements(parameter)
+        add("weights", count * parameter.element_size(), id(parameter) in twins)
         if held and (held.adapters or not is_adapter(name)):
-            add("gradients", elements * held.width, id(parameter) in twins)
+            add("gradients", count * held.width, id(parameter) in twins)
     for module in sparse_modules(engine.model):
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
         if module.keep_operands:
@@ -78,7 +83,8 @@ def state_bytes(engine: Engine) -> dict[str, dict[str, int]]:
 def state_bytes_per_rank(engine: Engine) -> dict[str, dict[str, int]]:
     """Bytes of training state on the fullest rank, `measured` (memory behind the tensors) and by `formula`; collective.
 
-    Weights, gradients and optimizer as the ZeRO stage cuts them; with offload the optimizer's are in host memory.
+    Weights, gradients and optimizer as the ZeRO stage cuts them; with offload the optimizer's are in host memory, or on
+    a disk and counted as nothing.
     """
     found = {"measured": measured_rank_bytes(engine), "formula": formula_rank_bytes(engine)}
     table = torch.tensor([list(sizes.values()) for sizes in found.values()], device=engine.device)
@@ -100,32 +106,38 @@ def measured_rank_bytes(engine: Engine) -> dict[str, int]:
     }
 
 
-def formula_rank_bytes(engine: Engine) -> dict[str, int]:
+def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None) -> dict[str, int]:
     """The same from shapes, stage, replicas and type alone.
+
+    Args:
+        adapters: whether they have gradients; None: as in the step whose gradients were noted.
 
     P elements of a group, D replicas, b bytes a weight; groups padded to multiples of 2 D, in stage 3 parameters to D:
 
         stage       1                        2              3
         weights     b P                      b P            b P / D, and what is small whole
         gradients   4 P                      4 P / D        4 P / D
-        optimizer   12 P / D                 12 P / D       12 P / D
+        optimizer   12 P / D                 12 P / D       12 P / D; what is on an NVMe disk is not in memory
     """
     parallel = engine.config.parallel
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sizes = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     offloaded = parallel.offload_optimizer != "none"
-    adapters = engine.held_gradients is not None and engine.held_gradients.adapters
+    no_step = adapters is None and engine.held_gradients is None
+    if adapters is None:
+        adapters = not no_step and engine.held_gradients.adapters
     width = engine.dtype.itemsize
     for name, members in engine.members.items():
-        counts = [zero.shape_of(parameter).numel() for parameter in members]
+        counts = list(map(elements, members))
         if parallel.zero_stage == 3:
             parts = [-(-count // replicas) for count in counts]
             limit = zero.small_parameter(engine.config)
             small = [part for part, count in zip(parts, counts, strict=True) if count <= limit]
             # A lone replica's gathered parameter is its part itself.
             sizes["weights"] += width * (sum(parts) + (replicas * sum(small) if replicas > 1 else 0))
-            sizes["gradients"] += 4 * sum(parts)
-            sizes["optimizer"] += 12 * sum(parts)
+            if not nvme.swaps(engine.optimizer, sum(parts)):
+                sizes["gradients"] += 4 * sum(parts)
+                sizes["optimizer"] += 12 * sum(parts)
             continue
         whole = -(-sum(counts) // (2 * replicas)) * 2 * replicas
         part = whole // replicas
@@ -141,8 +153,8 @@ def formula_rank_bytes(engine: Engine) -> dict[str, int]:
             sizes["gradients"] += 4 * whole
         elif name != ADAPTERS or adapters:
             sizes["gradients"] += 4 * sum(counts)
-    if engine.held_gradients is None:
-        sizes["gradients"] = 0  # no step was taken
+    if no_step:
+        sizes["gradients"] = 0
     return sizes
 
 
@@ -183,7 +195,7 @@ def parameter_count(engine: Engine) -> int:
     """Parameters held by one replica of the model: shards added up, replicated ones and tied copies once."""
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     here = sum(
-        zero.shape_of(parameter).numel()
+        elements(parameter)
         for _, parameter in model_parameters(engine.model)
         if (tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
         and not getattr(parameter, "ds_pipe_replicated", False)
@@ -204,3 +216,19 @@ def checkpoint_bytes(engine: Engine) -> int:
     total = torch.tensor([weights + patterns], device=engine.device)
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total)
+
+
+# -- the device --------------------------------------------------------------------------------------------------------
+
+
+def device_name(engine: Engine) -> str:
+    return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+
+
+def peak_memory_bytes(engine: Engine) -> int | None:
+    """Of tensors, at the highest moment, on the fullest rank; collective. None: no GPU."""
+    if engine.device.type != "cuda":
+        return None
+    peak = torch.tensor([torch.cuda.max_memory_allocated(engine.device)], device=engine.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak)

@@ -6,6 +6,8 @@ ThroughHooks      stages 2 and 3: DeepSpeed's forward and backward, whose hooks 
                   as it is there, in every micro-batch; sums within the model happen before, in autograd
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,6 +20,8 @@ class ThroughSchedule:
 
     def __init__(self, engine):
         self.engine = engine
+        if hasattr(engine.optimizer, "_update_hp_grad"):
+            engine.optimizer._update_hp_grad = functools.partial(add_gradient, engine.optimizer)
         if engine.dtype == torch.float16:
             # The schedule scales the loss where it is born: on the last stage.
             engine.model.config.grad_scale_func = lambda loss: loss * engine.optimizer.loss_scale
@@ -33,6 +37,22 @@ class ThroughSchedule:
         engine.deepspeed.allreduce_gradients()
         # Only the last pipeline stage has losses.
         return torch.stack([result["loss"] for result in results]).mean() if results else torch.zeros(())
+
+
+def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, place: int, clear_lp_grads: bool) -> None:
+    """fp32 sum += bf16 gradient, as DeepSpeed 0.19's bf16 optimizer does it, whose private method this stands for.
+
+    It first makes an fp32 copy of the gradient: 18 bytes an element are moved. An addition of mixed types rounds the
+    same and moves 10; on a GPU the copies took 2 % of a step.
+    """
+    if parameter.grad is None:
+        return
+    total = optimizer.fp32_groups_gradients[group][place]
+    total.add_(parameter.grad.reshape(total.shape))
+    parameter._hp_grad = total
+    optimizer.fp32_groups_has_gradients[group][place] = True
+    if clear_lp_grads:
+        parameter.grad.zero_()
 
 
 class ThroughHooks:

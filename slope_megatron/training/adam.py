@@ -19,16 +19,16 @@ def build_adamw(groups: list[dict], config: Config) -> torch.optim.Optimizer:
     """
     settings = config.optimizer
     common = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
-    backend = choose_adam(settings.adam_backend, config.parallel.offload_optimizer == "cpu", config.parallel.zero_stage)
+    offloaded = config.parallel.offload_optimizer != "none"
+    backend = choose_adam(settings.adam_backend, offloaded, config.parallel.zero_stage)
     if backend == "torch":
         # The default form on GPUs keeps temporaries of the size of the parameters; offloaded state is on the CPU.
-        on_gpu = torch.cuda.is_available() and config.parallel.offload_optimizer == "none"
-        return torch.optim.AdamW(groups, fused=on_gpu, **common)
+        return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and not offloaded, **common)
     if backend == "apex":
         from apex.optimizers import FusedAdam
 
         return FusedAdam(groups, adam_w_mode=True, **common)
-    if config.parallel.offload_optimizer == "cpu":
+    if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)

@@ -25,13 +25,28 @@ def prepare() -> bool:
         return True
     prepare.done = True
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _import_without_compiler()
     _patch_devices()
     _patch_random_states()
-    _patch_norm()
     _patch_factories()
     _patch_clipping()
     _patch_deepspeed()
     return True
+
+
+def _import_without_compiler() -> None:
+    """Megatron decorates small pointwise functions with `torch.compile` as it is imported: here they stay as they are.
+
+    On CPUs compiling them costs more than it gives, and importing the compiler alone takes 2 s of each rank's start.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    compile_function = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+    try:
+        for module in ("models.gpt", "models.bert.bert_model", "dist_checkpointing"):
+            importlib.import_module(f"megatron.core.{module}")
+    finally:
+        torch.compile = compile_function
 
 
 def _patch_devices() -> None:
@@ -66,24 +81,6 @@ def _patch_random_states() -> None:
             torch.set_rng_state(outside)
 
     megatron_random.CudaRNGStatesTracker.fork = fork
-
-
-def _patch_norm() -> None:
-    """Without apex the only norm is WrappedTorchNorm, which asserts that sequence parallelism is off.
-
-    Torch's norms work on a part of the sequence as they are; their gradients must then be summed over the
-    tensor-parallel ranks, which the parameters' `sequence_parallel` mark asks for.
-    """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    def build(cls, config, hidden_size, eps=1e-5, **_):
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = staticmethod(build)
 
 
 class _TorchOnCpu:

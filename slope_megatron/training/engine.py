@@ -138,9 +138,11 @@ class Engine:
     def note_gradients(self, tensors) -> None:
         """Keep what this rank's gradients take, for the accounting; once, in the first step."""
         if self.held_gradients is None:
-            tensors = list(tensors)
+            # Those on an NVMe disk are not here.
+            tensors = [tensor for tensor in tensors if tensor is not None]
+            width = tensors[0].element_size() if tensors else torch.float32.itemsize
             adapters = self.phases.adapters_on(self.steps_done)
-            self.held_gradients = HeldGradients(zero.storage_bytes(tensors), tensors[0].element_size(), adapters)
+            self.held_gradients = HeldGradients(zero.storage_bytes(tensors), width, adapters)
 
     def to_device(self, batch: dict) -> dict:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

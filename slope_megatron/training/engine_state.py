@@ -1,6 +1,7 @@
 """The engine's state as sharded tensors: model, fp32 masters and moments by canonical name, however ZeRO cuts them."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -9,14 +10,12 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from slope_megatron.models.canonical import sharded_state_dict
 from slope_megatron.models.fill import pruned_modules
-from slope_megatron.training import zero
+from slope_megatron.training import nvme, zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import model_parameters
 from slope_megatron.training.zero import MOMENTS
@@ -45,12 +44,9 @@ def sharded_engine_state(engine: Engine, *, filled: bool) -> dict:
     with zero.whole_shapes(engine.model):
         model_state = sharded_state_dict(engine.model)
     state = {"model": model_state, "fp32": {}, **{name: {} for name in MOMENTS}}
-    for name, parameter in model_parameters(engine.model):
+    for name, parameter in by_partition(engine):
         shape = zero.shape_of(parameter)
-        full = {}
-        if filled:
-            full["fp32"] = safe_get_full_fp32_param(parameter)
-            full.update({moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS})
+        full = full_state(engine.optimizer, parameter) if filled else {}
         for kind in ("fp32", *MOMENTS):
             tensor = full[kind].detach().cpu() if filled else torch.empty(shape, dtype=torch.float32)
             state[kind][name] = make_sharded_optimizer_tensor(model_state[name], tensor, f"optimizer.{kind}")
@@ -59,6 +55,28 @@ def sharded_engine_state(engine: Engine, *, filled: bool) -> dict:
             weight = full["fp32"].detach().cpu() if filled else torch.empty(shape)
             model_state[name] = dataclasses.replace(model_state[name], data=weight.to(parameter.dtype))
     return state
+
+
+def by_partition(engine: Engine, *, write: bool = False) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters, with the fp32 state of each there while it is looked at (or with `write`, changed)."""
+    named = list(model_parameters(engine.model))
+    if not zero.is_stage_3(engine.optimizer):
+        yield from named
+        return
+    names = {id(parameter): name for name, parameter in named}
+    for index, group in enumerate(engine.optimizer.fp16_groups):
+        with nvme.in_memory(engine.optimizer, index, write=write):
+            yield from ((names[id(parameter)], parameter) for parameter in group)
+
+
+def full_state(optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """Masters and moments of a whole parameter; collective."""
+    if not zero.is_stage_3(optimizer):
+        moments = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+        return {"fp32": safe_get_full_fp32_param(parameter), **moments}
+    parts = zero.stage_3_state(optimizer, parameter)
+    # Offloaded state is on the CPU; the collective wants the parameter's device.
+    return {kind: optimizer._fp32_state_allgather(parameter, part.to(parameter.device)) for kind, part in parts.items()}
 
 
 def optimizer_steps(engine: Engine) -> dict[str, float]:
@@ -79,17 +97,15 @@ def install_engine_state(engine: Engine, state: dict, steps: dict[str, float]) -
     cut = {name for name, parameter in named.items() if hasattr(parameter, "ds_shape")}
     whole = {name: value for name, value in state["model"].items() if name not in cut}
     engine.model.load_state_dict(whole, strict=False)
-    for name, parameter in named.items():
-        values = {moment: state[moment][name] for moment in MOMENTS}
+    for name, parameter in by_partition(engine, write=True):
         if name in cut:
             zero.write_cut(parameter, state["model"][name])
-            safe_set_local_fp32_param(parameter, zero.own_part(parameter, state["fp32"][name]))
-            for moment, value in values.items():
-                safe_set_local_optimizer_state(parameter, zero.own_part(parameter, value), moment)
+            for kind, part in zero.stage_3_state(engine.optimizer, parameter).items():
+                part.copy_(zero.own_part(parameter, state[kind][name]))
         else:
             safe_set_full_fp32_param(parameter, state["fp32"][name])
-            for moment, value in values.items():
-                safe_set_full_optimizer_state(parameter, value, moment)
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[moment][name], moment)
     for part in zero.partitions(engine.optimizer):
         zero.set_step_count(engine.optimizer, part, steps[part.group["name"]])
     if not zero.is_stage_3(engine.optimizer):

@@ -1,6 +1,7 @@
 """The loop around the step: data, validation, metrics, checkpoints, and what is watched."""
 
 import logging
+import statistics
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from megatron.core import parallel_state
 
 from slope_megatron.data.batches import MicroBatches, ValidationBatches
 from slope_megatron.ops.backend import choose
-from slope_megatron.training import accounting, checkpoint, flops, kernel_choices
+from slope_megatron.training import accounting, checkpoint, flops, kernel_choices, memory
 from slope_megatron.training.engine import Engine, StepResult
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.layer_stats import LayerStats
@@ -59,9 +60,8 @@ class Run:
         stop_at = config.train.steps if config.train.stop_at is None else config.train.stop_at
         self.last_step = min(config.train.steps, stop_at)
         self.val_loss: float | None = None
-        self.train_seconds = 0.0
+        self.step_seconds: list[float] = []
         self.stopped = False
-        self.steps_here = 0
 
     def train(self) -> dict:
         """Train to the end.
@@ -79,13 +79,17 @@ class Run:
             self.saver.save()
         try:
             while self.engine.steps_done < self.last_step and not self.stopped:
+                joining = self.engine.phases.adapters_join(self.engine.steps_done)
+                if joining:
+                    self.before_adapters()
                 result = self.engine.train_step(self.batches.step(self.engine.steps_done))
-                self.train_seconds += result.seconds
-                self.steps_here += 1
-                if self.steps_here == 1:
+                self.step_seconds.append(result.seconds)
+                if len(self.step_seconds) == 1:
                     kernel_choices.save(self.run)
                     # The first step may compile and search kernels, each rank its own: watched from here on.
                     self.engine.on_part = lambda part: self.watch.reach(self.engine.steps_done, part)
+                if joining:
+                    self.after_adapters()
                 progress.step(result.loss, self.tokens / result.seconds)
                 self.after_step(self.engine.steps_done, result)
                 self.watch.reach(self.engine.steps_done, "batch")
@@ -96,6 +100,25 @@ class Run:
             progress.close()
         self.saver.finish()
         return self.summary(time.perf_counter() - started)
+
+    def before_adapters(self) -> None:
+        """Say what memory there is and what the adapters need; if that is too little, save first, and try."""
+        need = memory.adapters_need(self.engine)
+        held = memory.measure(self.engine.device)
+        said, fits = memory.adapters_report(need, held)
+        logger.log(logging.INFO if fits else logging.WARNING, "%s", said)
+        tight = torch.tensor(int(not fits), device=self.engine.device)
+        dist.all_reduce(tight, op=dist.ReduceOp.MAX)
+        if tight and self.engine.steps_done:
+            self.saver.save()
+            self.saver.finish()
+        self.record(step=self.engine.steps_done, adapters_need=need, **({"peak_bytes": held.peak} if held else {}))
+
+    def after_adapters(self) -> None:
+        """What their first step took, measured."""
+        held = memory.measure(self.engine.device)
+        if held:
+            logger.info("adapters have joined: %s at the highest so far", memory.gib(held.peak))
 
     def before_step(self, loss: float) -> None:
         """Gradients are reduced, nothing is updated yet."""
@@ -113,6 +136,8 @@ class Run:
             self.validate(done)
         if last or done % self.config.train.save_interval == 0:
             self.watch.reach(done, "checkpoint")
+            # A resumed run must find every choice made by now.
+            kernel_choices.save(self.run)
             self.saver.save()
 
     def log_step(self, done: int, result: StepResult) -> None:
@@ -132,6 +157,7 @@ class Run:
         tokens_per_second = self.tokens / result.seconds
         adapters = self.engine.phases.adapters_on(done - 1)
         counts = flops.flops_per_token(self.config, self.vocabulary, adapters=adapters)
+        held = memory.measure(self.engine.device)
         self.record(
             step=done,
             loss=result.loss,
@@ -141,6 +167,7 @@ class Run:
             adapters=adapters,
             **({"loss_scale": result.loss_scale} if self.engine.dtype == torch.float16 else {}),
             **flops.speed(counts, tokens_per_second, dist.get_world_size(), self.peak),
+            **({"peak_memory_gib": round(held.peak / memory.GIB, 3)} if held else {}),
             **news,
         )
 
@@ -163,6 +190,18 @@ class Run:
         self.val_loss = self.engine.evaluate(self.validation)
         self.record(step=done, val_loss=self.val_loss, double_pruning=accounting.double_pruning(self.engine))
 
+    def speed(self) -> dict[str, float] | None:
+        """Of the median step here, which neither compiling nor searching kernels distorts; MFU where the peak is known.
+
+        Operations are counted without adapters, which few steps have.
+        """
+        if not self.step_seconds:
+            return None
+        tokens_per_second = self.tokens / statistics.median(self.step_seconds)
+        counts = flops.flops_per_token(self.config, self.vocabulary)
+        found = flops.speed(counts, tokens_per_second, dist.get_world_size(), self.peak)
+        return {"tokens_per_second": tokens_per_second, **found}
+
     def unigram_entropy(self) -> float:
         """What knowing the frequencies of the validated tokens, and nothing else, would reach: nats per token."""
         counts = torch.zeros(self.vocabulary, dtype=torch.int64, device=self.engine.device)
@@ -176,6 +215,7 @@ class Run:
         """The run in figures. A run that was already complete is validated once more."""
         if self.val_loss is None:
             self.validate(self.engine.steps_done)
+        train_seconds = sum(self.step_seconds)
         return {
             "steps": self.engine.steps_done,
             "stopped_early": self.stopped and self.engine.steps_done < self.config.train.steps,
@@ -185,8 +225,11 @@ class Run:
             "val_loss": self.val_loss,
             "unigram_entropy": self.unigram_entropy(),
             "parameters": accounting.parameter_count(self.engine),
-            "tokens_per_second": self.steps_here * self.tokens / self.train_seconds if self.train_seconds else None,
-            "train_seconds": self.train_seconds,
+            "tokens_per_second": len(self.step_seconds) * self.tokens / train_seconds if train_seconds else None,
+            "speed": self.speed(),
+            "device": accounting.device_name(self.engine),
+            "peak_memory_bytes": accounting.peak_memory_bytes(self.engine),
+            "train_seconds": train_seconds,
             "wall_seconds": wall_seconds,
             "state_bytes": accounting.state_bytes(self.engine),
             "state_bytes_per_rank": accounting.state_bytes_per_rank(self.engine),

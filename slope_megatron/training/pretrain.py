@@ -14,10 +14,12 @@ from slope_megatron.models.table import sparsity_table
 from slope_megatron.training import (
     accounting,
     checkpoint,
+    deterministic,
     disk,
     files,
     kernel_choices,
     layer_stats,
+    memory,
     parallel,
     run_folder,
 )
@@ -61,6 +63,8 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     Raises:
         ValueError: bad input, the same sentence on every rank, before anything is written.
     """
+    if config.train.deterministic:
+        deterministic.switch_on()
     parallel.initialize(config)
     run = Path(config.train.out)
     on_first_rank(lambda: check_installed(config))
@@ -79,14 +83,11 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     watch = RankWatch(run, dist.get_rank(), dist.get_world_size(), lambda: what_is_safe(run), timeout)
     watch.start()
     logger.info("%s", sparsity_table(config))
-    model = build_model(config, manifest["vocab_size"], DTYPES[dtype])
-    wants_layers = config.watch.layer_stats_interval > 0
-    if config.train.init_from and (wants_layers or not resume_from):
-        load_init(model, config, manifest["vocab_size"], datasets[0])
-    start = layer_stats.sample_all(model) if wants_layers else None
-    engine = Engine(model, config, DTYPES[dtype])
-    if resume_from:
-        checkpoint.load(engine, resume_from)
+    try:
+        engine, start = build_engine(config, manifest["vocab_size"], DTYPES[dtype], datasets[0], resume_from)
+    except torch.OutOfMemoryError:
+        held = memory.measure(torch.cuda.current_device())
+        raise memory.OutOfMemory(memory.explain(config, dist.get_rank(), "building the model", held)) from None
     size = accounting.checkpoint_bytes(engine)
     try:
         on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
@@ -98,9 +99,13 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     kernel_choices.share(run, resumed=resume_from is not None)
     writers: list = []
     on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
-    stats = layer_stats.LayerStats(engine, start) if wants_layers else None
+    stats = layer_stats.LayerStats(engine, start) if start is not None else None
     try:
         summary = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats).train()
+    except torch.OutOfMemoryError:
+        held = memory.measure(engine.device)
+        reason = memory.explain(config, dist.get_rank(), f"in step {engine.steps_done + 1}", held)
+        raise memory.OutOfMemory(f"{reason}. {what_is_safe(run)}") from None
     except RuntimeError:
         watch.await_verdict()
         raise
@@ -114,6 +119,19 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
             writer.close()
     leave(watch)
     return summary
+
+
+def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set, resume_from: Path | None):
+    """The engine at the step that the run begins with, and for the layers' figures what its weights began with."""
+    model = build_model(config, vocabulary, dtype)
+    wants_layers = config.watch.layer_stats_interval > 0
+    if config.train.init_from and (wants_layers or not resume_from):
+        load_init(model, config, vocabulary, train_set)
+    start = layer_stats.sample_all(model) if wants_layers else None
+    engine = Engine(model, config, dtype)
+    if resume_from:
+        checkpoint.load(engine, resume_from)
+    return engine, start
 
 
 def leave(watch: RankWatch) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from slope_megatron.config import Config
+from slope_megatron.training import nvme
 from slope_megatron.training.lamb import Lamb
 
 # Stage 3 keeps parameters up to this size, biases and norms, gathered: many small messages cost more than they hold.
@@ -32,6 +33,8 @@ def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> 
         zero["stage3_param_persistence_threshold"] = small_parameter(config)
     if parallel.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    elif parallel.offload_optimizer == "nvme":
+        zero["offload_optimizer"] = nvme.settings(config)
     settings = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
         "gradient_accumulation_steps": config.data.micro_batches(data_parallel),
@@ -66,20 +69,16 @@ def small_parameter(config: Config) -> int:
 
 
 def check_offload(config: Config) -> None:
-    """Refuse an offload that cannot run here.
+    """Refuse an offload that cannot run here; all ranks call it.
 
     Raises:
-        ValueError: one sentence.
+        ValueError: one sentence, the same on every rank.
     """
-    if config.parallel.offload_optimizer != "nvme":
-        return
-    if config.parallel.zero_stage != 3:
-        reason = f"with --zero-stage {config.parallel.zero_stage}: DeepSpeed swaps to NVMe under stage 3 only"
-    elif not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible():
-        reason = "and DeepSpeed's async_io cannot be built here (it needs libaio and its headers)"
-    else:
-        reason = "and checkpoints cannot reach state that DeepSpeed has swapped out"
-    raise ValueError(f"--offload-optimizer is nvme {reason}; use --offload-optimizer cpu")
+    if config.parallel.offload_optimizer == "nvme":
+        reasons: list = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, nvme.unsupported(config))
+        for reason in filter(None, reasons):
+            raise ValueError(f"--offload-optimizer is nvme {reason}; use --offload-optimizer cpu")
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -147,19 +146,21 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A flat piece of fp32 masters on this rank, and its group in the base optimizer."""
+    """A flat piece of fp32 masters on this rank, its group in the base optimizer, and its number."""
 
     group: dict
     masters: torch.Tensor
+    index: int
 
 
 def partitions(optimizer) -> list[Partition]:
     """All partitions of DeepSpeed's optimizer on this rank."""
     groups = optimizer.optimizer.param_groups
     if not is_stage_3(optimizer):
-        return [Partition(group, masters) for group in groups for masters in group["params"]]
+        found = [(group, masters) for group in groups for masters in group["params"]]
+        return [Partition(group, masters, index) for index, (group, masters) in enumerate(found)]
     flats = optimizer.fp32_partitioned_groups_flat
-    return [Partition(groups[optimizer.sub_group_to_group_id[index]], flat) for index, flat in enumerate(flats)]
+    return [Partition(groups[optimizer.sub_group_to_group_id[index]], flat, index) for index, flat in enumerate(flats)]
 
 
 def is_stage_3(optimizer) -> bool:
@@ -191,6 +192,14 @@ def stage_3_segment(optimizer, parameter: torch.nn.Parameter) -> Segment:
     return Segment(parameter, start, max(0, min(room, parameter.ds_numel - before)))
 
 
+def stage_3_state(optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """Views of this rank's masters ("fp32") and moments of one parameter, its room in the flat partition."""
+    index, start, room = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    masters = optimizer.fp32_partitioned_groups_flat[index]
+    tensors = {"fp32": masters.data, **{name: optimizer.optimizer.state[masters][name] for name in MOMENTS}}
+    return {kind: tensor.narrow(0, start, room) for kind, tensor in tensors.items()}
+
+
 def create_state(optimizer) -> None:
     """The state (zeros) that the optimizer would create in its first step, in its own form."""
     base = optimizer.optimizer
@@ -205,7 +214,8 @@ def create_state(optimizer) -> None:
             partition.group.setdefault("step", 0)
         else:
             state["step"] = 0
-        state.update({name: torch.zeros_like(partition.masters) for name in MOMENTS})
+        with nvme.in_memory(optimizer, partition.index, write=True):
+            state.update({name: torch.zeros_like(partition.masters) for name in MOMENTS})
 
 
 def step_count(optimizer, partition: Partition) -> float:
@@ -228,7 +238,8 @@ def reset_state(optimizer, group_name: str) -> None:
     for partition in partitions(optimizer):
         state = optimizer.optimizer.state[partition.masters]
         if partition.group["name"] == group_name and state:
-            for value in state.values():
-                if torch.is_tensor(value):
-                    value.zero_()
+            with nvme.in_memory(optimizer, partition.index, write=True):
+                for value in state.values():
+                    if torch.is_tensor(value):
+                        value.zero_()
             set_step_count(optimizer, partition, 0)

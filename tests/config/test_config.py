@@ -81,7 +81,6 @@ BAD = [
     (lambda: SlopeConfig(adapter_rank="4x"), "--slope-adapter-rank is '4x': it must be 0 (no adapters), a positive"),
     (lambda: SlopeConfig(adapter_rank="0%"), "--slope-adapter-rank is '0%': it must be 0"),
     (lambda: SlopeConfig(method="wanda"), "--slope-method is 'wanda': it must be one of slope, dense, srste, fst"),
-    (lambda: SlopeConfig(mode="full", backend="cusparselt"), "--slope-mode full with --slope-backend cusparselt: its"),
     (lambda: SlopeConfig(mode="full", method="srste"), "--slope-mode full with --slope-method srste: the mode is"),
     (lambda: SlopeConfig(method="fst", nm="2:8"), "--slope-method fst with another pattern than 2:4"),
     (lambda: SlopeConfig(method="fst", adapter_rank=4), "--slope-method fst with --slope-adapter-rank: FST ends dense"),

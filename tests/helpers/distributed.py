@@ -1,10 +1,16 @@
-"""Run a test function on several ranks: processes forked for each call, gloo, a file rendezvous each time.
+"""Run a test function on several ranks: processes of their own for each call, a file rendezvous each time.
 
 Threads of process groups outlive the groups, thousands of them after some dozens of layouts, and slow a machine to a
-crawl: so no process plays a rank twice. They are forked from one server that has imported the frameworks.
+crawl: so no process plays a rank twice.
+
+    CPU    gloo; forked from one server that has imported the frameworks
+    CUDA   NCCL, a GPU a rank; spawned, because a process in which CUDA has been touched cannot be forked
 """
 
+import contextlib
 import ctypes
+import dataclasses
+import datetime
 import itertools
 import multiprocessing
 import os
@@ -13,74 +19,121 @@ import signal
 import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 TIMEOUT_SECONDS = 600
 PR_SET_PDEATHSIG = 1
 
 
-def _start_groups(rendezvous: str, rank: int, world: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One rank of a call, and the groups that it forms with the others."""
+
+    rendezvous: str
+    rank: int
+    world: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    device: str
+
+
+def _start_groups(place: Place) -> None:
+    import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
+    if place.device == "cuda":
+        torch.cuda.set_device(place.rank)
+    dist.init_process_group(
+        "nccl" if place.device == "cuda" else "gloo",
+        init_method=f"file://{place.rendezvous}",
+        rank=place.rank,
+        world_size=place.world,
+        timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
+    )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=pipeline_parallel
+        tensor_model_parallel_size=place.tensor_parallel, pipeline_model_parallel_size=place.pipeline_parallel
     )
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
-def _stop_groups() -> None:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-
-
-def _play_rank(pipe, function, arguments, layout) -> None:
+def _play_rank(pipe, function, arguments, place: Place) -> None:
     """One rank: answers ("ok", result) or ("error", traceback)."""
     # Nothing of a test run that was killed stays behind: ranks end with the server, the server with the tests.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        _start_groups(*layout)
+        _start_groups(place)
         answer = ("ok", function(*arguments))
-        _stop_groups()
+        if place.device == "cuda":
+            answer = to_cpu(answer)
     except BaseException:
         answer = ("error", traceback.format_exc())
     # Plain pickle: torch's own would leave tensors in shared memory that ends with this process.
     pipe.send_bytes(pickle.dumps(answer))
+    # Groups are not taken down, which takes longer than most tests: no rank is gone before all have answered.
+    with contextlib.suppress(EOFError):
+        pipe.recv_bytes()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def to_cpu(value):
+    """What a rank answers, without a tensor that lives on its GPU."""
+    import torch
+
+    if torch.is_tensor(value):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(item) for key, item in value.items()}
+    return type(value)(map(to_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def fork_server():
-    """A multiprocessing context whose processes are forked from one that has imported the frameworks."""
+    """A multiprocessing context: processes forked from one that has imported the frameworks and sees no GPU."""
     context = multiprocessing.get_context("forkserver")
     # The server sees the environment, not this process's import path.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     context.set_forkserver_preload(["helpers.imported"])
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        forkserver.ensure_running()
     return context
 
 
-class RankPool:
-    """Starts ranks. A failed call ends all of its processes: peers may hang in a collective."""
+def spawner():
+    """A multiprocessing context whose processes start from nothing, and import what they need."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # As launch/pretrain.sbatch has it: kernels of one stream start in the order in which they were asked for.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return multiprocessing.get_context("spawn")
 
-    def __init__(self):
+
+class RankPool:
+    """Starts ranks. A failed call ends all of its processes: peers may hang in a collective.
+
+    Args:
+        device: "cpu", or "cuda": then a call that wants more ranks than there are GPUs skips its test.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
         self.folder = tempfile.TemporaryDirectory()
         self.numbers = itertools.count()
-        self.context = fork_server()
+        self.context = spawner() if device == "cuda" else fork_server()
 
     def run(self, function, *arguments, world: int, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list:
         """What `function(*arguments)` returned on each of `world` ranks; `function` must be importable by name."""
+        self.skip_if_too_few(world)
         rendezvous = str(Path(self.folder.name) / f"rendezvous{next(self.numbers)}")
         ranks = []
         for rank in range(world):
             ours, theirs = self.context.Pipe()
-            layout = (rendezvous, rank, world, tensor_parallel, pipeline_parallel)
-            process = self.context.Process(target=_play_rank, args=(theirs, function, arguments, layout))
+            place = Place(rendezvous, rank, world, tensor_parallel, pipeline_parallel, self.device)
+            process = self.context.Process(target=_play_rank, args=(theirs, function, arguments, place))
             process.start()
             theirs.close()
             ranks.append((process, ours))
@@ -94,9 +147,21 @@ class RankPool:
             for process, pipe in ranks:
                 if len(results) < world:
                     process.kill()
-                process.join()
                 pipe.close()
+            for process, _ in ranks:
+                process.join()
         return results
+
+    def skip_if_too_few(self, world: int) -> None:
+        """Skip the test, with the reason, where NCCL would have to put two ranks on one GPU."""
+        if self.device != "cuda":
+            return
+        import pytest
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < world:
+            pytest.skip(f"{world} ranks over NCCL need {world} GPUs, and this machine has {found}")
 
     @staticmethod
     def _answer(pipe, process):

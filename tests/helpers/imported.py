@@ -1,13 +1,14 @@
 """Imported once by the server that ranks are forked from: the frameworks, without threads or process groups."""
 
-import deepspeed  # noqa: F401
-import megatron.core.dist_checkpointing  # noqa: F401
-import torch
-from megatron.core.models.bert.bert_model import BertModel  # noqa: F401
-from megatron.core.models.gpt import GPTModel  # noqa: F401
+import importlib
 
-from slope_megatron.training import cpu_host, engine  # noqa: F401
+import torch
+
+from slope_megatron.training import cpu_host
 
 # A pool of threads would not survive the fork.
 torch.set_num_threads(1)
+# Before Megatron, whose import it makes shorter.
 cpu_host.prepare()
+for module in ("deepspeed", "slope_megatron.training.engine"):
+    importlib.import_module(module)

@@ -98,7 +98,7 @@ def test_the_cache_gives_what_all_tokens_at_once_give(runs, name):
 def test_generation_with_a_cache_is_generation_without(runs):
     """The tokens, greedy and drawn, are those that uncached logits give, in any batch."""
     from slope_megatron.inference.generate import Sampling, generate
-    from slope_megatron.inference.sampling import next_token, uniform
+    from slope_megatron.inference.sampling import next_tokens, uniform
 
     decoder = decoder_of(runs("llama")[0])
     prompts = [[1, 2, 3], [7], [5, 6, 5, 6, 5]]
@@ -110,7 +110,8 @@ def test_generation_with_a_cache_is_generation_without(runs):
             ids = list(prompt)
             for _ in range(9):
                 draw = uniform(sampling.seed, index, len(ids))
-                ids.append(next_token(decoder(torch.tensor([ids]))[0, -1], sampling.temperature, sampling.top_p, draw))
+                logits = decoder(torch.tensor([ids]))[:, -1]
+                ids += next_tokens(logits, sampling.temperature, sampling.top_p, [draw])
             assert found[index] == ids
         alone = [token for _, token in generate(decoder, prompts[1:2], sampling, first_prompt=1)]
         assert alone == found[1][1:]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from slope_megatron.inference.sampling import check_sampling, next_token, uniform
+from slope_megatron.inference.sampling import check_sampling, next_tokens, uniform
 
 
 def test_greedy_takes_the_first_of_the_likeliest():
-    assert next_token(torch.tensor([0.0, 2.0, 1.0, 2.0]), 0.0, 1.0, 0.9) == 1
+    assert next_tokens(torch.tensor([[0.0, 2.0, 1.0, 2.0], [3.0, 2.0, 3.0, 0.0]]), 0.0, 1.0, [0.9, 0.1]) == [1, 0]
 
 
 def test_the_share_of_each_token_is_its_probability():
@@ -15,7 +15,7 @@ def test_the_share_of_each_token_is_its_probability():
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
     draws = (torch.arange(4000) + 0.5) / 4000
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
-        taken = torch.tensor([next_token(logits, temperature, top_p, float(draw)) for draw in draws])
+        taken = torch.tensor(next_tokens(logits.expand(4000, 4), temperature, top_p, draws.tolist()))
         found = torch.bincount(taken, minlength=4) / 4000
         expected = torch.softmax(logits / temperature, -1)
         if top_p == 0.8:
@@ -26,7 +26,7 @@ def test_the_share_of_each_token_is_its_probability():
 
 
 def test_the_likeliest_token_is_always_in():
-    assert next_token(torch.tensor([9.0, 0.0]), 1.0, 1e-6, 0.999999) == 0
+    assert next_tokens(torch.tensor([[9.0, 0.0]]), 1.0, 1e-6, [0.999999]) == [0]
 
 
 def test_uniforms_depend_on_seed_prompt_and_position_alone():

@@ -273,7 +273,10 @@ def test_the_command_prints_writes_and_recommends(tmp_path, capsys):
     [
         (["--nodes", 9], "--nodes is 9: lonestar6 gives a job 1 to 8 nodes"),
         (["--mfu", 40], "--mfu is 40.0: it is a share"),
-        (["--sparse-speedup", 0], "--sparse-speedup is 0.0: it must be positive"),
+        (["--sparse-speedup", 0], "--sparse-speedup is 0.0: it must be a positive number"),
+        (["--sparse-speedup", "nan"], "--sparse-speedup is nan: it must be a positive number"),
+        (["--vocabulary", -5], "--vocabulary is -5: it must be a number of tokens from 1 on"),
+        (["--png", "/nowhere/plan.png"], "--png /nowhere/plan.png: there is no folder /nowhere; make it first"),
         (["--tensor-parallel", 2], "no layout of 1 x 3 = 3 GPUs has tensor 2"),
         (["--rates", "nowhere.csv"], "--rates nowhere.csv does not exist"),
         (["--check", "nowhere"], "--check nowhere has no run.json"),

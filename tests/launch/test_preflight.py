@@ -131,7 +131,7 @@ def flags(tmp_path):
 def start(flags, rank, world, port, **variables):
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": "0",
@@ -176,3 +176,81 @@ def test_bad_input(flags):
     arguments = parser.parse_args(["preflight", *flags, "--patience", "0"])
     with pytest.raises(ValueError, match=r"--patience is 0.0: it must be a positive number"):
         arguments.run(arguments)
+
+
+# -- this machine's GPUs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_flags(flags, tmp_path):
+    """Flags of a cluster whose nodes are this machine; `gpu_flags(KEY=value)` says something else of it."""
+    import torch
+
+    found = torch.cuda.device_count()
+    if not found:
+        pytest.skip("there is no GPU to look at")
+    major, minor = torch.cuda.get_device_capability()
+    facts = {"GPUS_PER_NODE": found, "GPU": "this", "GPU_ARCH": 10 * major + minor, "BANDWIDTH_FLOOR_GBS": 1}
+
+    def with_facts(**other):
+        lines = (ROOT / "launch/clusters/generic-h100.env").read_text().splitlines()
+        kept = [line for line in lines if line.partition("=")[0] not in facts]
+        stated = [f"{key}={value}" for key, value in (facts | other).items()]
+        (tmp_path / "here.env").write_text("\n".join([*kept, *stated]) + "\n")
+        return ["--cluster", str(tmp_path / "here.env"), *flags[2:]]
+
+    return with_facts
+
+
+def looked_at(flags):
+    """Exit code and words of a preflight of this machine alone."""
+    process = start(flags, 0, 1, 0)
+    said = process.communicate(timeout=120)[1]
+    return process.returncode, said
+
+
+@pytest.mark.gpu
+def test_this_machines_gpus_are_ready(gpu_flags):
+    import torch
+
+    code, said = looked_at(gpu_flags())
+    assert code == 0 and "preflight: 1 nodes are ready" in said, said
+    count = torch.cuda.device_count()
+    assert count < 2 or f"preflight: all-reduce, {count} GPUs of the node:" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"GPUS_PER_NODE": 99}, "GPUs, and the cluster file says 99"),
+        ({"GPU_ARCH": 70}, "and the cluster file says this (sm_70)"),
+        ({"BANDWIDTH_FLOOR_GBS": 100_000}, "below the floor of 100000.0 (BANDWIDTH_FLOOR_GBS)"),
+    ],
+)
+def test_what_is_wrong_with_this_machines_gpus_is_named(gpu_flags, facts, message):
+    import torch
+
+    if "BANDWIDTH_FLOOR_GBS" in facts and torch.cuda.device_count() < 2:
+        pytest.skip("an all-reduce needs 2 GPUs")
+    code, said = looked_at(gpu_flags(**facts))
+    assert code == 1 and message in said, said
+
+
+HOLD = "import torch; held = torch.ones(1 << 30, device='cuda:{}'); print('held', flush=True); input()"
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_somebody_else_uses_is_named(gpu_flags):
+    import torch
+
+    last = torch.cuda.device_count() - 1
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(last)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            code, said = looked_at(gpu_flags())
+        finally:
+            other.kill()
+    assert code == 1 and f"GPU {last} has" in said and "MiB in use by somebody else" in said, said

@@ -84,6 +84,7 @@ def test_the_account_may_come_from_the_environment(model):
         (["narval", "MODEL", "--nodes", "two"], "--nodes is 'two': it must be a number from 1 on"),
         (["lonestar6", "MODEL", "--nodes", 9], "--nodes is 9: lonestar6 gives a job 1 to 8 nodes"),
         (["narval", "MODEL", "--nodes", 1, "--launcher", "ssh"], "--launcher is 'ssh'"),
+        (["narval", "MODEL", "--nodes", 1, "--time", "soon"], "--time is 'soon': it must be a time as sbatch takes it"),
         (["narval", "MODEL", "--nodes", 1, "--tensor-parallel", 3], "has tensor 3: TP x PP x DP must be 4"),
         (
             [
@@ -111,11 +112,24 @@ def test_bad_input_is_refused_before_sbatch(model, arguments, message):
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_an_account_is_asked_for_where_the_site_needs_one(model):
-    arguments = [ROOT / "launch" / "submit.sh", "narval", model, "--nodes", "1", "--test-only"]
+# The account is asked for after the time limit was found well formed.
+@pytest.mark.parametrize("time", ["90", "90:00", "1:00:00", "2-12", "2-12:30", "7-00:00:00"])
+def test_an_account_is_asked_for_where_the_site_needs_one(model, time):
+    arguments = [ROOT / "launch" / "submit.sh", "narval", model, "--nodes", "1", "--test-only", "--time", time]
     environment = {key: value for key, value in os.environ.items() if key != "SBATCH_ACCOUNT"}
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert result.returncode == 2 and "give --account NAME, or set SBATCH_ACCOUNT" in result.stderr
+
+
+def test_a_machine_without_slurm_is_named(model, tmp_path):
+    """Only the dry run needs no sbatch."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "basename"):
+        (tools / name).symlink_to(shutil.which(name))
+    command = [ROOT / "launch" / "submit.sh", "narval", model, "--nodes", "1", "--account", "def-x"]
+    result = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tools)})
+    assert result.returncode == 2 and "there is no sbatch on this machine: submit from a login node" in result.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

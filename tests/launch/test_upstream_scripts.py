@@ -1,9 +1,11 @@
 """The upstream's own scripts, patched, train a 2:4 model: where a checkout is at hand, on the CPU."""
 
+import contextlib
 import importlib.machinery
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -62,12 +64,26 @@ def checkout_of(version: str, name: str, folder: Path) -> Path:
     return checkout / patch.file
 
 
-def run(script: Path, *flags) -> subprocess.CompletedProcess:
-    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHDYNAMO_DISABLE": "1"}
-    one_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    one_rank |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+def run(script: Path, *flags, world: int = 1) -> subprocess.CompletedProcess:
+    """The script on `world` ranks; what the last one returned, which is the one that logs."""
+    common = {"LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world), "TORCHDYNAMO_DISABLE": "1"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    common |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, SHIM, script.parent, script, *FLAGS, *map(str, flags)]
-    return subprocess.run(command, env={**os.environ, **one_rank}, capture_output=True, text=True, timeout=300)
+    with contextlib.ExitStack() as others:
+        for rank in range(world - 1):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            others.enter_context(subprocess.Popen(command, env={**os.environ, **common, **place}, **quiet))
+        place = {"RANK": str(world - 1), "LOCAL_RANK": str(world - 1)}
+        environment = {**os.environ, **common, **place}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def losses(result: subprocess.CompletedProcess) -> list[float]:
@@ -81,6 +97,25 @@ def test_megatron_lm_trains_a_sparse_gpt(version, tmp_path):
     corpus(tmp_path / "corpus")
     found = losses(run(script, *GPT, "--data-path", tmp_path / "corpus"))
     assert len(found) == STEPS and found[-1] < found[0] - 1.0
+
+
+def test_adapters_join_resume_and_are_the_same_at_two_ranks(tmp_path):
+    """They join at step 15 of 20; one run is parted at 17, after that."""
+    script = checkout_of("core_v0.16.1", "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    common = [*GPT, "--data-path", tmp_path / "corpus", "--slope-adapter-rank", 4, "--slope-lazy-fraction", 0.25]
+    whole = run(script, *common)
+    expected = losses(whole)
+    assert "step 15 of 20: the adapters join" in whole.stdout + whole.stderr
+    save = ["--save", tmp_path / "saved", "--save-interval", 17]
+    assert losses(run(script, *common, *save, "--exit-interval", 17)) == expected[:17]
+    # In the second line after a start the upstream logs the mean of both.
+    first, second, third = expected[17:]
+    found = losses(run(script, *common, "--load", tmp_path / "saved"))
+    assert found == [first, pytest.approx((first + second) / 2, abs=1e-6), third]
+    # The upstream pads the vocabulary to a multiple of this for each rank.
+    cut = ["--tensor-model-parallel-size", 2, "--make-vocab-size-divisible-by", 64]
+    assert losses(run(script, *common, *cut, world=2)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_megatron_lm_trains_a_sparse_bert(tmp_path):

@@ -60,13 +60,13 @@ def gradients(mode, step=0, micro_batch=0):
 
 def estimate(dy_TN, step, micro_batch):
     """The estimate of the whole dY, each word asked for by its own index."""
-    key = counter.key_of(SEED, f"{NAME}:mvue:{step}:{micro_batch}")
+    key, stream = counter.key_of(SEED, f"mvue:{step}:{micro_batch}"), counter.key_of(SEED, NAME)
     groups = TOKENS // 4
     words = torch.zeros(OUT, groups, dtype=torch.int64)
     for row in range(OUT):
         for group in range(groups):
             index = row * groups + group
-            words[row, group] = counter.philox(key, torch.tensor(index // 4))[index % 4]
+            words[row, group] = counter.philox(key, torch.tensor(index // 4), stream)[index % 4]
     return mvue(dy_TN.t(), words, 2, 4).t()
 
 
@@ -147,13 +147,3 @@ def without_draws():
 
 def test_a_model_without_draws_says_so(ranks):
     assert "call slope_megatron.models.draws.attach_draws on the built model" in ranks.run(without_draws, world=1)[0]
-
-
-def test_full_mode_is_refused_where_its_product_is_dense(monkeypatch):
-    from slope_megatron.config import SlopeConfig
-    from slope_megatron.layers import packed_weight
-
-    monkeypatch.setattr(packed_weight, "choose", lambda requested: "cusparselt")
-    with pytest.raises(ValueError, match=r"--slope-mode full with the backend cusparselt: .*--slope-backend reference"):
-        packed_weight.check_mode(SlopeConfig(mode="full"))
-    packed_weight.check_mode(SlopeConfig())

@@ -6,7 +6,7 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import layout, products, reference
+from slope_megatron.ops import cusparselt, layout, products, reference
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import CusparseltOperands, unsupported_weight
 from slope_megatron.sparsity.operand import backward_slots, slot_places
@@ -35,6 +35,35 @@ def test_products_equal_the_reference_s(device, dtype, fresh_choices):
     assert torch.equal(ours.forward(x), theirs.forward(x))
     assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
     assert torch.equal(ours.wgrad(dy, x), theirs.wgrad(dy, x))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_operands_for_some_products_alone(device, dense, fresh_choices):
+    """As ZeRO-3 builds them for each use: what is not asked for takes no memory."""
+    if dense:
+        for kind, shape in (("forward", (128, 192)), ("dgrad", (192, 128))):
+            fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(False))
+    weight, _, theirs = both(device)
+    arguments = (weight.values, weight.row_bits, weight.column_bits)
+    x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)
+    forward = CusparseltOperands(*arguments, products_wanted=("forward",))
+    assert forward.backward_operand is None and torch.equal(forward.forward(x), theirs.forward(x))
+    backward = CusparseltOperands(*arguments, products_wanted=("dgrad", "wgrad"))
+    assert backward.forward_operand is None
+    assert torch.equal(backward.dgrad(dy), theirs.dgrad(dy))
+    assert torch.equal(backward.wgrad(dy, x), theirs.wgrad(dy, x))
+    wgrad = CusparseltOperands(*arguments, products_wanted=("wgrad",))
+    assert torch.equal(wgrad.wgrad(dy, x), theirs.wgrad(dy, x))
+
+
+def test_a_pattern_is_looked_at_once_and_again_when_it_changes(device, monkeypatch):
+    weight = packed_weight(128, 192, DTYPE, device)
+    looks = []
+    monkeypatch.setattr(torch, "isin", lambda *arguments, isin=torch.isin: looks.append(1) or isin(*arguments))
+    assert cusparselt.is_two_of_four(weight.row_bits) and cusparselt.is_two_of_four(weight.row_bits)
+    assert len(looks) == 1
+    weight.row_bits[0, 0] = 7
+    assert not cusparselt.is_two_of_four(weight.row_bits)
 
 
 @pytest.mark.parametrize("kind", ["forward", "dgrad"])

@@ -1,4 +1,4 @@
-"""One SLURM for all tests of this folder; a small site on it, with data."""
+"""One SLURM for all tests of this folder, and what is played on it."""
 
 import os
 import sysconfig
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from small_site import MODEL, Site
+from stories import LANES, Stories
 from testbed import Testbed, cannot, install
 
 
@@ -28,7 +29,8 @@ def bed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def site(bed, tmp_path_factory):
+def stories(bed, tmp_path_factory):
+    """The stories of `stories.LANES`, begun."""
     from slope_megatron.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("site")
@@ -37,23 +39,10 @@ def site(bed, tmp_path_factory):
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
         (texts / path.name).write_bytes(path.read_bytes())
     prepare(str(texts), folder / "data", vocab_size=512, valid_percent=10.0)
-    (folder / "tiny.yaml").write_text(MODEL)
-    return Site(bed, folder, folder / "data")
-
-
-@pytest.fixture(autouse=True)
-def no_job_is_left(request):
-    """A failed test must not disturb the next one."""
-    yield
-    if "bed" in request.fixturenames and request.session.testsfailed:
-        request.getfixturevalue("bed").end_jobs()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(site):
-    """The losses of 60 steps that nothing interrupts."""
-    number = site.submit("undisturbed", "--steps", 60)
-    assert site.bed.wait_for_end(number)["JobState"] == "COMPLETED", site.log("undisturbed")
-    losses = site.losses("undisturbed")
-    assert list(losses) == list(range(1, 61))
-    return losses
+    sites = {}
+    for partition in LANES:
+        own = folder / partition
+        own.mkdir()
+        (own / "tiny.yaml").write_text(MODEL)
+        sites[partition] = Site(bed, partition, own, folder / "data")
+    return Stories(sites)

@@ -1,15 +1,15 @@
-"""The site of the tests: two small CPU nodes of the narval partition, and a way to submit to it."""
+"""A site of the tests: two small CPU nodes of one partition, and a way to submit to it."""
 
 import dataclasses
 import json
 from pathlib import Path
 
-from testbed import Testbed
+from testbed import NODES, Testbed
 
 from slope_megatron.launch.cluster import CLUSTERS
 
 ROOT = Path(__file__).resolve().parents[2]
-# The site of the tests: CPU nodes of the narval partition.
+# What makes CPU nodes of a cluster file.
 CHANGES = {
     "GPU": "none",
     "GPUS_PER_NODE": "1",
@@ -17,7 +17,6 @@ CHANGES = {
     "DTYPE": "fp32",
     "MAX_NODES": "2",
     "MAX_TIME": "20:00",
-    "PARTITION": "narval",
     "SBATCH_ARGS": '""',
     "MODULES": '""',
     "BANDWIDTH_FLOOR_GBS": "0",
@@ -42,15 +41,20 @@ def site_file(path: Path, **changes: str) -> Path:
 
 @dataclasses.dataclass
 class Site:
-    """Submits jobs of the small model and reads their runs."""
+    """Submits jobs of the small model to a pair of nodes, and reads their runs."""
 
     bed: Testbed
+    partition: str
     folder: Path
     data: Path
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return NODES[self.partition]
+
     def submit(self, name: str, *flags, cluster: Path | None = None, **variables) -> str:
         """`launch/submit.sh`; the job's number."""
-        cluster = cluster or site_file(self.folder / "virtual.env")
+        cluster = cluster or site_file(self.folder / "virtual.env", PARTITION=self.partition)
         command = [ROOT / "launch" / "submit.sh", cluster, self.folder / "tiny.yaml", "--out", self.folder / name]
         quiet = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
         result = self.bed.run(*command, "--nodes", 2, "--data", self.data, *flags, **quiet, **variables)
@@ -68,7 +72,7 @@ class Site:
         return {line["step"]: line["loss"] for line in whole if "loss" in line}
 
     def wait_for_step(self, name: str, step: int) -> None:
-        self.bed.wait_for(f"{name} to reach step {step}", lambda: max([0, *self.losses(name)]) >= step, 120)
+        self.bed.wait_for(f"{name} to reach step {step}", lambda: max([0, *self.losses(name)]) >= step, 300)
 
     def rank(self, name: str, rank: int) -> int:
         """The process of a rank."""

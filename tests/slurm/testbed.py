@@ -8,12 +8,13 @@ watcher cleans up when they are killed.
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from processes import alive, end, end_processes_of
 
 PACKAGES = ("slurm-wlm", "slurm-wlm-basic-plugins", "munge", "openmpi-bin")
 # (first node name, suffixes, CPUs, memory, GPU type, GPUs, partition, its options)
@@ -23,6 +24,7 @@ SHAPES = (
     ("mist", (1, 2), 32, 256000, "v100", 4, "compute_full_node", "MaxTime=1-0"),
     ("gen", (1, 2), 96, 2000000, "h100", 8, "generic", "MaxTime=1-0"),
 )
+NODES = {shape[6]: tuple(f"{shape[0]}{number}" for number in shape[1]) for shape in SHAPES}
 HOSTS_MARK = "# slope-megatron test nodes"
 SLURM_CONF = """\
 ClusterName=virt
@@ -105,7 +107,7 @@ class Testbed:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.nodes = [f"{first}{number}" for first, numbers, *_ in SHAPES for number in numbers]
+        self.nodes = [node for pair in NODES.values() for node in pair]
         self.started_munge = False
         self.watcher: subprocess.Popen | None = None
 
@@ -240,7 +242,7 @@ class Testbed:
             time.sleep(0.3)
         raise AssertionError(f"{what}: not within {seconds:.0f} s")
 
-    def wait_for_end(self, number: str, seconds: float = 240.0) -> dict[str, str]:
+    def wait_for_end(self, number: str, seconds: float = 600.0) -> dict[str, str]:
         """The job's record once it has ended for good. A requeued job waits two minutes by itself: it is hurried."""
 
         def ended():
@@ -250,42 +252,6 @@ class Testbed:
             return job if job.get("JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") else None
 
         return self.wait_for(f"job {number} to end", ended, seconds)
-
-
-def alive(pid_file: Path) -> bool:
-    try:
-        os.kill(int(pid_file.read_text()), 0)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def end(*pid_files: Path) -> None:
-    """TERM to the processes of pid files, all at once, and KILL to what is not gone in ten seconds."""
-    processes = [int(path.read_text()) for path in pid_files if alive(path)]
-    for process in processes:
-        os.kill(process, signal.SIGTERM)
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(Path(f"/proc/{process}").exists() for process in processes):
-        time.sleep(0.1)
-    for process in processes:
-        if Path(f"/proc/{process}").exists():
-            os.kill(process, signal.SIGKILL)
-
-
-def end_processes_of(slurm_conf: str) -> list[int]:
-    """KILL to every other process whose environment names this SLURM: its steps and their tasks, and nothing else."""
-    found = []
-    mark = f"SLURM_CONF={slurm_conf}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        process = int(path.parent.name)
-        try:
-            if process != os.getpid() and mark in path.read_bytes().split(b"\0"):
-                os.kill(process, signal.SIGKILL)
-                found.append(process)
-        except OSError:
-            continue  # gone meanwhile
-    return found
 
 
 def watch(process: int, folder: Path, started_munge: bool) -> None:

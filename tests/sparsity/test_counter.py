@@ -9,21 +9,30 @@ from hypothesis import strategies as st
 
 from slope_megatron.sparsity import counter
 
-# Known answers of Philox4x32-10 (Random123's kat_vectors): counter, key -> output. Our counters have two words.
+# Known answers of Philox4x32-10 (Random123's kat_vectors): counter, key -> output.
+ONES = 0xFFFFFFFF
 KNOWN = [
-    ((0x0, 0x0), (0x0, 0x0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("words", "key", "expected"), KNOWN)
 def test_philox_gives_the_published_words(words, key, expected):
-    block = torch.tensor([words[0] | words[1] << 32])
-    assert tuple(counter.philox(key, block)[0].tolist()) == expected
+    block = words[0] | words[1] << 32
+    # The int64 of the same bits.
+    block = torch.tensor([block - 2**64 if block >= 2**63 else block])
+    assert tuple(counter.philox(key, block, words[2:])[0].tolist()) == expected
 
 
-def python_philox(key, block):
+def python_philox(key, block, stream):
     """Philox4x32-10 with Python's unbounded integers: no wrap-around to get wrong."""
-    c = [block & 0xFFFFFFFF, block >> 32, 0, 0]
+    c = [block & 0xFFFFFFFF, block >> 32, *stream]
     k = list(key)
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -34,12 +43,13 @@ def python_philox(key, block):
 
 @given(
     key=st.tuples(*[st.integers(0, 2**32 - 1)] * 2),
+    stream=st.tuples(*[st.integers(0, 2**32 - 1)] * 2),
     blocks=st.lists(st.integers(0, 2**62), min_size=1, max_size=8),
 )
 @settings(deadline=None, max_examples=50)
-def test_philox_equals_unbounded_arithmetic(key, blocks):
-    found = counter.philox(key, torch.tensor(blocks))
-    assert found.tolist() == [python_philox(key, block) for block in blocks]
+def test_philox_equals_unbounded_arithmetic(key, stream, blocks):
+    found = counter.philox(key, torch.tensor(blocks), stream)
+    assert found.tolist() == [python_philox(key, block, stream) for block in blocks]
 
 
 @pytest.mark.parametrize("function", [counter.bits, counter.normal])

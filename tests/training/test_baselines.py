@@ -92,9 +92,10 @@ def test_layouts_are_equal(ranks, method, family):
         world = tensor_parallel * pipeline_parallel * data_parallel
         results = ranks.run(train, config_of(method, family, **sizes, **more), world=world, **sizes)
         for steps, _ in results:
-            # fp32: the order of sums differs (DESIGN section 2).
+            # fp32: the order of sums differs (DESIGN section 2); a rounding also turns a draw that falls on the edge
+            # between two tokens, which moves one row's gradient, not the loss.
             assert [loss for loss, _ in steps] == pytest.approx(losses, rel=1e-5)
-            assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-4)
+            assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-3 if method == "full" else 1e-4)
         found = assemble(results)
         assert found.keys() == whole.keys()
         for name, tensor in whole.items():
@@ -162,9 +163,11 @@ def estimate_of(name, config, place):
 
     def estimate(dy_TN, micro_batch):
         tokens, out = dy_TN.shape
-        key = counter.key_of(config.train.seed, f"{name}:mvue:{place.step}:{micro_batch}")
+        key = counter.key_of(config.train.seed, f"mvue:{place.step}:{micro_batch}")
         index = torch.arange(out * (tokens // 4))
-        words = counter.philox(key, index // 4)[torch.arange(len(index)), index % 4]
+        words = counter.philox(key, index // 4, counter.key_of(config.train.seed, name))[
+            torch.arange(len(index)), index % 4
+        ]
         return mvue(dy_TN.t(), words.view(out, -1), 2, 4).t()
 
     return estimate

@@ -16,6 +16,18 @@ LAYOUTS = [
     (1, 2, 1, {}),
     (2, 2, 1, {"sequence_parallel": True, "recompute": "full"}),
 ]
+ON_GPUS = [
+    ("llama", (1, 1, 2, {})),
+    ("llama", (2, 1, 1, {"sequence_parallel": True})),
+    ("llama", (1, 2, 1, {})),
+    ("llama", (4, 1, 1, {"sequence_parallel": True})),
+    ("llama", (2, 1, 2, {})),
+    ("llama", (2, 2, 1, {"sequence_parallel": True, "recompute": "full"})),
+    ("opt", (1, 2, 2, {})),
+    ("bert", (2, 1, 2, {"sequence_parallel": True})),
+    ("opt", (2, 2, 2, {"sequence_parallel": True})),
+    ("opt", (4, 1, 2, {"sequence_parallel": True})),
+]
 EIGHT_RANKS = [
     (2, 2, 2, {}),
     (1, 4, 2, {"recompute": "full"}),
@@ -66,7 +78,9 @@ def reference(config, steps):
         batches = step_batches(config, step, 0, 1)
         optimizer.zero_grad()
         total = 0.0
+        device = next(model.parameters()).device
         for batch in batches:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             objective = OBJECTIVES[config.model.architecture]
             loss = objective.loss(batch, objective.forward(model, batch)) / len(batches)
             loss.backward()
@@ -100,14 +114,34 @@ def assemble(results) -> dict[str, torch.Tensor]:
 FAMILIES = {"opt": {}, "llama": {"gated": True}, "bert": {"bert": True}}
 
 
+SLOPE = {"adapter_rank": 4, "lazy_fraction": 0.4, "backward_mask_interval": 3, "lr_multiplier": 2.0}
+# Where two magnitudes are nearly equal, another order of sums may let another one survive the second pruning. That is
+# no rounding any more; so on GPUs, whose orders differ more, the pattern stays the first one.
+SLOPE_ON_GPUS = {**SLOPE, "backward_mask_interval": 0}
+ONE_PROCESS: dict = {}
+
+
+def settings_of(ranks, family) -> dict:
+    return {**FAMILIES[family], "slope": SLOPE if ranks.device == "cpu" else SLOPE_ON_GPUS, "steps": 10, "layers": 4}
+
+
+def one_process(ranks, family):
+    """Losses, norms and final tensors of the reference; once a family and device."""
+    key = ranks.device, family
+    if key not in ONE_PROCESS:
+        config = small_config(**settings_of(ranks, family))
+        losses, norms, parts = ranks.run(reference, config, 8, world=1)[0]
+        tensors = assemble([(None, None, parts)])
+        assert losses[-1] < 0.9 * losses[0], "the reference must learn, or equality says little"
+        blocks = "encoder" if family == "bert" else "decoder"
+        assert tensors[f"{blocks}.layers.1.mlp.linear_fc1.adapter_r"].abs().max() > 0, "the adapters must have trained"
+        ONE_PROCESS[key] = losses, norms, tensors
+    return ONE_PROCESS[key]
+
+
 def check_layouts(ranks, family, layouts):
-    slope = {"adapter_rank": 4, "lazy_fraction": 0.4, "backward_mask_interval": 3, "lr_multiplier": 2.0}
-    common = {**FAMILIES[family], "slope": slope, "steps": 10, "layers": 4}
-    expected_losses, expected_norms, parts = ranks.run(reference, small_config(**common), 8, world=1)[0]
-    expected = assemble([(None, None, parts)])
-    assert expected_losses[-1] < 0.9 * expected_losses[0], "the reference must learn, or equality says little"
-    blocks = "encoder" if family == "bert" else "decoder"
-    assert expected[f"{blocks}.layers.1.mlp.linear_fc1.adapter_r"].abs().max() > 0, "the adapters must have trained"
+    common = settings_of(ranks, family)
+    expected_losses, expected_norms, expected = one_process(ranks, family)
     for tensor_parallel, pipeline_parallel, data_parallel, more in layouts:
         sizes = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
         config = small_config(**common, **sizes, **more)
@@ -130,6 +164,16 @@ def check_layouts(ranks, family, layouts):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_equals_one_process(ranks, family):
     check_layouts(ranks, family, LAYOUTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "layout"), ON_GPUS, ids=["{}-TP{}-PP{}-DP{}".format(family, *layout) for family, layout in ON_GPUS]
+)
+def test_every_layout_over_nccl_equals_one_gpu(gpu_ranks, family, layout):
+    tensor_parallel, pipeline_parallel, data_parallel, _ = layout
+    gpu_ranks.skip_if_too_few(tensor_parallel * pipeline_parallel * data_parallel)
+    check_layouts(gpu_ranks, family, [layout])
 
 
 @pytest.mark.slow

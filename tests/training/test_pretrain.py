@@ -25,20 +25,6 @@ RUN = "--global-batch-size 8 --micro-batch-size 2 --steps 8 --eval-samples 8 --e
 SLOPE = "--slope-adapter-rank 4 --slope-lazy-fraction 0.25 --slope-backward-mask-interval 3".split()
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """A small prepared corpus: some files of the standard library."""
-    import sysconfig
-
-    from slope_megatron.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("texts")
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
-        (folder / path.name).write_bytes(path.read_bytes())
-    prepare(str(folder), tmp_path_factory.mktemp("prepared") / "data", vocab_size=512, valid_percent=10.0)
-    return next(tmp_path_factory.getbasetemp().glob("prepared*/data"))
-
-
 def slope(*arguments):
     """`slope pretrain` in a process of its own."""
     return commands.slope("pretrain", *arguments)
@@ -85,6 +71,8 @@ def test_a_run_stops_resumes_exactly_and_sums_up(corpus, tmp_path):
     assert summary["val_loss"] == again["val_loss"] < math.log(528)
     assert summary["double_pruning"]["formula"] == 0.09375
     assert summary["double_pruning"]["measured"] == pytest.approx(0.09375, abs=0.01)
+    assert summary["device"] == "cpu" and summary["peak_memory_bytes"] is None
+    assert summary["speed"]["model_tflops"] > summary["speed"]["actual_tflops"] > 0
     sizes = summary["state_bytes"]["sparse_layers"]
     # 2 blocks x (4 + 4 + ... ) h^2: qkv 3, proj 1, fc1 4, fc2 4 of 64 x 64, without the first qkv; half of them kept.
     kept = (2 * 12 - 3) * 64 * 64 // 2

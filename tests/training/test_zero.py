@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_engine import reference
+from test_engine import SLOPE_ON_GPUS, reference
 
 from helpers.models import VOCABULARY, small_config, step_batches
 from helpers.numerics import relative_error
@@ -18,8 +18,8 @@ FAMILIES = {"opt": {}, "llama": {"gated": True}, "bert": {"bert": True}}
 LAYERS = "decoder.layers.1.mlp.linear_fc2"
 
 
-def config_of(stage=1, *, family="opt", parallel=None, optimizer=None, **more) -> Config:
-    config = small_config(**FAMILIES[family], slope=SLOPE, **{"steps": 10, "layers": 2, **more})
+def config_of(stage=1, *, family="opt", parallel=None, optimizer=None, slope=SLOPE, **more) -> Config:
+    config = small_config(**FAMILIES[family], slope=slope, **{"steps": 10, "layers": 2, **more})
     return dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, zero_stage=stage, **(parallel or {})),
@@ -98,13 +98,15 @@ ORACLE: dict = {}
 
 
 def oracle(ranks, family="opt"):
-    """Losses, norms and final tensors of one process with plain torch; once a family."""
-    if family not in ORACLE:
-        losses, norms, parts = ranks.run(reference, config_of(family=family), STEPS, world=1)[0]
+    """Losses, norms and final tensors of one process with plain torch; once a family and device."""
+    key = ranks.device, family
+    if key not in ORACLE:
+        slope = SLOPE if ranks.device == "cpu" else SLOPE_ON_GPUS
+        losses, norms, parts = ranks.run(reference, config_of(family=family, slope=slope), STEPS, world=1)[0]
         assert losses[-1] < 0.9 * losses[0], "the reference must learn, or equality says little"
         assert max(norms) > config_of().optimizer.clip_grad, "clipping must have been active"
-        ORACLE[family] = losses, norms, assemble([(parts, None)])
-    return ORACLE[family]
+        ORACLE[key] = losses, norms, assemble([(parts, None)])
+    return ORACLE[key]
 
 
 def check_against_oracle(ranks, config, *, replicas=2, family="opt"):
@@ -186,6 +188,15 @@ def test_other_families(ranks, stage, family):
     check_against_oracle(ranks, config_of(stage, family=family, tensor_parallel=2), family=family)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("tensor_parallel", "replicas"), [(1, 2), (2, 2)], ids=["DP2", "TP2-DP2"])
+def test_every_stage_over_nccl_equals_one_gpu(gpu_ranks, stage, tensor_parallel, replicas):
+    gpu_ranks.skip_if_too_few(tensor_parallel * replicas)
+    layout = {"tensor_parallel": tensor_parallel, "sequence_parallel": tensor_parallel > 1, "slope": SLOPE_ON_GPUS}
+    check_against_oracle(gpu_ranks, config_of(stage, **layout), replicas=replicas)
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -255,12 +266,37 @@ def test_a_checkpoint_loads_at_another_stage(ranks, tmp_path, before, after):
     check_loading(ranks, tmp_path, config_of(before), [config_of(after)])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_checkpoint_loads_at_another_stage_over_nccl(gpu_ranks, tmp_path, world):
+    gpu_ranks.skip_if_too_few(world)
+    check_loading(gpu_ranks, tmp_path, config_of(1), [config_of(3)], world=world)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_resume_is_exact_and_loads_without(ranks, tmp_path, stage):
     check_exact_resume(ranks, tmp_path, config_of(stage, parallel=OFFLOAD))
     results = ranks.run(load_and_go_on, config_of(2), tmp_path, world=2)
     assert results[0][0][1]["adapters"] == 1
+
+
+@pytest.mark.slow
+def test_state_on_an_nvme_disk_resumes_exactly_and_loads_without(ranks, tmp_path):
+    """The sparse group is large enough to be swapped, the others stay in host memory; adapters join in between."""
+    from slope_megatron.training import nvme
+
+    config = config_of(3, parallel={"offload_optimizer": "nvme", "offload_path": str(tmp_path / "disk")})
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=256, ffn_hidden_size=1024))
+    reason = nvme.unsupported(config)
+    if reason:
+        pytest.skip(f"state cannot be swapped {reason}")
+    in_memory = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, offload_optimizer="cpu"))
+    one = dataclasses.replace(config, parallel=ParallelConfig(zero_stage=1))
+    expected, found = check_loading(ranks, tmp_path / "run", config, [config, in_memory, one])
+    for results in (found[config], found[in_memory]):
+        assert [steps for _, steps, _ in results] == [steps for _, steps, _ in expected]
+    assert list((tmp_path / "disk").rglob("*.tensor.swp"))
 
 
 @pytest.mark.slow
@@ -286,8 +322,11 @@ def test_what_cannot_run_is_refused_with_the_reason(ranks):
         "--offload-optimizer is nvme with --zero-stage 2: DeepSpeed swaps": config_of(
             2, parallel={"offload_optimizer": "nvme"}
         ),
-        "--offload-optimizer is nvme and .*; use --offload-optimizer cpu": config_of(
+        "--offload-optimizer is nvme without --offload-path, a folder on the NVMe disk; use": config_of(
             3, parallel={"offload_optimizer": "nvme"}
+        ),
+        "--offload-optimizer is nvme and --offload-path /proc/none cannot be written .*; use": config_of(
+            3, parallel={"offload_optimizer": "nvme", "offload_path": "/proc/none"}
         ),
     }
     for backend, reason in (("apex", "apex's fused AdamW needs its state"), ("deepspeed", "fused AdamW needs a GPU")):

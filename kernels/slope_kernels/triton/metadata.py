@@ -17,11 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from slope_kernels.triton.places import permute_bytes, slot_places, survivors
+from slope_kernels.triton.places import merge_bits, permute_bytes, slot_places, survivors
 
 
 @triton.jit
-def _nibbles_of_row(kept):
+def _nibbles_of_row(kept, NATIVE: tl.constexpr):
     """Metadata nibbles of eight groups from their eight row nibbles, of whose bits exactly two are set.
 
     From the kept bits k3 k2 k1 k0: first place = (not k0 and not k1, k1 and not k0), second = (k2 or k3, k3 or not k2).
@@ -30,26 +30,27 @@ def _nibbles_of_row(kept):
     above, choice = kept >> 1, 0x44444444
     even = (above & ~kept) | (choice & (above | ~kept))
     odd = (kept | (kept << 1)) ^ 0x22222222
-    return (even & 0x55555555) | (odd & -0x55555556)
+    return merge_bits((kept & 0) + 0x55555555, even, odd, NATIVE)
 
 
 @triton.jit
-def _row_metadata_kernel(row_masks, metadata, group_blocks, NATIVE: tl.constexpr, BLOCKS: tl.constexpr):
+def _row_metadata_kernel(
+    row_masks, metadata, group_blocks, NATIVE: tl.constexpr, BLOCKS: tl.constexpr, SETS: tl.constexpr
+):
     """A thread has the rows r and r + 8 of BLOCKS neighbouring blocks of eight groups: two words of each block.
 
     Half a warp writes 128 bytes of a block together, and two threads read neighbouring words of a row.
     """
-    thread = tl.arange(0, 128)
+    thread = tl.arange(0, 32 * SETS)
     pair = thread // 2 % 32
-    block = (tl.program_id(0) * 4 + thread // 64 * 2 + thread % 2) * BLOCKS
+    block = (tl.program_id(0) * SETS + thread // 64 * 2 + thread % 2) * BLOCKS
     row_block = tl.program_id(1).to(tl.int64)
     place = (row_block * 64 + pair // 8 * 16 + pair % 8) * group_blocks + block
     mask = (block < group_blocks)[:, None]
     words = row_masks + place[:, None] + tl.arange(0, BLOCKS)[None, :]
-    upper = _nibbles_of_row(tl.load(words, mask=mask))
-    lower = _nibbles_of_row(tl.load(words + 8 * group_blocks, mask=mask))
-    even = (upper & 0x0F0F0F0F) | ((lower & 0x0F0F0F0F) << 4)
-    odd = ((upper >> 4) & 0x0F0F0F0F) | (lower & -0x0F0F0F10)
+    upper = _nibbles_of_row(tl.load(words, mask=mask), NATIVE)
+    lower = _nibbles_of_row(tl.load(words + 8 * group_blocks, mask=mask), NATIVE)
+    even, odd = _exchange(upper, lower, 4, 0x0F0F0F0F, NATIVE)
     # Groups 0 4 1 5 | 2 6 3 7.
     zero = even & 0
     pairs = tl.join(permute_bytes(even, odd, zero + 0x6420, NATIVE), permute_bytes(even, odd, zero + 0x7531, NATIVE))
@@ -58,7 +59,7 @@ def _row_metadata_kernel(row_masks, metadata, group_blocks, NATIVE: tl.constexpr
     tl.store(metadata + target, pairs, mask=mask[:, :, None])
 
 
-def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor) -> None:
+def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 4) -> None:
     """Write the metadata of W^R `[N, K]`; N a multiple of 64, K of 32.
 
     Args:
@@ -67,30 +68,33 @@ def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor) -> None:
     """
     group_blocks = row_bits.shape[1] // 4
     blocks = 4 if group_blocks % 4 == 0 else 1
-    grid = (triton.cdiv(group_blocks, 4 * blocks), row_bits.shape[0] // 64)
+    grid = (triton.cdiv(group_blocks, sets * blocks), row_bits.shape[0] // 64)
     _row_metadata_kernel[grid](
         row_bits.view(torch.int32),
         metadata.view(torch.int32),
         group_blocks,
         NATIVE=row_bits.is_cuda,
         BLOCKS=blocks,
-        num_warps=4,
+        SETS=sets,
+        num_warps=sets,
     )
 
 
 @triton.jit
-def _nibbles_of_group(row_masks, column_masks, row, words, mask, NATIVE: tl.constexpr):
-    """Metadata nibbles of 32 columns of one group of four rows: word j has those of the columns 4 q + j, q in order."""
-    a0 = _load_survivors(row_masks, column_masks, row * words, mask, NATIVE)
-    a1 = _load_survivors(row_masks, column_masks, (row + 1) * words, mask, NATIVE)
-    a2 = _load_survivors(row_masks, column_masks, (row + 2) * words, mask, NATIVE)
-    a3 = _load_survivors(row_masks, column_masks, (row + 3) * words, mask, NATIVE)
-    p0, p1, p2, p3 = slot_places(a0, a1, a2, a3, -1)
+def _nibbles_of_group(row_masks, column_masks, row, word, words, mask, NATIVE: tl.constexpr):
+    """Metadata nibbles of 32 columns of one group of four rows: word j has those of the columns 4 q + j, q in order.
+
+    The group's first row is not read: the other three tell the places.
+    """
+    a1 = _load_survivors(row_masks, column_masks, (row + 1) * words + word, mask, NATIVE)
+    a2 = _load_survivors(row_masks, column_masks, (row + 2) * words + word, mask, NATIVE)
+    a3 = _load_survivors(row_masks, column_masks, (row + 3) * words + word, mask, NATIVE)
+    p0, p1, p2, p3 = slot_places(a1, a2, a3, -1)
     # Planes -> nibbles: first the lowest bit of the column with that of the plane, then the second ones.
-    even01, odd01 = _exchange(p0, p1, 1, 0x55555555)
-    even23, odd23 = _exchange(p2, p3, 1, 0x55555555)
-    n0, n2 = _exchange(even01, even23, 2, 0x33333333)
-    n1, n3 = _exchange(odd01, odd23, 2, 0x33333333)
+    even01, odd01 = _exchange(p0, p1, 1, 0x55555555, NATIVE)
+    even23, odd23 = _exchange(p2, p3, 1, 0x55555555, NATIVE)
+    n0, n2 = _exchange(even01, even23, 2, 0x33333333, NATIVE)
+    n1, n3 = _exchange(odd01, odd23, 2, 0x33333333, NATIVE)
     return n0, n1, n2, n3
 
 
@@ -101,9 +105,10 @@ def _load_survivors(row_masks, column_masks, place, mask, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _exchange(a, b, shift: tl.constexpr, low: tl.constexpr):
+def _exchange(a, b, shift: tl.constexpr, low: tl.constexpr, NATIVE: tl.constexpr):
     """Fields of `shift` bits, those under the mask `low` called even: (even ones of a and b, odd ones of a and b)."""
-    return (a & low) | ((b & low) << shift), ((a >> shift) & low) | (b & ~low)
+    mask = (a & 0) + low
+    return merge_bits(mask, a, b << shift, NATIVE), merge_bits(mask, a >> shift, b, NATIVE)
 
 
 @triton.jit
@@ -126,36 +131,44 @@ def _words_of_groups(w0, w1, w2, w3, NATIVE: tl.constexpr):
     w2, w3 = _exchange_halves(w2, w3, NATIVE)
     w0, w2 = _exchange_bytes(w0, w2, NATIVE)
     w1, w3 = _exchange_bytes(w1, w3, NATIVE)
-    w0, w2 = _exchange(w0, w2, 4, 0x0F0F0F0F)
-    w1, w3 = _exchange(w1, w3, 4, 0x0F0F0F0F)
+    w0, w2 = _exchange(w0, w2, 4, 0x0F0F0F0F, NATIVE)
+    w1, w3 = _exchange(w1, w3, 4, 0x0F0F0F0F, NATIVE)
     return _stack(w0, w2, w1, w3)
 
 
 @triton.jit
 def _stack(a, b, c, d):
     """Four tensors as a new last axis."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (*a.shape, 4))
+    # A starred shape does not compile.
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), a.shape + (4,))  # noqa: RUF005
 
 
 @triton.jit
 def _column_metadata_kernel(
-    row_masks, column_masks, metadata, words, group_blocks, tiles, NATIVE: tl.constexpr, THREADS: tl.constexpr
+    row_masks,
+    column_masks,
+    metadata,
+    words,
+    group_blocks,
+    NATIVE: tl.constexpr,
+    THREADS: tl.constexpr,
+    STAGED: tl.constexpr,
 ):
     """A thread has 32 rows x 32 columns of W: half a block, 32 words of metadata."""
-    tile = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-    mask = tile < tiles
-    word, group_block = tile % words, tile // words
-    place = group_block.to(tl.int64) * 32 * words + word
-    row_masks += place
-    column_masks += place
-    g0 = _nibbles_of_group(row_masks, column_masks, 0, words, mask, NATIVE)
-    g1 = _nibbles_of_group(row_masks, column_masks, 4, words, mask, NATIVE)
-    g2 = _nibbles_of_group(row_masks, column_masks, 8, words, mask, NATIVE)
-    g3 = _nibbles_of_group(row_masks, column_masks, 12, words, mask, NATIVE)
-    g4 = _nibbles_of_group(row_masks, column_masks, 16, words, mask, NATIVE)
-    g5 = _nibbles_of_group(row_masks, column_masks, 20, words, mask, NATIVE)
-    g6 = _nibbles_of_group(row_masks, column_masks, 24, words, mask, NATIVE)
-    g7 = _nibbles_of_group(row_masks, column_masks, 28, words, mask, NATIVE)
+    word, group_block = tl.program_id(0) * THREADS + tl.arange(0, THREADS), tl.program_id(1)
+    mask = word < words
+    # Offsets within 32 rows fit 32 bits.
+    start = group_block.to(tl.int64) * 32 * words
+    row_masks += start
+    column_masks += start
+    g0 = _nibbles_of_group(row_masks, column_masks, 0, word, words, mask, NATIVE)
+    g1 = _nibbles_of_group(row_masks, column_masks, 4, word, words, mask, NATIVE)
+    g2 = _nibbles_of_group(row_masks, column_masks, 8, word, words, mask, NATIVE)
+    g3 = _nibbles_of_group(row_masks, column_masks, 12, word, words, mask, NATIVE)
+    g4 = _nibbles_of_group(row_masks, column_masks, 16, word, words, mask, NATIVE)
+    g5 = _nibbles_of_group(row_masks, column_masks, 20, word, words, mask, NATIVE)
+    g6 = _nibbles_of_group(row_masks, column_masks, 24, word, words, mask, NATIVE)
+    g7 = _nibbles_of_group(row_masks, column_masks, 28, word, words, mask, NATIVE)
     # Axes: thread, r4 r2, and then r1 r0 = 0..3; groups with g1 = 0 and 1 apart.
     even = _stack(
         _words_of_groups(g0[0], g1[0], g4[0], g5[0], NATIVE),
@@ -170,12 +183,22 @@ def _column_metadata_kernel(
         _words_of_groups(g2[3], g3[3], g6[3], g7[3], NATIVE),
     )
     block = (word // 2).to(tl.int64) * group_blocks + group_block
-    target = (block * 64 + word % 2 * 32)[:, None] + tl.arange(0, 32)[None, :]
-    tl.store(metadata + target, tl.reshape(tl.join(even, odd), (THREADS, 32)), mask=mask[:, None])
+    target = block * 64 + word % 2 * 32
+    if STAGED:
+        target = target[:, None] + tl.arange(0, 32)[None, :]
+        tl.store(metadata + target, tl.reshape(tl.join(even, odd), (THREADS, 32)), mask=mask[:, None])
+    else:
+        target = target[:, None, None] + tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+        tl.store(metadata + target, tl.reshape(tl.join(even, odd), (THREADS, 8, 4)), mask=mask[:, None, None])
 
 
 def column_metadata(
-    row_bits: torch.Tensor, column_bits: torch.Tensor, metadata: torch.Tensor, *, threads: int = 128
+    row_bits: torch.Tensor,
+    column_bits: torch.Tensor,
+    metadata: torch.Tensor,
+    *,
+    threads: int = 32,
+    staged: bool = True,
 ) -> None:
     """The backward operand's metadata for a given second pruning; N a multiple of 32, K of 64.
 
@@ -184,15 +207,14 @@ def column_metadata(
         metadata: uint8 `[N K / 8]`.
     """
     rows, words = row_bits.shape[0], row_bits.shape[1] // 4
-    tiles = rows // 32 * words
-    _column_metadata_kernel[(triton.cdiv(tiles, threads),)](
+    _column_metadata_kernel[(triton.cdiv(words, threads), rows // 32)](
         row_bits.view(torch.int32),
         column_bits.view(torch.uint16),
         metadata.view(torch.int32),
         words,
         rows // 32,
-        tiles,
         NATIVE=row_bits.is_cuda,
         THREADS=threads,
+        STAGED=staged,
         num_warps=threads // 32,
     )

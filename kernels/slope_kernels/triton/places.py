@@ -49,6 +49,16 @@ def permute_bytes(a, b, selector, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def merge_bits(mask, a, b, NATIVE: tl.constexpr):
+    """Bits of a under the mask, of b elsewhere: one `lop3`, which is not found where the mask is a constant."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r", [mask, a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return (a & mask) | (b & ~mask)
+
+
+@triton.jit
 def higher_bits(kept):
     """The higher of the two bits of every nibble, each where it stands."""
     return kept & (kept - 0x11111111)
@@ -67,8 +77,8 @@ def survivors(kept, survives, NATIVE: tl.constexpr):
     table = zero - 0xFF100
     even = permute_bytes(table, zero, survives & 0x3333, NATIVE)
     odd = permute_bytes(table, zero, (survives >> 2) & 0x3333, NATIVE)
-    low = (even & 0x0F0F0F0F) | ((odd & 0x0F0F0F0F) << 4)
-    high = ((even >> 4) & 0x0F0F0F0F) | (odd & -0x0F0F0F10)
+    first = zero + 0x0F0F0F0F
+    low, high = merge_bits(first, even, odd << 4, NATIVE), merge_bits(first, even >> 4, odd, NATIVE)
     higher = higher_bits(kept)
     return kept & ((higher & high) | (~higher & low))
 
@@ -80,11 +90,11 @@ def spread(nibble):
 
 
 @triton.jit
-def slot_places(a0, a1, a2, a3, ones):
+def slot_places(a1, a2, a3, ones):
     """Places of both slots of each column group, as bit planes: first bit 0, first bit 1, second bit 0, second bit 1.
 
     Args:
-        a0..a3: whose column survives in the rows 0..3 of the tile; at most two of the four in each column.
+        a1..a3: whose column survives in the rows 1 to 3 of four; with row 0, which changes nothing, at most two do.
         ones: all columns' bits set.
 
     The places differ and ascend, as the hardware wants. With fewer than two survivors the other slot sits on a place

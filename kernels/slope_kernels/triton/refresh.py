@@ -39,25 +39,22 @@ def _which(kept, j: tl.constexpr, table: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _two_rows(upper, lower, kept_upper, kept_lower, j: tl.constexpr, NATIVE: tl.constexpr):
-    """The values of two rows at the columns j, the upper row's in the low half: `[T, P, 2, 4]`."""
-    first = _which(kept_upper, j, 0x3210, NATIVE)[:, :, :, None]
-    second = _which(kept_lower, j, 0x7654, NATIVE)[:, :, :, None]
-    group = (0x40 + tl.arange(0, 4) * 0x11)[None, None, None, :]
-    return permute_bytes(upper, lower, permute_bytes(first, second, group, NATIVE), NATIVE)
+def _two_rows(upper, lower, which_upper, which_lower, q: tl.constexpr, NATIVE: tl.constexpr):
+    """The values of two rows at one column of group q, the upper row's in the low half."""
+    selector = permute_bytes(which_upper, which_lower, (upper & 0) + (0x40 + 0x11 * q), NATIVE)
+    return permute_bytes(upper, lower, selector, NATIVE)
 
 
 @triton.jit
-def _bytes_of(bits):
-    """Bits 16 h + 4 q + j of words `[T, P]` as bytes: byte j of `[:, :, h, q]`."""
-    place = (tl.arange(0, 2) * 16)[:, None] + (tl.arange(0, 4) * 4)[None, :]
-    return spread((bits[:, :, None, None] >> place[None, None, :, :]) & 15)
+def _bytes_of(bits, q: tl.constexpr):
+    """Bits 16 h + 4 q + j of words `[T, P]` as bytes: byte j of `[:, :, h]`."""
+    return spread((bits[:, :, None] >> (tl.arange(0, 2) * 16 + 4 * q)[None, None, :]) & 15)
 
 
 @triton.jit
-def _slots(a0, a1, a2, a3):
+def _slots(a1, a2, a3):
     """Per column the byte pairs that its two slots take of four rows' values: 0x10 + 0x22 place, a byte a column."""
-    first0, first1, second0, second1 = slot_places(a0, a1, a2, a3, 0x01010101)
+    first0, first1, second0, second1 = slot_places(a1, a2, a3, 0x01010101)
     return 0x10101010 + 0x22 * first0 + 0x44 * first1, 0x10101010 + 0x22 * second0 + 0x44 * second1
 
 
@@ -72,11 +69,24 @@ def _operand_row(row, tile_rows, tile_stride, row_stride, TILED: tl.constexpr):
 
 @triton.jit
 def _load_patterns(row_bits, column_bits, place, mask, NATIVE: tl.constexpr):
-    """One row's pattern in each group, `[T, P, 2]`, and its survivors as bytes, `[T, P, 2, 4]`."""
+    """One row's pattern in each group, `[T, P, 2]`, and its survivors, two groups a word, `[T, P]`."""
     kept = tl.load(row_bits + place, mask=mask).to(tl.int32)
     kept_low, kept_high = tl.split(kept)
     low, high = tl.split(tl.load(column_bits + place, mask=mask).to(tl.int32))
-    return kept, _bytes_of(survivors(kept_low | (kept_high << 16), low | (high << 8), NATIVE))
+    return kept, survivors(kept_low | (kept_high << 16), low | (high << 8), NATIVE)
+
+
+@triton.jit
+def _place_of_program(height, width, BAND: tl.constexpr):
+    """Row and column of this program's tile: bands of BAND tile rows, column by column.
+
+    Programs that run together then write to neighbouring places of both operands.
+    """
+    program = tl.program_id(0)
+    band = program // (BAND * width)
+    rows = min(height - band * BAND, BAND)
+    within = program - band * BAND * width
+    return band * BAND + within % rows, within // rows
 
 
 @triton.jit
@@ -100,6 +110,7 @@ def _refresh_kernel(
     LANES_G: tl.constexpr,
     LANES_C: tl.constexpr,
     PAIRS: tl.constexpr,
+    BAND: tl.constexpr,
 ):
     """A thread has a chunk of 16 columns of PAIRS pairs of groups: 16 bytes a row in, 8 PAIRS bytes a column out.
 
@@ -107,8 +118,9 @@ def _refresh_kernel(
     to the 16 bits of a chunk in the row bitmask, and to its 8 bits in the column bitmask.
     """
     thread = tl.arange(0, LANES_G * LANES_C)
-    group = (tl.program_id(1) * LANES_G + thread % LANES_G) * (2 * PAIRS)
-    chunk = tl.program_id(0) * LANES_C + thread // LANES_G
+    across, along = _place_of_program(tl.cdiv(groups, 2 * PAIRS * LANES_G), tl.cdiv(chunks, LANES_C), BAND)
+    group = (across * LANES_G + thread % LANES_G) * (2 * PAIRS)
+    chunk = along * LANES_C + thread // LANES_G
     mask = (group < groups) & (chunk < chunks)
     mask4 = mask[:, None, None, None]
     rows = ((tl.arange(0, PAIRS) * 8)[:, None] + (tl.arange(0, 2) * 4)[None, :]) * chunks
@@ -132,21 +144,62 @@ def _refresh_kernel(
         k1, a1 = _load_patterns(row_bits, column_bits, place + chunks, mask3, NATIVE)
         k2, a2 = _load_patterns(row_bits, column_bits, place + 2 * chunks, mask3, NATIVE)
         k3, a3 = _load_patterns(row_bits, column_bits, place + 3 * chunks, mask3, NATIVE)
-        first_slot, second_slot = _slots(a0, a1, a2, a3)
-        # A slot without a survivor takes row 0 or 1, where a weight that does not survive is made zero.
-        alive0, alive1 = a0 * 255, a1 * 255
         first = _operand_row(chunk * 16, backward_tile_rows, backward_tile_stride, groups, BACKWARD_TILED) + group
-        columns = (tl.arange(0, 4) * 4)[:, None] * groups + tl.arange(0, 2 * PAIRS)[None, :]
-        backward += first[:, None, None] + columns[None, :, :]
-        zero = a0 & 0
-        for j in tl.static_range(4):
-            upper = _two_rows(p0, p1, k0, k1, j, NATIVE)
-            upper &= permute_bytes(alive0, alive1, zero + (0x4400 + 0x1111 * j), NATIVE)
-            lower = _two_rows(p2, p3, k2, k3, j, NATIVE)
-            slots = permute_bytes(first_slot, second_slot, zero + (0x40 + 0x11 * j), NATIVE)
-            column = permute_bytes(upper, lower, slots, NATIVE)
-            column = tl.reshape(tl.permute(column, (0, 3, 1, 2)), (LANES_G * LANES_C, 4, 2 * PAIRS))
-            tl.store(backward + j * groups, column, mask=mask3)
+        backward += first[:, None] + tl.arange(0, 2 * PAIRS)[None, :]
+        p0, p1, p2, p3 = _by_group(p0), _by_group(p1), _by_group(p2), _by_group(p3)
+        w01, w02 = _which(k0, 1, 0x3210, NATIVE), _which(k0, 2, 0x3210, NATIVE)
+        w11, w12 = _which(k1, 1, 0x7654, NATIVE), _which(k1, 2, 0x7654, NATIVE)
+        w21, w22 = _which(k2, 1, 0x3210, NATIVE), _which(k2, 2, 0x3210, NATIVE)
+        w31, w32 = _which(k3, 1, 0x7654, NATIVE), _which(k3, 2, 0x7654, NATIVE)
+        zero = k0 & 0
+        for q in tl.static_range(4):
+            b0, b1 = _bytes_of(a0, q), _bytes_of(a1, q)
+            first_slot, second_slot = _slots(b1, _bytes_of(a2, q), _bytes_of(a3, q))
+            # A slot without a survivor takes row 0 or 1, where a weight that does not survive is made zero.
+            b0, b1 = b0 * 255, b1 * 255
+            u0 = permute_bytes(p0[q], p1[q], zero + 0x5410, NATIVE)
+            u1 = _two_rows(p0[q], p1[q], w01, w11, q, NATIVE)
+            u2 = _two_rows(p0[q], p1[q], w02, w12, q, NATIVE)
+            u3 = permute_bytes(p0[q], p1[q], zero + 0x7632, NATIVE)
+            l0 = permute_bytes(p2[q], p3[q], zero + 0x5410, NATIVE)
+            l1 = _two_rows(p2[q], p3[q], w21, w31, q, NATIVE)
+            l2 = _two_rows(p2[q], p3[q], w22, w32, q, NATIVE)
+            l3 = permute_bytes(p2[q], p3[q], zero + 0x7632, NATIVE)
+            column = backward + 4 * q * groups
+            _store_column(column, u0, l0, b0, b1, first_slot, second_slot, mask, 0, NATIVE, PAIRS)
+            _store_column(column + groups, u1, l1, b0, b1, first_slot, second_slot, mask, 1, NATIVE, PAIRS)
+            _store_column(column + 2 * groups, u2, l2, b0, b1, first_slot, second_slot, mask, 2, NATIVE, PAIRS)
+            _store_column(column + 3 * groups, u3, l3, b0, b1, first_slot, second_slot, mask, 3, NATIVE, PAIRS)
+
+
+@triton.jit
+def _store_column(
+    column,
+    upper,
+    lower,
+    alive0,
+    alive1,
+    first,
+    second,
+    mask,
+    j: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    zero = upper & 0
+    upper &= permute_bytes(alive0, alive1, zero + (0x4400 + 0x1111 * j), NATIVE)
+    slots = permute_bytes(first, second, zero + (0x40 + 0x11 * j), NATIVE)
+    pairs = permute_bytes(upper, lower, slots, NATIVE)
+    tl.store(column, tl.reshape(pairs, (pairs.shape[0], 2 * PAIRS)), mask=mask[:, None])
+
+
+@triton.jit
+def _by_group(pairs):
+    """`[T, P, 2, 4]` -> four `[T, P, 2]`."""
+    even, odd = tl.split(tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], 2, 2, 2)))
+    q0, q2 = tl.split(even)
+    q1, q3 = tl.split(odd)
+    return q0, q1, q2, q3
 
 
 def refresh(
@@ -159,7 +212,8 @@ def refresh(
     forward_tiles: int = 1,
     backward_tiles: int = 1,
     lanes: tuple[int, int] = (8, 16),
-    pairs: int = 2,
+    pairs: int = 1,
+    band: int = 16,
     registers: int | None = None,
 ) -> None:
     """Write the operands' values; their metadata is left alone.
@@ -174,7 +228,7 @@ def refresh(
     rows, kept = values_NC.shape
     columns = kept * 2
     lanes_g, lanes_c = lanes
-    grid = (triton.cdiv(columns // 16, lanes_c), triton.cdiv(rows // (8 * pairs), lanes_g))
+    grid = (triton.cdiv(columns // 16, lanes_c) * triton.cdiv(rows // (8 * pairs), lanes_g),)
     # A tile is its values and one eighth as much metadata; strides count 32-bit pairs.
     pairs_per_weight = 9 / 32
     _refresh_kernel[grid](
@@ -197,6 +251,7 @@ def refresh(
         LANES_G=lanes_g,
         LANES_C=lanes_c,
         PAIRS=pairs,
+        BAND=band,
         num_warps=lanes_g * lanes_c // 32,
         maxnreg=registers,
     )

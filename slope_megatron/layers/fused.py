@@ -1,0 +1,87 @@
+"""Norms, biases and activations as one kernel each on a GPU, through torch.compile; elsewhere plain torch.
+
+Unfused, each operation reads and writes its whole tensor: on a GPU that is memory traffic and nothing else. On CPUs
+compiling costs more than it gives. apex's norms, where they are installed, are Megatron's own choice and stay.
+"""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether functions of GPU tensors are compiled here; says so once where they are not."""
+    if importlib.util.find_spec("triton") is None:
+        logger.info("norms, biases and activations are not fused: triton, which torch.compile needs, is not installed")
+        return False
+    return True
+
+
+def fused(function: Callable) -> Callable:
+    """`function`, compiled when it first meets a GPU tensor: nothing compiles at import."""
+
+    @functools.cache
+    def compiled() -> Callable:
+        # Shapes are few and stay: training, validation.
+        return torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def call(x: torch.Tensor, *arguments):
+        # Within another compiled region the compiler sees through the function itself.
+        fuses = x.is_cuda and not torch.compiler.is_compiling() and can_compile()
+        return (compiled() if fuses else function)(x, *arguments)
+
+    return call
+
+
+@fused
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    return functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@fused
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+@fused
+def activate(x: torch.Tensor, bias: torch.Tensor | None, activation: Callable, gated: bool) -> torch.Tensor:
+    """f(x + b); gated, with x + b = (gate, up): f(gate) * up."""
+    if bias is not None:
+        x = x + bias
+    if not gated:
+        return activation(x)
+    gate, up = x.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+@fused
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[label], fp32 `[...]`, of logits `[..., V]` as they are: no fp32 copy of them is made.
+
+    The label's logit is a sum over a comparison and no look-up: its gradient is then part of the same pass.
+    """
+    logits = logits.float()
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
+    return logits.logsumexp(-1) - torch.where(chosen, logits, 0.0).sum(-1)
+
+
+class FusedLayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm through `layer_norm`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FusedRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm through `rms_norm`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)

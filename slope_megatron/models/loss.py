@@ -1,0 +1,18 @@
+"""FusedLoss: the language-model loss in one pass forward and one backward, where one rank has the whole vocabulary.
+
+Megatron's keeps fp32 copies of the logits, the largest tensors of a step, and passes over them several times.
+"""
+
+import torch
+
+from slope_megatron.layers.fused import token_losses
+
+
+class FusedLoss:
+    """Mixed into Megatron's language models. A cut vocabulary is Megatron's affair, and so are CPUs."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Per-token losses `[b, s]` of labels `[b, s]` and logits `[s, b, V]`."""
+        if not logits.is_cuda or self.config.tensor_model_parallel_size > 1:
+            return super().compute_language_model_loss(labels, logits)
+        return token_losses(logits, labels.t()).t().contiguous()

@@ -1,0 +1,73 @@
+"""Measuring wgrad of `full` mode: writing the operand of P(dY)^T and multiplying it, against the dense dY^T X.
+
+T tokens, N out, K in; S is T filled up to whole operand columns. The gate compares with the dense product of the
+operand decoded, so it judges the kernel's metadata with the library's algorithm.
+"""
+
+import torch
+
+from slope_kernels import cusparselt
+from slope_kernels.triton.mvue import mvue_operand
+from slope_megatron.ops import layout
+from slope_megatron.ops.choices import Key
+from slope_megatron.sparsity.operand import places_sm90, scatter_slots
+from slope_megatron.sparsity.token_draws import as_int32, stream_table
+
+# Whole metadata blocks, decoded at once.
+ROWS_AT_ONCE = 4096
+
+
+class WgradTrial:
+    """Random data of one product; see `measure.Trial`."""
+
+    def __init__(self, key: Key, device: torch.device):
+        self.key = key
+        like = {"device": device, "dtype": key.dtype}
+        columns = cusparselt.padded_columns(key.tokens)
+        self.dy_TN = torch.randn(key.tokens, key.rows, **like)
+        # Its own zeros past the last token: a training run's X is copied where tokens are no multiple of 64.
+        self.x_SK = torch.randn(columns, key.columns, **like)
+        self.x_SK[key.tokens :] = 0
+        self.draws_key = as_int32([1, 2]).to(device)
+        self.streams = stream_table([(3, 4)], [range(key.rows)]).to(device)
+        self.operand = torch.empty(layout.operand_bytes(key.rows, columns), dtype=torch.uint8, device=device)
+        self.y_TR = torch.empty(key.rows, key.columns, **like)
+        self.write_operand()
+        self.expected_TR = torch.mm(self._decoded(columns), self.x_SK)
+
+    def write_operand(self) -> None:
+        mvue_operand(self.dy_TN, self.draws_key, self.streams, self.operand)
+
+    def _decoded(self, columns: int) -> torch.Tensor:
+        """P(dY)^T `[N, S]`, read from the operand."""
+        values = layout.values_of(self.operand, self.key.rows, columns, 1, self.key.dtype)[0]
+        metadata = layout.metadata_of(self.operand, self.key.rows, columns, 1).view(self.key.rows // 64, -1)
+        parts = []
+        for part, bits in zip(values.split(ROWS_AT_ONCE), metadata.split(ROWS_AT_ONCE // 64), strict=True):
+            parts.append(scatter_slots(part, places_sm90(bits.flatten(), part.shape[0], columns // 4)))
+        return torch.cat(parts)
+
+    def dense_product(self) -> torch.Tensor:
+        """The exact product, of dY as it is."""
+        return torch.mm(self.dy_TN.t(), self.x_SK[: self.key.tokens], out=self.y_TR)
+
+    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WgradCandidate":
+        assert tiles == 1, "wgrad's operand lives for one product and is not cut"
+        return WgradCandidate(self, algorithm)
+
+
+class WgradCandidate:
+    """The sparse product with one algorithm; a call writes the operand too, as every micro-batch must."""
+
+    def __init__(self, trial: WgradTrial, algorithm: cusparselt.Algorithm | None):
+        self.trial, self.algorithm, self.tiles = trial, algorithm, 1
+        columns, width = trial.x_SK.shape
+        device = trial.x_SK.device.index
+        shape = cusparselt.Product(trial.key.rows, columns, width, trial.key.dtype, device, width, straight=True)
+        self.plan = cusparselt.Plan(shape, algorithm)
+
+    def __call__(self) -> None:
+        trial = self.trial
+        trial.write_operand()
+        stream = torch.cuda.current_stream(trial.x_SK.device).cuda_stream
+        self.plan.run(trial.operand.data_ptr(), trial.x_SK.data_ptr(), trial.y_TR.data_ptr(), stream)

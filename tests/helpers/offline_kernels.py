@@ -1,0 +1,78 @@
+"""Compiles the Triton kernels without a GPU: `python offline_kernels.py ARCHITECTURE` prints a JSON line a kernel.
+
+A process of its own, because the tests around it run kernels in Triton's interpreter, and that is chosen at import.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from slope_kernels.triton import choose, gather, metadata, refresh
+
+REFRESH = {"values": "*i32", "row_bits": "*u16", "column_bits": "*u8", "forward": "*i32", "backward": "*i32"}
+REFRESH |= {name: "i32" for name in ("groups", "chunks", "forward_tile_rows", "forward_tile_stride")}
+REFRESH |= {name: "i32" for name in ("backward_tile_rows", "backward_tile_stride")}
+BOTH = {"WRITE_FORWARD": True, "WRITE_BACKWARD": True, "FORWARD_TILED": True, "BACKWARD_TILED": True}
+MASKS = {"row_masks": "*i32", "column_masks": "*u16"}
+GATHER = {"dense": "*i64", "row_bits": "*u8", "packed": "*i32", "groups": "i32"}
+# name: (kernel, types of its arguments, its constants); threads of the defaults.
+KERNELS = {
+    "refresh": (refresh._refresh_kernel, REFRESH, {**BOTH, "LANES_G": 8, "LANES_C": 16, "PAIRS": 1, "BAND": 16}),
+    "choose_bf16": (
+        choose._choose_kernel,
+        {"values": "*i32", **MASKS, "words": "i32", "tiles": "i32"},
+        {"IS_BF16": True, "THREADS": 128},
+    ),
+    "choose_fp16": (
+        choose._choose_kernel,
+        {"values": "*i32", **MASKS, "words": "i32", "tiles": "i32"},
+        {"IS_BF16": False, "THREADS": 128},
+    ),
+    "row_metadata": (
+        metadata._row_metadata_kernel,
+        {"row_masks": "*i32", "metadata": "*i32", "group_blocks": "i32"},
+        {"BLOCKS": 4, "SETS": 4},
+    ),
+    "column_metadata": (
+        metadata._column_metadata_kernel,
+        {**MASKS, "metadata": "*i32", "words": "i32", "group_blocks": "i32"},
+        {"THREADS": 128, "STAGED": False},
+    ),
+    "gather": (gather._gather_kernel, GATHER, {"BLOCK": gather.BLOCK}),
+    "gather_add": (
+        gather._gather_add_kernel,
+        {**GATHER, "packed": "*fp32"},
+        {"IS_BF16": True, "BLOCK": gather.BLOCK},
+    ),
+    "unpack": (gather._unpack_kernel, GATHER, {"BLOCK": gather.BLOCK}),
+}
+
+
+def compiled(kernel, arguments: dict, constants: dict, architecture: int) -> dict:
+    """Shared memory (bytes), stack (bytes, spills among them) and registers of one kernel."""
+    if "NATIVE" in kernel.arg_names:
+        constants = {**constants, "NATIVE": True}
+    names = kernel.arg_names
+    types = {name: arguments.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in arguments}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(built.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()
+    return {"shared": built.metadata.shared, "stack": int(stack), "registers": int(registers)}
+
+
+if __name__ == "__main__":
+    for name, (kernel, arguments, constants) in KERNELS.items():
+        print(json.dumps({"kernel": name, **compiled(kernel, arguments, constants, int(sys.argv[1]))}), flush=True)

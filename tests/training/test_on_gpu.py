@@ -1,0 +1,98 @@
+"""A whole model on a GPU: the engine's losses on 2:4 tensor cores beside the reference backend's, and planted faults.
+
+What counts as rounding is measured, not chosen: the same run on the reference backend with its products in fp32.
+"""
+
+import pytest
+import torch
+
+from helpers.gpu import gpu_config, one_rank, trained_losses
+from slope_megatron.layers.packed_weight import PackedWeight
+from slope_megatron.ops import cusparselt, layout, products, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cusparselt.unsupported()), reason=str(cusparselt.unsupported()))]
+STEPS = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rank():
+    with one_rank():
+        yield
+
+
+def in_fp32(monkeypatch):
+    """The reference with its three products in fp32."""
+
+    def forward(self, x_TK):
+        return (x_TK.float() @ self.forward_NK.float().t()).to(x_TK.dtype)
+
+    def dgrad(self, dy_TN):
+        return (dy_TN.float() @ self.backward_NK.float()).to(dy_TN.dtype)
+
+    def wgrad(self, dy_TN, x_TK):
+        return (dy_TN.float().t() @ x_TK.float()).gather(1, self.index_NC).to(dy_TN.dtype)
+
+    for function in (forward, dgrad, wgrad):
+        monkeypatch.setattr(reference.ReferenceOperands, function.__name__, function)
+
+
+@pytest.fixture(scope="module")
+def bound(rank):
+    """The reference's losses, and how far from them rounding leads at each stage of the run."""
+    config = gpu_config(slope={"backend": "reference"})
+    theirs = torch.tensor(trained_losses(config, STEPS))
+    with pytest.MonkeyPatch.context() as patch:
+        in_fp32(patch)
+        upcast = torch.tensor(trained_losses(config, STEPS))
+    assert theirs[-20:].mean() < 0.7 * theirs[:20].mean()
+    rounding = float((upcast - theirs).abs().max())
+    print(f"losses {theirs[0]:.4f} .. {theirs[-1]:.4f}; rounding moves them by at most {rounding:.2e}")
+    return theirs, rounding
+
+
+def distance(theirs: torch.Tensor) -> float:
+    ours = torch.tensor(trained_losses(gpu_config(slope={"backend": "cusparselt"}), STEPS))
+    return float((ours - theirs).abs().max())
+
+
+def test_two_hundred_steps_match_the_reference(bound):
+    theirs, rounding = bound
+    found = distance(theirs)
+    print(f"2:4 tensor cores: {found:.2e}")
+    assert found <= 3 * rounding
+
+
+def dgrad_of_the_forward_weight(operands, dy_TN):
+    """dY W^R: the second pruning forgotten."""
+    values = layout.values_of(
+        operands.forward_operand, operands.rows, operands.columns, operands.tiles["forward"], operands.dtype
+    )
+    return dy_TN @ products.unpack_kept(values.reshape(operands.rows, -1), operands.row_bits)
+
+
+def wgrad_of_other_places(operands, dy_TN, x_TK):
+    """Read at the places of the next row."""
+    return products.gather_kept(dy_TN.t() @ x_TK, operands.row_bits.roll(1, 0))
+
+
+def forward_with_a_hole(operands, x_TK, bias_N=None):
+    """One tile of 16 tokens x 64 outputs is not written."""
+    y_TN = HEALTHY_FORWARD(operands, x_TK, bias_N)
+    y_TN[:16, :64] = 0
+    return y_TN
+
+
+HEALTHY_FORWARD = cusparselt.CusparseltOperands.forward
+
+
+@pytest.mark.parametrize("fault", ["dgrad", "wgrad", "forward", "refresh"])
+def test_a_planted_fault_is_seen(bound, monkeypatch, fault):
+    theirs, rounding = bound
+    if fault == "refresh":
+        monkeypatch.setattr(PackedWeight, "refresh", lambda self: None)
+    else:
+        wrong = {"dgrad": dgrad_of_the_forward_weight, "wgrad": wgrad_of_other_places, "forward": forward_with_a_hole}
+        monkeypatch.setattr(cusparselt.CusparseltOperands, fault, wrong[fault])
+    found = distance(theirs)
+    print(f"{fault}: {found:.2e}, {found / rounding:.0f} times rounding")
+    assert found > 3 * rounding
