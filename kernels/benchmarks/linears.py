@@ -60,13 +60,18 @@ class WithAdapters(Sparse):
         return slope_linear(x, self.weight, operands, adapters=(self.adapter_l, self.adapter_r))
 
 
+def fixed_draws(rows: int) -> TokenDraws:
+    """Draws for a gradient of so many outputs; the same every time."""
+    key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
+    return TokenDraws(key.cuda(), streams.cuda(), 2, 4)
+
+
 class Full(Sparse):
     """In `full` mode: wgrad reads the unbiased 2:4 estimate of dY."""
 
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__(rows, columns, bias)
-        key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
-        self.draws = TokenDraws(key.cuda(), streams.cuda(), 2, 4)
+        self.draws = fixed_draws(rows)
 
     def product(self, x, operands):
         return slope_linear(x, self.weight, operands, draws=self.draws)
