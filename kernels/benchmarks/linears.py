@@ -6,7 +6,7 @@ from dense_float8 import DenseFloat8Function
 
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import build_operands
-from slope_megatron.ops.cusparselt import bias_gradient
+from slope_megatron.ops.bias import bias_gradient
 from slope_megatron.ops.float8_products import quantize
 from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column
@@ -30,7 +30,6 @@ class Dense(torch.nn.Module):
 class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
-    adapters = None
     float8_kinds: tuple[str, ...] = ()
 
     def __init__(self, rows: int, columns: int, bias: bool):
@@ -48,22 +47,10 @@ class Sparse(torch.nn.Module):
         return bias_gradient(self.product(x, self.operands.with_bias(self.bias)), self.bias)
 
     def product(self, x, operands):
-        return slope_linear(x, self.weight, operands, adapters=self.adapters)
+        return slope_linear(x, self.weight, operands)
 
     def refresh(self) -> None:
         self.operands.refresh(self.weight.detach())
-
-
-class Full(Sparse):
-    """In `full` mode: wgrad reads the unbiased 2:4 estimate of dY."""
-
-    def __init__(self, rows: int, columns: int, bias: bool):
-        super().__init__(rows, columns, bias)
-        key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
-        self.draws = TokenDraws(key.cuda(), streams.cuda(), 2, 4)
-
-    def product(self, x, operands):
-        return slope_linear(x, self.weight, operands, adapters=self.adapters, draws=self.draws)
 
 
 class WithAdapters(Sparse):
@@ -73,7 +60,26 @@ class WithAdapters(Sparse):
         super().__init__(rows, columns, bias)
         self.adapter_l = torch.nn.Parameter(torch.randn(rank, columns, device="cuda", dtype=DTYPE))
         self.adapter_r = torch.nn.Parameter(torch.randn(rows, rank, device="cuda", dtype=DTYPE) * 0.02)
-        self.adapters = (self.adapter_l, self.adapter_r)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands, adapters=(self.adapter_l, self.adapter_r))
+
+
+def fixed_draws(rows: int) -> TokenDraws:
+    """Draws for a gradient of so many outputs; the same every time."""
+    key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
+    return TokenDraws(key.cuda(), streams.cuda(), 2, 4)
+
+
+class Full(Sparse):
+    """In `full` mode: wgrad reads the unbiased 2:4 estimate of dY."""
+
+    def __init__(self, rows: int, columns: int, bias: bool):
+        super().__init__(rows, columns, bias)
+        self.draws = fixed_draws(rows)
+
+    def product(self, x, operands):
+        return slope_linear(x, self.weight, operands, draws=self.draws)
 
 
 class DenseFloat8(Dense):

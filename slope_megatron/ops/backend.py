@@ -99,7 +99,7 @@ def build_operands(
         row_bits = pack_bits(row) if row.dtype == torch.bool else row
         reason = cusparselt.unsupported_weight(values_NC, row_bits)
         if reason is None and column is None:
-            # The kernel that writes operands reads a second pruning, whatever it writes: it gets a valid one.
+            # The builder asks for a second pruning, of which nothing stays.
             column = choose_column_bits(values_NC, row_bits, 2, 4)
             operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False, products_wanted=("forward",))
             operands.keep_forward_alone()

@@ -16,8 +16,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_megatron.ops import choices, cusparselt, float8_products, layout, measure, products
+from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cusparselt import BiasedOperands
 from slope_megatron.ops.reference import PRODUCTS, ReferenceOperands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
