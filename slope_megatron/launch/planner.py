@@ -42,7 +42,8 @@ class Question:
     def holding(self) -> Holding:
         """Without 2:4 tensor cores every backend unpacks."""
         backend = self.backend if self.cluster.sparse_24 else "reference"
-        return Holding(precision(self.dtype, self.gradients), backend, self.offload, self.fused)
+        bytes_of = precision(self.dtype, self.gradients, self.config.slope.fp8 != "off")
+        return Holding(bytes_of, backend, self.offload, self.fused)
 
     def name(self, kind: str) -> str:
         """A kind as it is written: 2:4, or the baseline that stands in its place."""

@@ -1,6 +1,7 @@
 """SdpaAttention: Megatron's core attention on torch's scaled_dot_product_attention, with its flash kernels."""
 
 import contextlib
+import functools
 
 import torch
 from megatron.core import tensor_parallel
@@ -8,12 +9,20 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import divide
 
+from slope_megatron.layers.rotary import rotate
+
 
 class SdpaAttention(MegatronModule):
     """Softmax(Q K^T / sqrt(d)) V in the constructor dialect of Megatron's `DotProductAttention`.
 
+    With a `rotary_base` it turns Q and K first, for a model that leaves its positions to it.
     Shapes: query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this rank; output `[s, b, heads * d]`.
     """
+
+    @classmethod
+    def configured(cls, rotary_base: int) -> type:
+        """This class with `rotary_base` bound: what Megatron's layer specs take."""
+        return type(cls.__name__, (cls,), {"__init__": functools.partialmethod(cls.__init__, rotary_base=rotary_base)})
 
     def __init__(
         self,
@@ -25,6 +34,7 @@ class SdpaAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection=None,
+        rotary_base: int | None = None,
         **_,
     ):
         super().__init__(config=config)
@@ -38,6 +48,7 @@ class SdpaAttention(MegatronModule):
                 "query-key layer scaling and window attention are not supported by SdpaAttention: leave them off"
             )
         self.attn_mask_type = attn_mask_type
+        self.rotary_base = rotary_base
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         tp = pg_collection.tp.size() if pg_collection else config.tensor_model_parallel_size
@@ -56,6 +67,8 @@ class SdpaAttention(MegatronModule):
         """`attention_mask` is True where attention is forbidden (Megatron's convention); unused when causal."""
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences are not supported by SdpaAttention: leave them unset")
+        if self.rotary_base is not None:
+            query, key = rotate(query, self.rotary_base), rotate(key, self.rotary_base)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         allowed = None if causal or attention_mask is None else ~attention_mask
         # Each rank drops its own heads: the tensor-parallel random state, as in Megatron's own attention.

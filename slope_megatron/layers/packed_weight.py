@@ -162,7 +162,8 @@ class PackedWeight(PrunedLinear):
                 "or load a checkpoint"
             )
         values = self.weight.detach()
-        return build_operands(self.slope.backend, values, self.weight_pattern, self.weight_column, products)
+        patterns = (self.weight_pattern, self.weight_column)
+        return build_operands(self.slope.backend, values, *patterns, products, float8_kinds=self.slope.float8_kinds)
 
     @property
     def has_operands(self) -> bool:

@@ -29,7 +29,7 @@ LINEARS = {
 }
 
 
-def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
+def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int | None = None) -> ModuleSpec:
     """A copy of one transformer block's spec with its sparse linears, the core attention and torch's norms replaced.
 
     Raises:
@@ -43,7 +43,7 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
             "the MLP of this layer spec has no linear_fc1 and linear_fc2 of its own (mixture of experts?): its experts "
             "would stay dense; give a spec with a plain MLP"
         )
-    attention.core_attention = SdpaAttention
+    attention.core_attention = SdpaAttention if rotary_base is None else SdpaAttention.configured(rotary_base)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(spec.submodules, name, own_norm(getattr(spec.submodules, name)))
     own = slope.for_block(block)
@@ -60,12 +60,16 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int) -> ModuleSpec:
     return spec
 
 
-def block_spec(slope: SlopeConfig, transformer_config) -> TransformerBlockSubmodules:
-    """The specs of this pipeline stage's blocks; which linears are sparse may differ from block to block."""
+def block_spec(slope: SlopeConfig, transformer_config, rotary_base: int | None = None) -> TransformerBlockSubmodules:
+    """The specs of this pipeline stage's blocks; which linears are sparse may differ from block to block.
+
+    Args:
+        rotary_base: of rotary positions, which attention then applies instead of the model; None: it does not.
+    """
     first = get_transformer_layer_offset(transformer_config)
     count = get_num_layers_to_build(transformer_config)
     stock = get_gpt_layer_local_spec(normalization=transformer_config.normalization)
-    specs = [sparsify(stock, slope, first + index) for index in range(count)]
+    specs = [sparsify(stock, slope, first + index, rotary_base) for index in range(count)]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
 
 

@@ -104,13 +104,10 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
     if config.model.architecture == "bert":
         model = build_bert(config.model, config.slope, blocks, **ends)
     else:
-        model = Gpt(
-            blocks,
-            block_spec(config.slope, blocks),
-            position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
-            rotary_base=config.model.rotary_base,
-            **ends,
-        )
+        learned = config.model.position == "learned"
+        # Rotary positions are attention's own affair: Megatron applies them unfused.
+        spec = block_spec(config.slope, blocks, None if learned else config.model.rotary_base)
+        model = Gpt(blocks, spec, position_embedding_type="learned_absolute" if learned else "none", **ends)
     fuse_mlps(model)
     # Megatron's position table ignores `params_dtype`.
     return model.to(dtype)

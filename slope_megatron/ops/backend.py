@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from slope_megatron.ops import cusparselt, cutlass, products, reference
+from slope_megatron.ops import cusparselt, cutlass, float8, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 from slope_megatron.sparsity.token_draws import TokenDraws
@@ -81,7 +81,9 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def build_operands(backend: str, values_NC, row, column=None, products_wanted=PRODUCTS) -> Operands:
+def build_operands(
+    backend: str, values_NC, row, column=None, products_wanted=PRODUCTS, *, float8_kinds: tuple[str, ...] = ()
+) -> Operands:
     """Operands of one packed weight.
 
     Args:
@@ -90,10 +92,13 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
             have the forward product alone, and on 2:4 units always the sparse one: a dense copy beside the operand
             would make the model larger than a dense one.
         products_wanted: those that they will serve.
+        float8_kinds: the products that are in e4m3: none, ("forward", "dgrad"), or all three.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
     name = choose(backend)
+    if float8_kinds:
+        return build_float8_operands(backend, values_NC, row, column, products_wanted, wgrad="wgrad" in float8_kinds)
     if name != "reference":
         row_bits = pack_bits(row) if row.dtype == torch.bool else row
         reason = BACKENDS[name].unsupported_weight(values_NC, row_bits)
@@ -101,9 +106,9 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
             column_bits = pack_bits(column) if column is not None and column.dtype == torch.bool else column
             return cutlass.build(values_NC, row_bits, column_bits, products_wanted)
         if reason is None and column is None:
-            # The builder writes both operands at once: it gets a valid second pruning, whose operand is let go.
+            # The builder asks for a second pruning, of which nothing stays.
             column = choose_column_bits(values_NC, row_bits, 2, 4)
-            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False)
+            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False, products_wanted=("forward",))
             operands.keep_forward_alone()
             return operands
         if reason is None:
@@ -119,6 +124,32 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         return reference.ForwardOnly(values_NC, row_NK)
     column_NC = column if column.dtype == torch.bool else unpack_bits(column)
     return reference.build(values_NC, row_NK, column_NC, products_wanted)
+
+
+def build_float8_operands(backend: str, values_NC, row, column, products_wanted, *, wgrad: bool) -> Operands:
+    """The same for products in e4m3; off the GPU, or where the backend `reference` was asked for, emulated.
+
+    Raises:
+        ValueError: this GPU or this weight has no such product: nobody wants a slow emulation there.
+    """
+    row_bits, column_bits = (pack_bits(part) if part.dtype == torch.bool else part for part in (row, column))
+    if values_NC.device.type == "cuda" and backend != "reference":
+        reason = float8.unsupported() or float8.unsupported_weight(values_NC, row_bits)
+        if reason:
+            raise ValueError(f"--slope-fp8 cannot run here: {reason}; use --slope-fp8 off")
+        _say_once(f"sparse products: in e4m3, {'all three' if wgrad else 'wgrad in the type of the parameters'}")
+        return float8.Float8Operands(
+            values_NC,
+            row_bits,
+            column_bits,
+            wgrad=wgrad,
+            dense_allowed=backend == "auto",
+            products_wanted=products_wanted,
+        )
+    _say_once("sparse products: e4m3 is emulated, by rounding and then multiplying in the type of the parameters")
+    operands = float8.EmulatedFloat8Operands(unpack_bits(row_bits), values_NC.dtype, products_wanted, wgrad=wgrad)
+    operands.set_column_pattern(column_bits, values_NC)
+    return operands
 
 
 def choose_column_bits(values_NC: torch.Tensor, row_bits: torch.Tensor, n: int, m: int) -> torch.Tensor:

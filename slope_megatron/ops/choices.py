@@ -1,7 +1,7 @@
 """Which kernel runs each product: measured once, kept for the process, saved as run state.
 
 A product is (forward, dgrad or wgrad, R x S matrix, T tokens, dtype). Its choice is sparse (with how many tiles and
-which algorithm, of cuSPARSELt or of our own kernels) or dense; with adapters, also in which order the two products run
+which algorithm, of cuSPARSELt or of our own kernels) or dense; with adapters, also in which way the two products run
 (`Order`). Numbers of algorithms mean something only on the machine they were measured on, so a saved table names that
 machine and is ignored elsewhere.
 """

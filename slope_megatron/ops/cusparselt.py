@@ -10,7 +10,6 @@ kernels (under `auto` alone), the operand is handed over to it: the forward one 
 parameter itself; the backward one keeps its values alone, with metadata in CUTLASS's order beside it.
 """
 
-import dataclasses
 import sys
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure, products, reference, wgrad
+from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, row_metadata
 from slope_megatron.ops.joined import JoinedOperand
@@ -320,55 +320,6 @@ class CusparseltOperands:
             dense_NK = wgrad.product(dy_TN, x_TK, draws, dense_allowed=self.dense_allowed)
         return products.gather_kept(dense_NK, self.row_bits)
 
-    def with_bias(self, bias_N: torch.Tensor) -> "BiasedOperands":
+    def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
         """These operands with a bias added by the forward product's epilogue."""
         return BiasedOperands(self, bias_N)
-
-
-@dataclasses.dataclass(frozen=True)
-class BiasedOperands:
-    """Operands whose forward adds a bias on the way out; see `bias_gradient` for the bias's own gradient."""
-
-    operands: CusparseltOperands
-    bias_N: torch.Tensor
-
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.forward(x_TK, self.bias_N.detach())
-
-    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        return self.operands.dgrad(dy_TN)
-
-    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> torch.Tensor:
-        return self.operands.forward_add(x_TK, y_TN, self.bias_N.detach())
-
-    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.dgrad_add(dy_TN, dx_TK)
-
-    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float):
-        bias_N = self.bias_N.detach() if kind == "forward" else None
-        return self.operands.joined_product(kind, x_TS, down_PS, up_RP, scale, bias_N)
-
-    @property
-    def unbiased(self) -> CusparseltOperands:
-        """Where the buffers and the choices are."""
-        return self.operands
-
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        return self.operands.wgrad(dy_TN, x_TK, draws)
-
-
-class BiasGradient(torch.autograd.Function):
-    """Y, to which an epilogue has added the bias already: forward Y, dY = dY, db = sum of dY over the tokens."""
-
-    @staticmethod
-    def forward(ctx, y_TN, bias_N):
-        return y_TN.view_as(y_TN)
-
-    @staticmethod
-    def backward(ctx, dy_TN):
-        return dy_TN, dy_TN.flatten(0, -2).sum(0)
-
-
-def bias_gradient(y_TN: torch.Tensor, bias_N: torch.Tensor) -> torch.Tensor:
-    """Connects a bias that an epilogue has added to its gradient."""
-    return BiasGradient.apply(y_TN, bias_N)

@@ -22,18 +22,17 @@ def elements(parameter: torch.nn.Parameter) -> int:
 
 
 def tensors_of(value, apart_from: tuple[torch.Tensor, ...] = ()) -> list[torch.Tensor]:
-    """The tensors that an operands object holds, one for each piece of memory.
+    """The tensors that an operands object holds, singly, in dicts or in parts of its own; one for each piece of memory.
 
     Args:
         apart_from: what lies in the memory of others: a parameter that operands read where it lies, bitmasks that they
             keep by reference.
     """
     held: dict[int, torch.Tensor] = {}
-    for item in vars(value).values():
-        parts = [item] if isinstance(item, torch.Tensor) else []
-        if isinstance(item, dict):
-            parts = [tensor for part in item.values() for tensor in tensors_of(part)]
-        held |= {tensor.untyped_storage().data_ptr(): tensor for tensor in parts}
+    parts = [part for item in vars(value).values() for part in (item.values() if isinstance(item, dict) else (item,))]
+    for part in parts:
+        inner = [part] if isinstance(part, torch.Tensor) else tensors_of(part) if hasattr(part, "__dict__") else []
+        held |= {tensor.untyped_storage().data_ptr(): tensor for tensor in inner}
     for tensor in apart_from:
         held.pop(tensor.untyped_storage().data_ptr(), None)
     return list(held.values())

@@ -34,7 +34,11 @@ class ThroughSchedule:
         gradients.sum_sequence_parallel(engine.model)
         gradients.sum_tied_copies(engine.model)
         engine.note_gradients(gradients.held(engine.model, engine.optimizer))
-        engine.deepspeed.allreduce_gradients()
+        # A lone replica has nothing to reduce; DeepSpeed's bf16 optimizer would round its fp32 sums to bf16, as it does
+        # to send them, and copy them back.
+        lone = parallel_state.get_data_parallel_world_size() == 1
+        if not (lone and hasattr(engine.optimizer, "fp32_groups_gradients_flat")):
+            engine.deepspeed.allreduce_gradients()
         # Only the last pipeline stage has losses.
         return torch.stack([result["loss"] for result in results]).mean() if results else torch.zeros(())
 

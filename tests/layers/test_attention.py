@@ -29,3 +29,16 @@ def attention_error(groups):
 def test_causal_attention_equals_the_formula(ranks, groups):
     # Ten fp64 operations on numbers of size one: far under 1e-12.
     assert ranks.run(attention_error, groups, world=1)[0] < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotary_positions_are_megatrons_to_the_bit(dtype):
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    from slope_megatron.layers.rotary import rotate
+
+    x = torch.randn(11, 2, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    speeds = 1.0 / 500000 ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16)
+    half = torch.outer(torch.arange(11, dtype=torch.float32), speeds)
+    angles = torch.cat((half, half), -1)[:, None, None, :]
+    assert torch.equal(rotate(x, 500000), _apply_rotary_pos_emb_bshd(x, angles))
