@@ -103,7 +103,8 @@ def check_fp8(slope: "SlopeConfig") -> None:
         )
     if slope.backend == "cutlass":
         raise ValueError(
-            f"--slope-fp8 {slope.fp8} with --slope-backend cutlass: its kernels take 16-bit values; use cusparselt or auto"
+            f"--slope-fp8 {slope.fp8} with --slope-backend cutlass: its kernels take 16-bit values; "
+            "use cusparselt or auto"
         )
 
 
