@@ -13,14 +13,14 @@ parameter itself; the backward one keeps its values alone, with metadata in CUTL
 import sys
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure, products, reference, wgrad
 from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, row_metadata
+from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, hand_over
 from slope_megatron.ops.joined import JoinedOperand
+from slope_megatron.ops.patterns import is_two_of_four
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
@@ -50,22 +50,6 @@ def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str |
         return "its row pattern is not 2:4"
     refused = layout.probe(values_NC.device, values_NC.dtype).refused
     return f"cuSPARSELt {refused}" if refused else None
-
-
-# Bitmask -> its version when it was looked at, and what was found: looking waits for the GPU, and under ZeRO-3 operands
-# are built in every forward and backward.
-_seen_patterns = WeakTensorKeyDictionary()
-
-
-def is_two_of_four(row_bits: torch.Tensor) -> bool:
-    """Whether a bitmask keeps two of every four weights."""
-    version, found = _seen_patterns.get(row_bits, (None, False))
-    if version != row_bits._version:
-        nibbles = torch.stack((row_bits & 15, row_bits >> 4))
-        allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
-        found = bool(torch.isin(nibbles, allowed).all())
-        _seen_patterns[row_bits] = (row_bits._version, found)
-    return found
 
 
 def build(
@@ -226,25 +210,13 @@ class CusparseltOperands:
         if not choice.sparse:
             self._make_dense(kind)
         elif choice.by_cutlass and not self.libraries:
-            self._hand_over(kind)
+            hand_over(self, kind)
         elif choice.tiles != self.tiles[kind]:
             name = "forward_operand" if kind == "forward" else "backward_operand"
             cut = layout.retile(getattr(self, name), key.rows, key.columns, self.tiles[kind], choice.tiles)
             setattr(self, name, cut)
             self.tiles[kind] = choice.tiles
         return choice
-
-    def _hand_over(self, kind: str) -> None:
-        """Give an operand, of one tile, the form that our own kernels read."""
-        if kind == "forward":
-            # The operand's own values serve until the parameter itself is bound.
-            values = layout.values_of(self.forward_operand, self.rows, self.columns, 1, self.dtype)[0]
-            self.handed_over[kind] = CutlassOperand(values, row_metadata(self.row_bits))
-            self.forward_operand = None
-        else:
-            self.backward_operand = self.backward_operand[: self.rows * self.columns].clone()
-            values = self.backward_operand.view(self.dtype).view(self.columns, -1)
-            self.handed_over[kind] = CutlassOperand(values, column_metadata(self.row_bits, self.column_bits))
 
     def _dense(self, kind: str) -> torch.Tensor | None:
         return self.dense_forward_NK if kind == "forward" else self.dense_backward_NK

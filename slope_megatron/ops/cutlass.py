@@ -16,8 +16,8 @@ from slope_kernels import cutlass
 from slope_megatron.ops import choices, measure, products, reference, wgrad
 from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cusparselt import is_two_of_four
 from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, row_metadata
+from slope_megatron.ops.patterns import is_two_of_four
 from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 

@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from slope_megatron.ops import products
+from slope_megatron.ops import layout, products
 from slope_megatron.ops.cutlass_mm import cutlass_mm, cutlass_mm_add_
 from slope_megatron.sparsity.operand_cutlass import from_sm90
 
@@ -44,3 +44,18 @@ class CutlassOperand:
         """Y + X W^T (+ bias), in the place of Y."""
         cutlass_mm_add_(y_TR, self.values_RC, self.metadata, x_TS, bias_R)
         return y_TR
+
+
+def hand_over(operands, kind: str) -> None:
+    """Give one of cuSPARSELt's operands, of one tile, the form that our own kernels read."""
+    rows, columns, dtype = operands.rows, operands.columns, operands.dtype
+    if kind == "forward":
+        # The operand's own values serve until the parameter itself is bound.
+        values_NC = layout.values_of(operands.forward_operand, rows, columns, 1, dtype)[0]
+        operands.handed_over[kind] = CutlassOperand(values_NC, row_metadata(operands.row_bits))
+        operands.forward_operand = None
+    else:
+        operands.backward_operand = operands.backward_operand[: rows * columns].clone()
+        values_KN = operands.backward_operand.view(dtype).view(columns, -1)
+        metadata = column_metadata(operands.row_bits, operands.column_bits)
+        operands.handed_over[kind] = CutlassOperand(values_KN, metadata)
