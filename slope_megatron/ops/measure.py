@@ -51,8 +51,8 @@ class Trial:
     expected_TR: torch.Tensor
 
     def dense_product(self) -> torch.Tensor:
-        """Forward keeps the dense weight as [R, S], dgrad as [S, R]: how each reads its own."""
-        weight = self.dense.t() if self.key.kind == "forward" else self.dense
+        """Dgrad keeps the dense weight as [S, R], the others as [R, S]: how each reads its own."""
+        weight = self.dense if self.key.kind == "dgrad" else self.dense.t()
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":
@@ -146,6 +146,11 @@ def wrong(candidate: Candidate) -> str | None:
     return None
 
 
+def all_configs(trial: Trial) -> Iterable[int]:
+    """Numbers of the algorithms that may be tried."""
+    return range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
+
+
 def ranking(trial: Trial, tiles: int, configs: Iterable[int]) -> list[int]:
     """The library's algorithms from the fastest on, by a rough timing; those that cannot run are left out.
 
@@ -206,7 +211,7 @@ def contest(key: Key, device: torch.device, *, rounds: int = 9) -> dict:
     """
     trial = prepare(key, device)
     functions: dict = {"dense": trial.dense_product}
-    configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
+    configs = all_configs(trial)
     for tiles in tilings(key, device):
         ranked = ranking(trial, tiles, configs)
         configs = ranked[:TRIED_IN_TILES]
