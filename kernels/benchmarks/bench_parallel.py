@@ -26,7 +26,9 @@ def add_arguments(parser) -> None:
     add("--parts", nargs="+", default=["tensor", "data"], choices=("tensor", "data"), help="what to measure")
     add("--models", nargs="+", default=["opt-13b", "opt-30b", "opt-66b"], choices=list(MODELS))
     add("--data-model", default="opt-13b", choices=list(MODELS), help="model of the part `data`")
-    add("--modes", nargs="+", default=["dense", "paper"], choices=modes(), help="dense, and modes of 2:4 layers")
+    add(
+        "--modes", nargs="+", default=["dense", "paper", "full"], choices=modes(), help="dense, and modes of 2:4 layers"
+    )
     add("--blocks", type=int, default=4, help="blocks of the part `tensor`")
     add("--data-blocks", type=int, default=2, help="blocks of the part `data`")
     add("--tokens", type=int, default=8192, help="tokens of a micro-batch, in sequences of 2048")

@@ -15,7 +15,7 @@ NOTES = {
     "torch-cutlass": "torch's 2:4 tensor with CUTLASS; our autograd around its products",
     "torch-cusparselt-training": "torch's own training path: pruned and packed in every forward",
     "torch-cutlass-training": "torch's own training path with CUTLASS",
-    "fst-style": "MLP alone, transposable masks, dense parameter; our re-implementation on this repository's kernels",
+    "fst-style": "MLP alone, transposable masks, MVUE wgrad, dense parameter; our re-implementation on our kernels",
 }
 
 

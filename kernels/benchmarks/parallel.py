@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import io
 import json
+import statistics
 import time
 from pathlib import Path
 from unittest import mock
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from collectives import Counted
+from common import say
 from megatron.core import parallel_state
 from models import MODELS, Model
 
@@ -262,12 +264,16 @@ def play(work: Work) -> list[dict]:
     kernel_choices.share(Path(work.folder), resumed=True)
     rows = []
     for model in work.models:
+        count = len(rows)
         rows += measure(MODELS.get(model, model), work)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if dist.get_rank() == 0:
             Path(work.folder, "rows.json").write_text(json.dumps(rows))
+            for row in rows[count:]:
+                step = statistics.median(sample["step"] for sample in row["samples"])
+                say(f"  {row['model']} {row['mode']}{'' if row['overlap'] else ', waiting'}: {step:.1f} ms a step")
     if dist.get_rank() == 0 and not choices.is_empty():
         kernel_choices.save(Path(work.folder))
     parallel.finish()

@@ -6,15 +6,15 @@ torch (`torch.sparse.SparseSemiStructuredTensor`, with its cuSPARSELt and its CU
     StaticSort    torch's own training path: each forward prunes and packs both directions by 4 x 4 tiles
                   (`prune_dense_static_sort`) and its autograd does the rest; the gradient passes straight through
 FST (Hu et al., arXiv 2404.01847), our re-implementation on this repository's kernels: the MLP's two linears alone,
-    transposable masks (dgrad is exact), a dense parameter with a dense gradient, and MVUE of dY in wgrad where this
-    checkout has a kernel for it. Masks are fixed here: choosing them anew, every 40 steps, is not timed.
+    transposable masks (dgrad is exact), a dense parameter with a dense gradient, and MVUE of dY in wgrad. Masks are
+    fixed here: choosing them anew, every 40 steps, is not timed.
 
 Every peer multiplies right or is refused: `wrong` compares with the dense product.
 """
 
 import torch
 import torch.nn.functional as F
-from linears import DTYPE
+from linears import DTYPE, fixed_draws
 from torch.sparse import (
     SparseSemiStructuredTensor,
     SparseSemiStructuredTensorCUSPARSELT,
@@ -24,6 +24,7 @@ from torch.sparse import (
 from slope_megatron.ops.backend import build_operands
 from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column, gather_kept, unpack_kept
+from slope_megatron.ops.wgrad import product as estimated_wgrad
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.transposable import patterns
 
@@ -156,6 +157,7 @@ class Fst(torch.nn.Module):
         values = gather_kept(self.weight.detach(), self.row_bits)
         every = torch.full((rows, columns // 16), 255, dtype=torch.uint8, device="cuda")
         self.operands = build_operands("auto", values, self.row_bits, every)
+        self.draws = fixed_draws(rows)
 
     def forward(self, x):
         return Straight.apply(x, self.weight, self.bias, self)
@@ -167,7 +169,7 @@ class Fst(torch.nn.Module):
         return self.operands.dgrad(dy)
 
     def wgrad(self, dy, x):
-        return dy.t() @ x
+        return estimated_wgrad(dy, x, self.draws, dense_allowed=True)
 
     def effective_weight(self) -> torch.Tensor:
         return unpack_kept(gather_kept(self.weight.detach(), self.row_bits), self.row_bits)

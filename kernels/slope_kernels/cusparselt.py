@@ -4,9 +4,11 @@ Two products, all 16-bit with fp32 sums. The library wants the sparse matrix on 
 row-major or column-major dense matrices say which of the two it is:
     Y [T, N] = X [T, K] W^T (+ bias) (+ Y)   W 2:4 along K; D = W X^T; D, X^T column-major: memory holds Y, X row-major
     D [N, K] = S [N, T] X [T, K]             S 2:4 along T; D and X row-major
+The first also with W and X in e4m3, times a factor from the host: for these the library takes no scale from device
+memory (a vector of factors is refused, pointers to scales are taken and ignored).
 
-    operand   uint8 [9/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8]. Both facts are the
-              library's own affair; `slope_megatron.ops.layout` verifies them before they are relied on.
+    operand   uint8 [9/8 N K], in e4m3 [5/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8].
+              Both facts are the library's own affair; `slope_megatron.ops.layout` verifies them before relying on them.
     plan      one for each (N, K, T, dtype, epilogue, algorithm, device), kept for the life of the process
     handle    one for each (process, device)
 
@@ -24,6 +26,8 @@ from slope_kernels.cusparselt_library import Opaque, call, handle_of, library
 
 # cudaDataType
 DTYPES = {torch.float16: 2, torch.bfloat16: 14}
+E4M3 = torch.float8_e4m3fn
+CODES = {**DTYPES, E4M3: 28}
 # cusparseOrder_t, cusparseOperation_t, cusparseComputeType
 COLUMN_MAJOR, ROW_MAJOR = 1, 2
 NON_TRANSPOSE = 0
@@ -35,13 +39,13 @@ CONFIG_ID, CONFIG_MAX_ID, SPLIT_K, SPLIT_K_MODE = 0, 1, 3, 4
 # cusparseLtMatmulDescAttribute_t
 ACTIVATION_RELU, BIAS_POINTER = 0, 8
 ALIGNMENT = 16
-ONE, ZERO = c_float(1.0), c_float(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
     """Y [tokens, rows] = X [tokens, columns] W^T, W [rows, columns] sparse; Y's rows are `stride` elements apart.
 
+    `dtype` is that of W and X; Y's is `output` where it differs, as it does for e4m3.
     With `straight` D [rows, tokens] = W X, X [columns, tokens]: `tokens` is then only the dense matrices' width.
     """
 
@@ -53,6 +57,7 @@ class Product:
     stride: int
     relu: bool = False
     straight: bool = False
+    output: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +74,14 @@ def padded_tokens(tokens: int) -> int:
     return tokens + -tokens % 16
 
 
+def operand_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
+    """Size of an operand: half the values, and a nibble for every four weights."""
+    return rows * columns * itemsize // 2 + rows * columns // 8
+
+
 def padded_columns(columns: int) -> int:
     """An operand's columns are a multiple of 64; tokens are filled up with zeros where they become columns."""
     return columns + -columns % 64
-
-
-def operand_bytes(rows: int, columns: int) -> int:
-    """Size of a 16-bit operand: half the values, and a nibble for every four weights."""
-    return rows * columns * 9 // 8
 
 
 def unsupported_shape(rows: int, columns: int, dtype: torch.dtype) -> str | None:
@@ -95,7 +100,7 @@ class Plan:
         """
         Args:
             algorithm: None: the library's default.
-            bias: address of a bias `[rows]` of the operands' dtype, added before ReLU; 0: none.
+            bias: address of a bias `[rows]` of Y's dtype, added before ReLU; 0: none.
         """
         self.product = product
         self.handle = handle_of(product.device)
@@ -114,13 +119,15 @@ class Plan:
         """W row-major; X^T and D column-major, so that X and Y are row-major, or row-major themselves."""
         product = self.product
         rows, columns, tokens = c_int64(product.rows), c_int64(product.columns), c_int64(product.tokens)
-        layout = (c_uint32(ALIGNMENT), c_int32(DTYPES[product.dtype]))
+        layout = (c_uint32(ALIGNMENT), c_int32(CODES[product.dtype]))
         sparse = (*layout, c_int32(ROW_MAJOR), c_int32(HALF_IS_ZERO))
-        dense = (*layout, c_int32(ROW_MAJOR if product.straight else COLUMN_MAJOR))
+        order = c_int32(ROW_MAJOR if product.straight else COLUMN_MAJOR)
+        dense = (*layout, order)
+        output = (c_uint32(ALIGNMENT), c_int32(CODES[product.output or product.dtype]), order)
         x_stride = tokens if product.straight else columns
         call("StructuredDescriptorInit", self.handle, self.weight.pointer, rows, columns, columns, *sparse)
         call("DenseDescriptorInit", self.handle, self.x.pointer, columns, tokens, x_stride, *dense)
-        call("DenseDescriptorInit", self.handle, self.y.pointer, rows, tokens, c_int64(product.stride), *dense)
+        call("DenseDescriptorInit", self.handle, self.y.pointer, rows, tokens, c_int64(product.stride), *output)
 
     def _describe_product(self, bias: int) -> None:
         matrices = (self.weight.pointer, self.x.pointer, self.y.pointer, self.y.pointer)
@@ -164,14 +171,15 @@ class Plan:
         if hasattr(library(), "cusparseLtMatmulAlgSelectionDestroy"):
             call("MatmulAlgSelectionDestroy", self.selection.pointer)
 
-    def run(self, operand: int, x: int, y: int, stream: int, accumulate: bool = False) -> None:
-        """Enqueue the product; arguments are device addresses and a stream.
+    def run(self, operand: int, x: int, y: int, stream: int, *, accumulate: bool = False, factor: float = 1.0) -> None:
+        """Enqueue the product, times `factor`; the others are device addresses and a stream.
 
         Args:
             accumulate: add to what Y holds: read by the epilogue, summed in fp32 and rounded once.
         """
         scratch = _workspace(self.workspace_bytes, self.product.device, stream)
-        inputs = (byref(ONE), c_void_p(operand), c_void_p(x), byref(ONE if accumulate else ZERO))
+        beta = c_float(float(accumulate))
+        inputs = (byref(c_float(factor)), c_void_p(operand), c_void_p(x), byref(beta))
         place = c_void_p(scratch.data_ptr() if scratch is not None else None)
         streams = c_void_p(stream)
         output = (c_void_p(y), c_void_p(y))
@@ -205,7 +213,8 @@ def plan(product: Product, algorithm: Algorithm | None = None, bias: int = 0) ->
 def compress(rows: int, columns: int, dense: torch.Tensor, operand: torch.Tensor) -> None:
     """The library's own compressor: `dense` [rows, columns], already 2:4, into `operand`. As slow as a product."""
     device = dense.device.index
-    sized = plan(Product(rows, columns, 128, dense.dtype, device, rows))
+    output = torch.bfloat16 if dense.dtype == E4M3 else None
+    sized = plan(Product(rows, columns, 128, dense.dtype, device, rows, output=output))
     size, scratch = c_size_t(), c_size_t()
     call("SpMMACompressedSize", sized.handle, sized.plan.pointer, byref(size), byref(scratch))
     if size.value != operand.numel():

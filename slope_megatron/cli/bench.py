@@ -14,6 +14,7 @@ BENCHMARKS = {
     "peers": "blocks of torch's own 2:4 tensors, of an FST-style MLP and of this project's modes, in one run",
     "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
+    "fp8": "every linear of the models in e4m3, dense and 2:4, against dense bf16",
 }
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 

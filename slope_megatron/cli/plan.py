@@ -12,6 +12,7 @@ from typing import Any
 
 from slope_megatron.config import add_config_arguments, read_config
 
+STATED_MFU = 0.4
 EPILOG = """\
 examples:
   slope plan --cluster narval --nodes 8 --config launch/models/opt-66b.yaml --global-batch-size 512
@@ -39,12 +40,17 @@ def add_parser(subcommands) -> None:
     )
     add("--nodes", type=int, default=1, help="nodes of the job (default: %(default)s)")
     add("--vocabulary", type=int, help="tokens before padding; default: the data's, else 50272 (OPT's)")
-    add("--rates", type=Path, metavar="CSV", help="products measured by `slope bench gemm` on this kind of GPU")
+    add(
+        "--rates",
+        type=Path,
+        metavar="CSV",
+        help="products measured by `slope bench gemm` on this kind of GPU; default: this repository's own where they "
+        "are of the same architecture, unless --mfu is given",
+    )
     add(
         "--mfu",
         type=float,
-        default=0.4,
-        help="without --rates: the dense step's share of peak, assumed (default: %(default)s)",
+        help=f"without --rates: the dense step's share of peak, assumed (default: {STATED_MFU})",
     )
     add(
         "--sparse-speedup",
@@ -56,7 +62,7 @@ def add_parser(subcommands) -> None:
     add(
         "--plan-backend",
         default="kernels",
-        choices=("kernels", "reference"),
+        choices=("kernels", "cutlass", "reference"),
         help="operands held (default: %(default)s)",
     )
     add("--adamw", default="fused", choices=("foreach", "fused"), help="form of AdamW (default: %(default)s)")
@@ -106,10 +112,11 @@ def question(arguments, config):
     """
     from slope_megatron.launch.cluster import read_cluster
     from slope_megatron.launch.planner import Question
-    from slope_megatron.launch.speed import Rates, read_rates
+    from slope_megatron.launch.speed import Rates, own_rates, read_rates
 
     cluster = read_cluster(arguments.cluster)
-    if not 0 < arguments.mfu <= 1:
+    mfu = STATED_MFU if arguments.mfu is None else arguments.mfu
+    if not 0 < mfu <= 1:
         raise ValueError(f"--mfu is {arguments.mfu}: it is a share of the GPU's peak, more than 0 and at most 1")
     if not 0 < arguments.sparse_speedup < math.inf:
         raise ValueError(f"--sparse-speedup is {arguments.sparse_speedup}: it must be a positive number")
@@ -123,8 +130,8 @@ def question(arguments, config):
             f"--nodes is {arguments.nodes}: {cluster.name} gives a job 1 to {cluster.max_nodes} nodes "
             "(MAX_NODES of its file)"
         )
-    measured = read_rates(arguments.rates) if arguments.rates else ()
-    rates = Rates(measured, arguments.mfu, arguments.sparse_speedup)
+    path = arguments.rates or (own_rates(cluster.gpu) if arguments.mfu is None else None)
+    rates = Rates(read_rates(path) if path else (), mfu, arguments.sparse_speedup, str(path or ""))
     vocabulary = read_vocabulary(arguments, config)
     return Question(
         config,
@@ -210,7 +217,7 @@ def show(arguments, asked, found, only) -> None:
     )
     rates = asked.rates
     source = (
-        f"products of {arguments.rates}" if rates.measured else f"assumed: MFU {rates.mfu}, 2:4 x{rates.sparse_speedup}"
+        f"products of {rates.source}" if rates.measured else f"assumed: MFU {rates.mfu}, 2:4 x{rates.sparse_speedup}"
     )
     print(f"times are estimates; {source}\n")
     print(planner.table(found, tokens, asked.name("sparse")))

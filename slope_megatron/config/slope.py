@@ -5,6 +5,8 @@ import re
 
 from slope_megatron.config.fields import check_choices, option
 
+BACKENDS = ("auto", "cusparselt", "cutlass", "reference")
+
 
 def parse_nm(text: str) -> tuple[int, int]:
     """`"2:4"` -> (2, 4): keep N of every M consecutive weights.
@@ -61,6 +63,8 @@ def check_method(slope: "SlopeConfig") -> None:
         object.__setattr__(slope, "enabled", False)
     if slope.mode == "full" and slope.method != "slope":
         raise ValueError(f"--slope-mode full with --slope-method {slope.method}: the mode is slope's; leave it out")
+    if slope.fp8 != "off":
+        check_fp8(slope)
     if slope.method == "fst" and (slope.nm != "2:4" or slope.nm_by_block):
         raise ValueError("--slope-method fst with another pattern than 2:4: its masks are transposable 2:4; use 2:4")
     if slope.method == "fst" and slope.adapter_rank:
@@ -75,6 +79,33 @@ def check_method(slope: "SlopeConfig") -> None:
     for name in ("fst_mask_interval", "wanda_samples"):
         if getattr(slope, name) < 1:
             raise ValueError(f"--slope-{name.replace('_', '-')} is {getattr(slope, name)}: it must be at least 1")
+
+
+def check_fp8(slope: "SlopeConfig") -> None:
+    """What products in e4m3 go with: packed 2:4 weights with a dense wgrad.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if slope.method != "slope":
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with --slope-method {slope.method}: it is slope's alone; leave it out"
+        )
+    if slope.mode == "full":
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with --slope-mode full: its pruned wgrad has no e4m3 product; "
+            "use --slope-mode paper"
+        )
+    if slope.nm != "2:4" or slope.nm_by_block:
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with another pattern than 2:4: sparse tensor cores take no other; "
+            "use --slope-nm 2:4"
+        )
+    if slope.backend == "cutlass":
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with --slope-backend cutlass: its kernels take 16-bit values; "
+            "use cusparselt or auto"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +160,14 @@ class SlopeConfig:
     fst_mask_interval: int = option(40, "fst: optimizer steps between two searches of the transposable masks")
     fst_dense_tail: float = option(1 / 6, "fst: share of the steps, at the end, that train dense")
     fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
-    backend: str = option("auto", "kernels of the sparse products", choices=("auto", "cusparselt", "reference"))
+    backend: str = option("auto", "kernels of the sparse products", choices=BACKENDS)
+    fp8: str = option(
+        "off",
+        "products of the sparse linears in e4m3 (sm_89, sm_90), one scale a tensor: off (the parameters' own type), or "
+        "current (scales from each tensor's present largest magnitude)",
+        choices=("off", "current"),
+    )
+    fp8_wgrad: bool = option(True, "with --slope-fp8, the weight gradient's product in e4m3 as well")
 
     def __post_init__(self):
         check_choices(self, "slope")
@@ -174,6 +212,13 @@ class SlopeConfig:
     def gradient_nm(self) -> tuple[int, int]:
         """N and M of an output gradient along tokens: what sparse tensor cores take, whatever N:M the weight has."""
         return (1, 2) if self.nm == "1:2" else (2, 4)
+
+    @property
+    def float8_kinds(self) -> tuple[str, ...]:
+        """The products of a sparse linear that are in e4m3."""
+        if self.fp8 == "off":
+            return ()
+        return ("forward", "dgrad", "wgrad") if self.fp8_wgrad else ("forward", "dgrad")
 
     @property
     def decay(self) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 # In a checkout; an installed package is given the file's path.
 CLUSTERS = Path(__file__).resolve().parents[2] / "launch" / "clusters"
@@ -80,7 +81,7 @@ def read_cluster(name: str) -> Cluster:
 
 def read_values(path: Path) -> dict[str, str]:
     """`KEY=value` lines, quotes as in a shell; comments and empty lines skipped."""
-    values = {}
+    values: dict[str, str] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -89,13 +90,13 @@ def read_values(path: Path) -> dict[str, str]:
             words = shlex.split(match[2], comments=True) if match else None
         except ValueError:
             words = None
-        if words is None or len(words) > 1:
+        if match is None or words is None or len(words) > 1:
             raise ValueError(f"{path}:{number}: {line!r} is no KEY=value: quote values that hold spaces")
         values[match[1]] = words[0] if words else ""
     return values
 
 
-def convert(path: Path, key: str, kind: type, text: str):
+def convert(path: Path, key: str, kind: Any, text: str):
     """One value as its field's type."""
     try:
         if kind is bool:

@@ -38,19 +38,20 @@ def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: in
         optimizer: Megatron's, chained or not.
     """
     start = slope.adapter_start(steps)
-    active = start is not None and step >= start
-    use_adapters(chunks, active)
-    if not active:
+    if start is None or step < start:
+        use_adapters(chunks, False)
         yield
         return
+    use_adapters(chunks, True)
     models = [unwrapped(chunk) for chunk in chunks]
+    held = [state for model in models for state in adapter_states(optimizer, model)]
+    counters = [state["step"] for state in held if torch.is_tensor(state.get("step"))]
     if step == start:
         for model in models:
             restart(optimizer, fill_adapters(model, seed=seed))
         logger.info("step %d of %d: the adapters join", step, steps)
-    counters = [count for model in models for count in step_counters(optimizer, model)]
-    if not counters:
-        logger.warning("the optimizer counts the steps of all parameters at once: no bias correction of the adapters'")
+        if held and not counters:
+            logger.warning("the optimizer has one count of steps: Adam's averages of adapters begin uncorrected")
     common = [int(count) for count in counters]
     for count in counters:
         count.fill_(step - start)
@@ -61,8 +62,8 @@ def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: in
 
 def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
     """The model without Megatron's data parallelism and precision around it."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
+    while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
+        chunk = inner
     return chunk
 
 
@@ -81,10 +82,9 @@ def memories(optimizer, parameter: torch.nn.Parameter):
             yield part, main, part.optimizer.state[main]
 
 
-def step_counters(optimizer, model: torch.nn.Module) -> list[torch.Tensor]:
-    """Adam's counts of steps, those of the adapters, where it keeps one for each parameter."""
-    states = [state for parameter in adapters_of(model) for _, _, state in memories(optimizer, parameter)]
-    return [state["step"] for state in states if torch.is_tensor(state.get("step"))]
+def adapter_states(optimizer, model: torch.nn.Module) -> list[dict]:
+    """What Adam remembers of the adapters, on this rank."""
+    return [state for parameter in adapters_of(model) for _, _, state in memories(optimizer, parameter)]
 
 
 @torch.no_grad()

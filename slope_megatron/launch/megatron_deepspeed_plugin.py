@@ -54,7 +54,7 @@ def complete_deepspeed() -> None:
         raise ValueError("this DeepSpeed has no compression: leave compression_training out of its configuration")
 
     module = types.ModuleType(COMPRESSION)
-    module.init_compression = module.redundancy_clean = absent
+    vars(module).update(init_compression=absent, redundancy_clean=absent)
     sys.modules[COMPRESSION] = module
     logger.info("%s is not in this DeepSpeed: a stand-in that refuses to compress", COMPRESSION)
 

@@ -27,28 +27,31 @@ BUCKET = 500_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Bytes of one weight and of one gradient element."""
+    """Bytes of one weight, of one gradient element, and of one value in a kernel's operand."""
 
     weight: int
     gradient: int
+    operand: int
 
 
-def precision(dtype: str, gradients: str) -> Precision:
-    """`dtype` bf16, fp16 or fp32; `gradients` fp32 or bf16 (which means: of the weights' type)."""
+def precision(dtype: str, gradients: str, fp8: bool = False) -> Precision:
+    """`dtype` bf16, fp16 or fp32; `gradients` fp32 or bf16 (that is, of the weights' type); `fp8`: e4m3 operands."""
     weight = 4 if dtype == "fp32" else 2
-    return Precision(weight, 4 if gradients == "fp32" else weight)
+    return Precision(weight, 4 if gradients == "fp32" else weight, 1 if fp8 else weight)
 
 
-def operand_bytes(counts: Counts, weight_bytes: int, backend: str) -> float:
+def operand_bytes(counts: Counts, bytes_of: Precision, backend: str) -> float:
     """Forward and backward operand of packed weights.
 
     reference: two dense copies, an int64 index and a bool of each kept value. Kernels: half of the values (2:4 slots
-    hold sparser patterns too) and one bit of metadata a dense weight, twice.
+    hold sparser patterns too) and one bit of metadata a dense weight, twice. cutlass: its forward product reads the
+    parameter's own values.
     """
     dense = counts.packed_dense
     if backend == "reference":
-        return 2 * dense * weight_bytes + counts.packed * (8 + 1)
-    return 2 * (dense / 2 * weight_bytes + dense / 8)
+        return 2 * dense * bytes_of.weight + counts.packed * (8 + 1)
+    copies = 1 if backend == "cutlass" else 2
+    return copies * dense / 2 * bytes_of.operand + 2 * dense / 8
 
 
 def state_bytes(counts: Counts, bytes_of: Precision, backend: str, replicas: int = 1) -> dict[str, float]:
@@ -57,7 +60,7 @@ def state_bytes(counts: Counts, bytes_of: Precision, backend: str, replicas: int
     return {
         "weights": counts.trained * bytes_of.weight,
         "patterns": dense / 8 + counts.packed / 8 + counts.masked / 8,
-        "operands": operand_bytes(counts, bytes_of.weight, backend) + counts.masked * bytes_of.weight,
+        "operands": operand_bytes(counts, bytes_of, backend) + counts.masked * bytes_of.weight,
         "gradients": counts.trained * bytes_of.gradient,
         "optimizer": 12 * counts.trained / replicas,
     }
@@ -124,7 +127,7 @@ class Holding:
     """How a run holds its state.
 
     Args:
-        backend: whose operands: "reference" or "kernels".
+        backend: whose operands: "reference", "kernels" (cuSPARSELt's) or "cutlass".
         offload: the optimizer's state in host memory.
         fused: AdamW in its fused form.
     """

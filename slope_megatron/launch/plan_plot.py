@@ -21,7 +21,7 @@ def draw(path: Path, rows: list[Row], capacity_gib: float, title: str) -> None:
     chosen = dict(list(pairs.items())[:MOST_LAYOUTS])
     names = list(next(iter(chosen.values()))["sparse"].bytes)
     figure, (memory, time) = plt.subplots(2, 1, figsize=(max(8, 0.9 * len(chosen)), 9), sharex=True)
-    colours = plt.get_cmap("tab10").colors
+    colours = plt.get_cmap("tab10")(range(10))
     for index, pair in enumerate(chosen.values()):
         for offset, kind in ((-0.2, "dense"), (0.2, "sparse")):
             bottom = 0.0

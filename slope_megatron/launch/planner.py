@@ -18,7 +18,7 @@ class Question:
 
     Args:
         gradients: "fp32" accumulation, or "bf16": of the weights' type.
-        backend: whose operands a packed weight has: "reference", or "kernels" (cuSPARSELt and the like).
+        backend: whose operands a packed weight has: "reference", "kernels" (cuSPARSELt's) or "cutlass".
         offload: the optimizer's state in host memory.
         fused: AdamW in its fused form, without temporaries.
     """
@@ -42,7 +42,8 @@ class Question:
     def holding(self) -> Holding:
         """Without 2:4 tensor cores every backend unpacks."""
         backend = self.backend if self.cluster.sparse_24 else "reference"
-        return Holding(precision(self.dtype, self.gradients), backend, self.offload, self.fused)
+        bytes_of = precision(self.dtype, self.gradients, self.config.slope.fp8 != "off")
+        return Holding(bytes_of, backend, self.offload, self.fused)
 
     def name(self, kind: str) -> str:
         """A kind as it is written: 2:4, or the baseline that stands in its place."""

@@ -141,7 +141,7 @@ def verdict(reports: list[Report]) -> tuple[str, list[str]]:
     return "\n".join(lines), bad
 
 
-def settle(store, ranks: Ranks, key: str, text: str | None, seconds: float) -> str:
+def settle(store, ranks: Ranks, key: str, text: str, seconds: float) -> str:
     """Rank 0's word, on every node; all wait for it."""
     if ranks.rank == 0:
         store.set(key, text)

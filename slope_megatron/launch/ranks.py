@@ -201,8 +201,8 @@ def one_device_per_task(environment: Mapping[str, str], dialect: Dialect) -> boo
 
 def first_host(nodelist: str) -> str:
     """`c[301-302,7],ng1` -> `c301`: the first name of SLURM's short form."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 def job_port(job_id: str) -> int:

@@ -23,6 +23,7 @@ from slope_megatron.launch.tensors import block_widths, padded_vocabulary, patte
 # Of one message between GPUs, whatever its size. Assumed.
 LATENCY = 20e-6
 PRODUCTS = ("forward", "dgrad", "wgrad")
+ARCHITECTURES = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90"}
 COLUMNS = ("kind", "rows", "columns", "tokens", "dense_ms", "sparse_ms")
 
 
@@ -45,18 +46,24 @@ class Rates:
     Args:
         measured: of a CSV; empty: `mfu` of the GPU's peak for a dense product, which then stands for the whole block.
         mfu: model FLOPs utilisation that a dense step is said to reach.
-        sparse_speedup: of a 2:4 forward or dgrad over its dense twin, where nothing is measured.
+        sparse_speedup: of a 2:4 product over its dense twin, where nothing is measured.
+        source: the CSV.
     """
 
     measured: tuple[Rate, ...]
     mfu: float
     sparse_speedup: float
+    source: str = ""
+
+    def measures(self, kind: str, product: str) -> bool:
+        return any((rate.kind, rate.product) == (kind, product) for rate in self.measured)
 
     def seconds(self, kind: str, product: str, tokens: int, out: int, width: int, peak: float) -> float:
         """One product of this shape, at the rate of the nearest measured one."""
         operations = 2.0 * tokens * out * width
-        # No wgrad was measured: any product of its kind and size stands for it.
-        near = [rate for rate in self.measured if rate.kind == kind and product in (rate.product, "wgrad")]
+        # Where no wgrad was measured, any product of its kind and size stands for it.
+        alike = product if self.measures(kind, product) or product != "wgrad" else None
+        near = [rate for rate in self.measured if rate.kind == kind and alike in (rate.product, None)]
         if near:
 
             def distance(rate: Rate) -> float:
@@ -66,6 +73,15 @@ class Rates:
             return operations / (min(near, key=distance).tflops * 1e12)
         faster = self.sparse_speedup if kind == "sparse" else 1.0
         return operations / (self.mfu * peak * 1e12 * faster)
+
+
+def own_rates(gpu: str) -> Path | None:
+    """This repository's measurement on a GPU of that architecture, where there is one."""
+    path = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "results" / "gemm.csv"
+    architecture = next((found for name, found in ARCHITECTURES.items() if gpu.startswith(name)), None)
+    if architecture is None or not path.is_file():
+        return None
+    return path if f"architecture={architecture} " in path.read_text().partition("\n")[0] else None
 
 
 def read_rates(path: Path) -> tuple[Rate, ...]:
@@ -112,14 +128,17 @@ def linear_seconds(
 ) -> float:
     """The products of one linear; `shape` (out, in) on this rank, `full`: mode "full".
 
-    A pruned wgrad is a product of 2:4 dY^T `[out, T]` with X `[T, in]`; dY is read, its kept half and metadata written.
+    A pruned wgrad's measured time holds the pruning of dY. Where only other products were measured, it is one of 2:4
+    dY^T `[out, T]` with X `[T, in]`, and before it dY is read, its kept half and metadata written.
     """
     out, width = shape
     peak = cluster.peak_tflops
     kind = "sparse" if packed and cluster.sparse_24 else "dense"
     seconds = sum(rates.seconds(kind, product, tokens, out, width, peak) for product in passes if product != "wgrad")
     wgrad = rates.seconds("dense", "wgrad", tokens, out, width, peak)
-    if full and kind == "sparse":
+    if full and rates.measures(kind, "wgrad"):
+        wgrad = rates.seconds(kind, "wgrad", tokens, out, width, peak)
+    elif full and kind == "sparse":
         pruning = tokens * out * (b + b / 2 + 1 / 8) / (cluster.memory_gbs * 1e9)
         wgrad = min(wgrad, rates.seconds("sparse", "wgrad", width, out, tokens, peak) + pruning)
     return seconds + wgrad

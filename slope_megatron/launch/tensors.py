@@ -92,7 +92,7 @@ def linear(config: Config, name: str, block: int) -> Iterator[Tensor]:
         # A row-parallel linear adds its bias after the reduction: every rank has all of it.
         yield Tensor(f"{full}.bias", (out,), 0 if cut == 0 else None, block)
     if (nm or masked) and config.slope.adapter_rank:
-        rank = config.slope.adapter_rank
+        rank = int(config.slope.adapter_rank)
         yield Tensor(f"{full}.adapter_l", (rank, width), None if cut == 0 else 1, block, adapter=True)
         yield Tensor(f"{full}.adapter_r", (out, rank), 0 if cut == 0 else None, block, adapter=True)
 

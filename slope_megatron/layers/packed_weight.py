@@ -148,6 +148,9 @@ class PackedWeight(PrunedLinear):
             self._refreshed_version = self.weight._version
         elif self._refreshed_version != self.weight._version:
             self.refresh()
+        elif hasattr(self._operands, "rebind"):
+            # They read the parameter itself, and a flat buffer or a gather may have moved it.
+            self._operands.rebind(self.weight.detach())
         return self._operands
 
     def new_operands(self, products: tuple[str, ...]) -> Operands:
@@ -159,7 +162,8 @@ class PackedWeight(PrunedLinear):
                 "or load a checkpoint"
             )
         values = self.weight.detach()
-        return build_operands(self.slope.backend, values, self.weight_pattern, self.weight_column, products)
+        patterns = (self.weight_pattern, self.weight_column)
+        return build_operands(self.slope.backend, values, *patterns, products, float8_kinds=self.slope.float8_kinds)
 
     @property
     def has_operands(self) -> bool:

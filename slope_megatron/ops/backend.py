@@ -1,12 +1,13 @@
 """Backends: who computes the three products, on which machine, and why not elsewhere."""
 
 import functools
+import itertools
 import logging
 from typing import Protocol
 
 import torch
 
-from slope_megatron.ops import cusparselt, products, reference
+from slope_megatron.ops import cusparselt, cutlass, float8, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 from slope_megatron.sparsity.token_draws import TokenDraws
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 class Operands(Protocol):
     """What one backend derives from a packed weight. T tokens, N out, K in, C kept per row.
 
-    The packed values are the state; operands are rebuilt from them and are never saved.
+    The packed values are the state; operands are rebuilt from them and are never saved. Operands that read the values
+    where they lie also have `rebind(values_NC)`, cheap and called before each use: the same values are here now.
     """
 
     def refresh(self, values_NC: torch.Tensor) -> None:
@@ -37,12 +39,13 @@ class Operands(Protocol):
 
 
 PRODUCTS = reference.PRODUCTS
-# In the order in which "auto" tries them.
-BACKENDS = {"cusparselt": cusparselt, "reference": reference}
+# In the order in which "auto" tries them. `cutlass` is for asking: its kernels are candidates of `cusparselt` too.
+BACKENDS = {"cusparselt": cusparselt, "reference": reference, "cutlass": cutlass}
 ROWS_AT_ONCE = 4096
 SAYS = {
     "cusparselt": "2:4 tensor cores, or dense where that measures faster",
     "reference": "unpack and dense product",
+    "cutlass": "2:4 tensor cores, the forward product on the parameter's own memory",
 }
 
 
@@ -67,7 +70,8 @@ def choose(requested: str) -> str:
         logger.info("sparse products: backend %s, as requested", requested)
         return requested
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    refused = "".join(f"; {name}: {reason}" for name, reason in reasons.items() if reason)
+    tried = itertools.takewhile(lambda name: name != chosen, reasons)
+    refused = "".join(f"; {name}: {reasons[name]}" for name in tried)
     logger.info("sparse products: backend %s (%s)%s", chosen, SAYS[chosen], refused)
     return chosen
 
@@ -77,7 +81,9 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def build_operands(backend: str, values_NC, row, column=None, products_wanted=PRODUCTS) -> Operands:
+def build_operands(
+    backend: str, values_NC, row, column=None, products_wanted=PRODUCTS, *, float8_kinds: tuple[str, ...] = ()
+) -> Operands:
     """Operands of one packed weight.
 
     Args:
@@ -86,15 +92,21 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
             have the forward product alone, and on 2:4 units always the sparse one: a dense copy beside the operand
             would make the model larger than a dense one.
         products_wanted: those that they will serve.
+        float8_kinds: the products that are in e4m3: none, ("forward", "dgrad"), or all three.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
     name = choose(backend)
-    if name == "cusparselt":
+    if float8_kinds:
+        return build_float8_operands(backend, values_NC, row, column, products_wanted, wgrad="wgrad" in float8_kinds)
+    if name != "reference":
         row_bits = pack_bits(row) if row.dtype == torch.bool else row
-        reason = cusparselt.unsupported_weight(values_NC, row_bits)
+        reason = BACKENDS[name].unsupported_weight(values_NC, row_bits)
+        if reason is None and name == "cutlass":
+            column_bits = pack_bits(column) if column is not None and column.dtype == torch.bool else column
+            return cutlass.build(values_NC, row_bits, column_bits, products_wanted)
         if reason is None and column is None:
-            # The kernel that writes operands reads a second pruning, whatever it writes: it gets a valid one.
+            # The builder asks for a second pruning, of which nothing stays.
             column = choose_column_bits(values_NC, row_bits, 2, 4)
             operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False, products_wanted=("forward",))
             operands.keep_forward_alone()
@@ -112,6 +124,32 @@ def build_operands(backend: str, values_NC, row, column=None, products_wanted=PR
         return reference.ForwardOnly(values_NC, row_NK)
     column_NC = column if column.dtype == torch.bool else unpack_bits(column)
     return reference.build(values_NC, row_NK, column_NC, products_wanted)
+
+
+def build_float8_operands(backend: str, values_NC, row, column, products_wanted, *, wgrad: bool) -> Operands:
+    """The same for products in e4m3; off the GPU, or where the backend `reference` was asked for, emulated.
+
+    Raises:
+        ValueError: this GPU or this weight has no such product: nobody wants a slow emulation there.
+    """
+    row_bits, column_bits = (pack_bits(part) if part.dtype == torch.bool else part for part in (row, column))
+    if values_NC.device.type == "cuda" and backend != "reference":
+        reason = float8.unsupported() or float8.unsupported_weight(values_NC, row_bits)
+        if reason:
+            raise ValueError(f"--slope-fp8 cannot run here: {reason}; use --slope-fp8 off")
+        _say_once(f"sparse products: in e4m3, {'all three' if wgrad else 'wgrad in the type of the parameters'}")
+        return float8.Float8Operands(
+            values_NC,
+            row_bits,
+            column_bits,
+            wgrad=wgrad,
+            dense_allowed=backend == "auto",
+            products_wanted=products_wanted,
+        )
+    _say_once("sparse products: e4m3 is emulated, by rounding and then multiplying in the type of the parameters")
+    operands = float8.EmulatedFloat8Operands(unpack_bits(row_bits), values_NC.dtype, products_wanted, wgrad=wgrad)
+    operands.set_column_pattern(column_bits, values_NC)
+    return operands
 
 
 def choose_column_bits(values_NC: torch.Tensor, row_bits: torch.Tensor, n: int, m: int) -> torch.Tensor:

@@ -168,7 +168,7 @@ def join(operands, kind: str, form: str, rank: int) -> None:
 def measure_algorithm(key: Key, device: torch.device) -> Choice:
     """The fastest of the library's algorithms that multiplies right."""
     trial = measure.prepare(key, device)
-    candidates = {candidate.algorithm: candidate for candidate in measure.finalists(trial, 1)}
+    candidates = {candidate.algorithm: candidate for candidate in measure.cusparselt_finalists(trial, [1])}
     if not candidates:
         return Choice(True)
     samples = timing.interleaved(candidates, rounds=7, calls=3)

@@ -62,7 +62,7 @@ def _run_tiles(operand, x_TS, y_TR, tiles: int, bias, relu: bool, accumulate: bo
         first = tile * (rows // tiles) * x_TS.element_size()
         plan = cusparselt.plan(product, algorithm, bias.data_ptr() + first if bias is not None else 0)
         start = operand_start + tile * operand.numel() // tiles
-        plan.run(start, x_TS.data_ptr(), y_start + first, stream, accumulate)
+        plan.run(start, x_TS.data_ptr(), y_start + first, stream, accumulate=accumulate)
 
 
 @sparse_mm.register_kernel("cpu")

@@ -6,8 +6,8 @@ a row: a value and a place (0..3), the places of a group different and ascending
     forward operand    W^R [N, K]: the packed values themselves, the places those of the row pattern
     backward operand   W^{R,C} transposed [K, N]: a column group keeps at most two; a slot without a survivor holds zero
 
-Metadata is one nibble a group, first place | second place << 2, in the order that a library wants; the order here is
-cuSPARSELt's for 16-bit types on sm_90.
+Metadata is one nibble a group, first place | second place << 2, in the order that a library wants; the orders here are
+cuSPARSELt's on sm_90, one for 16-bit types and one for e4m3.
 """
 
 import torch
@@ -75,8 +75,31 @@ def places_sm90(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     return torch.stack((ordered & 3, ordered >> 2), -1)
 
 
+def metadata_e4m3(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """cuSPARSELt's metadata of an e4m3 operand on sm_90 from that of a 16-bit one; G a multiple of 16.
+
+    Blocks of 64 rows x 16 groups, group-major within a row block; within one the nibble's address is, from the highest
+    bit, r5 r4 r2 r1 r0 g2 g1 g3 r3 g0.
+    """
+    nibble = torch.stack((metadata & 15, metadata >> 4), -1)
+    # Axes: row block, group block, g3, r54, r210, g1, g0, g2, r3.
+    bits = nibble.view(rows // 64, groups // 16, 2, 4, 8, 2, 2, 2, 2)
+    ordered = bits.permute(0, 1, 3, 4, 7, 5, 2, 8, 6).reshape(-1, 2)
+    return ordered[:, 0] | ordered[:, 1] << 4
+
+
+def places_e4m3(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The places int64 `[rows, groups, 2]` that e4m3 metadata stands for."""
+    nibble = torch.stack((metadata & 15, metadata >> 4), -1)
+    bits = nibble.view(rows // 64, groups // 16, 4, 8, 2, 2, 2, 2, 2)
+    ordered = bits.permute(0, 2, 7, 3, 1, 6, 4, 5, 8).reshape(rows, groups).long()
+    return torch.stack((ordered & 3, ordered >> 2), -1)
+
+
 def scatter_slots(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The dense matrix `[R, S]` that slots stand for: what a sparse product multiplies with."""
+    if values.dtype == torch.float8_e4m3fn:  # torch does not scatter these; a zero byte is their zero
+        return scatter_slots(values.view(torch.uint8), places).view(values.dtype)
     groups = values.unflatten(-1, (-1, 2))
     dense = torch.zeros((*groups.shape[:-1], 4), dtype=values.dtype, device=values.device)
     return dense.scatter(-1, places, groups).flatten(-2)

@@ -13,7 +13,7 @@ def parse(*words):
     return cli.parse(["bench", *words])
 
 
-@pytest.mark.parametrize("name", ["gemm", "block", "parallel", "adapters", "memory", "peers", "step", "refresh"])
+@pytest.mark.parametrize("name", ["gemm", "block", "parallel", "adapters", "memory", "peers", "step", "refresh", "fp8"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can be measured")
 def test_a_machine_without_a_gpu_is_refused_with_the_reason(name):
     arguments = parse(name)

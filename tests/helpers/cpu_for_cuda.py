@@ -107,6 +107,17 @@ def exchange_megatron() -> None:
     datasets.compile_helpers = lambda: None
 
 
+def look_at_operands() -> None:
+    """Of a script with `--slope`, whose plugin is imported before it runs."""
+    import slope_megatron.launch.megatron_plugin as plugin
+    from helpers.observed_operands import observe
+
+    def flag(name: str) -> int:
+        return int(sys.argv[len(sys.argv) - sys.argv[::-1].index(name)])
+
+    observe(plugin, flag("--micro-batch-size") * flag("--seq-length"))
+
+
 def main(checkout: str, script: str) -> None:
     if not hasattr(typing, "override"):
         typing.override = lambda function: function
@@ -116,6 +127,7 @@ def main(checkout: str, script: str) -> None:
     mode = CpuForCuda()
     mode.__enter__()
     exchange_megatron()
+    look_at_operands()
     sys.argv = sys.argv[2:]
     runpy.run_path(script, run_name="__main__")
 

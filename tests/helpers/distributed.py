@@ -56,8 +56,14 @@ def _start_groups(place: Place) -> None:
         timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
     )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=place.tensor_parallel, pipeline_model_parallel_size=place.pipeline_parallel
+        tensor_model_parallel_size=place.tensor_parallel,
+        pipeline_model_parallel_size=place.pipeline_parallel,
+        create_gloo_process_groups=place.device == "cuda",
     )
+    if place.device == "cpu":
+        # All groups are gloo's: no second set of them.
+        for name in [name for name in vars(parallel_state) if name.endswith("_GLOO")]:
+            setattr(parallel_state, name, getattr(parallel_state, name.removesuffix("_GLOO")))
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 

@@ -62,18 +62,21 @@ def test_blocks_may_differ():
     assert found.packed == ((12 - 3) + 12) * square // 2 + 12 * square // 4
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_bytes_of_a_sparse_weight(dtype):
-    """DESIGN, section 3: a dense bf16 weight costs 1 + 1.125 + 1.125 + 0.19 bytes, gradients 2, state 6."""
+@pytest.mark.parametrize(("dtype", "fp8"), [("bf16", False), ("fp32", False), ("bf16", True)])
+def test_bytes_of_a_sparse_weight(dtype, fp8):
+    """DESIGN, section 3: a dense bf16 weight costs 1 + 1.125 + 1.125 + 0.19 bytes, gradients 2, state 6.
+
+    In e4m3 each operand takes half a byte less.
+    """
     counts = count(list(tensors(OPT66B, 50272)), 1)
     only = dataclasses.replace(counts, other=0, adapters=0)
-    sizes = memory.state_bytes(only, precision(dtype, "fp32"), "kernels")
+    sizes = memory.state_bytes(only, precision(dtype, "fp32", fp8), "kernels")
     b = 1 if dtype == "bf16" else 2
     per_weight = {name: size / only.packed_dense for name, size in sizes.items()}
     assert per_weight == {
         "weights": b,
         "patterns": 0.1875,
-        "operands": 2 * (b + 0.125),
+        "operands": 2 * ((0.5 if fp8 else b) + 0.125),
         "gradients": 2.0,
         "optimizer": 6.0,
     }
@@ -241,6 +244,22 @@ def test_mode_full_counts_the_pruned_wgrad_at_its_measured_rate():
     pruning = tokens * out * 3.125 / (cluster.memory_gbs * 1e9)
     assert wgrad(900.0) == pytest.approx(operations / 900e12 + pruning)
     assert wgrad(400.0) == pytest.approx(operations / 500e12)
+    # A wgrad that was measured itself holds its pruning.
+    own = [speed.Rate("sparse", "wgrad", tokens, out, width, 600.0), speed.Rate("dense", "wgrad", 1, 1, 1, 450.0)]
+    rates = speed.Rates(tuple(own), 0.4, 1.3)
+    for full, tflops in ((True, 600e12), (False, 450e12)):
+        seconds = speed.linear_seconds(rates, cluster, True, full, ("wgrad",), tokens, (out, width), 2)
+        assert seconds == pytest.approx(operations / tflops)
+
+
+def test_this_repositorys_own_products_are_taken_on_their_architecture(capsys):
+    for cluster, flags, said in (
+        ("generic-h100", [], "products of "),
+        ("generic-h100", ["--mfu", 0.5], "assumed: MFU 0.5"),
+        ("narval", [], "assumed: MFU 0.4"),
+    ):
+        assert slope_plan("--cluster", cluster, *MODEL, *flags) == 0
+        assert f"times are estimates; {said}" in capsys.readouterr().out
 
 
 def slope_plan(*flags):

@@ -1,4 +1,4 @@
-"""The upstream's own scripts, patched, train a 2:4 model: where a checkout is at hand, on the CPU."""
+"""The upstream's own scripts, patched, train a 2:4 model: where a checkout is at hand, on the CPU or on a GPU."""
 
 import contextlib
 import importlib.machinery
@@ -13,18 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launch.test_patches import CHECKOUTS, PATCHES, apply
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-SHIM = ROOT / "tests" / "helpers" / "cpu_for_cuda.py"
+HELPERS = ROOT / "tests" / "helpers"
 STEPS = 20
 FLAGS = f"""
 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --seed 7
 --micro-batch-size 1 --global-batch-size 4 --train-iters {STEPS} --lr 3e-3 --min-lr 3e-3 --lr-decay-style constant
 --log-interval 1 --eval-iters 0 --eval-interval 1000 --split 100,0,0
 --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
---attention-dropout 0 --hidden-dropout 0 --num-workers 0 --transformer-impl local --distributed-backend gloo
+--attention-dropout 0 --hidden-dropout 0 --num-workers 0 --transformer-impl local
 --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion --slope --slope-backward-mask-interval 4
 """.split()
 GPT = "--tokenizer-type NullTokenizer --vocab-size 127 --no-create-attention-mask-in-dataloader".split()
@@ -64,12 +65,14 @@ def checkout_of(version: str, name: str, folder: Path) -> Path:
     return checkout / patch.file
 
 
-def run(script: Path, *flags, world: int = 1) -> subprocess.CompletedProcess:
+def run(script: Path, *flags, world: int = 1, gpu: bool = False) -> subprocess.CompletedProcess:
     """The script on `world` ranks; what the last one returned, which is the one that logs."""
     common = {"LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world), "TORCHDYNAMO_DISABLE": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    common |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, SHIM, script.parent, script, *FLAGS, *map(str, flags)]
+    common |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))}
+    starter, backend = ("upstream_on_gpu.py", "nccl") if gpu else ("cpu_for_cuda.py", "gloo")
+    command = [sys.executable, HELPERS / starter, script.parent, script, *FLAGS, *map(str, flags)]
+    command += ["--distributed-backend", backend]
     with contextlib.ExitStack() as others:
         for rank in range(world - 1):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -91,12 +94,27 @@ def losses(result: subprocess.CompletedProcess) -> list[float]:
     return [float(text) for text in re.findall(r"lm loss: (\S+)", result.stdout)]
 
 
+def check_operands(result: subprocess.CompletedProcess, kind: str, linears: int, patterns_every: int = 4) -> None:
+    """After each step the operands are the new values; before it they were not, and patterns change in their turn."""
+    found = re.findall(
+        rf"operands: step (\d+), {linears} linears of {kind}, forward (\d+) -> (\d+), dgrad (\d+) -> (\d+), "
+        r"new patterns (\d+)",
+        result.stdout,
+    )
+    assert [int(step) for step, *_ in found] == list(range(1, STEPS + 1))
+    for step, forward, forward_after, dgrad, dgrad_after, new in (map(int, line) for line in found):
+        assert forward > 0 and dgrad > 0 and forward_after == dgrad_after == 0, f"step {step}"
+        assert (new > 0) == (step % patterns_every == 0), f"step {step}"
+
+
 @pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
 def test_megatron_lm_trains_a_sparse_gpt(version, tmp_path):
     script = checkout_of(version, "pretrain_gpt", tmp_path)
     corpus(tmp_path / "corpus")
-    found = losses(run(script, *GPT, "--data-path", tmp_path / "corpus"))
+    result = run(script, *GPT, "--data-path", tmp_path / "corpus")
+    found = losses(result)
     assert len(found) == STEPS and found[-1] < found[0] - 1.0
+    check_operands(result, "ReferenceOperands", linears=7)
 
 
 def test_adapters_join_resume_and_are_the_same_at_two_ranks(tmp_path):
@@ -124,8 +142,10 @@ def test_megatron_lm_trains_a_sparse_bert(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{index}" for index in range(123))]))
     flags = [*BERT, "--vocab-file", tmp_path / "vocab.txt", "--data-path", tmp_path / "corpus"]
     # The upstream divides by a micro-batch's masked tokens: of one short sample, there may be none.
-    found = losses(run(script, *flags, "--micro-batch-size", 4, "--global-batch-size", 16))
+    result = run(script, *flags, "--micro-batch-size", 4, "--global-batch-size", 16)
+    found = losses(result)
     assert len(found) == STEPS and np.mean(found[-5:]) < found[0] - 0.5
+    check_operands(result, "ReferenceOperands", linears=7)
 
 
 def test_bert_without_transformer_engine_asks_for_the_local_spec(tmp_path):
@@ -134,3 +154,28 @@ def test_bert_without_transformer_engine_asks_for_the_local_spec(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(SPECIAL))
     result = run(script, *flags, "--vocab-file", tmp_path / "vocab.txt", "--mock-data")
     assert "the default layer spec needs Transformer Engine, which is not installed" in result.stderr
+
+
+# Tokens of a micro-batch are at least as many as the widest side, by which the operands are read.
+ON_GPU = "--hidden-size 128 --seq-length 128 --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 8"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [("core_v0.16.1", "pretrain_gpt"), ("core_v0.16.1", "pretrain_bert"), ("main_d98e8a64", "pretrain_gpt")],
+)
+def test_megatron_lm_on_a_gpu_is_as_on_the_reference_backend(version, name, tmp_path):
+    script = checkout_of(version, name, tmp_path)
+    corpus(tmp_path / "corpus", sentences=1 if name == "pretrain_gpt" else 9)
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{index}" for index in range(123))]))
+    own = GPT if name == "pretrain_gpt" else [*BERT, "--vocab-file", tmp_path / "vocab.txt"]
+    common = [*own, *ON_GPU.split(), "--bf16", "--data-path", tmp_path / "corpus"]
+    result = run(script, *common, "--slope-backend", "cusparselt", gpu=True)
+    found = losses(result)
+    expected = losses(run(script, *common, "--slope-backend", "reference", gpu=True))
+    # bf16, and sums in another order: near at first, on the same way later.
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-3)
+    assert found == pytest.approx(expected, rel=0.05) and found[-1] < found[0] - 0.3
+    check_operands(result, "CusparseltOperands", linears=7)

@@ -9,8 +9,9 @@ from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops import choices, low_rank, reference
+from slope_megatron.ops.bias import bias_gradient
 from slope_megatron.ops.choices import Choice, Key, Order
-from slope_megatron.ops.cusparselt import CusparseltOperands, bias_gradient
+from slope_megatron.ops.cusparselt import CusparseltOperands
 from slope_megatron.ops.joined import joined_copy
 from slope_megatron.sparsity import reference as oracle
 from slope_megatron.sparsity.packing import pack, unpack

@@ -41,7 +41,10 @@ def files_of(checkpoint):
     return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".distcp")}
 
 
-@pytest.mark.parametrize("layout", [[], ["--zero-stage", "3"], ["--dtype", "fp16", "--initial-loss-scale", "1024"]])
+@pytest.mark.parametrize(
+    "layout",
+    [[], ["--zero-stage", "3"], ["--dtype", "fp16", "--initial-loss-scale", "1024"], ["--slope-mode", "full"]],
+)
 def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(corpus, tmp_path, layout):
     """Losses and the last checkpoint's weights, masters and moments; kernel choices are taken over, not measured."""
     common = ["pretrain", "--data", corpus, *MODEL, *RUN, *SLOPE, "--steps", 12, "--save-interval", 6, *layout]

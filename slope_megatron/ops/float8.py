@@ -1,0 +1,252 @@
+"""Products in e4m3: forward and dgrad on 2:4 tensor cores at twice the 16-bit rate, wgrad on dense ones.
+
+N out, K in, C = K/2 kept per row, T tokens; q(.) rounds to e4m3 with one power-of-two scale a tensor, taken from its
+present largest magnitude (`sparsity.float8`).
+    forward   Y  = q(X) q(W^R)^T
+    dgrad     dX = q(dY) q(W^{R,C})
+    wgrad     dW = q(dY)^T q(X) gathered; or in 16 bits, dW = (dY^T X) gathered
+The parameter stays packed in 16 bits: `refresh` rounds it into both operands, once a step. What is rounded is the same
+wherever it runs; which kernel multiplies, 2:4 or dense, is measured.
+"""
+
+import math
+import sys
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from slope_megatron.ops import choices, cusparselt, float8_products, layout, measure, products
+from slope_megatron.ops.bias import BiasedOperands
+from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.reference import PRODUCTS, ReferenceOperands
+from slope_megatron.sparsity import float8
+from slope_megatron.sparsity.float8 import E4M3
+from slope_megatron.sparsity.operand import backward_slots, metadata_e4m3, scatter_slots, slot_places
+from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.token_draws import TokenDraws
+
+OLDEST_ARCHITECTURE = (8, 9)
+# 512^-2: sums of up to 2^18 products of e4m3 numbers, times it, stay in the range of fp16.
+SAFE_TARGET = -18
+# An aim leaves so many binades for values to grow.
+HEADROOM = 2
+
+
+def unsupported() -> str | None:
+    """Why this machine cannot run it; None: it can."""
+    reason = cusparselt.unsupported()
+    if reason:
+        return reason
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_ARCHITECTURE:
+        return f"sm_{capability[0]}{capability[1]} has no e4m3 units; they came with sm_89 (L40S) and sm_90 (H100)"
+    return None
+
+
+def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str | None:
+    """Why this weight cannot have operands here; None: it can."""
+    reason = cusparselt.unsupported_weight(values_NC, row_bits)
+    if reason:
+        return reason
+    refused = layout.probe(values_NC.device, E4M3).refused
+    return f"cuSPARSELt {refused}" if refused else None
+
+
+class Float8Operands:
+    """Operand buffers of one weight; see the module's docstring."""
+
+    def __init__(
+        self, values_NC, row_bits, column_bits, *, wgrad: bool, dense_allowed: bool = True, products_wanted=PRODUCTS
+    ):
+        """
+        Args:
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+            wgrad: whether wgrad is in e4m3 too.
+            dense_allowed: whether a product may fall to the dense candidate.
+            products_wanted: those that will be asked for; the operand of another one is not there.
+        """
+        self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
+        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+        self.dtype, self.device = values_NC.dtype, values_NC.device
+        self.float8_wgrad, self.dense_allowed = wgrad, dense_allowed
+        size = layout.operand_bytes(self.rows, self.columns, E4M3)
+        self.operands = {
+            kind: torch.empty(size, dtype=torch.uint8, device=self.device)
+            for kind in ("forward", "dgrad")
+            if kind in products_wanted
+        }
+        self.scale = torch.empty(1, dtype=torch.float32, device=self.device)
+        # Of a product that measured faster on dense tensor cores: its weight, as [rows, columns] of the operand.
+        self.dense: dict[str, torch.Tensor] = {}
+        # The product of both factors' scales is to be 2^target; see `_aim`.
+        self.targets = dict.fromkeys(("forward", "dgrad"), SAFE_TARGET)
+        self._aimed: set[str] = set()
+        self.resident = set(products_wanted) == set(PRODUCTS)
+        # From a dgrad to the wgrad of the same dY; gone with dY itself where no wgrad comes.
+        self._transposed = WeakTensorKeyDictionary()
+        self._write_metadata("forward")
+        self.set_column_pattern(self.column_bits, values_NC)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def _shape(self, kind: str) -> tuple[int, int]:
+        return (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
+
+    def _write_metadata(self, kind: str) -> None:
+        """Once a pattern: our kernels' metadata of 16-bit operands, put in order; or, where that is another, unknown
+        one, the library's."""
+        if kind not in self.operands:
+            return
+        rows, columns = self._shape(kind)
+        if not layout.probe(self.device, E4M3).known_metadata:
+            metadata = layout.library_metadata(self._places(kind), E4M3)
+        elif kind == "forward":
+            metadata = metadata_e4m3(products.row_metadata(self.row_bits), rows, columns // 4)
+        else:
+            metadata = metadata_e4m3(products.column_metadata(self.row_bits, self.column_bits), rows, columns // 4)
+        layout.metadata_of(self.operands[kind], rows, columns, 1).copy_(metadata[None])
+
+    def _places(self, kind: str) -> torch.Tensor:
+        """Places of the operand's slots, `[R, S/4, 2]`."""
+        row_NK = unpack_bits(self.row_bits)
+        if kind == "forward":
+            return slot_places(row_NK)
+        survives = unpack_bits(self.column_bits)
+        return backward_slots(survives.to(torch.uint8), row_NK, survives)[1]
+
+    @torch.no_grad()
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        """New values, same patterns."""
+        buffers = (self.operands.get("forward"), self.operands.get("dgrad"))
+        float8_products.refresh_(values_NC, self.row_bits, self.column_bits, *buffers, self.scale)
+        for kind in self.dense:
+            self.dense[kind].copy_(self._unpacked(kind))
+
+    @torch.no_grad()
+    def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning: bool `[N, C]` or its bitmask."""
+        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
+        self._write_metadata("dgrad")
+        self.refresh(values_NC)
+        self._aimed.clear()
+
+    # -- choices ------------------------------------------------------------------------------------------------------
+
+    def _choice(self, kind: str, tokens: int) -> Choice:
+        key = Key(kind, *self._shape(kind), tokens, E4M3)
+        choice = choices.find(key)
+        if choice is not None and (choice.sparse or kind in self.dense):
+            return choice
+        # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
+        adopt = torch.compiler.disable(self._adopt) if "torch._dynamo" in sys.modules else self._adopt
+        return adopt(kind, key)
+
+    @torch.no_grad()
+    def _adopt(self, kind: str, key: Key) -> Choice:
+        """Make the choice if need be, and the dense copy if it wants one."""
+        if self.device.type == "cpu" and choices.find(key) is None:
+            choices.record(key, Choice(True))
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
+            )
+        choice = choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=self.dense_allowed))
+        if not choice.sparse and kind not in self.dense:
+            self.dense[kind] = self._unpacked(kind)
+        return choice
+
+    def _unpacked(self, kind: str) -> torch.Tensor:
+        """The operand as a dense e4m3 matrix."""
+        rows, columns = self._shape(kind)
+        values = layout.values_of(self.operands[kind], rows, columns, 1, E4M3)[0]
+        return scatter_slots(values, self._places(kind))
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def _product(self, kind: str, q: torch.Tensor, scale: torch.Tensor, tokens: int, bias=None) -> torch.Tensor:
+        if self._choice(kind, tokens).sparse:
+            rows = self._shape(kind)[0]
+            arguments = (q, scale, rows, bias, self.dtype, self.targets[kind])
+            y = float8_products.sparse_mm(self.operands[kind], self.scale, *arguments)
+        else:
+            y = float8_products.dense_mm(q, self.dense[kind], scale, self.scale, bias, self.dtype)
+        return y[:tokens]
+
+    def _aim(self, kind: str, x: torch.Tensor) -> None:
+        """Choose the power of two that the product of both scales is to be, from the present input.
+
+        It is the factor that the host hands to the product; as long as the input's scale can be chosen to meet it, by
+        at most SLACK binades, the product needs no second pass. A matter of speed, once a weight and after each new
+        pattern, because it waits for the GPU. Not where results must come again to the bit after a resume (what is
+        aimed rounds the smallest values otherwise), nor in fp16, whose range a missed aim could leave.
+        """
+        unwanted = self.dtype != torch.bfloat16 or not self.resident or torch.are_deterministic_algorithms_enabled()
+        if kind in self._aimed or unwanted or torch.compiler.is_compiling() or self.device.type == "cpu":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        self._aimed.add(kind)
+        scale = float(float8_products.quantize(x, True, False)[2] * self.scale)
+        if math.isfinite(scale) and scale > 2.0**-100:
+            self.targets[kind] = round(math.log2(scale)) + HEADROOM
+
+    def _quantized(self, kind: str, x: torch.Tensor, transposed: bool):
+        self._aim(kind, x)
+        return float8_products.quantize(x, True, transposed, self.scale, self.targets[kind])
+
+    def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Y = q(X) q(W^R)^T (+ bias), `[T, N]`."""
+        q_TK, _, scale = self._quantized("forward", x_TK, False)
+        return self._product("forward", q_TK, scale, x_TK.shape[0], bias_N)
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dX = q(dY) q(W^{R,C}), `[T, K]`. One reading of dY also gives the transposed q(dY) that wgrad will want."""
+        with_transposed = self.float8_wgrad and not torch.compiler.is_compiling()
+        q_TN, q_NT, scale = self._quantized("dgrad", dy_TN, with_transposed)
+        if with_transposed:
+            self._transposed[dy_TN] = (q_NT, scale, dy_TN._version)
+        return self._product("dgrad", q_TN, scale, dy_TN.shape[0])
+
+    def _transposed_gradient(self, dy_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transposed q(dY) and its scale: dgrad's, where it has read this very tensor."""
+        if not torch.compiler.is_compiling():
+            q_NT, scale, version = self._transposed.pop(dy_TN, (None, None, None))
+            if q_NT is not None and version == dy_TN._version:
+                return q_NT, scale
+        return float8_products.quantize(dy_TN, False, True)[1:]
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW at the kept places, `[N, C]`."""
+        assert draws is None, "SlopeConfig refuses mode full in e4m3"
+        if not self.float8_wgrad:
+            return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+        q_NT, dy_scale = self._transposed_gradient(dy_TN)
+        _, q_KT, x_scale = float8_products.quantize(x_TK, False, True)
+        dw_NK = float8_products.dense_mm(q_NT, q_KT, dy_scale, x_scale, None, self.dtype)
+        return products.gather_kept(dw_NK, self.row_bits)
+
+    def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
+        """These operands with a bias added by the forward product's epilogue."""
+        return BiasedOperands(self, bias_N)
+
+
+class EmulatedFloat8Operands(ReferenceOperands):
+    """The same products on any device: matrices rounded to e4m3 and multiplied as what they are, 16 bits or more."""
+
+    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[str, ...], *, wgrad: bool):
+        super().__init__(row_NK, dtype, products)
+        self.float8_wgrad = wgrad
+
+    def refresh(self, values_NC: torch.Tensor) -> None:
+        super().refresh(float8.rounded(values_NC))
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return super().forward(float8.rounded(x_TK))
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        return super().dgrad(float8.rounded(dy_TN))
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        if self.float8_wgrad:
+            dy_TN, x_TK = float8.rounded(dy_TN), float8.rounded(x_TK)
+        return super().wgrad(dy_TN, x_TK, draws)

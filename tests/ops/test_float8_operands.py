@@ -1,0 +1,256 @@
+"""Operands in e4m3 against the emulation; on a CPU the ops' plain-torch kernels stand in for the GPU's."""
+
+import pytest
+import torch
+
+from helpers.numerics import relative_error
+from helpers.packed import packed_weight
+from slope_megatron.linear import slope_linear
+from slope_megatron.ops import backend, float8_products
+from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.float8 import EmulatedFloat8Operands, Float8Operands
+from slope_megatron.sparsity import float8
+from slope_megatron.sparsity.float8 import E4M3
+from slope_megatron.sparsity.operand import metadata_e4m3, metadata_sm90, places_e4m3, slot_places
+
+DTYPE = torch.bfloat16
+ALL = ("forward", "dgrad", "wgrad")
+
+
+def both(device, rows=128, columns=192, seed=0, dtype=DTYPE, wgrad=True):
+    """A weight of whole numbers, our operands and the emulated ones."""
+    weight = packed_weight(rows, columns, dtype, device, seed=seed, whole_numbers=True)
+    ours = Float8Operands(weight.values, weight.row_bits, weight.column_bits, wgrad=wgrad, dense_allowed=False)
+    theirs = EmulatedFloat8Operands(weight.row, dtype, ALL, wgrad=wgrad)
+    theirs.set_column_pattern(weight.column, weight.values)
+    return weight, ours, theirs
+
+
+def whole_numbers(*shape, device, dtype=DTYPE):
+    """e4m3 holds them, scaled or not; sums under 256 are exact in any order and on any tensor core."""
+    return torch.randint(-1, 2, shape, device=device).to(dtype)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 192)])
+def test_places_survive_the_metadata_layout(rows, columns):
+    weight = packed_weight(rows, columns, torch.float32, "cpu")
+    places = slot_places(weight.row)
+    metadata = metadata_e4m3(metadata_sm90(places), rows, columns // 4)
+    assert torch.equal(places_e4m3(metadata, rows, columns // 4), places)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("tokens", [48, 7])
+def test_quantize(tokens, rows, columns, device):
+    x = torch.randn(192, tokens, device=device).to(DTYPE).t()
+    q, transposed, scale = float8_products.quantize(x, rows, columns)
+    expected, expected_scale = float8.quantize(x)
+    assert torch.equal(scale[0], expected_scale)
+    if rows:
+        assert q.shape[0] % 16 == 0
+        assert torch.equal(q[:tokens], expected.view(torch.uint8))
+        assert not q[tokens:].any()
+    if columns:
+        assert torch.equal(transposed[:, :tokens], expected.view(torch.uint8).t())
+        assert not transposed[:, tokens:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wgrad", [True, False])
+@pytest.mark.parametrize("tokens", [48, 23])
+def test_products_equal_the_emulated_ones(tokens, wgrad, dtype, device, fresh_choices):
+    _, ours, theirs = both(device, dtype=dtype, wgrad=wgrad)
+    x = whole_numbers(tokens, 192, device=device, dtype=dtype)
+    dy = whole_numbers(tokens, 128, device=device, dtype=dtype)
+    bias = whole_numbers(128, device=device, dtype=dtype)
+    assert torch.equal(ours.forward(x), theirs.forward(x))
+    assert torch.equal(ours.with_bias(bias).forward(x), theirs.forward(x) + bias)
+    assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
+    assert torch.equal(ours.wgrad(dy, x), theirs.wgrad(dy, x))
+
+
+@pytest.mark.parametrize("kind", ["forward", "dgrad"])
+def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(kind, device, fresh_choices):
+    weight, ours, theirs = both(device)
+    shape = (128, 192) if kind == "forward" else (192, 128)
+    fresh_choices.record(Key(kind, *shape, 48, E4M3), Choice(False))
+    operand = whole_numbers(48, shape[1], device=device)
+    assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
+    for operands in (ours, theirs):
+        operands.refresh(weight.values * 2)
+    assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
+
+
+def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_choices):
+    weight, ours, theirs = both(device)
+    # Values are dropped from another place in each group of four that loses some.
+    column = packed_weight(128, 192, DTYPE, device, seed=0).column
+    assert not torch.equal(column, weight.column)
+    before = ours.operands["forward"].clone()
+    for operands in (ours, theirs):
+        operands.set_column_pattern(column, weight.values)
+    assert torch.equal(ours.operands["forward"], before)
+    dy = whole_numbers(48, 128, device=device)
+    assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
+
+
+def test_the_autograd_function_on_these_operands(device, fresh_choices):
+    weight, ours, theirs = both(device)
+    x, dy = whole_numbers(2, 24, 192, device=device), whole_numbers(2, 24, 128, device=device)
+    results = []
+    for operands in (ours, theirs):
+        leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
+        y = slope_linear(leaf, values, operands)
+        y.backward(dy)
+        results.append((y.detach(), leaf.grad, values.grad))
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
+def test_the_transposed_gradient_is_shared_and_does_not_outlive_the_gradient(device, fresh_choices):
+    _, ours, theirs = both(device)
+    x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)
+    ours.dgrad(dy)
+    assert len(ours._transposed) == 1
+    assert torch.equal(ours.wgrad(dy, x), theirs.wgrad(dy, x))
+    assert len(ours._transposed) == 0
+    ours.dgrad(dy)
+    dy.neg_()
+    assert torch.equal(ours.wgrad(dy, x), theirs.wgrad(dy, x)), "written in between"
+    ours.dgrad(dy)
+    del dy
+    assert len(ours._transposed) == 0
+
+
+def test_torch_compile_sees_one_graph(device, fresh_choices):
+    weight, operands, _ = both(device)
+    values = weight.values.clone().requires_grad_()
+    x = whole_numbers(48, 192, device=device).requires_grad_()
+
+    def gradients(function):
+        x.grad = values.grad = None
+        y = function(x, values)
+        y.sum().backward()
+        return y.detach(), x.grad.clone(), values.grad.clone()
+
+    layer = lambda x, values: slope_linear(torch.relu(x), values, operands) * 2  # noqa: E731
+    eager = gradients(layer)
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(layer, backend="aot_eager", fullgraph=True))
+    assert all(torch.equal(found, expected) for found, expected in zip(compiled, eager, strict=True))
+
+
+def test_an_overflow_stays_visible(device, fresh_choices):
+    _, ours, theirs = both(device)
+    dy = whole_numbers(48, 128, device=device)
+    dy[3, 5] = float("inf")
+    x = whole_numbers(48, 192, device=device)
+    for operands in (ours, theirs):
+        assert operands.dgrad(dy).isnan().all()
+        assert operands.wgrad(dy, x).isnan().all()
+
+
+def op_arguments(device):
+    """One call of each op."""
+    weight, ours, _ = both(device, 64, 128)
+    x = torch.randn(20, 128, device=device).to(DTYPE)
+    q, _, scale = float8_products.quantize(x, True, False)
+    bias = torch.randn(64, device=device).to(DTYPE)
+    forward, backward = ours.operands.values()
+    return {
+        "quantize_e4m3": (x, True, True, scale, -20),
+        "sparse_mm_e4m3": (forward, ours.scale, q, scale, 64, bias, DTYPE, -18),
+        "refresh_e4m3_": (weight.values, weight.row_bits, weight.column_bits, forward, backward, ours.scale),
+    }
+
+
+@pytest.mark.parametrize("name", ["quantize_e4m3", "sparse_mm_e4m3", "refresh_e4m3_"])
+def test_opcheck(name, device):
+    torch.library.opcheck(getattr(torch.ops.slope, name).default, op_arguments(device)[name])
+
+
+def test_where_it_runs(device, caplog, monkeypatch):
+    backend._say_once.cache_clear()
+    weight = packed_weight(64, 64, DTYPE, device)
+    with caplog.at_level("INFO"):
+        built = [
+            backend.build_operands(name, weight.values, weight.row_bits, weight.column_bits, float8_kinds=ALL)
+            for name in ("auto", "reference")
+        ]
+    assert isinstance(built[0], Float8Operands if device.type == "cuda" else EmulatedFloat8Operands)
+    assert isinstance(built[1], EmulatedFloat8Operands)
+    assert any("e4m3 is emulated" in message for message in caplog.messages)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_cannot_is_refused_with_the_reason(device, monkeypatch):
+    weight = packed_weight(96, 64, DTYPE, device)
+    arguments = (weight.values, weight.row_bits, weight.column_bits)
+    with pytest.raises(ValueError, match=r"--slope-fp8 cannot run here: the weight is 96 x 64 .*; use --slope-fp8 off"):
+        backend.build_operands("auto", *arguments, float8_kinds=ALL)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    with pytest.raises(ValueError, match="cannot run here: sm_80 has no e4m3 units; they came with sm_89"):
+        backend.build_operands("auto", *arguments, float8_kinds=ALL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(2048, 1024, 512), (320, 4096, 1000), (1536, 512, 777)])
+def test_random_products_are_as_near_fp64_as_dense_ones(rows, columns, tokens, dtype, device, fresh_choices):
+    """Rounding to e4m3 is the same to the bit; the bound is twice the error of the dense e4m3 product's own sums."""
+    weight = packed_weight(rows, columns, dtype, device)
+    ours = Float8Operands(weight.values, weight.row_bits, weight.column_bits, wgrad=True, dense_allowed=False)
+    scale = float8.scale_of(weight.values.abs().amax())
+    for kind, dense in (("forward", weight.dense()), ("dgrad", weight.doubly_pruned().t().contiguous())):
+        x = torch.randn(tokens, dense.shape[1], device=device).to(dtype)
+        w = float8.quantize(dense, scale)[0]
+        q, _, q_scale = float8_products.quantize(x, True, False)
+        exact = float8.rounded(x).double() @ w.double().t() * scale.double()
+        theirs = float8_products.dense_mm(q, w, q_scale, scale[None], None, dtype)[:tokens]
+        assert relative_error(getattr(ours, kind)(x), exact) <= 2 * relative_error(theirs, exact)
+
+
+@pytest.mark.gpu
+def test_inputs_that_leave_the_aim_are_scaled_by_a_second_pass(device, fresh_choices):
+    """bf16 products aim at their first input's scale; whatever comes later, the result is the same."""
+    weight, ours, theirs = both(device)
+    x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)
+    for factor in (1.0, 2.0**3, 2.0**-3, 2.0**40, 2.0**-40, 0.0):
+        assert torch.equal(ours.forward(x * factor), theirs.forward(x * factor))
+        assert torch.equal(ours.dgrad(dy * factor), theirs.dgrad(dy * factor))
+    assert ours._aimed == {"forward", "dgrad"}
+    ours.set_column_pattern(weight.column, weight.values)
+    assert not ours._aimed
+
+
+@pytest.mark.gpu
+def test_under_a_cuda_graph(device, fresh_choices):
+    """Captured once, replayed on new inputs and new values."""
+    weight, ours, theirs = both(device, rows=512, columns=256)
+    x, dy = whole_numbers(64, 256, device=device), whole_numbers(64, 512, device=device)
+    run = lambda: (ours.forward(x), ours.dgrad(dy), ours.wgrad(dy, x))  # noqa: E731
+    with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run()
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    x.copy_(whole_numbers(64, 256, device=device))
+    dy.copy_(whole_numbers(64, 512, device=device))
+    for operands in (ours, theirs):
+        operands.refresh(-weight.values)
+    graph.replay()
+    expected = (theirs.forward(x), theirs.dgrad(dy), theirs.wgrad(dy, x))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_the_products_of_a_step_do_not_synchronize(device, fresh_choices):
+    weight, ours, _ = both(device, rows=512, columns=256)
+    x, dy = whole_numbers(64, 256, device=device), whole_numbers(64, 512, device=device)
+    step = lambda: (ours.refresh(weight.values), ours.forward(x), ours.dgrad(dy), ours.wgrad(dy, x))  # noqa: E731
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
