@@ -15,6 +15,7 @@ A joined operand stands in the place of the plain one. Its factors are written a
 percent of it, and a step of the optimizer may have changed them.
 """
 
+import dataclasses
 import sys
 
 import torch
@@ -167,7 +168,7 @@ def join(operands, kind: str, form: str, rank: int) -> None:
 
 def measure_algorithm(key: Key, device: torch.device) -> Choice:
     """The fastest of the library's algorithms that multiplies right."""
-    trial = measure.prepare(key, device)
+    trial = measure.prepare(dataclasses.replace(key, kind="forward"), device)
     candidates = {candidate.algorithm: candidate for candidate in measure.finalists(trial, 1)}
     if not candidates:
         return Choice(True)
