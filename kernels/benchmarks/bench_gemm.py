@@ -1,6 +1,7 @@
 """Every linear of the models at every tensor-parallel size: the 2:4 products against the dense ones.
 
-Dense and sparse alternate in one run. Times are medians; the spread is half the distance between the quartiles.
+Dense, cuSPARSELt's best and the best of our own kernels (where they compile) alternate in one run; `ratio` is the
+faster one's. Times are medians; the spread is half the distance between the quartiles.
 `floor_ms` is the time that the fewest possible bytes of the sparse product (operand, X and Y once each) take at the
 machine's measured copy bandwidth; `peak_share` is of the datasheet's 2:4 rate. wgrad's times hold what `full` mode does
 for it: pruning dY (`prune_ms`, timed apart) and the product.
@@ -49,15 +50,19 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
     """One product's row, without the names of model and linear."""
     import torch
 
+    from slope_kernels import cutlass
     from slope_megatron.ops import measure, timing
 
     device = torch.device("cuda", torch.cuda.current_device())
     samples = measure.contest(key, device, rounds=11)
     choice = measure.pick(key, samples)
-    sparse = {name: values for name, values in samples.items() if name != "dense"}
-    best = min(sparse, key=lambda name: timing.median(sparse[name]))
-    sparse_ms, dense_ms = timing.median(sparse[best]), timing.median(samples["dense"])
-    whole = min(timing.median(values) for (tiles, _), values in sparse.items() if tiles == 1)
+    dense_ms = timing.median(samples["dense"])
+    times = {name: timing.median(values) for name, values in samples.items() if name != "dense"}
+    ours = {name: time for name, time in times.items() if isinstance(name[1], cutlass.Algorithm)}
+    library = {name: time for name, time in times.items() if name not in ours}
+    best, best_library, best_ours = (min(group, key=group.get, default=None) for group in (times, library, ours))
+    sparse_ms = times[best]
+    whole = min(time for (tiles, _), time in library.items() if tiles == 1)
     flops = 2e-9 * key.rows * key.columns * key.tokens
     return rounded(
         {
@@ -69,11 +74,13 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
             "ratio": dense_ms / sparse_ms,
             "chosen_ratio": dense_ms / sparse_ms if choice.sparse else 1.0,
             "dense_spread": timing.spread(samples["dense"]),
-            "sparse_spread": timing.spread(sparse[best]),
-            "tiles": best[0],
+            "sparse_spread": timing.spread(samples[best]),
+            "cusparselt_ratio": dense_ms / library[best_library],
+            "tiles": best_library[0],
             "untiled_ratio": dense_ms / whole,
-            "algorithm": best[1].config,
-            "split_k": f"{best[1].split_k}/{best[1].split_k_mode}",
+            "algorithm": best_library[1].config,
+            "cutlass_ratio": dense_ms / ours[best_ours] if ours else "",
+            "cutlass_algorithm": str(best_ours[1]) if ours else "",
             "dense_tflops": flops / dense_ms,
             "sparse_tflops": flops / sparse_ms,
             "peak_share": flops / sparse_ms / peak if peak else "",
@@ -112,9 +119,13 @@ def main(arguments) -> int:
         worst = min(row["chosen_ratio"] for row in rows if row["model"] == name)
         say(f"{name}: worst ratio {worst}")
     path = write_csv("gemm", rows, arguments.out)
-    print_table(rows, ["model", "tp", "linear", "kind", "dense_ms", "sparse_ms", "ratio", "tiles", "sparse_tflops"])
+    columns = ["model", "tp", "linear", "kind", "dense_ms", "cusparselt_ratio", "tiles", "cutlass_ratio"]
+    print_table(rows, [*columns, "cutlass_algorithm", "sparse_tflops"])
     whole = [row for row in rows if row["tp"] == 1]
     labels = [f"{row['model']} {row['linear']} {row['kind']}" for row in whole]
-    bar_chart("gemm", labels, {"2:4 over dense": [row["ratio"] for row in whole]}, machine(), arguments.out)
+    series = {"cuSPARSELt": [row["cusparselt_ratio"] for row in whole]}
+    if any(row["cutlass_ratio"] for row in whole):
+        series["our kernels"] = [row["cutlass_ratio"] or 0.0 for row in whole]
+    bar_chart("gemm", labels, series, machine(), arguments.out)
     print(f"wrote {path}")
     return 0

@@ -30,6 +30,7 @@ class Dense(torch.nn.Module):
 class Sparse(torch.nn.Module):
     """The same with a packed 2:4 weight, in `paper` mode."""
 
+    backend = "auto"
     float8_kinds: tuple[str, ...] = ()
 
     def __init__(self, rows: int, columns: int, bias: bool):
@@ -39,7 +40,7 @@ class Sparse(torch.nn.Module):
         row_bits = random_bits(rows, columns, torch.device("cuda"))
         column_bits = choose_column(self.weight.detach(), row_bits)
         patterns = (row_bits, column_bits)
-        self.operands = build_operands("auto", self.weight.detach(), *patterns, float8_kinds=self.float8_kinds)
+        self.operands = build_operands(self.backend, self.weight.detach(), *patterns, float8_kinds=self.float8_kinds)
 
     def forward(self, x):
         if self.bias is None:
@@ -51,6 +52,12 @@ class Sparse(torch.nn.Module):
 
     def refresh(self) -> None:
         self.operands.refresh(self.weight.detach())
+
+
+class Cutlass(Sparse):
+    """The same by our own kernels alone. Choices are one table: time this mode and `paper` in runs of their own."""
+
+    backend = "cutlass"
 
 
 class WithAdapters(Sparse):
@@ -117,10 +124,15 @@ MODES: dict[str, type] = {
     "dense": Dense,
     "paper": Sparse,
     "full": Full,
+    "cutlass": Cutlass,
     "fp8": SparseFloat8,
     "fp8-wgrad16": SparseFloat8Wgrad16,
     "dense-fp8": DenseFloat8,
 }
 E4M3_MODES = ("fp8", "fp8-wgrad16", "dense-fp8")
 # The products that a mode may run sparse, as `ops.choices` names them.
-SPARSE_PRODUCTS = {"paper": ("forward", "dgrad"), "full": ("forward", "dgrad", "wgrad")}
+SPARSE_PRODUCTS = {
+    "paper": ("forward", "dgrad"),
+    "full": ("forward", "dgrad", "wgrad"),
+    "cutlass": ("forward", "dgrad"),
+}

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from slope_megatron.config.slope import BACKENDS
+
 EPILOG = """\
 examples:
   slope generate runs/quickstart/sparse --prompt "def "
@@ -50,7 +52,7 @@ def add_parser(subcommands) -> None:
     add("--tokenizer", type=Path, metavar="PATH", help="file or folder of the tokenizer (default: the model's own)")
     add("--dtype", choices=("keep", "bf16", "fp32"), default="keep", help="to compute in (default: the model's own)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--backend", choices=("auto", "cusparselt", "reference"), default="auto", help="of the sparse products")
+    add("--backend", choices=BACKENDS, default="auto", help="of the sparse products")
     parser.set_defaults(run=run)
 
 

@@ -62,7 +62,7 @@ def add_parser(subcommands) -> None:
     add(
         "--plan-backend",
         default="kernels",
-        choices=("kernels", "reference"),
+        choices=("kernels", "cutlass", "reference"),
         help="operands held (default: %(default)s)",
     )
     add("--adamw", default="fused", choices=("foreach", "fused"), help="form of AdamW (default: %(default)s)")

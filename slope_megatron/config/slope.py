@@ -5,6 +5,8 @@ import re
 
 from slope_megatron.config.fields import check_choices, option
 
+BACKENDS = ("auto", "cusparselt", "cutlass", "reference")
+
 
 def parse_nm(text: str) -> tuple[int, int]:
     """`"2:4"` -> (2, 4): keep N of every M consecutive weights.
@@ -99,6 +101,11 @@ def check_fp8(slope: "SlopeConfig") -> None:
             f"--slope-fp8 {slope.fp8} with another pattern than 2:4: sparse tensor cores take no other; "
             "use --slope-nm 2:4"
         )
+    if slope.backend == "cutlass":
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with --slope-backend cutlass: its kernels take 16-bit values; "
+            "use cusparselt or auto"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +160,7 @@ class SlopeConfig:
     fst_mask_interval: int = option(40, "fst: optimizer steps between two searches of the transposable masks")
     fst_dense_tail: float = option(1 / 6, "fst: share of the steps, at the end, that train dense")
     fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
-    backend: str = option("auto", "kernels of the sparse products", choices=("auto", "cusparselt", "reference"))
+    backend: str = option("auto", "kernels of the sparse products", choices=BACKENDS)
     fp8: str = option(
         "off",
         "products of the sparse linears in e4m3 (sm_89, sm_90), one scale a tensor: off (the parameters' own type), or "

@@ -44,12 +44,14 @@ def operand_bytes(counts: Counts, bytes_of: Precision, backend: str) -> float:
     """Forward and backward operand of packed weights.
 
     reference: two dense copies, an int64 index and a bool of each kept value. Kernels: half of the values (2:4 slots
-    hold sparser patterns too) and one bit of metadata a dense weight, twice.
+    hold sparser patterns too) and one bit of metadata a dense weight, twice. cutlass: its forward product reads the
+    parameter's own values.
     """
     dense = counts.packed_dense
     if backend == "reference":
         return 2 * dense * bytes_of.weight + counts.packed * (8 + 1)
-    return 2 * (dense / 2 * bytes_of.operand + dense / 8)
+    copies = 1 if backend == "cutlass" else 2
+    return copies * dense / 2 * bytes_of.operand + 2 * dense / 8
 
 
 def state_bytes(counts: Counts, bytes_of: Precision, backend: str, replicas: int = 1) -> dict[str, float]:
@@ -125,7 +127,7 @@ class Holding:
     """How a run holds its state.
 
     Args:
-        backend: whose operands: "reference" or "kernels".
+        backend: whose operands: "reference", "kernels" (cuSPARSELt's) or "cutlass".
         offload: the optimizer's state in host memory.
         fused: AdamW in its fused form.
     """

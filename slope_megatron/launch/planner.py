@@ -18,7 +18,7 @@ class Question:
 
     Args:
         gradients: "fp32" accumulation, or "bf16": of the weights' type.
-        backend: whose operands a packed weight has: "reference", or "kernels" (cuSPARSELt and the like).
+        backend: whose operands a packed weight has: "reference", "kernels" (cuSPARSELt's) or "cutlass".
         offload: the optimizer's state in host memory.
         fused: AdamW in its fused form, without temporaries.
     """

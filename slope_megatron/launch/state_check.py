@@ -58,7 +58,9 @@ def compare_with_run(config: Config, summary: dict, vocabulary: int) -> list[Com
     """
     tensor = summary["tensor_parallel"]
     counts = count(list(tensors(config, vocabulary)), tensor)
-    backend = "reference" if summary["backend"] == "reference" or summary["dtype"] == "fp32" else "kernels"
+    backend = {"cusparselt": "kernels"}.get(summary["backend"], summary["backend"])
+    if summary["dtype"] == "fp32":
+        backend = "reference"
     bytes_of = precision(summary["dtype"], "fp32", config.slope.fp8 != "off")
     planned = state_bytes(counts, bytes_of, backend)
     measured = summary["state_bytes"]["model"]

@@ -148,6 +148,9 @@ class PackedWeight(PrunedLinear):
             self._refreshed_version = self.weight._version
         elif self._refreshed_version != self.weight._version:
             self.refresh()
+        elif hasattr(self._operands, "rebind"):
+            # They read the parameter itself, and a flat buffer or a gather may have moved it.
+            self._operands.rebind(self.weight.detach())
         return self._operands
 
     def new_operands(self, products: tuple[str, ...]) -> Operands:

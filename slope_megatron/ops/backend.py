@@ -1,12 +1,13 @@
 """Backends: who computes the three products, on which machine, and why not elsewhere."""
 
 import functools
+import itertools
 import logging
 from typing import Protocol
 
 import torch
 
-from slope_megatron.ops import cusparselt, float8, products, reference
+from slope_megatron.ops import cusparselt, cutlass, float8, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 from slope_megatron.sparsity.token_draws import TokenDraws
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 class Operands(Protocol):
     """What one backend derives from a packed weight. T tokens, N out, K in, C kept per row.
 
-    The packed values are the state; operands are rebuilt from them and are never saved.
+    The packed values are the state; operands are rebuilt from them and are never saved. Operands that read the values
+    where they lie also have `rebind(values_NC)`, cheap and called before each use: the same values are here now.
     """
 
     def refresh(self, values_NC: torch.Tensor) -> None:
@@ -37,12 +39,13 @@ class Operands(Protocol):
 
 
 PRODUCTS = reference.PRODUCTS
-# In the order in which "auto" tries them.
-BACKENDS = {"cusparselt": cusparselt, "reference": reference}
+# In the order in which "auto" tries them. `cutlass` is for asking: its kernels are candidates of `cusparselt` too.
+BACKENDS = {"cusparselt": cusparselt, "reference": reference, "cutlass": cutlass}
 ROWS_AT_ONCE = 4096
 SAYS = {
     "cusparselt": "2:4 tensor cores, or dense where that measures faster",
     "reference": "unpack and dense product",
+    "cutlass": "2:4 tensor cores, the forward product on the parameter's own memory",
 }
 
 
@@ -67,7 +70,8 @@ def choose(requested: str) -> str:
         logger.info("sparse products: backend %s, as requested", requested)
         return requested
     chosen = next(name for name, reason in reasons.items() if reason is None)
-    refused = "".join(f"; {name}: {reason}" for name, reason in reasons.items() if reason)
+    tried = itertools.takewhile(lambda name: name != chosen, reasons)
+    refused = "".join(f"; {name}: {reasons[name]}" for name in tried)
     logger.info("sparse products: backend %s (%s)%s", chosen, SAYS[chosen], refused)
     return chosen
 
@@ -95,9 +99,12 @@ def build_operands(
     name = choose(backend)
     if float8_kinds:
         return build_float8_operands(backend, values_NC, row, column, products_wanted, wgrad="wgrad" in float8_kinds)
-    if name == "cusparselt":
+    if name != "reference":
         row_bits = pack_bits(row) if row.dtype == torch.bool else row
-        reason = cusparselt.unsupported_weight(values_NC, row_bits)
+        reason = BACKENDS[name].unsupported_weight(values_NC, row_bits)
+        if reason is None and name == "cutlass":
+            column_bits = pack_bits(column) if column is not None and column.dtype == torch.bool else column
+            return cutlass.build(values_NC, row_bits, column_bits, products_wanted)
         if reason is None and column is None:
             # The builder asks for a second pruning, of which nothing stays.
             column = choose_column_bits(values_NC, row_bits, 2, 4)

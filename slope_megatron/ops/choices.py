@@ -1,9 +1,9 @@
 """Which kernel runs each product: measured once, kept for the process, saved as run state.
 
 A product is (forward, dgrad or wgrad, R x S matrix, T tokens, dtype). Its choice is sparse (with how many tiles and
-which algorithm of the library) or dense; with adapters, also in which way the two products run (`Order`). Numbers of
-algorithms mean something only on the machine they were measured on, so a saved table names that machine and is ignored
-elsewhere.
+which algorithm, of cuSPARSELt or of our own kernels) or dense; with adapters, also in which way the two products run
+(`Order`). Numbers of algorithms mean something only on the machine they were measured on, so a saved table names that
+machine and is ignored elsewhere.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from slope_kernels import cusparselt, cusparselt_library
+from slope_kernels import cusparselt, cusparselt_library, cutlass
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,20 @@ class Choice:
 
     sparse: bool
     tiles: int = 1
-    algorithm: cusparselt.Algorithm | None = None
+    algorithm: cusparselt.Algorithm | cutlass.Algorithm | None = None
     sparse_ms: float | None = None
     dense_ms: float | None = None
+
+    @property
+    def by_cutlass(self) -> bool:
+        """Whether our own kernels run it, on operands that are not cuSPARSELt's."""
+        return isinstance(self.algorithm, cutlass.Algorithm)
 
     def __str__(self) -> str:
         if not self.sparse:
             name = "dense"
+        elif self.by_cutlass:
+            name = f"2:4, {self.algorithm}"
         else:
             tiles = f", {self.tiles} tiles" if self.tiles > 1 else ""
             config = f", algorithm {self.algorithm.config}" if self.algorithm else ", default algorithm"
@@ -74,6 +81,7 @@ class Order:
 
     # It names no form of the plain operand.
     sparse: ClassVar[bool] = False
+    by_cutlass: ClassVar[bool] = False
 
     order: str
     times: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -85,6 +93,7 @@ class Order:
 
 _table: dict[Key, Choice | Order] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
+_cutlass_algorithms: dict[tuple, cutlass.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
@@ -94,13 +103,19 @@ def find(key: Key) -> Choice | Order | None:
     return _table.get(key)
 
 
-def fixed_tiles(key: Key) -> int | None:
-    """The tiles that this shape's operands already have, from its choice for another number of tokens."""
+def earlier(key: Key) -> Choice | None:
+    """The sparse choice for another number of tokens of this shape: it says what form the operands already have."""
     shape = (key.kind, key.rows, key.columns, key.dtype)
     for other, choice in _table.items():
         if choice.sparse and (other.kind, other.rows, other.columns, other.dtype) == shape:
-            return choice.tiles
+            return choice
     return None
+
+
+def fixed_tiles(key: Key) -> int | None:
+    """The tiles that this shape's operands already have."""
+    choice = earlier(key)
+    return choice.tiles if choice else None
 
 
 def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
@@ -108,10 +123,17 @@ def algorithm(product: cusparselt.Product) -> cusparselt.Algorithm | None:
     return _algorithms.get((product.rows, product.columns, product.tokens, product.dtype, product.straight))
 
 
+def cutlass_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> cutlass.Algorithm | None:
+    """The measured kernel of a product; None: our own kernels were not measured for it, or lost."""
+    return _cutlass_algorithms.get((rows, columns, tokens, dtype))
+
+
 def record(key: Key, choice: Choice | Order) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
-    if choice.sparse and choice.algorithm is not None:
+    if choice.by_cutlass:
+        _cutlass_algorithms[(key.rows, key.columns, key.tokens, key.dtype)] = choice.algorithm
+    elif choice.sparse and choice.algorithm is not None:
         if key.kind == "wgrad":
             shape = (key.rows, cusparselt.padded_columns(key.tokens), key.columns, key.dtype, True)
         else:
@@ -131,6 +153,7 @@ def clear() -> None:
     """Forget all choices."""
     _table.clear()
     _algorithms.clear()
+    _cutlass_algorithms.clear()
 
 
 def decide(key: Key, measure: Callable[[], Choice | Order]) -> Choice | Order:
@@ -166,6 +189,7 @@ def machine() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(),
         "architecture": f"sm_{major}{minor}",
         "cusparselt": ".".join(map(str, cusparselt_library.version())),
+        "cutlass": cutlass.version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
     }
@@ -179,7 +203,9 @@ def _from_json(fields: dict) -> Choice | Order:
     if "order" in fields:
         return Order(**fields)
     algorithm = fields.get("algorithm")
-    return Choice(**{**fields, "algorithm": cusparselt.Algorithm(**algorithm) if algorithm else None})
+    if algorithm:
+        algorithm = (cutlass if "kernel" in algorithm else cusparselt).Algorithm(**algorithm)
+    return Choice(**{**fields, "algorithm": algorithm})
 
 
 def save(path: Path) -> None:

@@ -5,19 +5,22 @@ N out, K in, C = K/2 kept per row, T tokens.
     dgrad     dX = dY W^{R,C}          operand (W^{R,C})^T [K, N]
     wgrad     dW = (dY^T X) gathered; with draws (P(dY)^T X) gathered, see `ops.wgrad`
 Operands are a copy of the values and metadata that depends on the patterns alone: a refresh moves values only. Where a
-measurement favours the dense product, a dense copy of that operand is kept beside it.
+measurement favours the dense product, a dense copy of that operand is kept beside it. Where it favours one of our own
+kernels (under `auto` alone), the operand is handed over to it: the forward one is let go, since that kernel reads the
+parameter itself; the backward one keeps its values alone, with metadata in CUTLASS's order beside it.
 """
 
 import sys
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure, products, reference, wgrad
 from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, hand_over
 from slope_megatron.ops.joined import JoinedOperand
+from slope_megatron.ops.patterns import is_two_of_four
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
@@ -47,22 +50,6 @@ def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str |
         return "its row pattern is not 2:4"
     refused = layout.probe(values_NC.device, values_NC.dtype).refused
     return f"cuSPARSELt {refused}" if refused else None
-
-
-# Bitmask -> its version when it was looked at, and what was found: looking waits for the GPU, and under ZeRO-3 operands
-# are built in every forward and backward.
-_seen_patterns = WeakTensorKeyDictionary()
-
-
-def is_two_of_four(row_bits: torch.Tensor) -> bool:
-    """Whether a bitmask keeps two of every four weights."""
-    version, found = _seen_patterns.get(row_bits, (None, False))
-    if version != row_bits._version:
-        nibbles = torch.stack((row_bits & 15, row_bits >> 4))
-        allowed = torch.tensor([3, 5, 6, 9, 10, 12], dtype=torch.uint8, device=row_bits.device)
-        found = bool(torch.isin(nibbles, allowed).all())
-        _seen_patterns[row_bits] = (row_bits._version, found)
-    return found
 
 
 def build(
@@ -105,6 +92,10 @@ class CusparseltOperands:
         self.tiles = {"forward": 1, "dgrad": 1}
         # By kind: operands with adapters in them, in the place of the plain ones.
         self.joined: dict[str, JoinedOperand] = {}
+        # By kind: those that our own kernels run. Operands that pass with their use are not worth the handing over.
+        self.handed_over: dict[str, CutlassOperand] = {}
+        lasting = dense_allowed and set(products_wanted) == set(reference.PRODUCTS)
+        self.libraries = () if lasting else ("cusparselt",)
         self.dense_forward_NK: torch.Tensor | None = None
         self.dense_backward_NK: torch.Tensor | None = None
         self._write_row_metadata()
@@ -123,6 +114,9 @@ class CusparseltOperands:
         layout.metadata_of(self.forward_operand, self.rows, self.columns, 1).copy_(metadata[None])
 
     def _write_column_metadata(self, values_NC) -> None:
+        if "dgrad" in self.handed_over:
+            self.handed_over["dgrad"].metadata.copy_(column_metadata(self.row_bits, self.column_bits))
+            return
         if self.backward_operand is None and "dgrad" not in self.joined:
             return
         if layout.probe(self.device, self.dtype).known_metadata:
@@ -141,6 +135,7 @@ class CusparseltOperands:
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
         """New values, same patterns."""
+        self.rebind(values_NC)
         if self.forward_operand is not None or self.backward_operand is not None:
             products.refresh_(
                 values_NC,
@@ -163,6 +158,11 @@ class CusparseltOperands:
             survivors = values_NC * unpack_bits(self.column_bits)
             self.dense_backward_NK.copy_(products.unpack_kept(survivors, self.row_bits))
 
+    def rebind(self, values_NC: torch.Tensor) -> None:
+        """The parameter is here now: for a forward product that reads it."""
+        if "forward" in self.handed_over:
+            self.handed_over["forward"].values_RC = values_NC
+
     @torch.no_grad()
     def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
         """A new second pruning: bool `[N, C]` or its bitmask, which is kept and not copied."""
@@ -183,14 +183,18 @@ class CusparseltOperands:
         if choice is not None and not choice.sparse and self.row_bits is None:
             # Chosen for a weight that could keep a dense copy; this one cannot.
             return Choice(True, self.tiles[kind])
-        ready = choice is not None and (
-            choice.tiles == self.tiles[kind] if choice.sparse else self._dense(kind) is not None
-        )
-        if ready:
+        if choice is not None and self._has_form_of(choice, kind):
             return choice
         # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
         adopt = torch.compiler.disable(self._adopt) if "torch._dynamo" in sys.modules else self._adopt
         return adopt(kind, key)
+
+    def _has_form_of(self, choice: Choice, kind: str) -> bool:
+        if not choice.sparse:
+            return self._dense(kind) is not None
+        if choice.by_cutlass and not self.libraries:
+            return kind in self.handed_over
+        return choice.tiles == self.tiles[kind]
 
     @torch.no_grad()
     def _adopt(self, kind: str, key: Key) -> Choice:
@@ -201,9 +205,12 @@ class CusparseltOperands:
             raise RuntimeError(
                 f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
             )
-        choice = choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=self.dense_allowed))
+        candidates = {"dense_allowed": self.dense_allowed, "libraries": self.libraries}
+        choice = choices.decide(key, lambda: measure.measure(key, self.device, **candidates))
         if not choice.sparse:
             self._make_dense(kind)
+        elif choice.by_cutlass and not self.libraries:
+            hand_over(self, kind)
         elif choice.tiles != self.tiles[kind]:
             name = "forward_operand" if kind == "forward" else "backward_operand"
             cut = layout.retile(getattr(self, name), key.rows, key.columns, self.tiles[kind], choice.tiles)
@@ -221,6 +228,8 @@ class CusparseltOperands:
         values_NC = self.passing_NC
         if "forward" in self.joined:
             values_NC = self.joined["forward"].weight_values().contiguous()
+        elif "forward" in self.handed_over:
+            values_NC = self.handed_over["forward"].values_RC
         elif values_NC is None:
             values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
             values_NC = values.reshape(self.rows, -1)
@@ -238,6 +247,8 @@ class CusparseltOperands:
             return self.joined["forward"].plain(x_TK, bias_N)
         if not self._choice("forward", x_TK.shape[0]).sparse:
             return torch.nn.functional.linear(x_TK, self.dense_forward_NK, bias_N)
+        if "forward" in self.handed_over:
+            return self.handed_over["forward"].product(x_TK, bias_N)
         return products.sparse_mm(self.forward_operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
@@ -246,6 +257,8 @@ class CusparseltOperands:
             return self.joined["dgrad"].plain(dy_TN)
         if not self._choice("dgrad", dy_TN.shape[0]).sparse:
             return dy_TN @ self.dense_backward_NK
+        if "dgrad" in self.handed_over:
+            return self.handed_over["dgrad"].product(dy_TN)
         return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
 
     def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -253,6 +266,8 @@ class CusparseltOperands:
         if not self._choice("forward", x_TK.shape[0]).sparse:
             y_TN.addmm_(x_TK, self.dense_forward_NK.t())
             return y_TN if bias_N is None else y_TN.add_(bias_N)
+        if "forward" in self.handed_over:
+            return self.handed_over["forward"].add(x_TK, y_TN, bias_N)
         products.sparse_mm_add_(y_TN, self.forward_operand, x_TK, self.tiles["forward"], bias_N)
         return y_TN
 
@@ -260,6 +275,8 @@ class CusparseltOperands:
         """dX + dY W^{R,C}, in the place of dX."""
         if not self._choice("dgrad", dy_TN.shape[0]).sparse:
             return dx_TK.addmm_(dy_TN, self.dense_backward_NK)
+        if "dgrad" in self.handed_over:
+            return self.handed_over["dgrad"].add(dy_TN, dx_TK)
         products.sparse_mm_add_(dx_TK, self.backward_operand, dy_TN, self.tiles["dgrad"], None)
         return dx_TK
 

@@ -20,7 +20,6 @@ import sys
 
 import torch
 
-from slope_kernels import cusparselt
 from slope_megatron.ops import adapter_products, choices, layout, measure, products, timing
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.sparsity.operand import metadata_sm90
@@ -169,11 +168,12 @@ def join(operands, kind: str, form: str, rank: int) -> None:
 
 def measure_algorithm(key: Key, device: torch.device) -> Choice:
     """The fastest of the library's algorithms that multiplies right, on a whole operand."""
-    samples = measure.contest(dataclasses.replace(key, kind="forward"), device, rounds=5)
-    times = {}
-    for name, values in samples.items():
-        if name != "dense" and name[0] == 1 and isinstance(name[1], cusparselt.Algorithm):
-            times[name[1]] = timing.median(values)
+    trial = measure.prepare(dataclasses.replace(key, kind="forward"), device)
+    candidates = {candidate.algorithm: candidate for candidate in measure.cusparselt_finalists(trial, [1])}
+    if not candidates:
+        return Choice(True)
+    samples = timing.interleaved(candidates, rounds=7, calls=3)
+    times = {algorithm: timing.median(values) for algorithm, values in samples.items()}
+    best = min(times, key=times.get)
     torch.cuda.empty_cache()
-    best = min(times, key=times.get, default=None)
-    return Choice(True, 1, best, times.get(best))
+    return Choice(True, 1, best, times[best])

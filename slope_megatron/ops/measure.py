@@ -1,9 +1,9 @@
 """Measuring the candidates for one product, behind a numerics gate.
 
-T tokens, R rows and S columns of the operand. Candidates: the dense product, and the sparse one with the library's
-algorithms, whole or cut into halves or squares. Some algorithms of cuSPARSELt have returned wrong results
-(pytorch#155333), so each is compared with the dense product on random data, several times on poisoned outputs, before
-its time counts.
+T tokens, R rows and S columns of the operand. Candidates: the dense product, the sparse one with cuSPARSELt's
+algorithms, whole or cut into halves or squares, and with our own kernels (`measure_cutlass`). Some algorithms of
+cuSPARSELt have returned wrong results (pytorch#155333), so each is compared with the dense product on random data,
+several times on poisoned outputs, before its time counts.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import torch
 
-from slope_kernels import cusparselt
-from slope_megatron.ops import choices, layout, products, timing
+from slope_kernels import cusparselt, cusparselt_library
+from slope_megatron.ops import choices, layout, measure_cutlass, products, timing
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import slot_places
@@ -37,6 +37,7 @@ TRIED_IN_TILES = 6
 # give wrong results: they end the process's CUDA context with an illegal instruction.
 MOST_CONFIGS = 21
 ROWS_AT_ONCE = 4096
+LIBRARIES = ("cusparselt", "cutlass")
 
 
 @dataclasses.dataclass
@@ -45,14 +46,15 @@ class Trial:
 
     key: Key
     x_TS: torch.Tensor
+    row_bits: torch.Tensor
     operands: dict[int, torch.Tensor]
     y_TR: torch.Tensor
     dense: torch.Tensor
     expected_TR: torch.Tensor
 
     def dense_product(self) -> torch.Tensor:
-        """Forward keeps the dense weight as [R, S], dgrad as [S, R]: how each reads its own."""
-        weight = self.dense.t() if self.key.kind == "forward" else self.dense
+        """Dgrad keeps the dense weight as [S, R], the others as [R, S]: how each reads its own."""
+        weight = self.dense if self.key.kind == "dgrad" else self.dense.t()
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":
@@ -74,7 +76,7 @@ def random_bits(rows: int, columns: int, device) -> torch.Tensor:
 
 
 def prepare(key: Key, device: torch.device) -> Trial:
-    """Fresh random data; the operand in one tile."""
+    """Fresh random data; the operand in one tile, without cuSPARSELt its values alone."""
     if key.kind == "wgrad":
         # It compiles kernels that no machine without `full` mode needs.
         from slope_megatron.ops.measure_wgrad import WgradTrial
@@ -88,18 +90,19 @@ def prepare(key: Key, device: torch.device) -> Trial:
     values = torch.randn(key.rows, key.columns // 2, device=device, dtype=key.dtype)
     operand = torch.empty(layout.operand_bytes(key.rows, key.columns), dtype=torch.uint8, device=device)
     layout.values_of(operand, key.rows, key.columns, 1, key.dtype).copy_(values[None])
-    if layout.probe(device, key.dtype).known_metadata:
-        metadata = products.row_metadata(row_bits)
-    else:
-        metadata = layout.library_metadata(slot_places(unpack_bits(row_bits)), key.dtype)
-    layout.metadata_of(operand, key.rows, key.columns, 1).copy_(metadata[None])
+    if cusparselt_library.unsupported() is None:
+        if layout.probe(device, key.dtype).known_metadata:
+            metadata = products.row_metadata(row_bits)
+        else:
+            metadata = layout.library_metadata(slot_places(unpack_bits(row_bits)), key.dtype)
+        layout.metadata_of(operand, key.rows, key.columns, 1).copy_(metadata[None])
     dense = products.unpack_kept(values, row_bits)
     if key.kind == "dgrad":
         dense = dense.t().contiguous()
     tokens = cusparselt.padded_tokens(key.tokens)
     x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
     y = torch.empty(tokens, key.rows, device=device, dtype=key.dtype)
-    trial = Trial(key, x, {1: operand}, y, dense, y)
+    trial = Trial(key, x, row_bits, {1: operand}, y, dense, y)
     trial.expected_TR = trial.dense_product().clone()
     return trial
 
@@ -199,18 +202,43 @@ def tilings(key: Key, device: torch.device) -> list[int]:
     return [1, *sorted(tiles for tiles in cuts if key.rows % (64 * tiles) == 0)]
 
 
-def contest(key: Key, device: torch.device, *, rounds: int = 9) -> dict:
+def libraries_for(key: Key) -> tuple[str, ...]:
+    """Whose candidates are tried: a shape that has been measured for other tokens keeps its library, as its tiles.
+
+    Our own kernels have the two products whose sparse operand is a weight.
+    """
+    if key.kind not in ("forward", "dgrad"):
+        return ("cusparselt",)
+    earlier = choices.earlier(key)
+    return LIBRARIES if earlier is None else (("cutlass",) if earlier.by_cutlass else ("cusparselt",))
+
+
+def cusparselt_finalists(trial: Trial, tilings: list[int]) -> list[Candidate]:
+    """Of every number of tiles; an operand in tiles meets those algorithms that were best for the whole one."""
+    configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
+    found = []
+    for tiles in tilings:
+        ranked = ranking(trial, tiles, configs)
+        configs = ranked[:TRIED_IN_TILES]
+        found += finalists(trial, tiles, ranked)
+    return found
+
+
+def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple[str, ...] = ()) -> dict:
     """Times (ms, one a round) of the dense product, "dense", and of each sparse finalist, (tiles, algorithm).
 
     Synchronizes; takes about a second for a large product.
+
+    Args:
+        libraries: whose candidates; none: those that the shape's operands allow.
     """
+    libraries = libraries or libraries_for(key)
     trial = prepare(key, device)
     functions: dict = {"dense": trial.dense_product}
-    configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
-    for tiles in tilings(key, device):
-        ranked = ranking(trial, tiles, configs)
-        configs = ranked[:TRIED_IN_TILES]
-        functions |= {(tiles, candidate.algorithm): candidate for candidate in finalists(trial, tiles, ranked)}
+    candidates = cusparselt_finalists(trial, tilings(key, device)) if "cusparselt" in libraries else []
+    if "cutlass" in libraries:
+        candidates += measure_cutlass.finalists(trial, wrong)
+    functions |= {(candidate.tiles, candidate.algorithm): candidate for candidate in candidates}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
     return timing.interleaved(functions, rounds=rounds, calls=timing.calls_for(rough))
 
@@ -221,15 +249,15 @@ def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:
     dense_ms = times.pop("dense")
     best = min(times, key=times.get, default=None)
     if best is None and not dense_allowed:
-        raise ValueError(f"no 2:4 algorithm of cuSPARSELt gives right results for {key}; use --slope-backend auto")
+        raise ValueError(f"no 2:4 algorithm gives right results for {key}; use --slope-backend auto")
     if best is None or (dense_allowed and times[best] > WORTH_IT * dense_ms):
         return Choice(False, sparse_ms=times.get(best), dense_ms=dense_ms)
     return Choice(True, best[0], best[1], times[best], dense_ms)
 
 
-def measure(key: Key, device: torch.device, *, dense_allowed: bool = True) -> Choice:
-    """Measure a product's candidates and choose."""
-    choice = pick(key, contest(key, device), dense_allowed=dense_allowed)
+def measure(key: Key, device: torch.device, *, dense_allowed: bool = True, libraries: tuple[str, ...] = ()) -> Choice:
+    """Measure a product's candidates, those of `libraries` or of all, and choose."""
+    choice = pick(key, contest(key, device, libraries=libraries), dense_allowed=dense_allowed)
     # The trial's tensors are large and of sizes that training will not ask for again.
     torch.cuda.empty_cache()
     return choice

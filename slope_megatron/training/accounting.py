@@ -21,10 +21,21 @@ def elements(parameter: torch.nn.Parameter) -> int:
     return zero.shape_of(parameter).numel()
 
 
-def tensors_of(value) -> list[torch.Tensor]:
-    """The tensors that an operands object holds, singly or in dicts."""
+def tensors_of(value, apart_from: tuple[torch.Tensor, ...] = ()) -> list[torch.Tensor]:
+    """The tensors that an operands object holds, singly, in dicts or in parts of its own; one for each piece of memory.
+
+    Args:
+        apart_from: what lies in the memory of others: a parameter that operands read where it lies, bitmasks that they
+            keep by reference.
+    """
+    held: dict[int, torch.Tensor] = {}
     parts = [part for item in vars(value).values() for part in (item.values() if isinstance(item, dict) else (item,))]
-    return [part for part in parts if isinstance(part, torch.Tensor)]
+    for part in parts:
+        inner = [part] if isinstance(part, torch.Tensor) else tensors_of(part) if hasattr(part, "__dict__") else []
+        held |= {tensor.untyped_storage().data_ptr(): tensor for tensor in inner}
+    for tensor in apart_from:
+        held.pop(tensor.untyped_storage().data_ptr(), None)
+    return list(held.values())
 
 
 def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
@@ -50,7 +61,8 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
         if module.keep_operands:
             with zero.gathered(module.weight):
-                add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands())), True)
+                shared = (module.weight, module.weight_pattern, module.weight_column)
+                add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands(), shared)), True)
     for module in masked_modules(engine.model):
         add("patterns", sum(buffer.nbytes for buffer in module.buffers()), True)
         # Outside the dense tail, the masked copy.

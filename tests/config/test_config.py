@@ -88,6 +88,7 @@ BAD = [
         "--slope-fp8 current with --slope-method srste: it is slope's",
     ),
     (lambda: SlopeConfig(fp8="current", mode="full"), "has no e4m3 product; use --slope-mode paper"),
+    (lambda: SlopeConfig(fp8="current", backend="cutlass"), "cutlass: its kernels take 16-bit values; use cusparselt"),
     (lambda: SlopeConfig(fp8="current", nm="2:8"), "--slope-fp8 current with another pattern than 2:4"),
     (lambda: SlopeConfig(fp8="current", nm_by_block="1=1:4"), "tensor cores take no other; use --slope-nm 2:4"),
     (lambda: SlopeConfig(method="fst", nm="2:8"), "--slope-method fst with another pattern than 2:4"),

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.packed import packed_weight
 from slope_kernels import cusparselt_library
-from slope_megatron.ops import backend, cusparselt, reference
+from slope_megatron.ops import backend, cusparselt, cutlass, reference
 from slope_megatron.ops.choices import Choice, Key
 
 
@@ -29,10 +29,12 @@ def test_auto_takes_what_runs_and_names_what_does_not(monkeypatch, caplog):
     ]
 
 
-def test_a_backend_that_cannot_run_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(cusparselt, "unsupported", lambda: "no 2:4 units here")
-    with pytest.raises(ValueError, match="--slope-backend cusparselt cannot run here: no 2:4 units here; use"):
-        backend.choose("cusparselt")
+@pytest.mark.parametrize("module", [cusparselt, cutlass], ids=["cusparselt", "cutlass"])
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(module, monkeypatch):
+    name = module.__name__.split(".")[-1]
+    monkeypatch.setattr(module, "unsupported", lambda: "no 2:4 units here")
+    with pytest.raises(ValueError, match=f"--slope-backend {name} cannot run here: no 2:4 units here; use"):
+        backend.choose(name)
 
 
 REASONS = {

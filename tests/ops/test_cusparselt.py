@@ -6,7 +6,7 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import cusparselt, layout, products, reference
+from slope_megatron.ops import layout, patterns, products, reference
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import CusparseltOperands, unsupported_weight
 from slope_megatron.sparsity.operand import backward_slots, slot_places
@@ -60,10 +60,10 @@ def test_a_pattern_is_looked_at_once_and_again_when_it_changes(device, monkeypat
     weight = packed_weight(128, 192, DTYPE, device)
     looks = []
     monkeypatch.setattr(torch, "isin", lambda *arguments, isin=torch.isin: looks.append(1) or isin(*arguments))
-    assert cusparselt.is_two_of_four(weight.row_bits) and cusparselt.is_two_of_four(weight.row_bits)
+    assert patterns.is_two_of_four(weight.row_bits) and patterns.is_two_of_four(weight.row_bits)
     assert len(looks) == 1
     weight.row_bits[0, 0] = 7
-    assert not cusparselt.is_two_of_four(weight.row_bits)
+    assert not patterns.is_two_of_four(weight.row_bits)
 
 
 @pytest.mark.parametrize("kind", ["forward", "dgrad"])

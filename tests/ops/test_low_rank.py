@@ -186,19 +186,6 @@ class Wrong:
         return self.forward(x_TK)
 
 
-def test_a_joined_operand_runs_the_fastest_algorithm_of_a_whole_one(monkeypatch):
-    from slope_kernels.cusparselt import Algorithm
-    from slope_megatron.ops import joined
-
-    samples = {"dense": [1.0], (2, Algorithm(3)): [2.0], (1, Algorithm(4)): [4.0], (1, Algorithm(5)): [3.0]}
-    monkeypatch.setattr(joined.measure, "contest", lambda key, *_, **__: samples if key.kind == "forward" else {})
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    key = Key("tall", 192, 192, 48, DTYPE)
-    assert joined.measure_algorithm(key, torch.device("cpu")) == Choice(True, 1, Algorithm(5), 3.0)
-    samples.clear()
-    assert joined.measure_algorithm(key, torch.device("cpu")) == Choice(True)
-
-
 def test_the_gate_refuses_an_adding_product_that_is_wrong(device, monkeypatch, fresh_choices, caplog):
     _, ours = operands_of(device, whole=False)
     monkeypatch.setattr(low_rank.timing, "interleaved", lambda ways, **_: {name: [1.0] for name in ways})

@@ -29,7 +29,7 @@ def in_fp32(monkeypatch):
     def dgrad(self, dy_TN):
         return (dy_TN.float() @ self.backward_NK.float()).to(dy_TN.dtype)
 
-    def wgrad(self, dy_TN, x_TK):
+    def wgrad(self, dy_TN, x_TK, draws=None):
         return (dy_TN.float().t() @ x_TK.float()).gather(1, self.index_NC).to(dy_TN.dtype)
 
     for function in (forward, dgrad, wgrad):
@@ -70,7 +70,7 @@ def dgrad_of_the_forward_weight(operands, dy_TN):
     return dy_TN @ products.unpack_kept(values.reshape(operands.rows, -1), operands.row_bits)
 
 
-def wgrad_of_other_places(operands, dy_TN, x_TK):
+def wgrad_of_other_places(operands, dy_TN, x_TK, draws=None):
     """Read at the places of the next row."""
     return products.gather_kept(dy_TN.t() @ x_TK, operands.row_bits.roll(1, 0))
 

@@ -1,0 +1,203 @@
+"""The 2:4 product by CUTLASS's collectives, compiled here and called through ctypes.
+
+    Y [T, R] = X [T, S] W^T (+ b, ReLU) or with beta C added; W [R, S] 2:4 along S, 16-bit values, fp32 sums
+
+Values and metadata are separate operands: the values are a packed parameter's own memory, `[R, S/2]` row-major, read
+when the product runs; the metadata depends on the places alone (`slope_megatron.sparsity.operand`). A kernel is one
+tile and one shared library; how its tiles are walked is an argument. Nothing here synchronizes or allocates.
+"""
+
+import ctypes
+import dataclasses
+import functools
+
+import torch
+
+from slope_kernels import load_cuda
+
+ELEMENTS = {torch.bfloat16: "cutlass::bfloat16_t", torch.float16: "cutlass::half_t"}
+# TMA moves lines of 16 bytes: every matrix starts on one.
+ALIGNMENT = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A tile of `rows` of W x `tokens`, over `columns` of W at a time, in clusters of blocks.
+
+    Args:
+        schedule: "Cooperative": two warpgroups share a tile; "Pingpong": each has its own.
+    """
+
+    rows: int
+    tokens: int
+    columns: int
+    cluster: tuple[int, int]
+    schedule: str
+
+    @property
+    def name(self) -> str:
+        clusters = "x".join(map(str, self.cluster))
+        return f"{self.rows}x{self.tokens}x{self.columns} {clusters} {self.schedule.lower()}"
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(256, 192, 128, (2, 1), "Cooperative"),
+        Kernel(256, 128, 128, (2, 1), "Cooperative"),
+        Kernel(128, 256, 128, (2, 1), "Cooperative"),
+        Kernel(128, 128, 128, (2, 1), "Pingpong"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """A kernel by name and the walk over its tiles: groups `swizzle` tiles wide, raster 0 CUTLASS's own, 1 rows first,
+    2 tokens first."""
+
+    kernel: str
+    swizzle: int = 1
+    raster: int = 0
+
+    def __str__(self) -> str:
+        return f"CUTLASS {self.kernel}, walk {self.swizzle}/{self.raster}"
+
+
+DEFAULT = Algorithm(next(iter(KERNELS)))
+
+
+class Arguments(ctypes.Structure):
+    """`Product` of the source, field for field."""
+
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("metadata", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("source", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("beta", ctypes.c_float),
+        ("relu", ctypes.c_int32),
+        ("swizzle", ctypes.c_int32),
+        ("raster", ctypes.c_int32),
+    ]
+
+
+@functools.cache
+def unsupported() -> str | None:
+    """Why this machine cannot run these products; None: it can. Nothing is compiled to find out."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"its kernels are for sm_90 (H100, H200), this is sm_{major}{minor}"
+    return load_cuda.unsupported()
+
+
+@functools.cache
+def version() -> str:
+    """Of the headers and of our sources: what an algorithm's name depends on; "none" where nothing can be compiled."""
+    return "none" if unsupported() else load_cuda.version("sparse_gemm_sm90.cu")
+
+
+def unsupported_shape(rows: int, columns: int, dtype: torch.dtype) -> str | None:
+    """Why this weight cannot be an operand here; None: it can."""
+    if dtype not in ELEMENTS:
+        return f"{str(dtype).removeprefix('torch.')} (bf16 and fp16 are)"
+    if rows % 64 or columns % 64:
+        return f"{rows} x {columns} (both must be multiples of 64)"
+    return None
+
+
+def source(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> load_cuda.Source:
+    """What to compile for a kernel; `with_source`: with the epilogue that adds beta C."""
+    macros = {
+        "SLOPE_ELEMENT": ELEMENTS[dtype],
+        "SLOPE_TILE_R": kernel.rows,
+        "SLOPE_TILE_T": kernel.tokens,
+        "SLOPE_TILE_S": kernel.columns,
+        "SLOPE_CLUSTER_R": kernel.cluster[0],
+        "SLOPE_CLUSTER_T": kernel.cluster[1],
+        "SLOPE_SCHEDULE": kernel.schedule,
+        "SLOPE_SOURCE": int(with_source),
+    }
+    return load_cuda.Source("sparse_gemm_sm90.cu", "90a", tuple((name, str(value)) for name, value in macros.items()))
+
+
+@functools.cache
+def library(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> ctypes.CDLL:
+    """The kernel's library, compiled on first use.
+
+    Raises:
+        RuntimeError: it cannot be compiled.
+    """
+    opened = load_cuda.library(source(kernel, dtype, with_source))
+    opened.slope_sparse_gemm.argtypes = (ctypes.POINTER(Arguments), ctypes.c_void_p)
+    opened.slope_metadata_bytes.restype = ctypes.c_int64
+    opened.slope_error.restype = ctypes.c_char_p
+    return opened
+
+
+@functools.cache
+def _library_of(algorithm: Algorithm, dtype: torch.dtype, with_source: bool) -> ctypes.CDLL:
+    return library(KERNELS[algorithm.kernel], dtype, with_source)
+
+
+def run(
+    algorithm: Algorithm,
+    values_RC: torch.Tensor,
+    metadata: torch.Tensor,
+    x_TS: torch.Tensor,
+    y_TR: torch.Tensor,
+    *,
+    bias_R: torch.Tensor | None = None,
+    source_TR: torch.Tensor | None = None,
+    beta: float = 1.0,
+    relu: bool = False,
+) -> None:
+    """Enqueue Y = max(X W^T + beta C + b, 0 or not) on the current stream.
+
+    Args:
+        values_RC, x_TS, source_TR, y_TR: row-major on 16-byte boundaries; `y_TR` may be `source_TR`.
+    Raises:
+        RuntimeError: CUTLASS refused, with its reason.
+    """
+    tokens, columns = x_TS.shape
+    rows, device = values_RC.shape[0], x_TS.device.index
+    opened = _library_of(algorithm, x_TS.dtype, source_TR is not None)
+    arguments = Arguments(
+        values_RC.data_ptr(),
+        metadata.data_ptr(),
+        x_TS.data_ptr(),
+        None if bias_R is None else bias_R.data_ptr(),
+        None if source_TR is None else source_TR.data_ptr(),
+        y_TR.data_ptr(),
+        rows,
+        rows,
+        columns,
+        tokens,
+        device,
+        beta if source_TR is not None else 0.0,
+        relu,
+        algorithm.swizzle,
+        algorithm.raster,
+    )
+    error = opened.slope_sparse_gemm(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
+    if error:
+        raise RuntimeError(
+            f"CUTLASS refused the product {rows} x {columns}, {tokens} tokens, with {algorithm.kernel}: "
+            f"{opened.slope_error(error).decode()}"
+        )
+
+
+def metadata_places(kernel: Kernel, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    """CUTLASS's own word on the metadata's order: for each group int64 `[rows, columns/4]` the number of its nibble."""
+    places = torch.empty(rows, columns // 4, dtype=torch.int64)
+    library(kernel, dtype).slope_metadata_places(rows, columns, ctypes.c_void_p(places.data_ptr()))
+    return places
