@@ -15,4 +15,6 @@ class FusedLoss:
         """Per-token losses `[b, s]` of labels `[b, s]` and logits `[s, b, V]`."""
         if not logits.is_cuda or self.config.tensor_model_parallel_size > 1:
             return super().compute_language_model_loss(labels, logits)
-        return token_losses(logits, labels.t()).t().contiguous()
+        # As one row of tokens: of a transposed label the compiler would make a transposed gradient, to be copied back.
+        losses = token_losses(logits.flatten(0, 1), labels.t().flatten())
+        return losses.view(logits.shape[:2]).t().contiguous()

@@ -53,8 +53,8 @@ class Trial:
     expected_TR: torch.Tensor
 
     def dense_product(self) -> torch.Tensor:
-        """Forward keeps the dense weight as [R, S], dgrad as [S, R]: how each reads its own."""
-        weight = self.dense.t() if self.key.kind == "forward" else self.dense
+        """Dgrad keeps the dense weight as [S, R], the others as [R, S]: how each reads its own."""
+        weight = self.dense if self.key.kind == "dgrad" else self.dense.t()
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":

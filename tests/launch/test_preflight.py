@@ -157,17 +157,15 @@ def test_two_sound_nodes_are_ready(flags):
     assert "preflight: 2 nodes are ready" in said[0] and "all-reduce, 2 nodes:" in said[0]
 
 
-def test_a_node_that_never_comes_is_named(flags):
-    process = start([*flags, "--patience", "4"], 0, 2, free_port(), SLURM_JOB_NODELIST="")
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 1
+def test_nodes_that_never_come_are_named(flags):
+    """The second of two, as the first sees it; and the first, as the second does: both wait, at the same time."""
+    first = start([*flags, "--patience", "4"], 0, 2, free_port(), SLURM_JOB_NODELIST="")
+    second = start([*flags, "--patience", "3"], 1, 2, free_port())
+    said = first.communicate(timeout=120)[1]
+    assert first.returncode == 1
     assert "node number 1: FAILED report: no report within 4 s" in said and "--exclude" not in said
-
-
-def test_a_first_node_that_is_not_there_is_named(flags):
-    process = start([*flags, "--patience", "3"], 1, 2, free_port())
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode != 0 and "cannot be reached" in said
+    said = second.communicate(timeout=120)[1]
+    assert second.returncode != 0 and "cannot be reached" in said
 
 
 def test_bad_input(flags):
