@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import SLOPE_ON_GPUS, reference
+from torch.utils.cpp_extension import get_default_build_root
 
 from helpers.models import VOCABULARY, small_config, step_batches
 from helpers.numerics import relative_error
