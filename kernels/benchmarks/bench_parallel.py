@@ -51,10 +51,10 @@ def starts(arguments, gpus: int) -> list[tuple[int, dict]]:
     common |= {"modes": tuple(arguments.modes), "sequence": 2048}
     found = []
     if "tensor" in arguments.parts and gpus > 1:
-        own = {"models": tuple(arguments.models), "blocks": arguments.blocks, "tensor_parallel": gpus, "waiting": True}
-        found.append((gpus, common | own))
+        own = {"blocks": arguments.blocks, "tensor_parallel": gpus, "waiting": True}
+        found += [(gpus, common | own | {"model": MODELS[name]}) for name in arguments.models]
     if "data" in arguments.parts:
-        own = {"models": (arguments.data_model,), "blocks": arguments.data_blocks}
+        own = {"model": MODELS[arguments.data_model], "blocks": arguments.data_blocks}
         own |= {"tensor_parallel": 1, "waiting": False}
         replicas = [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
         found += [(count, common | own) for count in replicas]
@@ -179,9 +179,13 @@ def main(arguments) -> int:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as shared:
         for world, settings in starts(arguments, gpus):
-            say(f"{world} ranks: {', '.join(settings['models'])} at TP {settings['tensor_parallel']}")
-            rows += run_ranks(world, settings, shared)
+            say(f"{world} ranks: {settings['model'].name} at TP {settings['tensor_parallel']}")
+            news = run_ranks(world, settings, shared)
+            rows += news
             done = finish(rows)
+            for row in done[-len(news) :]:
+                waits = "" if row["overlap"] else ", waiting"
+                say(f"  {row['mode']}{waits}: {row['step_ms']} ms a step, {row['ratio']} times dense")
             path = write_csv("parallel", done, folder)
     columns = "model mode overlap tensor_parallel data_parallel step_ms spread ratio ratio_spread"
     print_table(done, columns.split())

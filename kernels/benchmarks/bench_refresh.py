@@ -64,10 +64,10 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
 def variants(case: Case) -> dict[str, dict]:
     """Settings to try of a kernel: {what to call it: keyword arguments}."""
     if case.name == "refresh":
-        tried = [((4, 16), 2, band, False, None) for band in (1, 2, 4)]
-        tried += [((4, 16), 2, 2, True, None), ((4, 16), 2, 2, False, 128), ((4, 8), 2, 4, False, None)]
-        tried += [((2, 32), 2, 4, False, None), ((2, 16), 2, 4, False, None), ((4, 32), 2, 2, False, None)]
-        names = ("lanes", "pairs", "band", "stream", "registers")
+        tried = [((4, 16), band, "", None) for band in (1, 2, 4)]
+        tried += [((4, 16), 2, ".cs", None), ((4, 16), 2, "", 128), ((4, 8), 4, "", None), ((2, 32), 4, "", None)]
+        tried += [((2, 16), 4, "", None), ((4, 32), 2, "", None)]
+        names = ("lanes", "band", "stores", "registers")
         return {" ".join(map(str, one)): dict(zip(names, one, strict=True)) for one in tried}
     if case.name == "row_metadata":
         tried = [

@@ -6,10 +6,8 @@ alternate between them; memory is what an engine adds to the ones before it.
 
 import contextlib
 import dataclasses
-import gc
 import io
 import json
-import statistics
 import time
 from pathlib import Path
 from unittest import mock
@@ -17,9 +15,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from collectives import Counted
-from common import say
 from megatron.core import parallel_state
-from models import MODELS, Model
+from models import Model
 
 from slope_megatron.config import (
     Config,
@@ -34,7 +31,6 @@ from slope_megatron.launch.layout import Layout
 from slope_megatron.launch.memory import Holding, fullest_gpu, precision
 from slope_megatron.layers import communication
 from slope_megatron.models.provider import build_model
-from slope_megatron.ops import choices
 from slope_megatron.training import cpu_host, kernel_choices, parallel
 from slope_megatron.training.engine import Engine
 
@@ -48,14 +44,14 @@ class Work:
     """What the ranks of one start are to measure.
 
     Args:
-        models: names of benchmarks/models.py, or shapes of their own.
+        model: one a start, because DeepSpeed's engines stay in memory.
         modes: "dense", and modes of SlopeConfig.
         waiting: whether the 2:4 engines are timed once more with each collective waited for where it starts.
         tokens, sequence: of a micro-batch, and of one sample.
         folder: for kernel choices and results.
     """
 
-    models: tuple[str | Model, ...]
+    model: Model
     modes: tuple[str, ...]
     tensor_parallel: int
     blocks: int
@@ -68,9 +64,9 @@ class Work:
     folder: str
 
 
-def config_of(model: Model, mode: str, work: Work, replicas: int) -> Config:
+def config_of(mode: str, work: Work, replicas: int) -> Config:
     """A few blocks of a model at its width; unlike in training, the first linear is sparse too: it is one of few."""
-    micro_batch = work.tokens // work.sequence
+    model, micro_batch = work.model, work.tokens // work.sequence
     slope = {"enabled": False} if mode == DENSE else {"mode": mode}
     tensor = work.tensor_parallel
     return Config(
@@ -97,10 +93,10 @@ def config_of(model: Model, mode: str, work: Work, replicas: int) -> Config:
 class Bench:
     """One engine, its batches, and what it takes."""
 
-    def __init__(self, model: Model, mode: str, work: Work, replicas: int):
+    def __init__(self, mode: str, work: Work, replicas: int):
         before = allocated()
-        self.model, self.mode, self.work = model, mode, work
-        self.config = config_of(model, mode, work, replicas)
+        self.mode, self.work = mode, work
+        self.config = config_of(mode, work, replicas)
         dtype = torch.bfloat16
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
             self.engine = Engine(build_model(self.config, work.vocabulary, dtype), self.config, dtype)
@@ -199,7 +195,7 @@ def sent_by_formula(bench: Bench, tensor: int, replicas: int) -> dict[str, float
     """
     work, sizes = bench.work, {"tensor": 0.0, "data": 0.0}
     if tensor > 1:
-        whole = work.tokens * bench.model.hidden * 2
+        whole = work.tokens * work.model.hidden * 2
         sizes["tensor"] = (tensor - 1) / tensor * whole * work.micro_batches * (10 * work.blocks + 6)
     if replicas > 1:
         held = sum(parameter.numel() for group in bench.engine.members.values() for parameter in group)
@@ -218,10 +214,10 @@ def planned_bytes(bench: Bench, tensor: int, replicas: int) -> float:
 # -- a rank ------------------------------------------------------------------------------------------------------------
 
 
-def measure(model: Model, work: Work) -> list[dict]:
-    """A row for each engine of one model; the same on every rank."""
+def measure(work: Work) -> list[dict]:
+    """A row for each engine; the same on every rank."""
     replicas, tensor = parallel_state.get_data_parallel_world_size(), work.tensor_parallel
-    benches = {mode: Bench(model, mode, work, replicas) for mode in work.modes}
+    benches = {mode: Bench(mode, work, replicas) for mode in work.modes}
     variants = {(mode, True): bench for mode, bench in benches.items()}
     if work.waiting and tensor > 1:
         variants |= {(mode, False): bench for mode, bench in benches.items() if mode != DENSE}
@@ -235,7 +231,7 @@ def measure(model: Model, work: Work) -> list[dict]:
         sent, formula = bench.counted, sent_by_formula(bench, tensor, replicas)
         rows.append(
             {
-                "model": model.name,
+                "model": work.model.name,
                 "mode": mode,
                 "overlap": overlaps,
                 "tensor_parallel": tensor,
@@ -256,25 +252,13 @@ def measure(model: Model, work: Work) -> list[dict]:
     return rows
 
 
-def play(work: Work) -> list[dict]:
-    """All of a start's models, one after the other, on this rank; torch.distributed's variables say which it is."""
+def play(work: Work) -> None:
+    """One rank of a start; torch.distributed's variables say which. Rank 0 leaves rows.json in the folder."""
     cpu_host.prepare()
-    first = MODELS.get(work.models[0], work.models[0])
-    parallel.initialize(config_of(first, DENSE, work, 1))
+    parallel.initialize(config_of(DENSE, work, 1))
     kernel_choices.share(Path(work.folder), resumed=True)
-    rows = []
-    for model in work.models:
-        count = len(rows)
-        rows += measure(MODELS.get(model, model), work)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if dist.get_rank() == 0:
-            Path(work.folder, "rows.json").write_text(json.dumps(rows))
-            for row in rows[count:]:
-                step = statistics.median(sample["step"] for sample in row["samples"])
-                say(f"  {row['model']} {row['mode']}{'' if row['overlap'] else ', waiting'}: {step:.1f} ms a step")
-    if dist.get_rank() == 0 and not choices.is_empty():
-        kernel_choices.save(Path(work.folder))
+    rows = measure(work)
+    if dist.get_rank() == 0:
+        Path(work.folder, "rows.json").write_text(json.dumps(rows))
+    kernel_choices.save(Path(work.folder))
     parallel.finish()
-    return rows

@@ -192,7 +192,8 @@ def step_seconds(
     spread = layout.gpus > cluster.gpus_per_node
     link = per_gpu if spread else cluster.intra_gbs * 1e9
     ring = (layout.data - 1) / layout.data
-    reduction = counts.trained * ring * (2 * bytes_of.gradient + bytes_of.weight) / link
+    # However gradients are accumulated, DeepSpeed all-reduces them in the weights' type, and gathers the weights.
+    reduction = counts.trained * ring * 3 * bytes_of.weight / link
     if layout.zero == 3:
         # Weights are gathered in every forward and every backward.
         reduction += 2 * micro_batches * counts.trained * ring * bytes_of.weight / link

@@ -1,8 +1,9 @@
-"""Registered ops of low-rank adapters: what runs beside a joined operand (`ops.joined`).
+"""Registered ops of low-rank adapters: what runs beside a sparse product (`ops.low_rank`, `ops.joined`).
 
 T tokens, S in, R out, P rank, D [P, S] and U [R, P] the adapters' factors.
-    slope::join_input     H [T, P] = scale X D^T, and X' = [X | H 0 | H 0]
-    slope::add_low_rank   Y [T, R] + H U^T, contiguous
+    slope::low_rank_hidden  H [T, P] = scale X D^T
+    slope::join_input       the same, and X' = [X | H 0 | H 0]
+    slope::add_low_rank     Y [T, R] + H U^T, contiguous
 On CUDA they run `slope_kernels`; on a CPU their plain-torch twins.
 """
 
@@ -10,6 +11,36 @@ import torch
 
 # Below these tokens, a kernel whose programs each hold the whole rank of some tokens leaves most of a GPU idle.
 FEW_TOKENS = 2048
+
+
+def suits_kernel(tokens: int, rank: int) -> bool:
+    """Whether the kernel that computes H fits: elsewhere torch's product serves better."""
+    from slope_kernels.triton import low_rank
+
+    return rank <= low_rank.MOST_RANK and tokens >= FEW_TOKENS
+
+
+@torch.library.custom_op("slope::low_rank_hidden", mutates_args=(), device_types="cuda")
+def low_rank_hidden(x_TS: torch.Tensor, down_PS: torch.Tensor, scale: float) -> torch.Tensor:
+    """H `[T, P]` = scale X D^T, the scale applied to the fp32 sums."""
+    from slope_kernels.triton import low_rank
+
+    hidden_TP = x_TS.new_empty((x_TS.shape[0], down_PS.shape[0]))
+    if not suits_kernel(*hidden_TP.shape):
+        # With beta 0 nothing is read of what the new tensor holds.
+        return hidden_TP.addmm_(x_TS, down_PS.t(), beta=0, alpha=scale)
+    low_rank.down(x_TS if x_TS.stride(1) == 1 else x_TS.contiguous(), down_PS, hidden_TP, scale=scale)
+    return hidden_TP
+
+
+@low_rank_hidden.register_kernel("cpu")
+def _(x_TS, down_PS, scale):
+    return x_TS @ down_PS.t() * scale
+
+
+@low_rank_hidden.register_fake
+def _(x_TS, down_PS, scale):
+    return x_TS.new_empty((x_TS.shape[0], down_PS.shape[0]))
 
 
 @torch.library.custom_op("slope::join_input", mutates_args=(), device_types="cuda")
@@ -20,7 +51,7 @@ def join_input(
     from slope_kernels.triton import low_rank
 
     rank = down_PS.shape[0]
-    if rank > low_rank.MOST_RANK or x_TS.shape[0] < FEW_TOKENS:
+    if not suits_kernel(x_TS.shape[0], rank):
         return _join_by_parts(x_TS, down_PS, padded, scale)
     x_TS = x_TS if x_TS.stride(1) == 1 else x_TS.contiguous()
     hidden_TP = x_TS.new_empty((x_TS.shape[0], rank))

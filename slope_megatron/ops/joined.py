@@ -15,6 +15,7 @@ A joined operand stands in the place of the plain one. Its factors are written a
 percent of it, and a step of the optimizer may have changed them.
 """
 
+import dataclasses
 import sys
 
 import torch
@@ -166,12 +167,13 @@ def join(operands, kind: str, form: str, rank: int) -> None:
 
 
 def measure_algorithm(key: Key, device: torch.device) -> Choice:
-    """The fastest of the library's algorithms that multiplies right."""
-    trial = measure.prepare(key, device)
+    """The fastest of the library's algorithms that multiplies right, on a whole operand."""
+    trial = measure.prepare(dataclasses.replace(key, kind="forward"), device)
     candidates = {candidate.algorithm: candidate for candidate in measure.cusparselt_finalists(trial, [1])}
     if not candidates:
         return Choice(True)
     samples = timing.interleaved(candidates, rounds=7, calls=3)
-    best = min(samples, key=lambda algorithm: timing.median(samples[algorithm]))
+    times = {algorithm: timing.median(values) for algorithm, values in samples.items()}
+    best = min(times, key=times.get)
     torch.cuda.empty_cache()
-    return Choice(True, 1, best, timing.median(samples[best]))
+    return Choice(True, 1, best, times[best])

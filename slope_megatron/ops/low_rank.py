@@ -8,19 +8,21 @@ T tokens, S in, R out, P rank.   Y [T, R] = X W^T + H U^T,   H [T, P] = scale X 
 The products over P are small; what costs is that X and Y move once more for each. The ways:
 
     last          Y := X W^T, then Y += H U^T in place: X is read again, Y read and written again
+    kernels       the same by kernels of our own, for small ranks
     first         Y := H U^T, then Y += X W^T in the sparse product's epilogue
     tall, wide    one sparse product of an operand that has D or U in it (`ops.joined`)
 
-"first" is for operands with `forward_add` or `dgrad_add` (X, Y -> Y + X W^T, which may overwrite Y). Where there are
-several ways, they are timed once for each shape behind a numerics gate, and the choice is kept like every other.
+"first" is for operands with `forward_add` or `dgrad_add` (X, Y -> Y + X W^T, which may overwrite Y). On a GPU the ways
+that there are are timed once for each shape behind a numerics gate, and the choice is kept like every other.
 """
 
 import logging
 import sys
+from collections.abc import Callable
 
 import torch
 
-from slope_megatron.ops import choices, joined, timing
+from slope_megatron.ops import adapter_products, choices, joined, timing
 from slope_megatron.ops.choices import Key, Order
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ def product(operands, kind: str, x_TS, down_PS, up_RP, scale: float, x_of_weight
     way = _way(operands, kind, x_TS, up_RP) if x_of_weight is None else "last"
     if way in FORMS:
         return operands.joined_product(kind, x_TS, down_PS, up_RP, scale)
+    if way == "kernels":
+        return _by_kernels(operands, kind, x_TS, down_PS, up_RP, scale)
     hidden_TP = hidden(x_TS, down_PS, scale)
     if way == "first":
         return _first(operands, kind, x_TS, hidden_TP, up_RP), hidden_TP
@@ -58,6 +62,11 @@ def _last(operands, kind, x_TS, hidden_TP, up_RP) -> torch.Tensor:
     return y_TR.addmm_(hidden_TP, up_RP.t())
 
 
+def _by_kernels(operands, kind, x_TS, down_PS, up_RP, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_TP = adapter_products.low_rank_hidden(x_TS, down_PS, scale)
+    return adapter_products.add_low_rank(getattr(operands, kind)(x_TS), hidden_TP, up_RP), hidden_TP
+
+
 def _first(operands, kind, x_TS, hidden_TP, up_RP) -> torch.Tensor:
     return getattr(operands, f"{kind}_add")(x_TS, hidden_TP @ up_RP.t())
 
@@ -69,7 +78,7 @@ def _way(operands, kind: str, x_TS: torch.Tensor, up_RP: torch.Tensor) -> str:
     in_place = getattr(inner, "joined", {}).get(kind)
     if in_place is not None:
         return in_place.form if in_place.rank == rank else "last"
-    if not hasattr(operands, f"{kind}_add"):
+    if not hasattr(operands, "forward_add"):
         return "last"
     key = Key(f"{kind}+{rank}", rows, x_TS.shape[1], x_TS.shape[0], x_TS.dtype)
     found = choices.find(key)
@@ -83,7 +92,7 @@ def _way(operands, kind: str, x_TS: torch.Tensor, up_RP: torch.Tensor) -> str:
 def _adopt(operands, kind: str, key: Key, device: torch.device) -> str:
     """Make the choice if need be, and bring the operand into the form that it wants."""
     if device.type == "cpu" and choices.find(key) is None:
-        choices.record(key, Order("first"))
+        choices.record(key, Order("first" if hasattr(operands, f"{kind}_add") else "last"))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{key} has not run yet with adapters and a CUDA graph is being captured: run it once before capturing"
@@ -113,19 +122,20 @@ def measure(operands, kind: str, key: Key, device: torch.device, *, rounds: int 
     x_TS, down_PS, up_RP = random(key.tokens, key.columns), random(rank, key.columns), random(key.rows, rank)
     # Terms of the size of Y's own, the hardest case for the rounding of the one that comes first.
     scale = float(getattr(operands, kind)(x_TS)[:64].float().std()) / (rank * key.columns) ** 0.5
-    ways = {
-        "last": lambda: _last(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP),
-        "first": lambda: _first(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP),
-    }
+    ways = {"last": lambda: _last(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP)}
+    if adapter_products.suits_kernel(key.tokens, rank):
+        ways["kernels"] = lambda: _by_kernels(operands, kind, x_TS, down_PS, up_RP, scale)[0]
+    if hasattr(operands, f"{kind}_add"):
+        ways["first"] = lambda: _first(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP)
     if joined.can_join(operands, kind, key.tokens, rank):
         form = joined.form_for(key.rows, key.columns)
         copy = joined.joined_copy(operands, kind, form, rank)
         ways[form] = lambda: copy.product(x_TS, down_PS, up_RP, scale)[0]
     expected = ways["last"]().float()
     for name in [name for name in ways if name != "last"]:
-        problem = wrong(ways[name](), expected)
+        problem = wrong(ways[name], expected)
         if problem:
-            logger.warning("%s: %s gives wrong results and is not used: %s", key, name, problem)
+            logger.warning("%s: way %r is not used: %s", key, name, problem)
             del ways[name]
     del expected
     rough = timing.median(timing.interleaved({"": ways["last"]}, rounds=3, calls=1)[""])
@@ -135,7 +145,14 @@ def measure(operands, kind: str, key: Key, device: torch.device, *, rounds: int 
     return Order(min(times, key=times.get), times)
 
 
-def wrong(found: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """The numerics gate: all ways compute the same but for a rounding to 16 bits."""
+def wrong(way: Callable[[], torch.Tensor], expected: torch.Tensor) -> str | None:
+    """The numerics gate: all ways compute the same but for a rounding to 16 bits. One that cannot run is none."""
+    try:
+        found = way()
+    except torch.AcceleratorError:
+        # The context is lost: nothing can run after this.
+        raise
+    except Exception as error:  # libraries and compilers have types of their own
+        return f"it cannot run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     difference = float((found.float() - expected).norm() / expected.norm())
-    return None if difference <= MOST_RELATIVE_ERROR else f"relative difference {difference:.1e}"
+    return None if difference <= MOST_RELATIVE_ERROR else f"wrong results, relative difference {difference:.1e}"

@@ -13,8 +13,8 @@ from slope_megatron.ops import layout, timing
 from slope_megatron.ops.cutlass_operand import row_metadata
 
 logger = logging.getLogger(__name__)
-# (swizzle, raster): the default walk, and the others that ever won.
-WALKS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2))
+# (swizzle, raster): the default walk first; wider swizzles never won.
+WALKS = ((1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2))
 KERNELS_TO_WALK = 2
 FINALISTS = 2
 

@@ -1,13 +1,14 @@
 """CUTLASS's order of metadata for 16-bit types on sm_90, in plain torch; the nibbles are those of `operand`.
 
-R rows, G groups of four a row. Blocks of 64 rows x 32 groups (1024 bytes), one row block after the other within 32
+R rows, G groups of four a row. Blocks of 64 rows x 16 groups (512 bytes), one row block after the other within 16
 groups; missing groups of the last block are zero. Within a block the nibble's address is, from the highest bit,
-r5 r4 g2 r2 r1 r0 g4 g3 r3 g1 g0: `Sm90GemmSparseConfig::TensorEAtom_16bit` for tiles of 128 columns or more.
+r5 r4 g2 r2 r1 r0 g3 r3 g1 g0: `Sm90GemmSparseConfig::TensorEAtom_16bit` for tiles of 64 columns, as our
+kernels have.
 """
 
 import torch
 
-BLOCK_ROWS, BLOCK_GROUPS = 64, 32
+BLOCK_ROWS, BLOCK_GROUPS = 64, 16
 
 
 def metadata_bytes(rows: int, groups: int) -> int:
@@ -20,7 +21,7 @@ def metadata_cutlass(places: torch.Tensor) -> torch.Tensor:
     rows, groups, _ = places.shape
     nibble = (places[..., 0] | places[..., 1] << 2).to(torch.uint8)
     nibble = torch.nn.functional.pad(nibble, (0, -groups % BLOCK_GROUPS))
-    # Axes: row block, r54, r3, r210, group block, g43, g2, g10.
+    # Axes: row block, r54, r3, r210, group block, g3, g2, g10.
     bits = nibble.view(rows // 64, 4, 2, 8, -1, BLOCK_GROUPS // 8, 2, 4)
     ordered = bits.permute(4, 0, 1, 6, 3, 5, 2, 7).reshape(-1, 2)
     return ordered[:, 0] | ordered[:, 1] << 4
@@ -42,6 +43,6 @@ def from_sm90(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     bits = nibble.view(rows // 64, groups // 8, 4, 8, 4, 2, 2)
     bits = torch.nn.functional.pad(bits, (0,) * 11 + (-(groups // 8) % eights,))
     bits = bits.view(rows // 64, -1, eights, 4, 8, 2, 2, 2, 2)
-    # Axes now: row block, group block of 32, g43, r54, r210, g1, g0, g2, r3.
+    # Axes now: row block, group block of 16, g3, r54, r210, g1, g0, g2, r3.
     ordered = bits.permute(1, 0, 3, 7, 4, 2, 8, 5, 6).reshape(-1, 2)
     return ordered[:, 0] | ordered[:, 1] << 4

@@ -14,11 +14,11 @@ def rows_of(settings):
     import parallel
     from models import Model
 
-    return parallel.measure(Model("tiny", 64, 256, 4, 4, False), parallel.Work(**settings))
+    return parallel.measure(parallel.Work(model=Model("tiny", 64, 256, 4, 4, False), **settings))
 
 
 def settings(tensor_parallel, **more):
-    common = {"models": (), "modes": ("dense", "paper"), "tensor_parallel": tensor_parallel, "blocks": 2}
+    common = {"modes": ("dense", "paper"), "tensor_parallel": tensor_parallel, "blocks": 2}
     sizes = {"tokens": 512, "sequence": 32, "micro_batches": 2, "vocabulary": 100, "rounds": 2}
     return {**common, **sizes, "waiting": True, "folder": "", **more}
 
@@ -69,14 +69,15 @@ def test_what_is_started():
     given = {"tokens": 8192, "micro_batches": 4, "vocabulary": 50272, "rounds": 9, "modes": ["dense", "paper"]}
     given |= {
         "parts": ["tensor", "data"],
-        "models": ["opt-13b"],
+        "models": ["opt-13b", "opt-66b"],
         "blocks": 4,
         "data_model": "opt-13b",
         "data_blocks": 2,
     }
     arguments = SimpleNamespace(**given)
-    found = [(world, own["tensor_parallel"]) for world, own in module.starts(arguments, 4)]
-    assert found == [(4, 4), (1, 1), (2, 1), (4, 1)]
+    found = [(world, own["model"].name, own["tensor_parallel"]) for world, own in module.starts(arguments, 4)]
+    data = [(world, "opt-13b", 1) for world in (1, 2, 4)]
+    assert found == [(4, "opt-13b", 4), (4, "opt-66b", 4), *data]
     assert [world for world, _ in module.starts(arguments, 1)] == [1], "one GPU has nobody to share with"
 
 

@@ -27,7 +27,7 @@ KERNELS = {
     "refresh": (
         refresh._refresh_kernel,
         REFRESH,
-        {**BOTH, "LANES_G": 4, "LANES_C": 16, "PAIRS": 2, "BAND": 4, "STREAM": True},
+        {**BOTH, "LANES_G": 4, "LANES_C": 16, "BAND": 4, "STORES": ""},
         2,
     ),
     "choose_bf16": (

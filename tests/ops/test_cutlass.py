@@ -192,7 +192,7 @@ def test_a_saved_choice_of_a_kernel_comes_back(fresh_choices, tmp_path):
     assert fresh_choices.load(tmp_path / "choices.json")
     assert fresh_choices.find(key) == choice
     assert choices.cutlass_algorithm(128, 192, 48, DTYPE) == choice.algorithm
-    assert str(choice) == "2:4, CUTLASS 256x192x128 2x1 cooperative, walk 4/2 (2:4 0.500 ms, dense 0.750 ms)"
+    assert str(choice) == "2:4, CUTLASS 128x256x64 2x1 cooperative, walk 4/2 (2:4 0.500 ms, dense 0.750 ms)"
 
 
 def test_reasons_for_refusing_a_weight():

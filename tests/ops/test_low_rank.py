@@ -43,7 +43,7 @@ def sparse_adapters(device):
     return left.to(DTYPE), right.to(DTYPE)
 
 
-@pytest.fixture(params=["last", "first", "tall", "wide"])
+@pytest.fixture(params=["last", "kernels", "first", "tall", "wide"])
 def way(request, fresh_choices):
     """Chosen for both products, at both numbers of tokens."""
     for key in KEYS.values():
@@ -192,12 +192,25 @@ def test_the_gate_refuses_an_adding_product_that_is_wrong(device, monkeypatch, f
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     order = low_rank.measure(Wrong(ours), "forward", KEYS["forward"], torch.device(device))
     assert order == Order("last", {"last": 1.0})
-    assert "first gives wrong results and is not used: relative difference" in caplog.text
+    assert "way 'first' is not used: wrong results, relative difference" in caplog.text
     assert set(low_rank.measure(ours, "forward", KEYS["forward"], torch.device(device)).times) == {
         "last",
         "first",
         "tall",
     }
+
+
+def test_a_way_that_cannot_run_is_not_used(device, monkeypatch, fresh_choices, caplog):
+    _, ours = operands_of(device, whole=False)
+    monkeypatch.setattr(low_rank.timing, "interleaved", lambda ways, **_: {name: [1.0] for name in ways})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def cannot(*_):
+        raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr(ours, "forward_add", cannot)
+    assert "first" not in low_rank.measure(ours, "forward", KEYS["forward"], torch.device(device)).times
+    assert "way 'first' is not used: it cannot run (RuntimeError: no kernel for this shape)" in caplog.text
 
 
 @pytest.mark.gpu

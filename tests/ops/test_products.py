@@ -118,6 +118,7 @@ def op_arguments(device):
     return {
         "sparse_mm": (operand, x, 64, 1, bias, False),
         "sparse_mm_add_": (torch.randn(32, 64, device=device).to(dtype), operand, x, 1, bias),
+        "low_rank_hidden": (x, torch.randn(8, 128, device=device).to(dtype), 0.5),
         "join_input": (x, torch.randn(8, 128, device=device).to(dtype), 32, 0.5),
         "add_low_rank": (
             x[:, :64],
@@ -137,6 +138,7 @@ def op_arguments(device):
 OPS = [
     "sparse_mm",
     "sparse_mm_add_",
+    "low_rank_hidden",
     "join_input",
     "add_low_rank",
     "gather_kept",

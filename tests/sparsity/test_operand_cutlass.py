@@ -12,9 +12,9 @@ from slope_megatron.sparsity.operand_cutlass import (
 )
 from slope_megatron.sparsity.pattern import random_pattern
 
-# The lowest address bit first, of a nibble in its block of 64 rows (r) x 32 groups (g).
-ADDRESS = ["g0", "g1", "r3", "g3", "g4", "r0", "r1", "r2", "g2", "r4", "r5"]
-SHAPES = [(64, 128), (192, 320), (128, 64), (64, 1024)]
+# The lowest address bit first, of a nibble in its block of 64 rows (r) x 16 groups (g).
+ADDRESS = ["g0", "g1", "r3", "g3", "r0", "r1", "r2", "g2", "r4", "r5"]
+SHAPES = [(64, 128), (192, 288), (128, 64), (64, 1024)]
 
 
 def places_of(rows: int, columns: int) -> torch.Tensor:
@@ -24,9 +24,9 @@ def places_of(rows: int, columns: int) -> torch.Tensor:
 
 def address(row: int, group: int, rows: int) -> int:
     """The number of a group's nibble, bit by bit."""
-    block = (group // 32) * (rows // 64) + row // 64
+    block = (group // 16) * (rows // 64) + row // 64
     bits = [(row if name[0] == "r" else group) >> int(name[1]) & 1 for name in ADDRESS]
-    return block * 2048 + sum(bit << place for place, bit in enumerate(bits))
+    return block * 1024 + sum(bit << place for place, bit in enumerate(bits))
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)

@@ -34,16 +34,13 @@
 
 #ifndef SLOPE_ELEMENT
 #define SLOPE_ELEMENT cutlass::bfloat16_t
-#define SLOPE_TILE_R 256
-#define SLOPE_TILE_T 192
-#define SLOPE_TILE_S 128
+#define SLOPE_TILE_R 128
+#define SLOPE_TILE_T 256
+#define SLOPE_TILE_S 64
 #define SLOPE_CLUSTER_R 2
 #define SLOPE_CLUSTER_T 1
 #define SLOPE_SCHEDULE Cooperative
 #define SLOPE_SOURCE 0
-#endif
-#ifndef SLOPE_EPILOGUE_T
-#define SLOPE_EPILOGUE_T 32
 #endif
 #define SLOPE_JOIN_(a, b) a##b
 #define SLOPE_JOIN(a, b) SLOPE_JOIN_(a, b)
@@ -70,7 +67,7 @@ using Fusion = cutlass::epilogue::fusion::LinCombPerRowBiasEltAct<
     cutlass::epilogue::thread::LowerBound, Element, float, Element, Source, float, 1>;
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
-    Shape<Int<(SLOPE_TILE_R < 128 || !kCooperative) ? 64 : 128>, Int<SLOPE_EPILOGUE_T>>, float, float,
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float,
     Source, Tokens, kLine, Element, Tokens, kLine, Store, Fusion>::CollectiveOp;
 using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp,

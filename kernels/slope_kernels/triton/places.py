@@ -73,14 +73,14 @@ def survivors(kept, survives, NATIVE: tl.constexpr):
         survives: 16 bits, two a nibble: whether the low and whether the high kept value survives.
     """
     zero = kept & 0
-    # Two bits -> a byte: its low half says four times whether the low one survives, its high half whether the high one.
-    table = zero - 0xFF100
+    # Two bits -> a byte: its low half says four times whether the low one survives, its high half whether just one.
+    table = zero + 0x0FF0FF00
     even = permute_bytes(table, zero, survives & 0x3333, NATIVE)
     odd = permute_bytes(table, zero, (survives >> 2) & 0x3333, NATIVE)
     first = zero + 0x0F0F0F0F
-    low, high = merge_bits(first, even, odd << 4, NATIVE), merge_bits(first, even >> 4, odd, NATIVE)
-    higher = higher_bits(kept)
-    return kept & ((higher & high) | (~higher & low))
+    low, one = merge_bits(first, even, odd << 4, NATIVE), merge_bits(first, even >> 4, odd, NATIVE)
+    # Less one, a nibble's lower bit is 0 and its higher bit still 1.
+    return kept & (low ^ ((kept - 0x11111111) & one))
 
 
 @triton.jit
