@@ -17,7 +17,7 @@ from models import MODELS, Model
 
 def add_arguments(parser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to time")
-    parser.add_argument("--shares", nargs="+", type=float, default=[1.56, 6.25], help="ranks, % of the hidden size")
+    parser.add_argument("--shares", nargs="+", type=float, default=[1.56, 6.25], help="ranks, %% of the hidden size")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T, in sequences of 2048")
     parser.add_argument("--blocks", type=int, default=2, help="blocks in a stack; times are per block")
     parser.add_argument("--accumulate", default="fp32", choices=("fp32", "bf16", "none"))

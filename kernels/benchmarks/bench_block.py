@@ -124,6 +124,17 @@ def check_modes(modes: list[str]) -> None:
         raise ValueError(f"--modes holds {unknown[0]!r}: the modes timed against dense are {known}")
 
 
+def chart(rows: list[dict], folder) -> None:
+    """A group of bars for each model and pass, a bar for each mode."""
+    ratios: dict[str, dict[str, float]] = {}
+    for item in rows:
+        label = " ".join(filter(None, (item["model"], item["pass"], item["accumulate"])))
+        ratios.setdefault(item["mode"], {})[label] = item["ratio"]
+    labels = list(dict.fromkeys(label for bars in ratios.values() for label in bars))
+    series = {mode: [bars.get(label, float("nan")) for label in labels] for mode, bars in ratios.items()}
+    bar_chart("block", labels, series, machine(), folder)
+
+
 def main(arguments) -> int:
     require_gpu()
     check_modes(arguments.modes)
@@ -146,11 +157,6 @@ def main(arguments) -> int:
     print_table(
         rows, ["model", "mode", "pass", "accumulate", "dense_ms", "sparse_ms", "ratio", "spread", "ceiling", "reached"]
     )
-    labels = [f"{item['model']} {item['mode']} {item['pass']} {item['accumulate']}" for item in rows]
-    series = {
-        "measured": [item["ratio"] for item in rows],
-        "ceiling": [item["ceiling"] or float("nan") for item in rows],
-    }
-    bar_chart("block", labels, series, machine(), arguments.out)
+    chart(rows, arguments.out)
     print(f"wrote {path}")
     return 0

@@ -18,7 +18,7 @@ def forward_like(key) -> dict:
     device = torch.device("cuda", torch.cuda.current_device())
     trial = measure.prepare(key, device)
     x, w, y = trial.q_TS.to(torch.bfloat16), trial.w_RS.to(torch.bfloat16), trial.y_TR
-    candidates = measure.finalists(trial, tiles=1)
+    candidates = measure.cusparselt_finalists(trial, tilings=[1])
     functions = {
         "bf16": lambda: torch.mm(x, w.t(), out=y),
         "dense_fp8": trial.dense_product,

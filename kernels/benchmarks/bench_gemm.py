@@ -118,7 +118,7 @@ def main(arguments) -> int:
                 rows.append({"model": name, "tp": size, "linear": linear, "kind": kind, **done[key]})
         worst = min(row["chosen_ratio"] for row in rows if row["model"] == name)
         say(f"{name}: worst ratio {worst}")
-    path = write_csv("gemm", rows, arguments.out)
+        path = write_csv("gemm", rows, arguments.out)
     columns = ["model", "tp", "linear", "kind", "dense_ms", "cusparselt_ratio", "tiles", "cutlass_ratio"]
     print_table(rows, [*columns, "cutlass_algorithm", "sparse_tflops"])
     whole = [row for row in rows if row["tp"] == 1]

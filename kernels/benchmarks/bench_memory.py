@@ -25,7 +25,7 @@ DENSE_BYTES = {"training": 2 + 4 + 12, "inference": 2}
 
 def add_arguments(parser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to account for")
-    parser.add_argument("--shares", nargs="+", type=float, default=[1.56, 6.25], help="ranks, % of the hidden size")
+    parser.add_argument("--shares", nargs="+", type=float, default=[1.56, 6.25], help="ranks, %% of the hidden size")
     parser.add_argument("--backend", default="auto", help="backend of the 2:4 operands (--slope-backend)")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T, in sequences of 2048")
     parser.add_argument("--no-activations", action="store_true", help="state alone")

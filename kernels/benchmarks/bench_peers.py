@@ -117,8 +117,8 @@ def main(arguments) -> int:
             try:
                 reason = refused[peer]
                 more = [] if reason else peer_rows(model, peer, linear, dense, arguments)
-            except (RuntimeError, NotImplementedError, AssertionError) as error:
-                # Of a library's own: a shape that it does not take, say.
+            except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+                # Of a library's own: a shape that it does not take, say; or a mode whose backend cannot run here.
                 if isinstance(error, torch.AcceleratorError):
                     raise
                 reason, more = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", []

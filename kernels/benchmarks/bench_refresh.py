@@ -64,29 +64,12 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
 def variants(case: Case) -> dict[str, dict]:
     """Settings to try of a kernel: {what to call it: keyword arguments}."""
     if case.name == "refresh":
-        tried = [((4, 16), band, "", None) for band in (1, 2, 4)]
-        tried += [((4, 16), 2, ".cs", None), ((4, 16), 2, "", 128), ((4, 8), 4, "", None), ((2, 32), 4, "", None)]
-        tried += [((2, 16), 4, "", None), ((4, 32), 2, "", None)]
-        names = ("lanes", "band", "stores", "registers")
-        return {" ".join(map(str, one)): dict(zip(names, one, strict=True)) for one in tried}
+        tried = [((4, 16), 1), ((4, 16), 4), ((4, 16), 16), ((4, 8), 4), ((4, 32), 4), ((8, 16), 4), ((2, 32), 4)]
+        return {f"{lanes} {band}": {"lanes": lanes, "band": band} for lanes, band in tried}
     if case.name == "row_metadata":
-        tried = [
-            (8, 1, False),
-            (16, 1, False),
-            (32, 1, False),
-            (4, 2, False),
-            (8, 2, False),
-            (16, 2, False),
-            (16, 1, True),
-        ]
-        return {str(one): dict(zip(("sets", "rounds", "stream"), one, strict=True)) for one in tried}
-    if case.name == "choose_column":
-        return {str(threads): {"threads": threads} for threads in (32, 64, 128, 256)}
-    if case.name == "column_metadata":
-        tried = [(32, None), (64, None), (128, None), (64, 56), (64, 48), (128, 48), (64, 40)]
-        return {str(one): dict(zip(("threads", "registers"), one, strict=True)) for one in tried}
-    if case.name == "mvue_operand":
-        return {f"{quads} {warps}": {"quads": quads, "warps": warps} for quads, warps in MVUE_BLOCKS}
+        return {str(sets): {"sets": sets} for sets in (4, 8, 16, 32)}
+    if case.name in ("choose_column", "column_metadata"):
+        return {str(threads): {"threads": threads} for threads in (32, 64, 128)}
     return {"": {}}
 
 

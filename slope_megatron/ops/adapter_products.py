@@ -51,8 +51,9 @@ def join_input(
     from slope_kernels.triton import low_rank
 
     rank = down_PS.shape[0]
-    if not suits_kernel(x_TS.shape[0], rank):
-        return _join_by_parts(x_TS, down_PS, padded, scale)
+    if not suits_kernel(x_TS.shape[0], rank) or padded > low_rank.MOST_RANK_JOINED:
+        hidden_TP = low_rank_hidden(x_TS, down_PS, scale)
+        return hidden_TP, _joined_parts(x_TS, hidden_TP, padded)
     x_TS = x_TS if x_TS.stride(1) == 1 else x_TS.contiguous()
     hidden_TP = x_TS.new_empty((x_TS.shape[0], rank))
     joined = x_TS.new_empty((x_TS.shape[0], x_TS.shape[1] + 2 * padded))
@@ -60,11 +61,15 @@ def join_input(
     return hidden_TP, joined
 
 
-@join_input.register_kernel("cpu")
-def _join_by_parts(x_TS, down_PS, padded, scale):
-    hidden_TP = x_TS @ down_PS.t() * scale
+def _joined_parts(x_TS, hidden_TP, padded: int) -> torch.Tensor:
     filled = torch.nn.functional.pad(hidden_TP, (0, padded - hidden_TP.shape[1]))
-    return hidden_TP, torch.cat((x_TS, filled, filled), 1)
+    return torch.cat((x_TS, filled, filled), 1)
+
+
+@join_input.register_kernel("cpu")
+def _(x_TS, down_PS, padded, scale):
+    hidden_TP = x_TS @ down_PS.t() * scale
+    return hidden_TP, _joined_parts(x_TS, hidden_TP, padded)
 
 
 @join_input.register_fake

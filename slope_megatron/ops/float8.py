@@ -150,7 +150,8 @@ class Float8Operands:
             raise RuntimeError(
                 f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
             )
-        choice = choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=self.dense_allowed))
+        candidates = {"dense_allowed": self.dense_allowed, "libraries": ("cusparselt",)}
+        choice = choices.decide(key, lambda: measure.measure(key, self.device, **candidates))
         if not choice.sparse and kind not in self.dense:
             self.dense[kind] = self._unpacked(kind)
         return choice

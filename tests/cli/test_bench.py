@@ -13,7 +13,7 @@ def parse(*words):
     return cli.parse(["bench", *words])
 
 
-@pytest.mark.parametrize("name", ["gemm", "block", "parallel", "adapters", "memory", "peers", "step", "refresh", "fp8"])
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can be measured")
 def test_a_machine_without_a_gpu_is_refused_with_the_reason(name):
     arguments = parse(name)
@@ -27,11 +27,12 @@ def test_the_published_models_are_offered():
     assert set(parser.parse_args([]).models) >= {"opt-2.6b", "opt-66b", "llama-3-8b", "mistral-7b"}
 
 
-def test_a_benchmark_has_a_manual_of_its_own(capsys):
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
+def test_a_benchmark_has_a_manual_of_its_own(name, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", "gemm", "--help"])
+        cli.main(["bench", name, "--help"])
     assert end.value.code == 0
-    assert "usage: slope bench gemm" in capsys.readouterr().out
+    assert f"usage: slope bench {name}" in capsys.readouterr().out
 
 
 def test_without_a_checkout_it_says_so(monkeypatch, tmp_path):

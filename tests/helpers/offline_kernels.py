@@ -27,7 +27,7 @@ KERNELS = {
     "refresh": (
         refresh._refresh_kernel,
         REFRESH,
-        {**BOTH, "LANES_G": 4, "LANES_C": 16, "BAND": 4, "STORES": ""},
+        {**BOTH, "LANES_G": 4, "LANES_C": 16, "BAND": 4},
         2,
     ),
     "choose_bf16": (
@@ -45,14 +45,14 @@ KERNELS = {
     "row_metadata": (
         metadata._row_metadata_kernel,
         {"row_masks": "*i32", "metadata": "*i32", "group_blocks": "i32"},
-        {"BLOCKS": 4, "SETS": 4, "ROUNDS": 2, "STREAM": True},
-        4,
+        {"BLOCKS": 4, "SETS": 16},
+        16,
     ),
     "column_metadata": (
         metadata._column_metadata_kernel,
         {**MASKS, "metadata": "*i32", "group_blocks": "i32"},
-        {"THREADS": 64, "STAGED": True, "WORDS": 288},
-        2,
+        {"THREADS": 32, "WORDS": 288},
+        1,
     ),
     "gather": (gather._gather_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
     "gather_add": (

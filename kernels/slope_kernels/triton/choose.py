@@ -195,7 +195,7 @@ def _store_bits(column_masks, kept, lost, mask):
 
 
 def choose_column(
-    values_NC: torch.Tensor, row_bits: torch.Tensor, column_bits: torch.Tensor, *, threads: int = 128
+    values_NC: torch.Tensor, row_bits: torch.Tensor, column_bits: torch.Tensor, *, threads: int = 32
 ) -> None:
     """The second pruning by magnitude; N a multiple of 4, K of 32.
 

@@ -41,8 +41,6 @@ def _row_metadata_kernel(
     NATIVE: tl.constexpr,
     BLOCKS: tl.constexpr,
     SETS: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    STREAM: tl.constexpr,
 ):
     """A thread has the rows r and r + 8 of BLOCKS neighbouring blocks of eight groups: two words of each block.
 
@@ -50,44 +48,33 @@ def _row_metadata_kernel(
     """
     thread = tl.arange(0, 32 * SETS)
     pair = thread // 2 % 32
-    block = (tl.program_id(0) * SETS * ROUNDS + thread // 64 * 2 + thread % 2) * BLOCKS
+    block = (tl.program_id(0) * SETS + thread // 64 * 2 + thread % 2) * BLOCKS
     row_block = tl.program_id(1).to(tl.int64)
     place = (row_block * 64 + pair // 8 * 16 + pair % 8) * group_blocks + block
-    first = (tl.arange(0, ROUNDS) * SETS * BLOCKS)[None, :]
-    mask = ((block[:, None] + first) < group_blocks)[:, :, None]
-    words = row_masks + place[:, None, None] + first[:, :, None] + tl.arange(0, BLOCKS)[None, None, :]
-    if STREAM:
-        upper = tl.load(words, mask=mask, eviction_policy="evict_first")
-        lower = tl.load(words + 8 * group_blocks, mask=mask, eviction_policy="evict_first")
-    else:
-        upper = tl.load(words, mask=mask)
-        lower = tl.load(words + 8 * group_blocks, mask=mask)
-    upper, lower = _nibbles_of_row(upper, NATIVE), _nibbles_of_row(lower, NATIVE)
+    mask = (block < group_blocks)[:, None]
+    words = row_masks + place[:, None] + tl.arange(0, BLOCKS)[None, :]
+    upper = _nibbles_of_row(tl.load(words, mask=mask), NATIVE)
+    lower = _nibbles_of_row(tl.load(words + 8 * group_blocks, mask=mask), NATIVE)
     even, odd = _exchange(upper, lower, 4, 0x0F0F0F0F, NATIVE)
     # Groups 0 4 1 5 | 2 6 3 7.
     zero = even & 0
     pairs = tl.join(permute_bytes(even, odd, zero + 0x6420, NATIVE), permute_bytes(even, odd, zero + 0x7531, NATIVE))
     target = (row_block * group_blocks + block) * 64 + pair * 2
-    target = target[:, None, None] + (first[:, :, None] + tl.arange(0, BLOCKS)[None, None, :]) * 64
-    target = target[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
-    if STREAM:
-        tl.store(metadata + target, pairs, mask=mask[:, :, :, None], cache_modifier=".cs")
-    else:
-        tl.store(metadata + target, pairs, mask=mask[:, :, :, None])
+    target = target[:, None, None] + tl.arange(0, BLOCKS)[None, :, None] * 64 + tl.arange(0, 2)[None, None, :]
+    tl.store(metadata + target, pairs, mask=mask[:, :, None])
 
 
-def row_metadata(
-    row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 16, rounds: int = 1, stream: bool = False
-) -> None:
+def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 16) -> None:
     """Write the metadata of W^R `[N, K]`; N a multiple of 64, K of 32.
 
     Args:
         row_bits: uint8 `[N, K/8]`, contiguous, 4-byte aligned.
         metadata: uint8 `[N K / 8]`.
+        sets: warps of a program, each with a set of neighbouring blocks of 64 rows.
     """
     group_blocks = row_bits.shape[1] // 4
     blocks = 4 if group_blocks % 4 == 0 else 1
-    grid = (triton.cdiv(group_blocks, sets * rounds * blocks), row_bits.shape[0] // 64)
+    grid = (triton.cdiv(group_blocks, sets * blocks), row_bits.shape[0] // 64)
     _row_metadata_kernel[grid](
         row_bits.view(torch.int32),
         metadata.view(torch.int32),
@@ -95,8 +82,6 @@ def row_metadata(
         NATIVE=row_bits.is_cuda,
         BLOCKS=blocks,
         SETS=sets,
-        ROUNDS=rounds,
-        STREAM=stream,
         num_warps=sets,
     )
 
@@ -173,7 +158,6 @@ def _column_metadata_kernel(
     WORDS: tl.constexpr,
     NATIVE: tl.constexpr,
     THREADS: tl.constexpr,
-    STAGED: tl.constexpr,
 ):
     """A thread has 32 rows x 32 columns of W: half a block, 32 words of metadata."""
     word, group_block = tl.program_id(0) * THREADS + tl.arange(0, THREADS), tl.program_id(1)
@@ -204,12 +188,9 @@ def _column_metadata_kernel(
     )
     block = (word // 2).to(tl.int64) * group_blocks + group_block
     target = block * 64 + word % 2 * 32
-    if STAGED:
-        target = target[:, None] + tl.arange(0, 32)[None, :]
-        tl.store(metadata + target, tl.reshape(tl.join(even, odd), (THREADS, 32)), mask=mask[:, None])
-    else:
-        target = target[:, None, None] + tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-        tl.store(metadata + target, tl.reshape(tl.join(even, odd), (THREADS, 8, 4)), mask=mask[:, None, None])
+    # 128 bytes a thread: passed through shared memory, so that neighbouring threads write neighbouring places.
+    target = target[:, None] + tl.arange(0, 32)[None, :]
+    tl.store(metadata + target, tl.reshape(tl.join(even, odd), (THREADS, 32)), mask=mask[:, None])
 
 
 def column_metadata(
@@ -218,8 +199,6 @@ def column_metadata(
     metadata: torch.Tensor,
     *,
     threads: int = 32,
-    staged: bool = True,
-    registers: int | None = None,
 ) -> None:
     """The backward operand's metadata for a given second pruning; N a multiple of 32, K of 64.
 
@@ -236,7 +215,5 @@ def column_metadata(
         WORDS=words,
         NATIVE=row_bits.is_cuda,
         THREADS=threads,
-        STAGED=staged,
         num_warps=threads // 32,
-        maxnreg=registers,
     )

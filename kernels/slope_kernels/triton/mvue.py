@@ -3,7 +3,8 @@
 T tokens, N out. A group is four tokens of one output, a quad four groups: the words of one Philox block.
     values     [N, S/2]     two kept values a group, 32 bits; S is T filled up with zeros
     metadata   [N S / 8]    where they belong, in cuSPARSELt's sm_90 layout (see `metadata`)
-Traffic: 2 B read, 1 + 1/8 B written an element. Bound by instructions before that: everything here is counted.
+Traffic: 2 B read, 1 + 1/8 B written an element. A program's loads are issued in three waves, between which it computes:
+the assembler decides so, whatever their order here.
 Oracle: `slope_megatron.sparsity.mvue24`, to the bit: fp32 in the same order, no contracted multiply-adds.
 """
 
@@ -133,20 +134,9 @@ def _mvue_kernel(
     IS_BF16: tl.constexpr,
     NATIVE: tl.constexpr,
     Q: tl.constexpr,
-    SWAP: tl.constexpr,
 ):
     """64 outputs x Q quads of tokens; values and metadata are 32-bit words."""
-    if SWAP == 1:
-        row_block, quad_start = tl.program_id(1), tl.program_id(0) * Q
-    elif SWAP == 0:
-        row_block, quad_start = tl.program_id(0), tl.program_id(1) * Q
-    else:
-        n0, n1 = tl.num_programs(0), tl.num_programs(1)
-        pid = tl.program_id(1) * n0 + tl.program_id(0)
-        band = pid // (SWAP * n0)
-        height = tl.minimum(n1 - band * SWAP, SWAP)
-        quad_start = (band * SWAP + (pid % (SWAP * n0)) % height) * Q
-        row_block = (pid % (SWAP * n0)) // height
+    row_block, quad_start = tl.program_id(0), tl.program_id(1) * Q
     couple = row_block * 32 + tl.arange(0, 32)
     quad = (quad_start + tl.arange(0, Q))[:, None]
     k0, k1 = tl.load(key).to(tl.uint32, bitcast=True), tl.load(key + 1).to(tl.uint32, bitcast=True)
@@ -175,7 +165,6 @@ def mvue_operand(
     *,
     quads: int = 8,
     warps: int = 4,
-    swap: int = 0,
 ) -> None:
     """Write the operand of P(dY)^T `[N, S]`, S the operand's columns: T filled up to a multiple of 64.
 
@@ -185,14 +174,13 @@ def mvue_operand(
         streams: int32 `[3, 2, N/2]`: the two words of each output's weight's name, and its row in the whole weight;
             of the even outputs, then of the odd ones.
         operand: uint8 `[9/8 N S]`, values, then metadata.
-        quads: times 16 tokens a program; warps of a program. The defaults are the fastest tried on an H200.
+        quads: times 16 tokens a program; warps of a program. The defaults were the fastest of seven on an H200.
     """
     tokens, rows = dy_TN.shape
     columns = operand.numel() * 8 // 9 // rows
     size = rows * columns
     groups = triton.cdiv(tokens, 4)
     grid = (rows // 64, triton.cdiv(columns, 16 * quads))
-    grid = grid[::-1] if swap == 1 else grid
     _mvue_kernel[grid](
         dy_TN.view(torch.int32),
         key,
@@ -208,7 +196,6 @@ def mvue_operand(
         IS_BF16=dy_TN.dtype == torch.bfloat16,
         NATIVE=dy_TN.is_cuda,
         Q=quads,
-        SWAP=swap,
         num_warps=warps,
         enable_fp_fusion=False,
     )

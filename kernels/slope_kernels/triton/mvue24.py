@@ -1,8 +1,8 @@
 """The unbiased 2:4 estimate of one group of four 16-bit numbers: the arithmetic of the `mvue` kernel.
 
 Oracle and derivation: `slope_megatron.sparsity.mvue24`, equal to the bit: fp32 sums in the same order, no contracted
-multiply-adds. A pass over dY is bound by instructions before it is bound by bytes, and comparisons, selections and bit
-operations run at half the rate of additions, so they are what is saved: 33 of 69 instructions a group.
+multiply-adds. Comparisons, selections and bit operations run at half the rate of additions, so they are what is saved:
+about half of 67 instructions a group.
 """
 
 import triton

@@ -124,9 +124,7 @@ def _place_of_program(height, width, BAND: tl.constexpr):
 
 
 @triton.jit
-def _write_backward(
-    backward, groups, rows, row_bits, column_bits, place, chunks, mask, STORES: tl.constexpr, NATIVE: tl.constexpr
-):
+def _write_backward(backward, groups, rows, row_bits, column_bits, place, chunks, mask, NATIVE: tl.constexpr):
     """The 16 columns of a thread: 16 bytes each, the slots of its four groups. `rows`: pairs of the rows i = 0..3."""
     mask3 = mask[:, None, None]
     k0, a0 = _load_patterns(row_bits, column_bits, place, mask3, NATIVE)
@@ -144,7 +142,7 @@ def _write_backward(
         for j in tl.static_range(4):
             pairs = _slot_pairs(upper, lower, alive0, alive1, slots, j, NATIVE)
             column = tl.reshape(pairs, (pairs.shape[0], 4))
-            tl.store(backward + (4 * q + j) * groups, column, mask=mask[:, None], cache_modifier=STORES)
+            tl.store(backward + (4 * q + j) * groups, column, mask=mask[:, None])
 
 
 @triton.jit
@@ -168,7 +166,6 @@ def _refresh_kernel(
     LANES_G: tl.constexpr,
     LANES_C: tl.constexpr,
     BAND: tl.constexpr,
-    STORES: tl.constexpr,
 ):
     """A thread has a chunk of 16 columns of four groups of four rows: 16 bytes a row in, 16 bytes a column out.
 
@@ -192,17 +189,15 @@ def _refresh_kernel(
     if WRITE_FORWARD:
         first = _operand_row(group * 4, forward_tile_rows, forward_tile_stride, chunks * 4, FORWARD_TILED) + chunk * 4
         forward += first[:, None, None, None] + pairs
-        tl.store(forward, p0, mask=mask4, cache_modifier=STORES)
-        tl.store(forward + 4 * chunks, p1, mask=mask4, cache_modifier=STORES)
-        tl.store(forward + 8 * chunks, p2, mask=mask4, cache_modifier=STORES)
-        tl.store(forward + 12 * chunks, p3, mask=mask4, cache_modifier=STORES)
+        tl.store(forward, p0, mask=mask4)
+        tl.store(forward + 4 * chunks, p1, mask=mask4)
+        tl.store(forward + 8 * chunks, p2, mask=mask4)
+        tl.store(forward + 12 * chunks, p3, mask=mask4)
     if WRITE_BACKWARD:
         first = _operand_row(chunk * 16, backward_tile_rows, backward_tile_stride, groups, BACKWARD_TILED) + group
         place = start[:, None, None] + rows[None, :, :]
         rows4 = (p0, p1, p2, p3)
-        _write_backward(
-            backward + first[:, None], groups, rows4, row_bits, column_bits, place, chunks, mask, STORES, NATIVE
-        )
+        _write_backward(backward + first[:, None], groups, rows4, row_bits, column_bits, place, chunks, mask, NATIVE)
 
 
 def refresh(
@@ -216,8 +211,6 @@ def refresh(
     backward_tiles: int = 1,
     lanes: tuple[int, int] = (4, 16),
     band: int = 4,
-    stores: str = "",
-    registers: int | None = None,
 ) -> None:
     """Write the operands' values; their metadata is left alone.
 
@@ -226,8 +219,7 @@ def refresh(
         row_bits, column_bits: uint8 bitmasks of 2:4 patterns, the row one 2-byte aligned.
         forward, backward: uint8 operand buffers, values in front of the metadata in each tile; None: leave it out.
         lanes: threads of a program along rows and along columns.
-        band: programs in a row of a band, see `_place_of_program`; stores: their cache modifier; registers: most a
-            thread. The defaults are the fastest tried on an H200.
+        band: see `_place_of_program`. The defaults are the fastest tried on an H200.
     """
     rows, kept = values_NC.shape
     columns = kept * 2
@@ -255,7 +247,5 @@ def refresh(
         LANES_G=lanes_g,
         LANES_C=lanes_c,
         BAND=band,
-        STORES=stores,
         num_warps=lanes_g * lanes_c // 32,
-        maxnreg=registers,
     )
