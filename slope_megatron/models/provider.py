@@ -63,7 +63,8 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         deterministic_mode=gpu and config.train.deterministic,
         # Megatron compiles these with torch.compile, which takes 20 s on a CPU and gives nothing there.
         bias_dropout_fusion=gpu,
-        cross_entropy_loss_fusion=gpu,
+        # The fused loss hands the logits a gradient that it has rounded to bf16, whatever their type.
+        cross_entropy_loss_fusion=gpu and dtype == torch.bfloat16,
         # Fusions that need apex or Transformer Engine, or for which there is a module of our own.
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
