@@ -13,38 +13,22 @@ import sys
 import torch
 
 from slope_kernels import cutlass
-from slope_megatron.ops import choices, measure, products, reference, wgrad
+from slope_megatron.ops import choices, measure, patterns, products, reference, wgrad
 from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, row_metadata
-from slope_megatron.ops.patterns import is_two_of_four
 from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 
 def unsupported() -> str | None:
     """Why this machine cannot run it; None: it can."""
-    reason = cutlass.unsupported()
-    if reason:
-        return reason
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed"
-    return None
+    return cutlass.unsupported() or patterns.without_triton()
 
 
 def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str | None:
     """Why this weight cannot have operands here; None: it can."""
-    if values_NC.device.type != "cuda":
-        return f"the weight is on {values_NC.device.type}"
-    rows, columns = row_bits.shape[0], row_bits.shape[1] * 8
-    reason = cutlass.unsupported_shape(rows, columns, values_NC.dtype)
-    if reason:
-        return f"the weight is {reason}"
-    if values_NC.shape[1] * 2 != columns or not is_two_of_four(row_bits):
-        return "its row pattern is not 2:4"
-    return None
+    return patterns.no_operand(values_NC, row_bits, cutlass.unsupported_shape)
 
 
 def build(values_NC, row_bits, column_bits, products_wanted=reference.PRODUCTS) -> "CutlassOperands":
