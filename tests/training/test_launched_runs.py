@@ -33,6 +33,8 @@ class Machine:
 
     def environment(self) -> dict[str, str]:
         own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        # Containers run tests as root, which Open MPI refuses unless told twice.
+        own |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         if self.device == "cpu":
             own |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         return {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
