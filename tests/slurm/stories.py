@@ -79,6 +79,8 @@ def node_down(site: Site) -> Story:
     node = site.nodes[1]
     site.bed.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     site.bed.wait_for("the job to be requeued", lambda: site.bed.job(number).get("Restarts") == "1", 60)
+    # A node that is back too early is still told to end the first attempt, and ends the second one's ranks instead.
+    site.bed.wait_for("the first attempt to end", lambda: "srun ended" in site.log("node-down"), 60)
     site.bed.run("scontrol", "update", f"nodename={node}", "state=resume")
     return told(site, "node-down", number)
 
