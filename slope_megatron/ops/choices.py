@@ -156,6 +156,18 @@ def clear() -> None:
     _cutlass_algorithms.clear()
 
 
+def refuse_while_capturing(key, device: torch.device) -> None:
+    """Measuring, and bringing buffers into another form, are not for a CUDA graph to replay.
+
+    Raises:
+        RuntimeError: a graph is being captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
+        )
+
+
 def decide(key: Key, measure: Callable[[], Choice | Order]) -> Choice | Order:
     """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several."""
     found = find(key)

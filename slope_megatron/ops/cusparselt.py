@@ -188,10 +188,7 @@ class CusparseltOperands:
         """Make the choice if need be, and bring this weight's buffers into the form it wants."""
         if self.device.type == "cpu" and choices.find(key) is None:
             choices.record(key, Choice(True))
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{key} has not run yet on this weight and a CUDA graph is being captured: run it once before capturing"
-            )
+        choices.refuse_while_capturing(key, self.device)
         candidates = {"dense_allowed": self.dense_allowed, "libraries": self.libraries}
         choice = choices.decide(key, lambda: measure.measure(key, self.device, **candidates))
         if not choice.sparse:

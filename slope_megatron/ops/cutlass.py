@@ -98,10 +98,7 @@ class CutlassOperands:
         if self.device.type == "cpu":
             choices.record(key, Choice(True))
             return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{key} has not run yet and a CUDA graph is being captured: run it once before capturing"
-            )
+        choices.refuse_while_capturing(key, self.device)
         choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=False, libraries=("cutlass",)))
 
     def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:

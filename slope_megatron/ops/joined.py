@@ -130,10 +130,7 @@ class JoinedOperand:
     def _decide(self, key: Key) -> None:
         if self.buffer.device.type == "cpu":
             choices.record(key, Choice(True))
-        elif torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{key} has not run yet and a CUDA graph is being captured: run it once before capturing"
-            )
+        choices.refuse_while_capturing(key, self.buffer.device)
         choices.decide(key, lambda: measure_algorithm(key, self.buffer.device))
 
 

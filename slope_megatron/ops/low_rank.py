@@ -93,10 +93,7 @@ def _adopt(operands, kind: str, key: Key, device: torch.device) -> str:
     """Make the choice if need be, and bring the operand into the form that it wants."""
     if device.type == "cpu" and choices.find(key) is None:
         choices.record(key, Order("first" if hasattr(operands, f"{kind}_add") else "last"))
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{key} has not run yet with adapters and a CUDA graph is being captured: run it once before capturing"
-        )
+    choices.refuse_while_capturing(key, device)
     order = choices.decide(key, lambda: measure(operands, kind, key, device)).order
     if order not in FORMS:
         return order

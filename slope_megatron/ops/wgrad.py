@@ -47,8 +47,7 @@ def _say_once(message: str) -> None:
 def _choose(key: Key, device: torch.device, dense_allowed: bool) -> Choice:
     if device.type == "cpu":
         return choices.decide(key, lambda: Choice(True))
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{key} has not run yet and a CUDA graph is being captured: run it once before capturing")
+    choices.refuse_while_capturing(key, device)
     if layout.probe(device, key.dtype).known_metadata:
         return choices.decide(key, lambda: measure.measure(key, device, dense_allowed=dense_allowed))
     if not dense_allowed:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from slope_kernels.cusparselt import Algorithm
+from slope_megatron.ops import choices
 from slope_megatron.ops.choices import Choice, Key
 
 KEY = Key("forward", 128, 192, 48, torch.bfloat16)
@@ -69,3 +70,11 @@ def test_a_shape_keeps_its_tiles_for_other_numbers_of_tokens(fresh_choices):
     fresh_choices.record(KEY, CHOICE)
     assert fresh_choices.fixed_tiles(other) == CHOICE.tiles
     assert fresh_choices.fixed_tiles(dataclasses.replace(other, kind="dgrad")) is None
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    choices.refuse_while_capturing(KEY, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    choices.refuse_while_capturing(KEY, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=f"{KEY} has not run yet .*: run it once before capturing"):
+        choices.refuse_while_capturing(KEY, torch.device("cuda"))
