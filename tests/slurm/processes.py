@@ -1,9 +1,13 @@
-"""Processes by their pid files, or by the SLURM that their environment names."""
+"""Processes by their pid files, by those they started, or by the SLURM that their environment names."""
 
 import os
 import signal
 import time
 from pathlib import Path
+
+
+def running(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
 
 
 def alive(pid_file: Path) -> bool:
@@ -20,11 +24,33 @@ def end(*pid_files: Path) -> None:
     for process in processes:
         os.kill(process, signal.SIGTERM)
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(Path(f"/proc/{process}").exists() for process in processes):
+    while time.monotonic() < deadline and any(map(running, processes)):
         time.sleep(0.1)
     for process in processes:
-        if Path(f"/proc/{process}").exists():
+        if running(process):
             os.kill(process, signal.SIGKILL)
+
+
+def parent(process: int) -> tuple[int, str]:
+    """Its parent's number, and its own name."""
+    # "4711 (name) S 4710 ...", and a name may hold spaces and brackets.
+    number_and_name, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+    return int(rest.split()[1]), number_and_name.partition("(")[2]
+
+
+def step_of(process: int) -> list[int]:
+    """A task and its ancestors up to the daemon of its step, which comes first.
+
+    Raises:
+        ValueError: no step's daemon started it.
+    """
+    line = []
+    while process > 1:
+        line.insert(0, process)
+        process, name = parent(process)
+        if name.startswith("slurmstepd"):
+            return line
+    raise ValueError(f"process {line[-1]} is no task of a SLURM step: its ancestors are {line[:-1]}")
 
 
 def end_processes_of(slurm_conf: str) -> list[int]:

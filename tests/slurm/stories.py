@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from processes import running, step_of
 from small_site import Site, site_file
 
 # Open MPI's shared memory takes two virtual nodes for one and crashes; and everything here is root's.
@@ -76,11 +77,13 @@ def killed_rank(site: Site) -> Story:
 def node_down(site: Site) -> Story:
     number = site.submit("node-down", *STEPS)
     site.wait_for_step("node-down", 12)
-    node = site.nodes[1]
+    node, step = site.nodes[1], step_of(site.rank("node-down", 1))
     site.bed.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     site.bed.wait_for("the job to be requeued", lambda: site.bed.job(number).get("Restarts") == "1", 60)
-    # A node that is back too early is still told to end the first attempt, and ends the second one's ranks instead.
+    # Both attempts' steps have the same number: while the first is still there, SLURM takes the second for it and ends
+    # that. `told` hurries the second attempt, which else comes two minutes later.
     site.bed.wait_for("the first attempt to end", lambda: "srun ended" in site.log("node-down"), 60)
+    site.bed.wait_for(f"its step to leave {node}", lambda: not any(map(running, step)), 60)
     site.bed.run("scontrol", "update", f"nodename={node}", "state=resume")
     return told(site, "node-down", number)
 
