@@ -8,10 +8,18 @@ from pathlib import Path
 
 import yaml
 
+AS_DEFAULT = object()
 
-def option(default, help: str, *, choices: tuple | None = None):
-    """A config field with its manual line. `choices` are checked for flags and YAML alike."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+def option(default, help: str, *, choices: tuple | None = None, before=AS_DEFAULT):
+    """A config field with its manual line.
+
+    Args:
+        choices: checked for flags and YAML alike.
+        before: the value that means what runs did before there was this field, where that is not the default.
+    """
+    before = default if before is AS_DEFAULT else before
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "before": before})
 
 
 def flag_of(name: str, prefix: str = "") -> str:

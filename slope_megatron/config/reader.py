@@ -26,28 +26,6 @@ SECTIONS = {
     "train": (TrainConfig, "run", ""),
     "watch": (WatchConfig, "watchfulness and metrics", ""),
 }
-# What may differ between a run and its continuation: none of it changes what is computed, or it only says when to stop.
-FREE_ON_RESUME = {
-    "data": {"data", "cache", "micro_batch_size"},
-    # Checkpoints know canonical names only: any layout can go on from them.
-    "parallel": {field.name for field in dataclasses.fields(ParallelConfig)},
-    "optimizer": {"adam_backend"},
-    "train": {
-        "resume",
-        "auto_resume",
-        "overwrite",
-        "deterministic",
-        "stop_at",
-        "eval_interval",
-        "save_interval",
-        "keep_checkpoints",
-        "keep_every",
-        "async_save",
-        "log_interval",
-        "out",
-    },
-    "watch": {field.name for field in dataclasses.fields(WatchConfig)},
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,16 +60,6 @@ class Config:
 
     def to_dict(self) -> dict[str, dict]:
         return dataclasses.asdict(self)
-
-    def differences(self, saved: dict[str, dict]) -> list[str]:
-        """What keeps this run from going on where a run of the configuration `saved` stopped."""
-        found = []
-        for section, values in self.to_dict().items():
-            for key, value in values.items():
-                before = saved.get(section, {}).get(key)
-                if value != before and key not in FREE_ON_RESUME.get(section, ()):
-                    found.append(f"{section}.{key}: {before!r} then, {value!r} now")
-        return found
 
 
 def check_shapes(config: Config) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+from slope_megatron.config.saved import SavedConfig
 from slope_megatron.evaluation.plots import plot_runs, read_metrics
 from slope_megatron.evaluation.scores import read_scores
 
@@ -162,14 +163,11 @@ def differences(records: list[RunRecord]) -> str:
     known = [record for record in records if record.description.get("config")]
     if len(known) < 2:
         return ""
-    settings = [
-        {
-            f"{section}.{key}": value
-            for section, part in record.description["config"].items()
-            for key, value in part.items()
-        }
-        for record in known
-    ]
+    settings = []
+    for record in known:
+        saved = SavedConfig.read(record.description)
+        own = {f"{section}.{key}": value for section, part in saved.values.items() for key, value in part.items()}
+        settings.append({**own, **saved.unknown})
     names = sorted(set().union(*settings) - {"train.out", "train.resume", "train.overwrite"})
     rows = [
         [name, *(str(values.get(name, "-")) for values in settings)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from slope_megatron.config.saved import saved_form
 from slope_megatron.export.output_folder import Entry, new_folder, plan_files, write_files, write_json
 from slope_megatron.export.trained_run import TOKENIZER_FILES, TrainedRun
 from slope_megatron.inference.packed_file import FORMAT, PATTERN
@@ -60,6 +61,7 @@ def tokenizer_files(source: TrainedRun) -> list[Path]:
 def export(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> None:
     """Write what was planned; the folder appears when it is complete."""
     total = sum(entry.bytes for part in files.values() for entry in part)
+    model = dataclasses.asdict(source.model)
     with new_folder(target, total) as folder:
         write_files(folder, files, ((name, source[name]) for name in sorted(source)))
         for file in tokenizer_files(source):
@@ -69,7 +71,8 @@ def export(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> N
             {
                 "model_type": "slope-packed",
                 "format": FORMAT,
-                "model": dataclasses.asdict(source.model),
+                "model": model,
+                "config_active": saved_form({"model": model})["config_active"],
                 "nm": source.config.slope.nm if source.config.slope.enabled else None,
                 "dtype": str(source.dtype("embedding.word_embeddings.weight")).removeprefix("torch."),
                 "step": source.step,

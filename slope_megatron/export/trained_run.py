@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from slope_megatron.config import Config
-from slope_megatron.config.reader import SECTIONS
+from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.inference.text import find_tokenizer
 from slope_megatron.models.parameters import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack, unpack_bits
@@ -62,19 +61,6 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     return named if named in complete else complete[-1]
 
 
-def config_of(content: dict[str, dict]) -> Config:
-    """The configuration that a checkpoint's state.json holds; settings that this version has not are left out."""
-    parts = {}
-    for section, (config_class, _, _) in SECTIONS.items():
-        known = {field.name for field in dataclasses.fields(config_class) if field.init}
-        values = content.get(section, {})
-        ignored = sorted(set(values) - known)
-        if ignored:
-            logger.warning("the checkpoint has settings that this version has not: %s.%s", section, ", ".join(ignored))
-        parts[section] = config_class(**{key: value for key, value in values.items() if key in known})
-    return Config(**parts)
-
-
 def check_sizes(folder: Path) -> None:
     """
     Raises:
@@ -96,7 +82,8 @@ class TrainedRun(Mapping):
         step: of the checkpoint; None: the newest.
         tokenizer: file or folder that overrides the data's.
     Raises:
-        ValueError: what `find_checkpoint` and `check_sizes` raise, or the vocabulary's size cannot be known.
+        ValueError: what `find_checkpoint`, `check_sizes` and `SavedConfig.check` raise, or the vocabulary's size cannot
+            be known.
     """
 
     def __init__(self, run: Path | str, step: int | None = None, tokenizer: Path | None = None):
@@ -107,7 +94,8 @@ class TrainedRun(Mapping):
         self.folder = find_checkpoint(self.run, step)
         check_sizes(self.folder)
         state = json.loads((self.folder / "state.json").read_text())
-        self.config, self.step = config_of(state["config"]), state["steps_done"]
+        self.config = SavedConfig.read(state).check(self.folder, WEIGHTS).config()
+        self.step = state["steps_done"]
         start = self.config.adapter_start
         self.adapters_active = start is not None and self.step > start
         entries = FileSystemReader(self.folder).read_metadata().state_dict_metadata

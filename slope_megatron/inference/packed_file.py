@@ -1,6 +1,7 @@
 """The packed form on disk: a folder that `slope export packed` writes, and what reads it.
 
-    config.json          {"format": 1, "model": architecture, "nm", "dtype", "step", "bytes": {...}}
+    config.json          {"format": 1, "model": architecture, "config_active" (as in `config.saved`), "nm", "dtype",
+                          "step", "sparse_linears_bytes": {...}}
     model*.safetensors   tensors by canonical name; of a packed linear
         X.weight           [N, C]      kept values, from left to right in each row
         X.weight_pattern   [N, K/8]    bitmask uint8: which weights are kept
@@ -10,7 +11,6 @@
 The names and the fused Q, K, V (group after group) are those of the checkpoints, so that nothing is reordered.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from slope_megatron.config import ModelConfig
+from slope_megatron.config.saved import WEIGHTS, SavedConfig
 
 FORMAT = 1
 PATTERN = "_pattern"
@@ -71,7 +72,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
     """Architecture, and all of config.json.
 
     Raises:
-        ValueError: not such a folder, or of another format.
+        ValueError: not such a folder, of another format, or with settings that this version does not have.
     """
     if not is_packed_folder(folder):
         raise ValueError(f"{folder} holds no packed model: give a folder that `slope export packed` wrote")
@@ -80,5 +81,6 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
         raise ValueError(
             f"{folder} is of format {content['format']} and this version reads {FORMAT}: export the run again"
         )
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    return ModelConfig(**{key: value for key, value in content["model"].items() if key in known}), content
+    described = {**content, "config": {"model": content["model"]}}
+    saved = SavedConfig.read(described, ("model",)).check(folder, WEIGHTS)
+    return ModelConfig(**saved.values["model"]), content

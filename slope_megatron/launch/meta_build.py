@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from slope_megatron.config import Config
-from slope_megatron.config.reader import SECTIONS
+from slope_megatron.config.saved import SavedConfig
 
 
 def parameters(config: Config, vocabulary: int) -> list[tuple[str, int]]:
@@ -60,8 +60,7 @@ def build(config: Config, vocabulary: int) -> list[tuple[str, int]]:
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    sections = {section: SECTIONS[section][0](**values) for section, values in asked["config"].items()}
-    print(json.dumps(build(Config(**sections), asked["vocabulary"])))
+    print(json.dumps(build(SavedConfig.read(asked).config(), asked["vocabulary"])))
 
 
 if __name__ == "__main__":

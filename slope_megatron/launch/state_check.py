@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 
 from slope_megatron.config import Config
-from slope_megatron.config.reader import SECTIONS
+from slope_megatron.config.saved import SavedConfig
 from slope_megatron.launch.memory import precision, state_bytes
 from slope_megatron.launch.tensors import count, tensors
 
 TOLERANCE = 0.02
+# Sections of a configuration that decide what is counted.
+COUNTED = ("model", "slope", "parallel", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +42,15 @@ def read_run(run: Path) -> tuple[Config, dict]:
     """Configuration and summary of a finished run.
 
     Raises:
-        ValueError: the folder holds no finished run.
+        ValueError: the folder holds no finished run, or one with settings that this version does not have.
     """
     for name in ("run.json", "summary.json"):
         if not (run / name).is_file():
             raise ValueError(
                 f"--check {run} has no {name}: give the folder of a run that `slope pretrain` has finished"
             )
-    saved = json.loads((run / "run.json").read_text())["config"]
-    config = Config(**{section: SECTIONS[section][0](**values) for section, values in saved.items()})
-    return config, json.loads((run / "summary.json").read_text())
+    saved = SavedConfig.read(json.loads((run / "run.json").read_text())).check(run, COUNTED)
+    return saved.config(), json.loads((run / "summary.json").read_text())
 
 
 def compare_with_run(config: Config, summary: dict, vocabulary: int) -> list[Comparison]:

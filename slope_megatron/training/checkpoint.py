@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from slope_megatron.config import Config
+from slope_megatron.config.saved import FIXED_ON_RESUME, SavedConfig, saved_form
 from slope_megatron.training import files
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.engine_state import (
@@ -65,7 +66,7 @@ class Saving:
             "steps_done": engine.steps_done,
             "optimizer_steps": optimizer_steps(engine),
             "loss_scaler": loss_scaler_state(engine),
-            "config": engine.config.to_dict(),
+            **saved_form(engine.config.to_dict()),
         }
         self.snapshot = Snapshot(sharded_engine_state(engine, filled=True))
         self.written: Written | None = None
@@ -258,7 +259,7 @@ def check_state(folder: Path, config: Config) -> dict:
             f"checkpoint {folder} has format {state['format']} and this version reads {FORMAT}: use the "
             "version that wrote it"
         )
-    differences = config.differences(state["config"])
+    differences = SavedConfig.read(state).check(folder, FIXED_ON_RESUME).differences(config)
     if differences:
         raise ValueError(
             f"checkpoint {folder} is of another run ({'; '.join(differences)}): give the same settings, "

@@ -9,6 +9,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 
 from slope_megatron.config import Config
+from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.models.canonical import sharded_state_dict
 from slope_megatron.models.dense import load_dense
 from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
@@ -41,11 +42,11 @@ def check_init(config: Config, samples: int) -> None:
         )
     checkpoint.verify(folder)
     state = json.loads((folder / "state.json").read_text())
-    saved = state["config"]
+    saved = SavedConfig.read(state).check(folder, WEIGHTS).values
     differences = [
-        f"{section}.{key}: {saved[section].get(key)!r} there, {value!r} here"
+        f"{section}.{key}: {saved[section][key]!r} there, {value!r} here"
         for section, key, value in _form(config)
-        if saved[section].get(key) != value
+        if saved[section][key] != value
     ]
     before, now = _positions(saved), _positions(config.to_dict())
     if before != now:

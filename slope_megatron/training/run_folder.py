@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from slope_megatron.config import Config
+from slope_megatron.config.saved import saved_form
 from slope_megatron.data.manifest import fingerprint
 from slope_megatron.training import files
 from slope_megatron.versions import versions
@@ -72,7 +73,7 @@ def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
     run.mkdir(parents=True, exist_ok=True)
     lock = RunLock(run)
     content = {
-        "config": config.to_dict(),
+        **saved_form(config.to_dict()),
         "origins": origins,
         "dtype": dtype,
         "data_sha256": fingerprint(config.data.data),

@@ -47,6 +47,15 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert main(["report", *runs, "--out", str(tmp_path / "out"), "--overwrite"]) == 0
 
 
+def test_a_setting_that_a_run_is_older_than_is_no_difference(tmp_path):
+    from slope_megatron.evaluation.run_report import differences, read_run
+
+    write_run(tmp_path / "old", 2.0, config={"slope": {"nm": "2:4"}})
+    write_run(tmp_path / "new", 2.0, config={"slope": {"nm": "2:4", "fp8": "off"}, "train": {"seed": 7, "later": 1}})
+    text = differences([read_run(tmp_path / name, name) for name in ("old", "new")])
+    assert "fp8" not in text and "| train.seed | 1234 | 7 |" in text and "| train.later | - | 1 |" in text
+
+
 @pytest.mark.parametrize("content", [{}, {"notes.txt": "x"}])
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, content):
     for name, text in content.items():

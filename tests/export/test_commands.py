@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.families import hf_config
-from helpers.runs import made_run
+from helpers.runs import edit_state, made_run
 from slope_megatron.cli import main
 
 
@@ -49,6 +49,27 @@ def test_a_dry_run_says_what_would_be_written(run, tmp_path, capsys):
             assert name == "sparse" or (tmp_path / form / name).is_file(), line
         named = {line.split()[0] for line in dry.splitlines()}
         assert {path.name for path in (tmp_path / form).iterdir()} <= named
+
+
+def test_runs_and_packed_models_of_other_versions(run, tmp_path, capsys):
+    """Older than a setting: read as before it; with an architecture that this version cannot know: refused."""
+    old, packed = shutil.copytree(run, tmp_path / "old"), tmp_path / "packed"
+    (folder,) = (old / "checkpoints").glob("step_*")
+    edit_state(folder, slope={"fp8": ...}, model={"norm_eps": ..., "rotary_base": ...}, train={"later": 1}, watch=None)
+    assert main(["export", "packed", str(old), str(packed)]) == 0
+    config = json.loads((packed / "config.json").read_text())
+    assert "model.hidden_size" in config["config_active"] and "model.norm_eps" not in config["config_active"]
+    del config["model"]["norm_eps"]
+    config["model"]["qk_norm"] = False
+    (packed / "config.json").write_text(json.dumps(config))
+    assert main(["generate", str(packed), "--prompt", "def f", "--max-tokens", "2"]) == 0
+    edit_state(folder, model={"qk_norm": True}, active=("model.qk_norm",))
+    config["config_active"].append("model.qk_norm")
+    (packed / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    said = r"settings that this version does not have (model.qk_norm {}): use the version that wrote it"
+    assert said.format("True") in refused(capsys, "export", "hf", old, tmp_path / "hf")
+    assert said.format("False") in refused(capsys, "generate", packed, "--prompt", "def f")
 
 
 def test_generate_from_a_run_and_from_its_packed_export(run, data, tmp_path, capsys):

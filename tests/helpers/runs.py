@@ -1,6 +1,7 @@
 """Run folders without training: a built model saved in the form that `training.checkpoint` writes."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ def randomise(model, std: float = 0.2, seed: int = 0) -> None:
 
 def save_run(model, config, run: Path, step: int) -> Path:
     """`run` with one checkpoint of `model`; one rank calls it. Returns the checkpoint's folder."""
+    from slope_megatron.config.saved import saved_form
     from slope_megatron.models.canonical import sharded_state_dict
     from slope_megatron.training import checkpoint, files
     from slope_megatron.training.snapshot import Snapshot
@@ -32,11 +34,11 @@ def save_run(model, config, run: Path, step: int) -> Path:
     partial.mkdir(parents=True)
     snapshot = Snapshot({"model": sharded_state_dict(model)})
     manifest = snapshot.write_index(partial, [snapshot.write(partial)])
-    content = config.to_dict()
-    state = {"format": checkpoint.FORMAT, "steps_done": step, "optimizer_steps": {}, "config": content}
+    content = saved_form(config.to_dict())
+    state = {"format": checkpoint.FORMAT, "steps_done": step, "optimizer_steps": {}, **content}
     files.write_json(partial / "state.json", state)
     manifest["state.json"] = files.seal(partial / "state.json")
-    files.write_json(run / "run.json", {"config": content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
+    files.write_json(run / "run.json", {**content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
     checkpoint.publish(partial, target, manifest)
     return target
 
@@ -92,3 +94,26 @@ def started_logits(config, checkpoint):
     tokens, _, _ = batch()
     with torch.no_grad():
         return model.eval()(tokens, torch.arange(12).expand_as(tokens), None)[..., :VOCABULARY].clone()
+
+
+def edit_state(checkpoint: Path, *, active: tuple[str, ...] = (), **changes: dict | None) -> None:
+    """Make a checkpoint one of another version, and seal it again.
+
+    Args:
+        active: names to add to those of the settings with an effect.
+        changes: section -> {key: new value; `...`: the setting goes}; None: the section goes.
+    """
+    from slope_megatron.training import files
+
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config_active"] += active
+    for section, values in changes.items():
+        if values is None:
+            del state["config"][section]
+            continue
+        part = {**state["config"].get(section, {}), **values}
+        state["config"][section] = {key: value for key, value in part.items() if value is not ...}
+    files.write_json(checkpoint / "state.json", state)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["state.json"] = files.seal(checkpoint / "state.json")
+    files.write_json(checkpoint / "manifest.json", manifest)

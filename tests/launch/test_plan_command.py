@@ -82,6 +82,24 @@ def test_state_bytes_are_those_of_a_real_run(method, tmp_path, capsys):
     assert slope_plan("--check", tmp_path / "run", "--vocabulary", 5000) == 1, "another model is noticed"
 
 
+def test_a_run_of_another_version_is_checked_or_refused(tmp_path):
+    from slope_megatron.config import Config, ParallelConfig
+    from slope_megatron.config.saved import saved_form
+    from slope_megatron.launch.state_check import read_run
+
+    config = Config(parallel=ParallelConfig(tensor_parallel=2))
+    described = saved_form(config.to_dict())
+    del described["config"]["slope"]["fp8"], described["config"]["watch"]
+    described["config"]["parallel"]["later"] = 2
+    for name, content in (("run.json", described), ("summary.json", {})):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read_run(tmp_path) == (config, {})
+    described["config_active"].append("parallel.later")
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"settings that this version does not have \(parallel.later 2\)"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("flags", "settings"),
     [
