@@ -34,20 +34,32 @@ def add_arguments(parser) -> None:
     add("--tokens", type=int, default=8192, help="tokens of a micro-batch, in sequences of 2048")
     add("--micro-batches", type=int, default=4, help="micro-batches of a step on each replica")
     add("--vocabulary", type=int, default=50272, help="entries of the vocabulary")
+    add(
+        "--grad-reduce-dtype",
+        default="auto",
+        choices=choices("parallel", "grad_reduce_dtype"),
+        help="type in which gradients are summed over the replicas",
+    )
     add("--rounds", type=int, default=9, help="samples of each")
     add("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
-def modes() -> list[str]:
-    """`dense`, and what SlopeConfig offers."""
-    from slope_megatron.config import SlopeConfig
+def choices(section: str, key: str) -> tuple:
+    """What `slope pretrain` offers for a setting."""
+    from slope_megatron.config.reader import SECTIONS
 
-    return ["dense", *SlopeConfig.__dataclass_fields__["mode"].metadata["choices"]]
+    return SECTIONS[section][0].__dataclass_fields__[key].metadata["choices"]
+
+
+def modes() -> list[str]:
+    """`dense`, and those of 2:4 layers."""
+    return ["dense", *choices("slope", "mode")]
 
 
 def starts(arguments, gpus: int) -> list[tuple[int, dict]]:
     """Numbers of ranks to start, each with what they are to do."""
     common = {name: getattr(arguments, name) for name in ("tokens", "micro_batches", "vocabulary", "rounds")}
+    common["grad_reduce_dtype"] = arguments.grad_reduce_dtype
     common |= {"modes": tuple(arguments.modes), "sequence": 2048}
     found = []
     if "tensor" in arguments.parts and gpus > 1:

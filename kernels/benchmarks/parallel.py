@@ -29,6 +29,7 @@ from slope_megatron.config import (
 )
 from slope_megatron.launch.layout import Layout
 from slope_megatron.launch.memory import Holding, fullest_gpu, precision
+from slope_megatron.launch.traffic import data_parallel_bytes
 from slope_megatron.layers import communication
 from slope_megatron.models.provider import build_model
 from slope_megatron.training import cpu_host, kernel_choices, parallel
@@ -49,6 +50,7 @@ class Work:
         waiting: whether the 2:4 engines are timed once more with each collective waited for where it starts.
         tokens, sequence: of a micro-batch, and of one sample.
         folder: for kernel choices and results.
+        grad_reduce_dtype: as `slope pretrain` has it.
     """
 
     model: Model
@@ -62,6 +64,7 @@ class Work:
     rounds: int
     waiting: bool
     folder: str
+    grad_reduce_dtype: str = "auto"
 
 
 def config_of(mode: str, work: Work, replicas: int) -> Config:
@@ -78,7 +81,9 @@ def config_of(mode: str, work: Work, replicas: int) -> Config:
             num_attention_heads=model.heads,
             vocab_size=work.vocabulary,
         ),
-        parallel=ParallelConfig(tensor_parallel=tensor, sequence_parallel=tensor > 1),
+        parallel=ParallelConfig(
+            tensor_parallel=tensor, sequence_parallel=tensor > 1, grad_reduce_dtype=work.grad_reduce_dtype
+        ),
         data=DataConfig(
             data="none",
             seq_length=work.sequence,
@@ -191,7 +196,7 @@ def sent_by_formula(bench: Bench, tensor: int, replicas: int) -> dict[str, float
                                              backward gathers four times (twice the input again) and scatters twice;
                                              the embedding is all-reduced and gathered (Megatron scatters none that has
                                              positions), the output layer gathers twice and scatters once
-    data      (d - 1) / d (2 x 2 + 2) P      ZeRO-1: gradients are all-reduced, weights gathered, both as bf16
+    data      as `slope_megatron.launch.traffic` has it for ZeRO-1
     """
     work, sizes = bench.work, {"tensor": 0.0, "data": 0.0}
     if tensor > 1:
@@ -199,7 +204,8 @@ def sent_by_formula(bench: Bench, tensor: int, replicas: int) -> dict[str, float
         sizes["tensor"] = (tensor - 1) / tensor * whole * work.micro_batches * (10 * work.blocks + 6)
     if replicas > 1:
         held = sum(parameter.numel() for group in bench.engine.members.values() for parameter in group)
-        sizes["data"] = (replicas - 1) / replicas * (2 * 2 + 2) * held
+        reduced = precision("bf16", "fp32", reduced=work.grad_reduce_dtype).reduced
+        sizes["data"] = sum(data_parallel_bytes(held, replicas, 1, work.micro_batches, 2, reduced).values())
     return sizes
 
 
@@ -236,6 +242,7 @@ def measure(work: Work) -> list[dict]:
                 "overlap": overlaps,
                 "tensor_parallel": tensor,
                 "data_parallel": replicas,
+                "grad_reduce_dtype": work.grad_reduce_dtype,
                 "blocks": work.blocks,
                 "micro_batches": work.micro_batches,
                 "tokens": work.tokens,

@@ -26,6 +26,13 @@ class ParallelConfig:
         "what DeepSpeed ZeRO cuts over the replicas: 1 the optimizer's state, 2 the gradients too, 3 the weights too",
         choices=(1, 2, 3),
     )
+    grad_reduce_dtype: str = option(
+        "auto",
+        "type in which gradients are summed over the replicas; auto: the parameters' own (--dtype), as DeepSpeed; "
+        "fp32: as Megatron's --accumulate-allreduce-grads-in-fp32, for twice the bytes. Micro-batches are summed in "
+        "fp32 in any case",
+        choices=("auto", "fp32", "bf16"),
+    )
     offload_optimizer: str = option(
         "none",
         "where masters, moments and the update live: none (the GPU), cpu (host memory), nvme (files under "

@@ -5,7 +5,8 @@ T tokens of a micro-batch, M micro-batches of a replica, P pipeline stages.
     micro-batch   products + pointwise traffic + tensor-parallel reductions, of the slowest stage
     product       2:4 where a packed weight is read: forward and dgrad; in mode "full" wgrad too, of a dY that is pruned
                   first. A baseline's are dense, and its masks' own work is not counted.
-    step          (M + P - 1) x micro-batch + data-parallel reduction;  bubble = (P - 1) / (M + P - 1)
+    step          (M + P - 1) x micro-batch + what replicas send each other (`traffic`)
+    bubble        (P - 1) / (M + P - 1)
 """
 
 import csv
@@ -19,6 +20,7 @@ from slope_megatron.launch.cluster import Cluster
 from slope_megatron.launch.layout import Layout
 from slope_megatron.launch.memory import Precision, block_activation_bytes
 from slope_megatron.launch.tensors import block_widths, padded_vocabulary, patterns, stage_counts
+from slope_megatron.launch.traffic import data_parallel_bytes
 
 # Of one message between GPUs, whatever its size. Assumed.
 LATENCY = 20e-6
@@ -191,10 +193,7 @@ def step_seconds(
     counts = stage_counts(config, vocabulary, layout.pipeline, 0, layout.tensor)
     spread = layout.gpus > cluster.gpus_per_node
     link = per_gpu if spread else cluster.intra_gbs * 1e9
-    ring = (layout.data - 1) / layout.data
-    # However gradients are accumulated, DeepSpeed all-reduces them in the weights' type, and gathers the weights.
-    reduction = counts.trained * ring * 3 * bytes_of.weight / link
-    if layout.zero == 3:
-        # Weights are gathered in every forward and every backward.
-        reduction += 2 * micro_batches * counts.trained * ring * bytes_of.weight / link
-    return (micro_batches + layout.pipeline - 1) * micro + reduction
+    sent = data_parallel_bytes(
+        counts.trained, layout.data, layout.zero, micro_batches, bytes_of.weight, bytes_of.reduced
+    )
+    return (micro_batches + layout.pipeline - 1) * micro + sum(sent.values()) / link

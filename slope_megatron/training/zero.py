@@ -45,6 +45,12 @@ def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> 
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    reduced = grad_reduce_dtype(config, dtype)
+    if reduced != dtype:
+        # Unset, it is the parameters' type.
+        settings["communication_data_type"] = parallel.grad_reduce_dtype
+        # Stage 2 would divide by the number of replicas before it converts; this way after the sum, for the same bytes.
+        zero["reduce_scatter"] = parallel.zero_stage != 2
     if dtype in (torch.bfloat16, torch.float16):
         # fp32 accumulation over micro-batches.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -61,6 +67,11 @@ def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> 
             "min_loss_scale": 1,
         }
     return settings
+
+
+def grad_reduce_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """The type in which gradients travel between the replicas; `dtype`: the parameters'."""
+    return {"auto": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[config.parallel.grad_reduce_dtype]
 
 
 def small_parameter(config: Config) -> int:

@@ -32,14 +32,15 @@ def test_what_tensor_parallel_ranks_send_is_the_formula(ranks):
         assert row["data_sent_gib"] == row["data_formula_gib"] == 0.0
 
 
-def test_replicas_send_packed_gradients(ranks):
-    dense, packed = ranks.run(rows_of, settings(1), world=2)[0]
+@pytest.mark.parametrize(("reduced", "gradient"), [("auto", 2), ("fp32", 4)])
+def test_replicas_send_packed_gradients(ranks, reduced, gradient):
+    dense, packed = ranks.run(rows_of, settings(1, grad_reduce_dtype=reduced), world=2)[0]
     for row in (dense, packed):
         # Beyond the formula: the padding of ZeRO's partitions, and losses.
         assert row["data_sent_gib"] == pytest.approx(row["data_formula_gib"], rel=0.01)
-    # 2 blocks x 12 x 64^2 weights, half of them kept; each is sent as a bf16 gradient, twice, and a bf16 weight.
+    # 2 blocks x 12 x 64^2 weights, half of them kept; each is sent as a gradient, twice, and a bf16 weight.
     saved = (dense["data_sent_gib"] - packed["data_sent_gib"]) * 2**30
-    assert saved == pytest.approx(12 * 64 * 64 * 6 / 2, rel=0.01)
+    assert saved == pytest.approx(12 * 64 * 64 * (2 * gradient + 2) / 2, rel=0.01)
 
 
 def samples(*steps):
@@ -67,6 +68,7 @@ def test_rows_are_compared_with_the_dense_one_of_their_layout_and_with_one_gpu()
 def test_what_is_started():
     module = bench.load("parallel")
     given = {"tokens": 8192, "micro_batches": 4, "vocabulary": 50272, "rounds": 9, "modes": ["dense", "paper"]}
+    given["grad_reduce_dtype"] = "fp32"
     given |= {
         "parts": ["tensor", "data"],
         "models": ["opt-13b", "opt-66b"],
@@ -75,6 +77,7 @@ def test_what_is_started():
         "data_blocks": 2,
     }
     arguments = SimpleNamespace(**given)
+    assert {own["grad_reduce_dtype"] for _, own in module.starts(arguments, 4)} == {"fp32"}
     found = [(world, own["model"].name, own["tensor_parallel"]) for world, own in module.starts(arguments, 4)]
     data = [(world, "opt-13b", 1) for world in (1, 2, 4)]
     assert found == [(4, "opt-13b", 4), (4, "opt-66b", 4), *data]
