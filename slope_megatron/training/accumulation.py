@@ -2,17 +2,17 @@
 
 ThroughSchedule   stage 1: Megatron's schedule (1F1B with stages) on the bare module, so that gradients add up
                   locally; then the sums within the model and one reduction over the data-parallel ranks
+                  (`reduction`: our own where DeepSpeed's rounds)
 ThroughHooks      stages 2 and 3: DeepSpeed's forward and backward, whose hooks reduce and cut each gradient as soon
                   as it is there, in every micro-batch; sums within the model happen before, in autograd
 """
-
-import functools
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.training import gradients
+from slope_megatron.training.reduction import Bf16Gradients
 
 
 class ThroughSchedule:
@@ -20,8 +20,9 @@ class ThroughSchedule:
 
     def __init__(self, engine):
         self.engine = engine
-        if hasattr(engine.optimizer, "_update_hp_grad"):
-            engine.optimizer._update_hp_grad = functools.partial(add_gradient, engine.optimizer)
+        # Only DeepSpeed's bf16 optimizer keeps fp32 sums of its own.
+        own_sums = hasattr(engine.optimizer, "fp32_groups_gradients_flat")
+        self.bf16 = Bf16Gradients(engine.optimizer, engine.members, torch.float32) if own_sums else None
         if engine.dtype == torch.float16:
             # The schedule scales the loss where it is born: on the last stage.
             engine.model.config.grad_scale_func = lambda loss: loss * engine.optimizer.loss_scale
@@ -34,29 +35,12 @@ class ThroughSchedule:
         gradients.sum_sequence_parallel(engine.model)
         gradients.sum_tied_copies(engine.model)
         engine.note_gradients(gradients.held(engine.model, engine.optimizer))
-        # A lone replica has nothing to reduce; DeepSpeed's bf16 optimizer would round its fp32 sums to bf16, as it does
-        # to send them, and copy them back.
-        lone = parallel_state.get_data_parallel_world_size() == 1
-        if not (lone and hasattr(engine.optimizer, "fp32_groups_gradients_flat")):
+        if self.bf16:
+            self.bf16.reduce()
+        else:
             engine.deepspeed.allreduce_gradients()
         # Only the last pipeline stage has losses.
         return torch.stack([result["loss"] for result in results]).mean() if results else torch.zeros(())
-
-
-def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, place: int, clear_lp_grads: bool) -> None:
-    """fp32 sum += bf16 gradient, as DeepSpeed 0.19's bf16 optimizer does it, whose private method this stands for.
-
-    It first makes an fp32 copy of the gradient: 18 bytes an element are moved. An addition of mixed types rounds the
-    same and moves 10; on a GPU the copies took 2 % of a step.
-    """
-    if parameter.grad is None:
-        return
-    total = optimizer.fp32_groups_gradients[group][place]
-    total.add_(parameter.grad.reshape(total.shape))
-    parameter._hp_grad = total
-    optimizer.fp32_groups_has_gradients[group][place] = True
-    if clear_lp_grads:
-        parameter.grad.zero_()
 
 
 class ThroughHooks:

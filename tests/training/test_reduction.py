@@ -1,0 +1,125 @@
+"""bf16 gradients over the replicas: exact fp32 means in the own partition, the norm and clipping of the whole."""
+
+import pytest
+import torch
+
+from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.numerics import relative_error
+
+# tensor, pipeline and data parallel sizes, and more of the configuration. PP 2: tied copies of the embedding.
+LAYOUTS = [
+    (1, 1, 2, {}),
+    (2, 1, 2, {"sequence_parallel": True}),
+    pytest.param((1, 2, 2, {}), marks=pytest.mark.slow),
+    pytest.param((1, 1, 4, {"gated": True}), marks=pytest.mark.slow),
+]
+SLOPE = {"adapter_rank": 4, "lazy_fraction": 1.0}
+
+
+def build(config):
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.engine import Engine
+
+    return Engine(build_model(config, VOCABULARY, torch.bfloat16), config, torch.bfloat16)
+
+
+def steps(engine, count):
+    from megatron.core import parallel_state
+
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for _ in range(count):
+        result = engine.train_step(step_batches(engine.config, engine.steps_done, replica, replicas))
+        yield result.loss, result.grad_norm
+
+
+def as_deepspeed_reduces(engine) -> None:
+    """Give DeepSpeed back its all-reduce of everything, its norm and its clipping, in fp32."""
+    engine.deepspeed.communication_data_type = torch.float32
+    engine.accumulation.bf16.reduce = engine.deepspeed.allreduce_gradients
+    del engine.optimizer.get_grads_for_norm
+    engine.optimizer.mpu = engine.deepspeed.mpu
+
+
+def both_ways(config):
+    """Of our reduction and of DeepSpeed's: losses and norms of four steps, and this rank's masters after the first."""
+    ours, theirs = build(config), build(config)
+    as_deepspeed_reduces(theirs)
+    found = []
+    for engine in (ours, theirs):
+        first = list(steps(engine, 1))
+        masters = [part.detach().clone() for part in engine.optimizer.fp32_groups_flat_partition]
+        found.append((first, masters, list(steps(engine, 3))))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout[:3])))
+def test_what_deepspeed_computes_from_all_gradients(ranks, layout):
+    tensor, pipeline, data, more = layout
+    sizes = {"tensor_parallel": tensor, "pipeline_parallel": pipeline}
+    config = small_config(**sizes, **more, slope=SLOPE)
+    results = ranks.run(both_ways, config, world=tensor * pipeline * data, **sizes)
+    for (ours, masters, later), (theirs, their_masters, their_later) in results:
+        assert all(norm > config.optimizer.clip_grad for _, norm in ours), "clipping must be active"
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+        for own, other in zip(masters, their_masters, strict=True):
+            assert own.shape == other.shape and relative_error(own, other) < 1e-6
+        # From here on weights that lay between two bf16 numbers may have gone either way.
+        for own, other in zip(later, their_later, strict=True):
+            assert own == pytest.approx(other, rel=1e-3)
+
+
+def reduced(config, sent, at_once):
+    """Errors of each reduced partition against the replicas' sums in fp64, and how much of it there is."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from slope_megatron.training import reduction
+
+    reduction.ELEMENTS_AT_ONCE = at_once
+    engine = build(config)
+    engine.accumulation.bf16.sent = sent
+    optimizer, group = engine.optimizer, parallel_state.get_data_parallel_group()
+    reduce, errors = engine.accumulation.bf16.reduce, []
+
+    def compared():
+        expected = [whole.double() for whole in optimizer.fp32_groups_gradients_flat]
+        reduce()
+        for whole, own in zip(expected, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+            dist.all_reduce(whole, group=group)
+            mean = whole.view(group.size(), -1)[group.rank()] / group.size()
+            errors.append((relative_error(own.double(), mean), float(mean.norm())))
+
+    engine.accumulation.bf16.reduce = compared
+    list(steps(engine, 2))
+    return errors
+
+
+@pytest.mark.parametrize("at_once", [2**26, 1000], ids=["whole", "pieces"])
+@pytest.mark.parametrize(("sent", "least", "most"), [(torch.float32, 0, 1e-7), (torch.bfloat16, 5e-4, 4e-3)])
+def test_each_replica_gets_the_mean_of_its_partition(ranks, sent, least, most, at_once):
+    for errors in ranks.run(reduced, small_config(slope=SLOPE), sent, at_once, world=2):
+        assert len(errors) == 2 * 4 and sum(size > 0 for _, size in errors) >= 6
+        assert all(least <= error <= most for error, size in errors if size > 0), errors
+
+
+def one_bad_replica(config):
+    """Whether a step with an infinite gradient on the last rank alone was skipped, and what it left of the weights."""
+    import torch.distributed as dist
+
+    engine = build(config)
+    before = [part.detach().clone() for part in engine.optimizer.fp32_groups_flat_partition]
+    reduce = engine.accumulation.bf16.reduce
+
+    def spoiled():
+        if dist.get_rank() == dist.get_world_size() - 1:
+            engine.optimizer.fp32_groups_gradients_flat[0][0] = float("inf")
+        reduce()
+
+    engine.accumulation.bf16.reduce = spoiled
+    list(steps(engine, 1))
+    after = engine.optimizer.fp32_groups_flat_partition
+    return engine.skipped_steps, all(map(torch.equal, before, after))
+
+
+def test_one_replicas_infinity_skips_the_step_on_all(ranks):
+    assert ranks.run(one_bad_replica, small_config(slope=SLOPE), world=2) == [(1, True)] * 2
