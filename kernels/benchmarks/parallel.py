@@ -204,8 +204,8 @@ def sent_by_formula(bench: Bench, tensor: int, replicas: int) -> dict[str, float
         sizes["tensor"] = (tensor - 1) / tensor * whole * work.micro_batches * (10 * work.blocks + 6)
     if replicas > 1:
         held = sum(parameter.numel() for group in bench.engine.members.values() for parameter in group)
-        reduced = precision("bf16", "fp32", reduced=work.grad_reduce_dtype).reduced
-        sizes["data"] = sum(data_parallel_bytes(held, replicas, 1, work.micro_batches, 2, reduced).values())
+        sent = data_parallel_bytes(held, replicas, 1, work.micro_batches, "bf16", work.grad_reduce_dtype)
+        sizes["data"] = sum(sent.values())
     return sizes
 
 

@@ -28,9 +28,9 @@ class ParallelConfig:
     )
     grad_reduce_dtype: str = option(
         "auto",
-        "type in which gradients are summed over the replicas; auto: the parameters' own (--dtype), as DeepSpeed; "
-        "fp32: as Megatron's --accumulate-allreduce-grads-in-fp32, for twice the bytes. Micro-batches are summed in "
-        "fp32 in any case",
+        "type in which gradients are summed over the replicas; auto: in bf16 training at ZeRO stage 1 fp32 (Megatron's "
+        "--accumulate-allreduce-grads-in-fp32; bf16 halves what is sent), else the parameters' own (--dtype). "
+        "Micro-batches are summed in fp32 in any case",
         choices=("auto", "fp32", "bf16"),
     )
     offload_optimizer: str = option(
@@ -97,3 +97,16 @@ class ParallelConfig:
                 f"start a multiple of {self.model_parallel} ranks"
             )
         return world_size // self.model_parallel
+
+
+def reduced_dtype(grad_reduce_dtype: str, dtype: str, zero_stage: int) -> str:
+    """The type in which gradients are summed over the replicas: "fp32", "bf16" or "fp16".
+
+    Args:
+        grad_reduce_dtype: the setting.
+        dtype: of the parameters.
+    """
+    if grad_reduce_dtype != "auto":
+        return grad_reduce_dtype
+    # There the sums over the micro-batches are sent, once a step, which are fp32; at stages 2 and 3 each micro-batch's.
+    return "fp32" if dtype == "bf16" and zero_stage == 1 else dtype

@@ -27,26 +27,24 @@ BUCKET = 500_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Bytes of one weight, of one gradient as it is held and on its way, and of one value in a kernel's operand."""
+    """The weights' type; bytes of one weight, of one gradient as it is held, and of one value in a kernel's operand."""
 
+    dtype: str
     weight: int
     gradient: int
-    reduced: int
     operand: int
 
 
-def precision(dtype: str, gradients: str, fp8: bool = False, reduced: str = "auto") -> Precision:
+def precision(dtype: str, gradients: str, fp8: bool = False) -> Precision:
     """Bytes of each kind of number.
 
     Args:
         dtype: bf16, fp16 or fp32.
         gradients: fp32 or bf16 (that is, of the weights' type).
         fp8: e4m3 operands.
-        reduced: as `--grad-reduce-dtype`.
     """
     weight = 4 if dtype == "fp32" else 2
-    held = 4 if gradients == "fp32" else weight
-    return Precision(weight, held, {"auto": weight, "fp32": 4, "bf16": 2}[reduced], 1 if fp8 else weight)
+    return Precision(dtype, weight, 4 if gradients == "fp32" else weight, 1 if fp8 else weight)
 
 
 def operand_bytes(counts: Counts, bytes_of: Precision, backend: str) -> float:

@@ -42,8 +42,7 @@ class Question:
     def holding(self) -> Holding:
         """Without 2:4 tensor cores every backend unpacks."""
         backend = self.backend if self.cluster.sparse_24 else "reference"
-        reduced = self.config.parallel.grad_reduce_dtype
-        bytes_of = precision(self.dtype, self.gradients, self.config.slope.fp8 != "off", reduced)
+        bytes_of = precision(self.dtype, self.gradients, self.config.slope.fp8 != "off")
         return Holding(bytes_of, backend, self.offload, self.fused)
 
     def name(self, kind: str) -> str:

@@ -194,6 +194,6 @@ def step_seconds(
     spread = layout.gpus > cluster.gpus_per_node
     link = per_gpu if spread else cluster.intra_gbs * 1e9
     sent = data_parallel_bytes(
-        counts.trained, layout.data, layout.zero, micro_batches, bytes_of.weight, bytes_of.reduced
+        counts.trained, layout.data, layout.zero, micro_batches, bytes_of.dtype, config.parallel.grad_reduce_dtype
     )
     return (micro_batches + layout.pipeline - 1) * micro + sum(sent.values()) / link

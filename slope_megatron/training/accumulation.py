@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from slope_megatron.training import gradients
+from slope_megatron.training import gradients, zero
 from slope_megatron.training.reduction import Bf16Gradients
 
 
@@ -22,7 +22,8 @@ class ThroughSchedule:
         self.engine = engine
         # Only DeepSpeed's bf16 optimizer keeps fp32 sums of its own.
         own_sums = hasattr(engine.optimizer, "fp32_groups_gradients_flat")
-        self.bf16 = Bf16Gradients(engine.optimizer, engine.members, torch.float32) if own_sums else None
+        sent = zero.grad_reduce_dtype(engine.config, engine.dtype)
+        self.bf16 = Bf16Gradients(engine.optimizer, engine.members, sent) if own_sums else None
         if engine.dtype == torch.float16:
             # The schedule scales the loss where it is born: on the last stage.
             engine.model.config.grad_scale_func = lambda loss: loss * engine.optimizer.loss_scale

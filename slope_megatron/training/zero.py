@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 
 from slope_megatron.config import Config
+from slope_megatron.config.parallel import reduced_dtype
+from slope_megatron.models.provider import DTYPES
 from slope_megatron.training import nvme
 from slope_megatron.training.lamb import Lamb
 
 # Stage 3 keeps parameters up to this size, biases and norms, gathered: many small messages cost more than they hold.
 SMALL_PARAMETER = 100_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> dict:
@@ -47,8 +50,8 @@ def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> 
     }
     reduced = grad_reduce_dtype(config, dtype)
     if reduced != dtype:
-        # Unset, it is the parameters' type.
-        settings["communication_data_type"] = parallel.grad_reduce_dtype
+        # Unset, it is the parameters' type. In bf16 at stage 1 the reduction is ours (`reduction`).
+        settings["communication_data_type"] = NAMES[reduced]
         # Stage 2 would divide by the number of replicas before it converts; this way after the sum, for the same bytes.
         zero["reduce_scatter"] = parallel.zero_stage != 2
     if dtype in (torch.bfloat16, torch.float16):
@@ -71,7 +74,8 @@ def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> 
 
 def grad_reduce_dtype(config: Config, dtype: torch.dtype) -> torch.dtype:
     """The type in which gradients travel between the replicas; `dtype`: the parameters'."""
-    return {"auto": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[config.parallel.grad_reduce_dtype]
+    parallel = config.parallel
+    return DTYPES[reduced_dtype(parallel.grad_reduce_dtype, NAMES[dtype], parallel.zero_stage)]
 
 
 def small_parameter(config: Config) -> int:

@@ -56,7 +56,8 @@ def test_fp32_sums_are_fp32s(ranks, stage, dtype, parallel):
     for exact in ranks.run(errors, config_for(stage, "fp32", **parallel), dtype, world=3):
         assert len(exact) > 20 and max(exact.values()) < 4 * 2**-24
     seen = 2**-10 if dtype == torch.bfloat16 else 2**-13
-    for rounded in ranks.run(errors, config_for(stage, "auto", **parallel), dtype, world=3):
+    rounding = "bf16" if dtype == torch.bfloat16 else "auto"
+    for rounded in ranks.run(errors, config_for(stage, rounding, **parallel), dtype, world=3):
         assert min(rounded.values()) > seen / 4 and seen < max(rounded.values()) < 8 * seen
 
 
@@ -67,9 +68,9 @@ def test_bf16_sums_halve_what_fp32_runs_send(ranks, stage, dtype):
         assert 2**-10 < max(found.values()) < 2**-7
 
 
-def test_auto_is_the_parameters_type(ranks):
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        auto, named = (ranks.run(errors, config_for(2, reduced), dtype, world=3) for reduced in ("auto", name))
+def test_auto_is_fp32_for_bf16s_sums_and_else_the_parameters_type(ranks):
+    for stage, dtype, name in ((2, torch.float32, "fp32"), (2, torch.bfloat16, "bf16"), (1, torch.bfloat16, "fp32")):
+        auto, named = (ranks.run(errors, config_for(stage, reduced), dtype, world=3) for reduced in ("auto", name))
         assert auto == named
 
 
@@ -79,7 +80,6 @@ def sent(config, dtype):
     from collectives import Counted
     from megatron.core import parallel_state
 
-    from slope_megatron.launch.memory import precision
     from slope_megatron.launch.traffic import data_parallel_bytes
     from slope_megatron.training import zero
 
@@ -89,11 +89,8 @@ def sent(config, dtype):
         go_on(engine, 2)
     replicas = parallel_state.get_data_parallel_world_size()
     elements = sum(zero.shape_of(parameter).numel() for group in engine.members.values() for parameter in group)
-    bytes_of = precision("bf16", "fp32", reduced=config.parallel.grad_reduce_dtype)
-    micro_batches = config.data.micro_batches(replicas)
-    formula = data_parallel_bytes(
-        elements, replicas, config.parallel.zero_stage, micro_batches, bytes_of.weight, bytes_of.reduced
-    )
+    stage, asked = config.parallel.zero_stage, config.parallel.grad_reduce_dtype
+    formula = data_parallel_bytes(elements, replicas, stage, config.data.micro_batches(replicas), "bf16", asked)
     kinds = ("all-reduce", "reduce-scatter")
     return sum(counted.sent[kind, "data"] for kind in kinds), formula, counted.sent["all-gather", "data"]
 
@@ -101,7 +98,7 @@ def sent(config, dtype):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_is_sent_is_the_formula(ranks, stage):
     totals = {}
-    for reduced in ("auto", "fp32"):
+    for reduced in ("bf16", "fp32"):
         config = config_of(stage, slope={}, parallel={"grad_reduce_dtype": reduced})
         gradients, formula, weights = ranks.run(sent, config, torch.bfloat16, world=2)[0]
         # Beyond the formula: losses and norms.
@@ -109,12 +106,12 @@ def test_what_is_sent_is_the_formula(ranks, stage):
         # So small a model is gathered once a micro-batch at stage 3.
         assert weights == pytest.approx(formula["weights"] / (2 if stage == 3 else 1), rel=0.05)
         totals[reduced] = gradients
-    assert totals["fp32"] == pytest.approx(2 * totals["auto"], rel=1e-3)
+    assert totals["fp32"] == pytest.approx(2 * totals["bf16"], rel=1e-3)
 
 
 def test_resume_is_exact_in_bf16(ranks, tmp_path):
     config = small_config(slope={"adapter_rank": 4, "lazy_fraction": 0.5}, steps=10, keep_checkpoints=9)
-    other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, grad_reduce_dtype="fp32"))
+    other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, grad_reduce_dtype="bf16"))
     expected = ranks.run(uninterrupted, other, torch.bfloat16, tmp_path, (4,), world=2)
     for (results, state), (all_results, all_state) in zip(
         ranks.run(resumed, other, torch.bfloat16, tmp_path, 4, world=2), expected, strict=True

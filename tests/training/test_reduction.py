@@ -1,5 +1,7 @@
 """bf16 gradients over the replicas: exact fp32 means in the own partition, the norm and clipping of the whole."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -77,7 +79,7 @@ def reduced(config, sent, at_once):
 
     reduction.ELEMENTS_AT_ONCE = at_once
     engine = build(config)
-    engine.accumulation.bf16.sent = sent
+    assert engine.accumulation.bf16.sent == sent
     optimizer, group = engine.optimizer, parallel_state.get_data_parallel_group()
     reduce, errors = engine.accumulation.bf16.reduce, []
 
@@ -97,7 +99,10 @@ def reduced(config, sent, at_once):
 @pytest.mark.parametrize("at_once", [2**26, 1000], ids=["whole", "pieces"])
 @pytest.mark.parametrize(("sent", "least", "most"), [(torch.float32, 0, 1e-7), (torch.bfloat16, 5e-4, 4e-3)])
 def test_each_replica_gets_the_mean_of_its_partition(ranks, sent, least, most, at_once):
-    for errors in ranks.run(reduced, small_config(slope=SLOPE), sent, at_once, world=2):
+    config = small_config(slope=SLOPE)
+    asked = "bf16" if sent == torch.bfloat16 else "auto"
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, grad_reduce_dtype=asked))
+    for errors in ranks.run(reduced, config, sent, at_once, world=2):
         assert len(errors) == 2 * 4 and sum(size > 0 for _, size in errors) >= 6
         assert all(least <= error <= most for error, size in errors if size > 0), errors
 
