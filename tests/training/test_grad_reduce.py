@@ -68,6 +68,7 @@ def test_bf16_sums_halve_what_fp32_runs_send(ranks, stage, dtype):
         assert 2**-10 < max(found.values()) < 2**-7
 
 
+@pytest.mark.slow
 def test_auto_is_fp32_for_bf16s_sums_and_else_the_parameters_type(ranks):
     for stage, dtype, name in ((2, torch.float32, "fp32"), (2, torch.bfloat16, "bf16"), (1, torch.bfloat16, "fp32")):
         auto, named = (ranks.run(errors, config_for(stage, reduced), dtype, world=3) for reduced in ("auto", name))
@@ -109,6 +110,7 @@ def test_what_is_sent_is_the_formula(ranks, stage):
     assert totals["fp32"] == pytest.approx(2 * totals["bf16"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_in_bf16(ranks, tmp_path):
     config = small_config(slope={"adapter_rank": 4, "lazy_fraction": 0.5}, steps=10, keep_checkpoints=9)
     other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, grad_reduce_dtype="bf16"))
@@ -124,6 +126,7 @@ def test_resume_is_exact_in_bf16(ranks, tmp_path):
     assert changed[0][0] == pytest.approx(expected[0][0][4][0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_resume_is_exact_with_bf16_sums(ranks, tmp_path, stage):
     check_exact_resume(ranks, tmp_path, config_of(stage, parallel={"grad_reduce_dtype": "bf16"}))
