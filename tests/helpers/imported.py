@@ -1,4 +1,4 @@
-"""Imported once by the server that ranks are forked from: the frameworks, without threads or process groups."""
+"""Imported once by a server that ranks are forked from: the frameworks, without threads, process groups or CUDA."""
 
 import gc
 import importlib
