@@ -11,8 +11,9 @@ import functools
 import gc
 
 from bench_block import timed_stacks
-from common import bar_chart, copy_bandwidth, machine, print_table, require_gpu, rounded, say, write_csv
+from common import bar_chart, copy_bandwidth, machine, print_table, rounded, write_csv
 from models import MODELS, Model
+from progress import add_budget, begin
 
 
 def add_arguments(parser) -> None:
@@ -23,6 +24,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--accumulate", default="fp32", choices=("fp32", "bf16", "none"))
     parser.add_argument("--rounds", type=int, default=11, help="samples of each")
     parser.add_argument("--eager", action="store_true", help="launch from Python instead of replaying CUDA graphs")
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
@@ -91,16 +93,15 @@ def model_rows(model: Model, arguments, bandwidth: float) -> list[dict]:
 
 
 def main(arguments) -> int:
-    require_gpu()
+    clock = begin(arguments)
     import torch
 
-    say(machine())
     bandwidth, rows = copy_bandwidth(), []
-    for name in arguments.models:
+    for name in clock.within(arguments.models):
         rows += model_rows(MODELS[name], arguments, bandwidth)
+        path = write_csv("adapters", rows, arguments.out)
         gc.collect()
         torch.cuda.empty_cache()
-        path = write_csv("adapters", rows, arguments.out)
     skipped = ("tokens", "accumulate")
     print_table(rows, [column for column in rows[0] if column not in skipped])
     labels = [f"{row['model']} {row['pass']} {row['share']} %" for row in rows]

@@ -8,8 +8,9 @@ machine's measured copy bandwidth, each moved once.
 
 import gc
 
-from common import bar_chart, copy_bandwidth, machine, print_table, require_gpu, rounded, say, sparse_peak, write_csv
+from common import bar_chart, copy_bandwidth, machine, print_table, rounded, sparse_peak, write_csv
 from models import MODELS, Model
+from progress import add_budget, begin
 
 
 def add_arguments(parser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--accumulate", nargs="+", default=["fp32"], choices=("fp32", "bf16", "none"))
     parser.add_argument("--rounds", type=int, default=11, help="samples of each")
     parser.add_argument("--eager", action="store_true", help="launch from Python instead of replaying CUDA graphs")
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
@@ -136,24 +138,23 @@ def chart(rows: list[dict], folder) -> None:
 
 
 def main(arguments) -> int:
-    require_gpu()
+    clock = begin(arguments)
     check_modes(arguments.modes)
     import torch
 
-    say(machine())
     bandwidth, peak = copy_bandwidth(), sparse_peak()
     rows = []
-    for name in arguments.models:
+    for name in clock.within(arguments.models):
         for accumulate in arguments.accumulate:
             results = timed(MODELS[name], arguments, accumulate)
             for kind, samples in results.items():
                 for mode in arguments.modes:
                     rows.append(row(MODELS[name], mode, accumulate, kind, samples, arguments, bandwidth, peak))
-                    say(" ".join(str(value) for value in rows[-1].values()))
+                    clock.say(" ".join(str(value) for value in rows[-1].values()))
+            path = write_csv("block", rows, arguments.out)
             del results
             gc.collect()
             torch.cuda.empty_cache()
-        path = write_csv("block", rows, arguments.out)
     print_table(
         rows, ["model", "mode", "pass", "accumulate", "dense_ms", "sparse_ms", "ratio", "spread", "ceiling", "reached"]
     )

@@ -5,8 +5,9 @@ rounding; for wgrad both matrices, transposed): it is in neither product's time,
 it on the e4m3 side. The weight is rounded once a step and not counted.
 """
 
-from common import bar_chart, machine, print_table, require_gpu, rounded, say, write_csv
+from common import bar_chart, machine, print_table, rounded, write_csv
 from models import MODELS
+from progress import add_budget, begin
 
 
 def forward_like(key) -> dict:
@@ -84,27 +85,27 @@ def measured(kind: str, rows: int, columns: int, tokens: int) -> dict:
 def add_arguments(parser) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to time")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T of the products")
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
 def main(arguments) -> int:
-    require_gpu()
+    clock = begin(arguments)
     from slope_megatron.ops import float8
 
     if reason := float8.unsupported():
         raise ValueError(f"slope bench fp8 measures e4m3 products, and this machine cannot: {reason}")
-    say(machine())
     done: dict = {}
     rows = []
-    for name in arguments.models:
+    for name in clock.within(arguments.models):
         for linear, (out, width) in MODELS[name].linears().items():
             for kind, shape in (("forward", (out, width)), ("dgrad", (width, out)), ("wgrad", (out, width))):
                 product = (kind, *shape, arguments.tokens)
                 if product not in done:
                     done[product] = measured(*product)
                 rows.append({"model": name, "linear": linear, "kind": kind, **done[product]})
-                say(" ".join(str(value) for value in rows[-1].values()))
-    path = write_csv("fp8", rows, arguments.out)
+                clock.say(" ".join(str(value) for value in rows[-1].values()))
+                path = write_csv("fp8", rows, arguments.out)
     columns = ["model", "linear", "kind", "bf16_ms", "dense_fp8_ms", "sparse_fp8_ms", "rounding_ms"]
     print_table(rows, [*columns, "ratio", "over_dense_fp8", "sparse_fp8_tflops"])
     labels = [f"{row['model']} {row['linear']} {row['kind']}" for row in rows]

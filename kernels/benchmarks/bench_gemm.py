@@ -7,8 +7,9 @@ machine's measured copy bandwidth; `peak_share` is of the datasheet's 2:4 rate. 
 for it: pruning dY (`prune_ms`, timed apart) and the product.
 """
 
-from common import bar_chart, copy_bandwidth, machine, print_table, require_gpu, rounded, say, sparse_peak, write_csv
+from common import bar_chart, copy_bandwidth, machine, print_table, rounded, sparse_peak, write_csv
 from models import MODELS, Model
+from progress import add_budget, begin
 
 KINDS = ("forward", "dgrad", "wgrad")
 
@@ -96,29 +97,30 @@ def add_arguments(parser) -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="products to time")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T of the products")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
 def main(arguments) -> int:
-    require_gpu()
+    clock = begin(arguments)
     import torch
 
-    say(machine())
     bandwidth, peak = copy_bandwidth(), sparse_peak()
-    say(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    clock.say(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     done: dict = {}
     rows = []
-    for name in arguments.models:
+    for name in clock.within(arguments.models):
         model = MODELS[name]
         for size in arguments.tensor_parallel or model.tensor_parallel:
             found = keys(model, size, arguments.tokens, getattr(torch, arguments.dtype), arguments.kinds)
             for (linear, kind), key in found.items():
                 if key not in done:
                     done[key] = measured(key, bandwidth, peak)
+                    clock.say(f"{key}: {done[key]['chosen_ratio']} times dense")
                 rows.append({"model": name, "tp": size, "linear": linear, "kind": kind, **done[key]})
+                path = write_csv("gemm", rows, arguments.out)
         worst = min(row["chosen_ratio"] for row in rows if row["model"] == name)
-        say(f"{name}: worst ratio {worst}")
-        path = write_csv("gemm", rows, arguments.out)
+        clock.say(f"{name}: worst ratio {worst}")
     columns = ["model", "tp", "linear", "kind", "dense_ms", "cusparselt_ratio", "tiles", "cutlass_ratio"]
     print_table(rows, [*columns, "cutlass_algorithm", "sparse_tflops"])
     whole = [row for row in rows if row["tp"] == 1]

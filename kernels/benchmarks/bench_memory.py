@@ -14,8 +14,9 @@ import gc
 from pathlib import Path
 
 from bench_adapters import rank_of
-from common import machine, print_table, require_gpu, rounded, say, write_csv
+from common import machine, print_table, rounded, write_csv
 from models import MODELS, Model
+from progress import add_budget, begin
 
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "launch" / "models"
 GIB = 2**30
@@ -29,6 +30,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--backend", default="auto", help="backend of the 2:4 operands (--slope-backend)")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T, in sequences of 2048")
     parser.add_argument("--no-activations", action="store_true", help="state alone")
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
@@ -164,21 +166,21 @@ def stacked_chart(items: list[dict], model: str, folder) -> None:
 
 
 def main(arguments) -> int:
-    require_gpu()
+    clock = begin(arguments)
     import torch
 
-    say(machine())
     # Workspaces of the libraries are allocated on first use: not what is counted here.
     torch.mm(*(torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2)))
     items, totals = [], []
-    for name in arguments.models:
+    for name in clock.within(arguments.models):
         more_items, more_totals = model_tables(MODELS[name], arguments)
         items, totals = items + more_items, totals + more_totals
-        torch.cuda.empty_cache()
         path = write_csv("memory", items, arguments.out)
         write_csv("memory_models", totals, arguments.out)
-    print_table([item for item in items if item["model"] == arguments.models[-1]], list(items[0]))
+        torch.cuda.empty_cache()
+    last = items[-1]["model"]
+    print_table([item for item in items if item["model"] == last], list(items[0]))
     print_table(totals, list(totals[0]))
-    stacked_chart(items, arguments.models[-1], arguments.out)
+    stacked_chart(items, last, arguments.out)
     print(f"wrote {path} and memory_models.csv")
     return 0

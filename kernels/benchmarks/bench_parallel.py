@@ -5,33 +5,44 @@
               linears waited for where it starts, which tells what overlapping gives
     data      one model at TP 1 on 1, 2, 4, ... GPUs, the same work for each: packed gradients against dense ones
 
-One command: it starts a process a GPU itself. Dense and 2:4 engines alternate step by step in the same processes.
+One command: it starts a process a GPU itself. Dense and 2:4 engines alternate step by step in the same processes. The
+CSV is written anew after every round; what is under way, and which kernels are chosen, is said on stderr.
+
+`--cpu-ranks 2 --sequence 32 --tokens 128 --rounds 3` tries it on a CPU, with a tiny model: such times say nothing.
 """
 
-import json
+import dataclasses
 import os
 import statistics
 import tempfile
+import threading
 from pathlib import Path
 
-from common import RESULTS, machine, print_table, rounded, say, write_csv
-from models import MODELS
+from common import RESULTS, machine, print_table, rounded, write_csv
+from models import MODELS, TINY
+from progress import Clock, add_budget
+from ranks import Work, run_ranks
+from torch.multiprocessing.spawn import ProcessException
 
 MEASURED = ("step", "forward_backward", "reduce", "update")
+KNOWN = {**MODELS, TINY.name: TINY}
+ON_CPU = "ranks on a CPU over gloo: these times say nothing"
 
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
     add("--gpus", type=int, help="GPUs to use; default: all of this machine")
+    add("--cpu-ranks", type=int, help="so many ranks on the CPU instead, to try the command: its times say nothing")
     add("--parts", nargs="+", default=["tensor", "data"], choices=("tensor", "data"), help="what to measure")
-    add("--models", nargs="+", default=["opt-13b", "opt-30b", "opt-66b"], choices=list(MODELS))
-    add("--data-model", default="opt-13b", choices=list(MODELS), help="model of the part `data`")
+    add("--models", nargs="+", choices=list(KNOWN), help="of the part `tensor`; default: opt-13b opt-30b opt-66b")
+    add("--data-model", choices=list(KNOWN), help="of the part `data`; default: opt-13b")
     add(
         "--modes", nargs="+", default=["dense", "paper", "full"], choices=modes(), help="dense, and modes of 2:4 layers"
     )
     add("--blocks", type=int, default=4, help="blocks of the part `tensor`")
     add("--data-blocks", type=int, default=2, help="blocks of the part `data`")
-    add("--tokens", type=int, default=8192, help="tokens of a micro-batch, in sequences of 2048")
+    add("--tokens", type=int, default=8192, help="tokens of a micro-batch")
+    add("--sequence", type=int, default=2048, help="tokens of a sequence")
     add("--micro-batches", type=int, default=4, help="micro-batches of a step on each replica")
     add("--vocabulary", type=int, default=50272, help="entries of the vocabulary")
     add(
@@ -41,6 +52,7 @@ def add_arguments(parser) -> None:
         help="type in which gradients are summed over the replicas",
     )
     add("--rounds", type=int, default=9, help="samples of each")
+    add_budget(parser)
     add("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
@@ -56,47 +68,49 @@ def modes() -> list[str]:
     return ["dense", *choices("slope", "mode")]
 
 
-def starts(arguments, gpus: int) -> list[tuple[int, dict]]:
-    """Numbers of ranks to start, each with what they are to do."""
-    common = {name: getattr(arguments, name) for name in ("tokens", "micro_batches", "vocabulary", "rounds")}
-    common["grad_reduce_dtype"] = arguments.grad_reduce_dtype
-    common |= {"modes": tuple(arguments.modes), "sequence": 2048}
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """So many ranks, and the fields of their `Work`."""
+
+    world: int
+    settings: dict
+
+    def __str__(self) -> str:
+        return f"{self.settings['model'].name}, {self.world} ranks at TP {self.settings['tensor_parallel']}"
+
+
+def starts(arguments, gpus: int) -> list[Start]:
+    """What is started, one after the other."""
+    names = ("tokens", "sequence", "micro_batches", "vocabulary", "grad_reduce_dtype", "rounds")
+    common = {name: getattr(arguments, name) for name in names}
+    # The others are compared with dense: it must be there when a budget ends the rest.
+    common |= {"modes": tuple(sorted(arguments.modes, key=lambda mode: mode != "dense"))}
+    tiny = [TINY.name] if arguments.cpu_ranks else None
     found = []
     if "tensor" in arguments.parts and gpus > 1:
         own = {"blocks": arguments.blocks, "tensor_parallel": gpus, "waiting": True}
-        found += [(gpus, common | own | {"model": MODELS[name]}) for name in arguments.models]
+        names = arguments.models or tiny or ["opt-13b", "opt-30b", "opt-66b"]
+        found += [Start(gpus, common | own | {"model": KNOWN[name]}) for name in names]
     if "data" in arguments.parts:
-        own = {"model": MODELS[arguments.data_model], "blocks": arguments.data_blocks}
-        own |= {"tensor_parallel": 1, "waiting": False}
+        own = {"model": KNOWN[arguments.data_model or (TINY.name if tiny else "opt-13b")]}
+        own |= {"blocks": arguments.data_blocks, "tensor_parallel": 1, "waiting": False}
         replicas = [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
-        found += [(count, common | own) for count in replicas]
+        found += [Start(count, common | own) for count in replicas]
     return found
 
 
-def play_rank(rank: int, world: int, port: int, work) -> None:
-    """One spawned process."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # Kernels start in the order in which they were asked for: a collective before the product that covers it.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    from parallel import play
+def compile_kernels(clock: Clock) -> None:
+    """Our own kernels, which the first product would wait for, while ranks start and dense engines are built."""
+    import torch
 
-    play(work)
+    from slope_kernels import cutlass
+    from slope_megatron.ops import measure_cutlass
 
-
-def run_ranks(world: int, settings: dict, folder: str) -> list[dict]:
-    """Start `world` ranks, wait for them, and take their rows."""
-    import socket
-
-    import torch.multiprocessing
-    from parallel import Work
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(play_rank, args=(world, port, Work(**settings, folder=folder)), nprocs=world)
-    return json.loads(Path(folder, "rows.json").read_text())
+    reason = cutlass.unsupported()
+    clock.say(f"our own kernels: {reason or 'compiled beside all else, a minute or two unless they are there already'}")
+    if reason is None:
+        found = measure_cutlass.kernels(torch.bfloat16)
+        clock.say(f"our own kernels: {len(found)} of {len(cutlass.KERNELS)} are there")
 
 
 def finished(row: dict, dense: dict, one: dict | None) -> dict:
@@ -104,6 +118,7 @@ def finished(row: dict, dense: dict, one: dict | None) -> dict:
     columns = {name: value for name, value in row.items() if name != "samples"}
     for part in MEASURED:
         columns[f"{part}_ms"] = median(row, part)
+    columns["rounds"] = len(row["samples"])
     columns["spread"] = spread([sample["step"] for sample in row["samples"]])
     columns["ratio"] = median(dense, "step") / median(row, "step")
     pairs = zip(dense["samples"], row["samples"], strict=True)
@@ -138,7 +153,7 @@ def finish(rows: list[dict]) -> list[dict]:
     ]
 
 
-def chart(rows: list[dict], folder: Path) -> Path:
+def chart(rows: list[dict], folder: Path, title: str) -> Path:
     """`parallel.png`: times dense under tensor parallelism, and throughput over replicas."""
     import matplotlib
 
@@ -165,7 +180,7 @@ def chart(rows: list[dict], folder: Path) -> Path:
     right.set_xlabel("replicas (dotted: linear)")
     right.set_ylabel("tokens/s")
     right.set_title("data parallel, ZeRO-1", fontsize=9)
-    figure.suptitle(machine(), fontsize=8)
+    figure.suptitle(title, fontsize=8)
     figure.tight_layout()
     path = folder / "parallel.png"
     figure.savefig(path, dpi=110)
@@ -173,38 +188,79 @@ def chart(rows: list[dict], folder: Path) -> Path:
     return path
 
 
-def main(arguments) -> int:
+def ranks_wanted(arguments) -> int:
+    """GPUs to use, or ranks on the CPU.
+
+    Raises:
+        ValueError: what was asked for does not fit this machine or cannot be compared.
+    """
     import torch
     from common import require_gpu
 
-    require_gpu()
-    found = torch.cuda.device_count()
-    gpus = arguments.gpus or found
-    if gpus > found:
-        raise ValueError(f"--gpus is {gpus} and this machine has {found}: give at most {found}")
     if "dense" not in arguments.modes:
         raise ValueError(
             f"--modes is {' '.join(arguments.modes)}: dense must be among them, the others are compared with it"
         )
-    say(f"{machine()} gpus={gpus}")
+    if arguments.rounds < 2:
+        raise ValueError(f"--rounds is {arguments.rounds}: a spread needs 2 at least")
+    if arguments.cpu_ranks:
+        if arguments.gpus:
+            raise ValueError(f"--gpus is {arguments.gpus} and --cpu-ranks {arguments.cpu_ranks}: give one of them")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the ranks
+        return arguments.cpu_ranks
+    require_gpu()
+    found = torch.cuda.device_count()
+    if arguments.gpus and arguments.gpus > found:
+        raise ValueError(f"--gpus is {arguments.gpus} and this machine has {found}: give at most {found}")
+    return arguments.gpus or found
+
+
+def main(arguments) -> int:
+    count = ranks_wanted(arguments)
+    clock, note = Clock(arguments.seconds), ON_CPU if arguments.cpu_ranks else ""
+    title = f"{note}{'; ' if note else ''}{machine()}"
+    clock.say(f"{title} ranks={count}")
+    if not arguments.cpu_ranks:
+        threading.Thread(target=compile_kernels, args=(clock,), daemon=True).start()
     folder = Path(arguments.out or RESULTS)
+    before: list[dict] = []
     rows: list[dict] = []
+    failed = []
+
+    def keep(news: list[dict]) -> None:
+        rows[:] = [*before, *news]
+        write_csv("parallel", finish(rows), folder, note)
+
     with tempfile.TemporaryDirectory() as shared:
-        for world, settings in starts(arguments, gpus):
-            say(f"{world} ranks: {settings['model'].name} at TP {settings['tensor_parallel']}")
-            news = run_ranks(world, settings, shared)
-            rows += news
-            done = finish(rows)
-            for row in done[-len(news) :]:
+        for start in clock.within(starts(arguments, count)):
+            work = Work(**start.settings, folder=shared, seconds=clock.budget, started=clock.started)
+            try:
+                run_ranks(start.world, work, keep)
+            except ProcessException as error:
+                clock.say(f"{start}: failed: {error}")
+                failed.append(str(start))
+            for row in finish(rows)[len(before) :]:
                 waits = "" if row["overlap"] else ", waiting"
-                say(f"  {row['mode']}{waits}: {row['step_ms']} ms a step, {row['ratio']} times dense")
-            path = write_csv("parallel", done, folder)
-    columns = "model mode overlap tensor_parallel data_parallel step_ms spread ratio ratio_spread"
+                clock.say(f"  {row['mode']}{waits}: {row['step_ms']} ms a step, {row['ratio']} times dense")
+            before = list(rows)
+    report(finish(rows), folder, title)
+    if note:
+        print(note)
+    if failed:
+        print(f"failed: {'; '.join(failed)}")
+    return 1 if failed or not rows else 0
+
+
+def report(done: list[dict], folder: Path, title: str) -> None:
+    """Tables on stdout, and the chart."""
+    if not done:
+        print("nothing was measured")
+        return
+    columns = "model mode overlap tensor_parallel data_parallel rounds step_ms spread ratio ratio_spread"
     print_table(done, columns.split())
     columns = "model mode tensor_parallel data_parallel forward_backward_ms reduce_ms update_ms efficiency"
     print_table(done, columns.split())
     columns = "mode data_parallel state_gib peak_gib planned_gib tensor_sent_gib tensor_formula_gib"
     print_table(done, [*columns.split(), "data_sent_gib", "data_formula_gib"])
-    chart(done, folder)
-    print(f"wrote {path}")
-    return 0
+    chart(done, folder, title)
+    print(f"wrote {folder / 'parallel.csv'}")

@@ -7,8 +7,9 @@ launched from Python, the dense block too. A peer that cannot run, or gives wron
 
 import gc
 
-from common import bar_chart, machine, print_table, require_gpu, rounded, say, write_csv
+from common import bar_chart, machine, print_table, rounded, write_csv
 from models import MODELS, Model
+from progress import Clock, add_budget, begin
 
 NOTES = {
     "torch-cusparselt": "torch's 2:4 tensor, compressed once; our autograd around its products",
@@ -26,6 +27,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--blocks", type=int, default=1, help="blocks in a stack; times are per block")
     parser.add_argument("--accumulate", default="fp32", choices=("fp32", "bf16", "none"))
     parser.add_argument("--rounds", type=int, default=7, help="samples of each")
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
 
 
@@ -45,7 +47,7 @@ def all_peers() -> dict:
     return others | {mode: linear for mode, linear in MODES.items() if mode != "dense"}
 
 
-def reasons(wanted: dict) -> dict[str, str | None]:
+def reasons(wanted: dict, clock: Clock) -> dict[str, str | None]:
     """Each peer's reason for being refused; None: it runs and multiplies right. This project's modes have tests."""
     import peers
 
@@ -53,7 +55,7 @@ def reasons(wanted: dict) -> dict[str, str | None]:
     for name in wanted:
         if name in NOTES:
             found[name] = peers.wrong(wanted[name]["fc1"] if isinstance(wanted[name], dict) else wanted[name])
-            say(f"{name}: {found[name] or 'runs'}")
+            clock.say(f"{name}: {found[name] or 'runs'}")
     return found
 
 
@@ -98,35 +100,44 @@ def refused_row(model: Model, peer: str, reason: str, tokens: int) -> dict:
     return row | empty | {"refused": reason, "note": NOTES.get(peer, "this project")}
 
 
+def timed_or_refused(model: Model, peer: str, linear, dense, reason: str | None, arguments) -> list[dict]:
+    """A peer's rows on one model, or the row with the reason why it has none."""
+    import torch
+
+    try:
+        if reason is None:
+            return peer_rows(model, peer, linear, dense, arguments)
+    except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+        # Of a library's own: a shape that it does not take, say; or a mode whose backend cannot run here.
+        if isinstance(error, torch.AcceleratorError):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return [refused_row(model, peer, reason, arguments.tokens)]
+
+
 def main(arguments) -> int:
-    require_gpu()
+    clock = begin(arguments)
     import torch
     from block import Stack
     from linears import MODES
 
-    say(machine())
     known = all_peers()
     unknown = set(arguments.peers or ()) - set(known)
     if unknown:
         raise ValueError(f"--peers holds {sorted(unknown)[0]!r}: there are {', '.join(known)}")
     wanted = {name: known[name] for name in arguments.peers or known}
-    refused, rows = reasons(wanted), []
-    for model in (MODELS[name] for name in arguments.models):
+    refused, rows = reasons(wanted, clock), []
+    for name in clock.within(arguments.models):
+        model = MODELS[name]
         dense = Stack(model, MODES["dense"], arguments.blocks, arguments.tokens, arguments.accumulate)
         for peer, linear in wanted.items():
-            try:
-                reason = refused[peer]
-                more = [] if reason else peer_rows(model, peer, linear, dense, arguments)
-            except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
-                # Of a library's own: a shape that it does not take, say; or a mode whose backend cannot run here.
-                if isinstance(error, torch.AcceleratorError):
-                    raise
-                reason, more = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", []
-            rows += [refused_row(model, peer, reason, arguments.tokens)] if reason else more
+            news = timed_or_refused(model, peer, linear, dense, refused[peer], arguments)
+            rows += news
+            clock.say(f"{name} {peer}: {', '.join(row['refused'] or str(row['ratio']) for row in news)}")
+            path = write_csv("peers", rows, arguments.out)
             gc.collect()
             torch.cuda.empty_cache()
         del dense
-        path = write_csv("peers", rows, arguments.out)
     print_table(rows, ["model", "peer", "pass", "dense_ms", "ms", "ratio", "spread", "eager_ratio", "refused"])
     timed = [row for row in rows if not row["refused"] and row["pass"] == "train"]
     labels = list(dict.fromkeys(row["model"] for row in timed))

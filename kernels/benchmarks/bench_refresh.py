@@ -7,7 +7,8 @@ copies of its tensors as overflow the cache, so that neither launches nor the ca
 import dataclasses
 from collections.abc import Callable
 
-from common import copy_bandwidth, machine, print_table, require_gpu, rounded, say, write_csv
+from common import copy_bandwidth, print_table, rounded, write_csv
+from progress import add_budget, begin
 
 TOKENS = 8192
 MVUE_BLOCKS = ((8, 4), (4, 4), (4, 2), (8, 8), (16, 8), (8, 2))
@@ -111,23 +112,26 @@ def timed(found: list[Case], bandwidth: float, rows: int, columns: int, *, sweep
 def add_arguments(parser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--sweep", action="store_true", help="time several settings of each kernel; writes no CSV")
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV; default: kernels/benchmarks/results")
 
 
 def main(arguments) -> int:
-    require_gpu()
+    clock = begin(arguments)
     import torch
 
     bandwidth = copy_bandwidth()
-    say(f"{machine()}\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    results = []
-    for rows, columns in SHAPES[1::2] if arguments.sweep else SHAPES:
+    clock.say(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    results, path = [], None
+    for rows, columns in clock.within(list(SHAPES[1::2] if arguments.sweep else SHAPES)):
         found = cases(rows, columns, getattr(torch, arguments.dtype))
         if arguments.sweep:
             found = [case for case in found if len(variants(case)) > 1]
         results += timed(found, bandwidth, rows, columns, sweep=arguments.sweep)
+        if not arguments.sweep:
+            path = write_csv("refresh", results, arguments.out)
     names = ["kernel", "rows", "columns", *(["setting"] if arguments.sweep else [])]
     print_table(results, [*names, "ms", "spread", "tbytes_per_s", "share_of_copy"])
-    if not arguments.sweep:
-        print(f"wrote {write_csv('refresh', results, arguments.out)}")
+    if path:
+        print(f"wrote {path}")
     return 0

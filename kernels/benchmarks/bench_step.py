@@ -4,8 +4,9 @@ What a step costs beyond its blocks, and the share that bringing the operands up
 micro-batches). One process, no communication.
 """
 
-from common import machine, print_table, require_gpu, rounded, say, write_csv
+from common import print_table, rounded, write_csv
 from models import MODELS
+from progress import add_budget, begin
 
 
 def add_arguments(parser) -> None:
@@ -14,6 +15,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--micro-batches", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="samples of each")
+    add_budget(parser)
     parser.add_argument("--out", help="folder for the CSV; default: kernels/benchmarks/results")
 
 
@@ -53,45 +55,47 @@ class Step:
         self.refresh()
 
 
-def main(arguments) -> int:
-    require_gpu()
-    import gc
-
-    import torch
+def measured(name: str, arguments) -> dict:
+    """One model's row."""
     from linears import Dense, Sparse
 
     from slope_megatron.ops import timing
 
-    say(machine())
+    steps = {kind: Step(MODELS[name], linear, arguments) for kind, linear in (("dense", Dense), ("sparse", Sparse))}
+    parts = {**steps, "refresh": steps["sparse"].refresh}
+    parts |= {f"{kind}_optimizer": step.optimize for kind, step in steps.items()}
+    samples = timing.interleaved(parts, rounds=arguments.rounds, calls=1)
+    times = {part: timing.median(values) for part, values in samples.items()}
+    return rounded(
+        {
+            "model": name,
+            "blocks": arguments.blocks,
+            "micro_batches": arguments.micro_batches,
+            "tokens": arguments.tokens,
+            "dense_ms": times["dense"],
+            "sparse_ms": times["sparse"],
+            "ratio": times["dense"] / times["sparse"],
+            "spread": timing.spread(samples["sparse"]),
+            "refresh_ms": times["refresh"],
+            "refresh_share": times["refresh"] / times["sparse"],
+            "dense_optimizer_ms": times["dense_optimizer"],
+            "sparse_optimizer_ms": times["sparse_optimizer"],
+        }
+    )
+
+
+def main(arguments) -> int:
+    clock = begin(arguments)
+    import gc
+
+    import torch
+
     rows = []
-    for name in arguments.models:
-        steps = {kind: Step(MODELS[name], linear, arguments) for kind, linear in (("dense", Dense), ("sparse", Sparse))}
-        parts = {**steps, "refresh": steps["sparse"].refresh}
-        parts |= {f"{kind}_optimizer": step.optimize for kind, step in steps.items()}
-        samples = timing.interleaved(parts, rounds=arguments.rounds, calls=1)
-        times = {part: timing.median(values) for part, values in samples.items()}
-        rows.append(
-            rounded(
-                {
-                    "model": name,
-                    "blocks": arguments.blocks,
-                    "micro_batches": arguments.micro_batches,
-                    "tokens": arguments.tokens,
-                    "dense_ms": times["dense"],
-                    "sparse_ms": times["sparse"],
-                    "ratio": times["dense"] / times["sparse"],
-                    "spread": timing.spread(samples["sparse"]),
-                    "refresh_ms": times["refresh"],
-                    "refresh_share": times["refresh"] / times["sparse"],
-                    "dense_optimizer_ms": times["dense_optimizer"],
-                    "sparse_optimizer_ms": times["sparse_optimizer"],
-                }
-            )
-        )
-        del steps, parts
+    for name in clock.within(arguments.models):
+        rows.append(measured(name, arguments))
+        path = write_csv("step", rows, arguments.out)
         gc.collect()
         torch.cuda.empty_cache()
-    path = write_csv("step", rows, arguments.out)
     print_table(rows, [name for name in rows[0] if name not in ("tokens", "spread")])
     print(f"wrote {path}")
     return 0

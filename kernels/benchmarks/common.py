@@ -1,7 +1,7 @@
 """What every benchmark shares: the machine's description, its copy bandwidth, CSV files and charts."""
 
 import csv
-import sys
+import os
 from pathlib import Path
 
 import torch
@@ -32,16 +32,24 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / timing.median(samples) * 1e3
 
 
-def write_csv(name: str, rows: list[dict], folder: Path | None = None) -> Path:
-    """`results/<name>.csv`; the first line, a comment, is the machine."""
+def write_csv(name: str, rows: list[dict], folder: Path | None = None, note: str = "") -> Path:
+    """`results/<name>.csv`, all of it in one step; the first line, a comment, is the machine.
+
+    Called after every row or few: a benchmark that is stopped leaves those it has.
+
+    Args:
+        note: what else the first line says.
+    """
     folder = Path(folder or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        file.write(f"# {machine()}\n")
+    partial = path.with_suffix(".csv.partial")
+    with partial.open("w", newline="") as file:
+        file.write(f"# {note}{'; ' if note else ''}{machine()}\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(partial, path)
     return path
 
 
@@ -90,7 +98,3 @@ def require_gpu() -> None:
     reason = unsupported()
     if reason:
         raise ValueError(f"slope bench measures 2:4 kernels against dense ones, and this machine cannot: {reason}")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -43,3 +43,5 @@ MODELS = {
         Model("mistral-7b", 4096, 14336, 32, 8, True),
     )
 }
+# Not a published one: small enough for CPU ranks to try a benchmark on.
+TINY = Model("tiny", 64, 256, 4, 4, False)

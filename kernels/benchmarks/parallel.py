@@ -1,13 +1,14 @@
 """Training steps of whole engines on several ranks, dense and 2:4 in turn: what each rank does for bench_parallel.
 
 Every kind of engine (dense; 2:4 in each mode) is built beside the others from one description, so that rounds can
-alternate between them; memory is what an engine adds to the ones before it.
+alternate between them; memory is what an engine adds to the ones before it. Rank 0 says on stderr what begins, and
+leaves the rows in a file anew after every round.
 """
 
 import contextlib
-import dataclasses
+import gc
 import io
-import json
+import os
 import time
 from pathlib import Path
 from unittest import mock
@@ -16,7 +17,8 @@ import torch
 import torch.distributed as dist
 from collectives import Counted
 from megatron.core import parallel_state
-from models import Model
+from progress import Clock
+from ranks import ROWS, Work
 
 from slope_megatron.config import (
     Config,
@@ -34,37 +36,13 @@ from slope_megatron.layers import communication
 from slope_megatron.models.provider import build_model
 from slope_megatron.training import cpu_host, kernel_choices, parallel
 from slope_megatron.training.engine import Engine
+from slope_megatron.training.files import write_json
 
 GIB = 2**30
 DENSE = "dense"
 WARM_UP_STEPS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What the ranks of one start are to measure.
-
-    Args:
-        model: one a start, because DeepSpeed's engines stay in memory.
-        modes: "dense", and modes of SlopeConfig.
-        waiting: whether the 2:4 engines are timed once more with each collective waited for where it starts.
-        tokens, sequence: of a micro-batch, and of one sample.
-        folder: for kernel choices and results.
-        grad_reduce_dtype: as `slope pretrain` has it.
-    """
-
-    model: Model
-    modes: tuple[str, ...]
-    tensor_parallel: int
-    blocks: int
-    tokens: int
-    sequence: int
-    micro_batches: int
-    vocabulary: int
-    rounds: int
-    waiting: bool
-    folder: str
-    grad_reduce_dtype: str = "auto"
+# Before a budget of seconds may end the rounds, and before there are rows.
+FEWEST_ROUNDS = 3
 
 
 def config_of(mode: str, work: Work, replicas: int) -> Config:
@@ -98,17 +76,24 @@ def config_of(mode: str, work: Work, replicas: int) -> Config:
 class Bench:
     """One engine, its batches, and what it takes."""
 
-    def __init__(self, mode: str, work: Work, replicas: int):
+    def __init__(self, mode: str, work: Work, replicas: int, clock: Clock):
         before = allocated()
         self.mode, self.work = mode, work
         self.config = config_of(mode, work, replicas)
         dtype = torch.bfloat16
+        clock.say(f"{mode}: model of {work.blocks} blocks, built and filled")
+        model = build_model(self.config, work.vocabulary, dtype)
+        torch.cuda.synchronize()
+        clock.say(f"{mode}: engine, with fp32 masters")
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
-            self.engine = Engine(build_model(self.config, work.vocabulary, dtype), self.config, dtype)
+            self.engine = Engine(model, self.config, dtype)
         self.batches = [self.batch(index) for index in range(work.micro_batches)]
         self.marks: list[tuple[str, float]] = []
         self.engine.on_part = self.mark
-        for _ in range(WARM_UP_STEPS):
+        clock.say(f"{mode}: first step, in which kernels are compiled and chosen")
+        self.step()
+        clock.say(f"{mode}: {WARM_UP_STEPS + 1} more steps: to warm up, for memory, for bytes sent")
+        for _ in range(WARM_UP_STEPS - 1):
             self.step()
         self.state_bytes = allocated() - before
         if torch.cuda.is_available():
@@ -220,52 +205,84 @@ def planned_bytes(bench: Bench, tensor: int, replicas: int) -> float:
 # -- a rank ------------------------------------------------------------------------------------------------------------
 
 
-def measure(work: Work) -> list[dict]:
-    """A row for each engine; the same on every rank."""
+def measure(work: Work, keep=lambda rows: None) -> list[dict]:
+    """A row for each engine; the same on every rank.
+
+    Args:
+        keep: called with the rows after each round, from the first few rounds on.
+    """
+    clock = work.clock(speaks=dist.get_rank() == 0)
     replicas, tensor = parallel_state.get_data_parallel_world_size(), work.tensor_parallel
-    benches = {mode: Bench(mode, work, replicas) for mode in work.modes}
+    benches: dict[str, Bench] = {}
+    for index, mode in enumerate(work.modes):
+        if benches and over(clock):
+            clock.say(f"--seconds are over: not measured: {', '.join(work.modes[index:])}")
+            break
+        benches[mode] = Bench(mode, work, replicas, clock)
     variants = {(mode, True): bench for mode, bench in benches.items()}
     if work.waiting and tensor > 1:
         variants |= {(mode, False): bench for mode, bench in benches.items() if mode != DENSE}
     samples: dict = {variant: [] for variant in variants}
-    for _ in range(work.rounds):
+    fewest = min(FEWEST_ROUNDS, work.rounds)
+    rows: list[dict] = []
+    for number in range(work.rounds):
+        if number >= fewest and over(clock):
+            clock.say(f"--seconds are over: {number} rounds of {work.rounds}")
+            break
+        clock.say(f"round {number + 1} of {work.rounds}: {len(variants)} engines in turn")
         for (mode, overlaps), bench in variants.items():
             with contextlib.nullcontext() if overlaps else waiting():
                 samples[mode, overlaps].append(bench.step())
-    rows = []
-    for (mode, overlaps), bench in variants.items():
-        sent, formula = bench.counted, sent_by_formula(bench, tensor, replicas)
-        rows.append(
-            {
-                "model": work.model.name,
-                "mode": mode,
-                "overlap": overlaps,
-                "tensor_parallel": tensor,
-                "data_parallel": replicas,
-                "grad_reduce_dtype": work.grad_reduce_dtype,
-                "blocks": work.blocks,
-                "micro_batches": work.micro_batches,
-                "tokens": work.tokens,
-                "samples": samples[mode, overlaps],
-                "state_gib": bench.state_bytes / GIB,
-                "peak_gib": bench.peak_bytes / GIB,
-                "planned_gib": planned_bytes(bench, tensor, replicas) / GIB,
-                "tensor_sent_gib": sent.total("tensor") / GIB,
-                "tensor_formula_gib": formula["tensor"] / GIB,
-                "data_sent_gib": sent.total("data") / GIB,
-                "data_formula_gib": formula["data"] / GIB,
-            }
-        )
+        if number + 1 >= fewest:
+            rows = [row_of(bench, overlaps, samples[mode, overlaps]) for (mode, overlaps), bench in variants.items()]
+            keep(rows)
     return rows
 
 
+def over(clock: Clock) -> bool:
+    """Whether the budget is spent, by the clock of the rank that is ahead: the same answer on every rank."""
+    spent = torch.tensor(float(clock.over()), device=torch.device(torch.cuda.current_device()))
+    dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+    return bool(spent)
+
+
+def row_of(bench: Bench, overlaps: bool, samples: list[dict[str, float]]) -> dict:
+    work, sent = bench.work, bench.counted
+    replicas, tensor = parallel_state.get_data_parallel_world_size(), work.tensor_parallel
+    formula = sent_by_formula(bench, tensor, replicas)
+    return {
+        "model": work.model.name,
+        "mode": bench.mode,
+        "overlap": overlaps,
+        "tensor_parallel": tensor,
+        "data_parallel": replicas,
+        "grad_reduce_dtype": work.grad_reduce_dtype,
+        "blocks": work.blocks,
+        "micro_batches": work.micro_batches,
+        "tokens": work.tokens,
+        "samples": list(samples),
+        "state_gib": bench.state_bytes / GIB,
+        "peak_gib": bench.peak_bytes / GIB,
+        "planned_gib": planned_bytes(bench, tensor, replicas) / GIB,
+        "tensor_sent_gib": sent.total("tensor") / GIB,
+        "tensor_formula_gib": formula["tensor"] / GIB,
+        "data_sent_gib": sent.total("data") / GIB,
+        "data_formula_gib": formula["data"] / GIB,
+    }
+
+
 def play(work: Work) -> None:
-    """One rank of a start; torch.distributed's variables say which. Rank 0 leaves rows.json in the folder."""
+    """One rank of a start; torch.distributed's variables say which. Rank 0 leaves ROWS in the folder."""
+    first = os.environ["RANK"] == "0"
+    clock = work.clock(speaks=first)
+    clock.say("frameworks are imported; the ranks meet")
     cpu_host.prepare()
+    if first:
+        clock.show_log()
     parallel.initialize(config_of(DENSE, work, 1))
     kernel_choices.share(Path(work.folder), resumed=True)
-    rows = measure(work)
-    if dist.get_rank() == 0:
-        Path(work.folder, "rows.json").write_text(json.dumps(rows))
+    # DeepSpeed collects garbage eight times an engine: 2 s if all modules are looked through.
+    gc.freeze()
+    measure(work, keep=lambda rows: write_json(Path(work.folder, ROWS), rows) if first else None)
     kernel_choices.save(Path(work.folder))
     parallel.finish()

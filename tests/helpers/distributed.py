@@ -3,27 +3,28 @@
 Threads of process groups outlive the groups, thousands of them after some dozens of layouts, and slow a machine to a
 crawl: so no process plays a rank twice.
 
-    CPU    gloo; forked from one server that has imported the frameworks
-    CUDA   NCCL, a GPU a rank; spawned, because a process in which CUDA has been touched cannot be forked
+    CPU    gloo
+    CUDA   NCCL, a GPU a rank
 """
 
 import contextlib
 import ctypes
 import dataclasses
 import datetime
+import functools
 import itertools
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import tempfile
 import traceback
-from multiprocessing import forkserver
 from pathlib import Path
-from unittest import mock
 
-TIMEOUT_SECONDS = 600
+from helpers.servers import fork_server, gpu_context
+
+# For an answer, and of a collective. GPUs are fast and lent by the minute.
+TIMEOUT_SECONDS = {"cpu": 600, "cuda": 180}
 PR_SET_PDEATHSIG = 1
 
 
@@ -53,7 +54,7 @@ def _start_groups(place: Place) -> None:
         init_method=f"file://{place.rendezvous}",
         rank=place.rank,
         world_size=place.world,
-        timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
+        timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS[place.device]),
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=place.tensor_parallel,
@@ -98,26 +99,6 @@ def to_cpu(value):
     return type(value)(map(to_cpu, value)) if type(value) in (list, tuple) else value
 
 
-def fork_server():
-    """A multiprocessing context: processes forked from one that has imported the frameworks and sees no GPU."""
-    context = multiprocessing.get_context("forkserver")
-    # The server sees the environment, not this process's import path.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    context.set_forkserver_preload(["helpers.imported"])
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
-        forkserver.ensure_running()
-    return context
-
-
-def spawner():
-    """A multiprocessing context whose processes start from nothing, and import what they need."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # As launch/pretrain.sbatch has it: kernels of one stream start in the order in which they were asked for.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return multiprocessing.get_context("spawn")
-
-
 class RankPool:
     """Starts ranks. A failed call ends all of its processes: peers may hang in a collective.
 
@@ -129,7 +110,11 @@ class RankPool:
         self.device = device
         self.folder = tempfile.TemporaryDirectory()
         self.numbers = itertools.count()
-        self.context = spawner() if device == "cuda" else fork_server()
+
+    @functools.cached_property
+    def context(self):
+        """Made when a test is not skipped."""
+        return gpu_context() if self.device == "cuda" else fork_server()
 
     def run(self, function, *arguments, world: int, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list:
         """What `function(*arguments)` returned on each of `world` ranks; `function` must be importable by name."""
@@ -169,12 +154,11 @@ class RankPool:
         if found < world:
             pytest.skip(f"{world} ranks over NCCL need {world} GPUs, and this machine has {found}")
 
-    @staticmethod
-    def _answer(pipe, process):
+    def _answer(self, pipe, process):
         try:
-            if pipe.poll(TIMEOUT_SECONDS):
+            if pipe.poll(TIMEOUT_SECONDS[self.device]):
                 return pickle.loads(pipe.recv_bytes())
-            return "error", f"no answer in {TIMEOUT_SECONDS} s"
+            return "error", f"no answer in {TIMEOUT_SECONDS[self.device]} s"
         except EOFError:
             process.join()
             return "error", f"ended with exit code {process.exitcode} and no answer"

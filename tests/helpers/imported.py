@@ -1,5 +1,6 @@
-"""Imported once by the server that ranks are forked from: the frameworks, without threads or process groups."""
+"""Imported once by a server that ranks are forked from: the frameworks, without threads, process groups or CUDA."""
 
+import gc
 import importlib
 
 import torch
@@ -13,3 +14,5 @@ cpu_host.prepare()
 # torch's optimizers import dynamo when they are made.
 for module in ("deepspeed", "slope_megatron.training.engine", "torch._dynamo"):
     importlib.import_module(module)
+# DeepSpeed collects garbage eight times while it makes an engine: 2 s a rank if these modules are looked through.
+gc.freeze()

@@ -182,11 +182,19 @@ def test_bad_input(flags):
 @pytest.fixture
 def gpu_flags(flags, tmp_path):
     """Flags of a cluster whose nodes are this machine; `gpu_flags(KEY=value)` says something else of it."""
+    import gc
+
     import torch
 
     found = torch.cuda.device_count()
     if not found:
         pytest.skip("there is no GPU to look at")
+    # What tests of this process left there would be somebody else's.
+    gc.collect()
+    torch.cuda.empty_cache()
+    used = max(int(used) for _, _, used, _ in node_checks.query_gpus())
+    if used > node_checks.IDLE_MIB:
+        pytest.skip(f"a GPU has {used} MiB in use, by other tests perhaps: run this file in a process of its own")
     major, minor = torch.cuda.get_device_capability()
     facts = {"GPUS_PER_NODE": found, "GPU": "this", "GPU_ARCH": 10 * major + minor, "BANDWIDTH_FLOOR_GBS": 1}
 

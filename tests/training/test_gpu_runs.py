@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.greedy import answers, shortfall
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
@@ -91,48 +93,24 @@ def trained(corpus, tmp_path_factory):
 PROMPTS = ["def ", "import os", "class Error(Exception):", "    return self"]
 
 
-def command(*arguments):
-    """A command that trains nothing, in this process."""
-    from slope_megatron.cli import main
-
-    assert main([*map(str, arguments)]) == 0
+# fp16 logits of some 10 have steps of 2^-7; a fault moves them by far more.
+NEAR_TIE = 0.05
 
 
-def texts(run, tmp_path, capsys, *arguments):
-    """Greedy answers to PROMPTS, in one batch: prefill, then one token at a time."""
-    file = tmp_path / "prompts.txt"
-    file.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
-    capsys.readouterr()
-    command("generate", run, "--prompts", file, "--temperature", 0, "--max-tokens", 40, *arguments)
-    return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
-
-
-def test_generation_is_the_reference_s_and_the_exported_model_s(trained, tmp_path, capsys):
-    """The same greedy text from 2:4 tensor cores, from dense products, and from transformers on the exported model."""
-    ours = texts(trained, tmp_path, capsys, "--backend", "cusparselt")
-    assert ours == texts(trained, tmp_path, capsys, "--backend", "reference")
-    exported, packed = tmp_path / "exported", tmp_path / "packed"
-    command("export", "hf", trained, exported)
-    assert ours == exported_texts(exported)
-    command("export", "packed", trained, packed)
-    assert ours == texts(packed, tmp_path, capsys, "--backend", "cusparselt")
-
-
-def exported_texts(folder):
+def test_generation_is_the_reference_s_and_the_exported_model_s(trained, tmp_path):
+    """Prefill, then one token at a time, on 2:4 tensor cores and dense: greedy by the model that was exported."""
     from transformers import AutoModelForCausalLM
 
+    from slope_megatron.cli import main
     from slope_megatron.inference.text import load_text_tokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).cuda().eval()
-    tokenizer = load_text_tokenizer(folder)
-    answers = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt)], device="cuda")
-        start = ids.shape[1]
-        for _ in range(40):
-            token = model(ids).logits[0, -1].argmax()
-            if token == tokenizer.eod:
-                break
-            ids = torch.cat((ids, token[None, None]), 1)
-        answers.append(tokenizer.decode(ids[0].tolist())[len(tokenizer.decode(ids[0, :start].tolist())) :])
-    return answers
+    exported, packed = tmp_path / "exported", tmp_path / "packed"
+    for kind, folder in (("hf", exported), ("packed", packed)):
+        assert main(["export", kind, str(trained), str(folder)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float16).cuda().eval()
+    tokenizer = load_text_tokenizer(exported)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    for folder, backend in ((trained, "cusparselt"), (trained, "reference"), (packed, "cusparselt")):
+        found = answers(folder, PROMPTS, 40, backend=backend)
+        assert max(map(len, found)) > 20, "short answers say little"
+        assert shortfall(model, prompts, found) < NEAR_TIE, backend

@@ -1,0 +1,89 @@
+"""Starting the ranks of bench_parallel, and taking their rows as they come; what each rank does is in parallel.py."""
+
+import dataclasses
+import faulthandler
+import json
+import os
+import socket
+from pathlib import Path
+
+from models import Model
+from progress import Clock
+
+# Rank 0's rows so far, in the folder of the work.
+ROWS = "rows.json"
+# Seconds past the budget after which ranks print where they stand and leave.
+GRACE = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the ranks of one start are to measure.
+
+    Args:
+        model: one a start, because DeepSpeed's engines stay in memory.
+        modes: "dense" first, and modes of SlopeConfig.
+        waiting: whether the 2:4 engines are timed once more with each collective waited for where it starts.
+        tokens, sequence: of a micro-batch, and of one sample.
+        folder: for kernel choices and results.
+        grad_reduce_dtype: as `slope pretrain` has it.
+        seconds, started: budget and start of the whole benchmark, see `progress.Clock`.
+    """
+
+    model: Model
+    modes: tuple[str, ...]
+    tensor_parallel: int
+    blocks: int
+    tokens: int
+    sequence: int
+    micro_batches: int
+    vocabulary: int
+    rounds: int
+    waiting: bool
+    folder: str
+    grad_reduce_dtype: str = "auto"
+    seconds: float | None = None
+    started: float | None = None
+
+    def clock(self, speaks: bool = True) -> Clock:
+        return Clock(self.seconds, self.started, speaks)
+
+
+def play_rank(rank: int, world: int, port: int, work) -> None:
+    """One spawned process."""
+    if work.seconds is not None:
+        # Where a rank stands in a collective whose peers do not come, say; of no use to wait for it any longer.
+        faulthandler.dump_traceback_later(max(1.0, work.clock().left() + GRACE), exit=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # Kernels start in the order in which they were asked for: a collective before the product that covers it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    from parallel import play
+
+    play(work)
+
+
+def run_ranks(world: int, work, keep) -> None:
+    """Start `world` ranks and wait for them; `keep` is handed their rows whenever there are new ones.
+
+    Raises:
+        torch.multiprocessing.ProcessException: a rank failed.
+    """
+    import torch.multiprocessing
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    path = Path(work.folder, ROWS)
+    path.unlink(missing_ok=True)
+    context = torch.multiprocessing.spawn(play_rank, args=(world, port, work), nprocs=world, join=False)
+    seen, done = "", False
+    while not done:
+        try:
+            done = context.join(timeout=1)
+        finally:
+            text = path.read_text() if path.is_file() else ""
+            if text != seen:
+                seen = text
+                keep(json.loads(text))
