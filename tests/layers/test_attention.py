@@ -42,3 +42,15 @@ def test_rotary_positions_are_megatrons_to_the_bit(dtype):
     half = torch.outer(torch.arange(11, dtype=torch.float32), speeds)
     angles = torch.cat((half, half), -1)[:, None, None, :]
     assert torch.equal(rotate(x, 500000), _apply_rotary_pos_emb_bshd(x, angles))
+
+
+def test_rotary_positions_of_a_validation_in_inference_mode_serve_training():
+    from slope_megatron.layers.rotary import rotate
+
+    x = torch.randn(13, 1, 2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        validated = rotate(x, 12345)
+    x.requires_grad_()
+    trained = rotate(x, 12345)
+    trained.sum().backward()
+    assert torch.equal(trained, validated) and x.grad.isfinite().all()
