@@ -55,6 +55,7 @@ RULES = (
         True,
         "no --overlap-param-gather: after a step operands are made of weights that it gathers only in the next forward",
     ),
+    ("reset_attention_mask", True, "no --reset-attention-mask: attention is causal over a sample, whatever its mask"),
     ("use_torch_fsdp2", True, "no --use-torch-fsdp2: operands are derived from whole weights, which it scatters"),
     ("use_megatron_fsdp", True, "no --use-megatron-fsdp: operands are derived from whole weights, which it scatters"),
 )
