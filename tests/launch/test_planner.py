@@ -125,6 +125,9 @@ def test_zero_3_gathers_no_more_blocks_than_there_are():
     resident, gathered = (memory.gpu_bytes(one, Layout(1, 1, 2, zero=zero), 50272, KERNELS, 0) for zero in (1, 3))
     assert gathered["operands"] == resident["operands"]
     assert gathered["weights"] == resident["weights"] * (1 + 1 / 2)
+    kept = dataclasses.replace(SMALL, parallel=ParallelConfig(zero_stage=3, zero3_resident_operands=True))
+    whole, resident = (memory.gpu_bytes(kept, Layout(1, 1, 2, zero=zero), 50272, KERNELS, 0) for zero in (1, 3))
+    assert resident["operands"] == whole["operands"], "asked for, they stay"
 
 
 def test_bubble():
