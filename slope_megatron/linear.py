@@ -89,13 +89,15 @@ class SlopeLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if torch.is_autocast_enabled(dy.device.type):
+            # As in forward; a caller may have left it on.
+            with torch.autocast(dy.device.type, enabled=False):
+                return SlopeLinearFunction.backward(ctx, dy)
         x, adapter_l_RK, adapter_r_NR, hidden_TR = ctx.saved_tensors
         operands, communication = ctx.operands, ctx.communication
-        need_dx, need_values, need_adapters = (
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            ctx.needs_input_grad[2],
-        )
+        need_dx, need_values = ctx.needs_input_grad[:2]
+        # Of two factors one may be frozen: autograd drops a gradient that nobody wants.
+        need_adapters = any(ctx.needs_input_grad[2:4])
         gathering = communication.gather_input(x) if need_values or need_adapters else None
         dy_TN = dy.flatten(0, -2)
         dhidden_TR = None
@@ -135,7 +137,7 @@ def slope_linear(
     prune: Callable[[torch.Tensor], torch.Tensor] | None = None,
     draws: TokenDraws | None = None,
 ) -> torch.Tensor:
-    """Y for `x` `[..., K]`; the leading axes are tokens.
+    """Y for `x` `[..., K]`; the leading axes are tokens. Under autocast too in the type of the values.
 
     Args:
         values_NC: the packed Parameter; its gradient comes back packed.
@@ -147,4 +149,9 @@ def slope_linear(
     """
     adapter_l, adapter_r = adapters or (None, None)
     communication = communication or NoCommunication()
+    if torch.is_autocast_enabled(x.device.type):
+        # Operands are of one type: what autocast would make of the other factor cannot be multiplied with them.
+        options = {"adapters": adapters, "communication": communication, "prune": prune, "draws": draws}
+        with torch.autocast(x.device.type, enabled=False):
+            return slope_linear(x.to(values_NC.dtype), values_NC, operands, **options)
     return SlopeLinearFunction.apply(x, values_NC, adapter_l, adapter_r, operands, communication, prune, draws)

@@ -106,6 +106,41 @@ def test_frozen_weights_get_no_gradient():
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("trained", ["l", "r"])
+def test_of_two_factors_one_may_be_frozen(trained):
+    """Fine-tuning R over a fixed L, say: the other factor's gradient is the same as if both were trained."""
+    weight, mask, column, x, dy, adapter_l, adapter_r = problem(2, 4, 4, 0)
+    values = pack(weight, mask)
+    operands = build_operands("reference", values, mask, pack(column, mask))
+    factors = {"l": adapter_l.t().contiguous(), "r": adapter_r.t().contiguous()}
+    factors[trained].requires_grad_()
+    slope_linear(x, values, operands, adapters=tuple(factors.values())).backward(dy)
+    expected = reference.backward(x.flatten(0, 1), dy.flatten(0, 1), weight, mask, column, adapter_l, adapter_r)
+    wanted = {"l": expected.adapter_l_KR.t(), "r": expected.adapter_r_RN.t()}
+    assert torch.equal(factors[trained].grad, wanted[trained])
+
+
+@pytest.mark.parametrize("on_in_backward", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_autocast_leaves_the_products_in_the_type_of_the_values(rank, on_in_backward):
+    """These numbers fit bf16, so what autocast does to the input before it changes nothing."""
+    weight, mask, column, x, dy, adapter_l, adapter_r = problem(2, 4, rank, 0, dtype=torch.float32)
+    values = torch.nn.Parameter(pack(weight, mask))
+    operands = build_operands("reference", values.detach(), mask, pack(column, mask))
+    adapters = (adapter_l.t(), adapter_r.t()) if rank else None
+    x = x.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = slope_linear(x, values, operands, adapters=adapters)
+    with torch.autocast("cpu", torch.bfloat16, enabled=on_in_backward):
+        y.backward(dy)
+    flat_x, flat_dy = x.detach().float().flatten(0, 1), dy.flatten(0, 1)
+    expected = reference.backward(flat_x, flat_dy, weight, mask, column, adapter_l, adapter_r)
+    assert y.dtype == torch.float32
+    assert torch.equal(y.flatten(0, 1), reference.forward(flat_x, weight, mask, adapter_l, adapter_r))
+    assert torch.equal(x.grad.flatten(0, 1), expected.x_TK.bfloat16())
+    assert torch.equal(unpack(values.grad, mask), expected.weight_NK)
+
+
 class Journal:
     """Operands and communication that write down what happens when."""
 

@@ -39,7 +39,7 @@ def add_parser(subcommands) -> None:
         help="name in launch/clusters, or path of an .env file (default: %(default)s)",
     )
     add("--nodes", type=int, default=1, help="nodes of the job (default: %(default)s)")
-    add("--vocabulary", type=int, help="tokens before padding; default: the data's, else 50272 (OPT's)")
+    add("--vocabulary", type=int, help="tokens before padding; default: the model's or the data's, else 50272 (OPT's)")
     add(
         "--rates",
         type=Path,
@@ -84,13 +84,13 @@ def add_parser(subcommands) -> None:
 
 
 def read_vocabulary(arguments, config) -> int:
-    """Given, or the prepared data's, or the model file's, or OPT's."""
-    if arguments.vocabulary:
-        return arguments.vocabulary
+    """Given, or as training takes it: the model's own, else the prepared data's. Without either, OPT's."""
+    if arguments.vocabulary or config.model.vocab_size:
+        return arguments.vocabulary or config.model.vocab_size
     manifest = Path(config.data.data) / "manifest.json"
     if config.data.data and manifest.is_file():
         return json.loads(manifest.read_text())["vocab_size"]
-    return getattr(config.model, "vocab_size", None) or 50272
+    return 50272
 
 
 def asked_layout(config, origins: dict[str, str]):

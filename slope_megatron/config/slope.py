@@ -208,6 +208,14 @@ class SlopeConfig:
             return None
         return int((1.0 - self.lazy_fraction) * steps + 1e-9)
 
+    def adapters_count(self, steps: int, done: int) -> bool:
+        """Whether the weights after `done` of `steps` steps are to be multiplied with their adapters.
+
+        Until they have trained R is zero, but in a run that began with those of another one.
+        """
+        start = self.adapter_start(steps)
+        return start is not None and (done > start or start == 0)
+
     @property
     def gradient_nm(self) -> tuple[int, int]:
         """N and M of an output gradient along tokens: what sparse tensor cores take, whatever N:M the weight has."""

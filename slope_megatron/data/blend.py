@@ -28,9 +28,15 @@ class Blend:
 
 def cascade(weights: Sequence[float]) -> list[Fraction]:
     """Of each source its share of what the sources before it leave; the last one's is 1."""
-    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    exact = [as_fraction(weight) for weight in weights]
     left = list(accumulate(reversed(exact)))[::-1]
     return [weight / rest for weight, rest in zip(exact, left, strict=True)]
+
+
+def as_fraction(weight: float) -> Fraction:
+    """0.3 as 3/10, which is what was meant; a weight too small for such a denominator as it is."""
+    near = Fraction(weight).limit_denominator(10**6)
+    return near if abs(near - Fraction(weight)) * 1000 <= weight else Fraction(weight)
 
 
 def place_of(shares: Sequence[Fraction], number: int) -> tuple[int, int]:

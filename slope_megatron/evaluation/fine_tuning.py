@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from slope_megatron.config import parse_nm
-
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
@@ -88,15 +86,17 @@ def open_model(folder: Path, auto, **options) -> torch.nn.Module:
 
 
 def sparse_masks(model: torch.nn.Module, nm: str | None) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Which weights of each N:M linear may change: those that are not zero. Linears that are not N:M may all."""
+    """Which weights of each pruned linear may change: those that are not zero. Those of the other linears may all.
+
+    Blocks may have patterns of their own; of every N:M there is (M up to 8), each eight neighbours have a zero.
+    """
     if nm is None:
         return {}
-    n, m = parse_nm(nm)
     masks = {}
     for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "encoder." in name and "lora_" not in name and weight.shape[1] % m == 0:
+        if weight.dim() == 2 and "encoder." in name and "lora_" not in name and weight.shape[1] % 8 == 0:
             kept = weight.detach() != 0
-            if bool((kept.unflatten(1, (-1, m)).sum(-1) <= n).all()):
+            if bool((~kept).unflatten(1, (-1, 8)).any(-1).all()):
                 masks[weight] = kept
     return masks
 

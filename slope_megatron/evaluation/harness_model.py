@@ -2,6 +2,7 @@
 
 import torch
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -66,12 +67,13 @@ class SlopeLM(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         answers = []
         for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
-            context, options = request.args
-            until = options.get("until", [])
-            count = options.get("max_gen_toks", self.max_tokens)
-            if options.get("do_sample") and options.get("temperature", 0.0) > 0:
+            context, asked = request.args
+            # Tasks name the same thing in several ways, and one stop need not be a list.
+            options = normalize_gen_kwargs(asked, self.max_tokens)
+            until, count = [stop for stop in options["until"] if stop], options["max_gen_toks"]
+            if options["do_sample"] and options.get("temperature", 0.0) > 0:
                 raise ValueError("a task asks for sampled text: this model answers greedily; choose another task")
-            prompt = self.tok_encode(context)[-max(1, self.decoder.max_positions - count) :]
+            prompt = self.tok_encode(context)[-max(1, self.decoder.max_positions - count) :] or [self.prefix_token_id]
             drawn: list[int] = []
             text = ""
             for _, token in generate(self.decoder, [prompt], Sampling(count, temperature=0.0), self.eot_token_id):

@@ -96,8 +96,7 @@ class TrainedRun(Mapping):
         state = json.loads((self.folder / "state.json").read_text())
         self.config = SavedConfig.read(state).check(self.folder, WEIGHTS).config()
         self.step = state["steps_done"]
-        start = self.config.adapter_start
-        self.adapters_active = start is not None and self.step > start
+        self.adapters_active = self.config.slope.adapters_count(self.config.train.steps, self.step)
         entries = FileSystemReader(self.folder).read_metadata().state_dict_metadata
         self.entries = {
             name: entry

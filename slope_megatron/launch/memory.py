@@ -154,9 +154,10 @@ def gpu_bytes(config: Config, layout: Layout, vocabulary: int, how: Holding, sta
         sizes["gradients"] /= layout.data
     if layout.zero == 3:
         # Patterns stay; values are gathered, and operands rebuilt, for one block at a time (two with prefetch).
-        share = 2 * layout.pipeline / config.model.num_layers
+        share = min(1.0, 2 * layout.pipeline / config.model.num_layers)
         sizes["weights"] = sizes["weights"] * (1 / layout.data + share)
-        sizes["operands"] *= share
+        if not config.parallel.zero3_resident_operands:
+            sizes["operands"] *= share
     backward, step = scratch_bytes(counts, config, layout, bytes_of, how.fused)
     if how.offload:
         sizes["optimizer"], step = 0.0, 0.0

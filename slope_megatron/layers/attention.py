@@ -47,6 +47,12 @@ class SdpaAttention(MegatronModule):
             raise ValueError(
                 "query-key layer scaling and window attention are not supported by SdpaAttention: leave them off"
             )
+        for name, plain in (("softmax_type", "vanilla"), ("qk_clip", False), ("log_max_attention_logit", False)):
+            # Options of later cores: the first is another function, the others look at scores that flash has not.
+            if getattr(config, name, plain) != plain:
+                raise ValueError(
+                    f"{name} is {getattr(config, name)!r}: SdpaAttention has {plain!r} alone; leave it out"
+                )
         self.attn_mask_type = attn_mask_type
         self.rotary_base = rotary_base
         self.softmax_scale = softmax_scale

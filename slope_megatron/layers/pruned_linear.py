@@ -75,6 +75,11 @@ class PrunedLinear(torch.nn.Module):
 
     def _forward_impl(self, input, weight, *, bias, allreduce_dgrad, sequence_parallel, tp_group=None, **_):
         """Megatron's hook for the product itself; gathers and reductions around it are Megatron's own."""
+        if torch.is_inference_mode_enabled():
+            # Operands that are made here stay: made of inference tensors, they could never be refreshed in training.
+            keywords = {"bias": bias, "allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
+            with torch.inference_mode(False), torch.no_grad():
+                return self._forward_impl(input, weight, **keywords)
         communication = TensorParallelCommunication(
             group=self.tp_group,
             sequence_parallel=sequence_parallel,

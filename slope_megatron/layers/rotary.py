@@ -18,9 +18,11 @@ from slope_megatron.layers.fused import fused
 @functools.lru_cache(maxsize=8)
 def tables(positions: int, width: int, base: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Cosines and sines `[s, 1, 1, d/2]`; the same in every layer."""
-    speeds = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), speeds)[:, None, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    # They are kept, and no later backward takes inference tensors.
+    with torch.inference_mode(False):
+        speeds = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), speeds)[:, None, None, :]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @fused

@@ -88,6 +88,11 @@ class Engine:
     def model(self) -> torch.nn.Module:
         return self.deepspeed.module
 
+    @property
+    def loss_scale(self) -> float:
+        """What losses, and so the gradients until the update, are multiplied with now: 1 but in fp16."""
+        return float(self.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train_step(self, batches) -> StepResult:
@@ -98,7 +103,7 @@ class Engine:
         self.model.train()
         self.on_part("forward and backward")
         loss = self.forward_backward_reduce(list(batches))
-        loss_scale = float(self.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
+        loss_scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
         self.before_step(loss)

@@ -8,7 +8,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 
-from slope_megatron.config import Config
+from slope_megatron.config import Config, SlopeConfig
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.models.canonical import sharded_state_dict
 from slope_megatron.models.dense import load_dense
@@ -55,7 +55,7 @@ def check_init(config: Config, samples: int) -> None:
         raise ValueError(
             f"{folder} is of another model ({'; '.join(differences)}): give the same settings, or another --init-from"
         )
-    _check_adapters(folder, config, saved, state["steps_done"])
+    _check_adapters(folder, config, state)
 
 
 def _form(config: Config):
@@ -75,16 +75,20 @@ def _positions(values: dict) -> int | None:
     return values["model"]["max_positions"] or values["data"]["seq_length"]
 
 
-def _check_adapters(folder: Path, config: Config, saved: dict, steps_done: int) -> None:
-    rank = saved["slope"]["adapter_rank"]
-    start = int((1.0 - saved["slope"]["lazy_fraction"]) * saved["train"]["steps"] + 1e-9)
-    if not rank or steps_done <= start:
-        return
-    if config.slope.adapter_rank != rank or config.adapter_start:
+def _check_adapters(folder: Path, config: Config, state: dict) -> None:
+    rank = state["config"]["slope"]["adapter_rank"]
+    if _adapters_count(state) and (config.slope.adapter_rank != rank or config.adapter_start):
         raise ValueError(
             f"the adapters of {folder} have joined its model: go on with them from the first step "
             f"(--slope-adapter-rank {rank} --slope-lazy-fraction 1.0), or start from a checkpoint of before"
         )
+
+
+def _adapters_count(state: dict) -> bool:
+    """Whether the weights of a checkpoint, given its state.json, are nothing without its adapters."""
+    saved = state["config"]["slope"]
+    slope = SlopeConfig(adapter_rank=saved["adapter_rank"], lazy_fraction=saved["lazy_fraction"])
+    return slope.adapters_count(state["config"]["train"]["steps"], state["steps_done"])
 
 
 def resolve(path: str | Path) -> Path:
@@ -128,17 +132,13 @@ def load_init(model: torch.nn.Module, config: Config, tokenizer_size: int, datas
 
 @torch.no_grad()
 def load_packed(model: torch.nn.Module, folder: Path) -> None:
-    """Values, row and column patterns, and adapters where the checkpoint has them; at any layout.
+    """Values, row and column patterns, and adapters if they had joined; at any layout.
 
     The optimizer starts anew, from masters that are these weights.
     """
-    stored = stored_names(folder)
-    state = {
-        name: entry
-        for name, entry in sharded_state_dict(model).items()
-        if entry.key in stored or not name.endswith(ADAPTERS)
-    }
-    fresh = sum(name.endswith(ADAPTERS) for name in model.state_dict()) - sum(name.endswith(ADAPTERS) for name in state)
+    kept = _adapters_count(json.loads((folder / "state.json").read_text()))
+    state = {name: entry for name, entry in sharded_state_dict(model).items() if kept or not name.endswith(ADAPTERS)}
+    fresh = not kept and any(name.endswith(ADAPTERS) for name in model.state_dict())
     loaded = dist_checkpointing.load(state, str(folder))
     model.load_state_dict(loaded, strict=False)
     for module in sparse_modules(model):

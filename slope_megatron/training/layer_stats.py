@@ -68,7 +68,8 @@ class LayerStats:
         self.squares = {}
         for name, parameter in matrices(self.engine.model).items():
             gradient = safe_get_full_grad(parameter)
-            self.squares[name] = 0.0 if gradient is None else float(gradient.double().square().sum())
+            norm = 0.0 if gradient is None else float(gradient.double().norm()) / self.engine.loss_scale
+            self.squares[name] = norm**2
 
     def collect(self) -> dict[str, dict[str, float]]:
         """The figures by canonical name, on every rank; call after the update, on all ranks."""

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from slope_megatron.config import Config
+from slope_megatron.sparsity import counter
 
 
 class ModelParallelUnit:
@@ -55,11 +56,14 @@ def initialize(config: Config) -> None:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Set all random states from (seed, step, stage, replica): nothing random has to be saved to resume exactly."""
+    """Set all random states from (seed, step, stage, replica): nothing random has to be saved to resume exactly.
+
+    Hashed, for Megatron adds the tensor-parallel rank: of neighbouring seeds, one rank's would be another's.
+    """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     replica = parallel_state.get_data_parallel_rank()
-    place = replica * parallel_state.get_pipeline_model_parallel_world_size() + stage
-    model_parallel_cuda_manual_seed((seed * 1_000_003 + step * 4099 + place) % 2**31, force_reset_rng=True)
+    word, _ = counter.key_of(seed, f"dropout:{step}:{stage}:{replica}")
+    model_parallel_cuda_manual_seed(word, force_reset_rng=True)
 
 
 def finish() -> None:

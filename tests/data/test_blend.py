@@ -24,6 +24,15 @@ def test_shares_hold_at_every_length(weights, length):
     assert taken == samples_needed(weights, length)
 
 
+@pytest.mark.parametrize("weights", [[1e-7, 3e-7], [6e-7, 18e-7], [0.25, 0.75], [1e9, 3e9]])
+def test_only_the_ratio_of_the_weights_counts(weights):
+    assert samples_needed(weights, 1000) == [250, 750]
+
+
+def test_a_source_of_a_tiny_share_takes_part():
+    assert samples_needed([1.0, 1e-9], 2 * 10**9) == [2 * 10**9 - 2, 2]
+
+
 @pytest.mark.parametrize("weights", [[0.75, 0.25], None])
 def test_two_prepared_sources_are_blended(tmp_path, one_rank, weights):
     from slope_megatron.data.prepare import prepare

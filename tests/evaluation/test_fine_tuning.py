@@ -119,6 +119,27 @@ def test_zeros_stay_and_adapters_train(bert):
     assert (sparse, adapters) == (9, 18)
 
 
+@pytest.mark.parametrize("whole", ["2:8", "2:4"])
+def test_zeros_of_blocks_with_patterns_of_their_own_stay(whole):
+    from slope_megatron.config import parse_nm
+    from slope_megatron.evaluation.fine_tuning import sparse_masks
+    from slope_megatron.sparsity.pattern import magnitude_pattern
+
+    model = torch.nn.Module()
+    model.encoder = torch.nn.ModuleList(torch.nn.Linear(32, 16, bias=False) for _ in range(5))
+    for linear, nm in zip(model.encoder, ("2:4", "2:8", "1:2", "5:8", None), strict=True):
+        with torch.no_grad():
+            if nm:
+                linear.weight.mul_(magnitude_pattern(linear.weight, *parse_nm(nm)))
+            else:
+                linear.weight[3, 4] = 0.0  # by chance
+    masks = sparse_masks(model, whole)
+    expected = {linear.weight: linear.weight != 0 for linear in model.encoder[:4]}
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[weight], kept) for weight, kept in expected.items())
+    assert sparse_masks(model, None) == {}
+
+
 def test_the_learning_rate_rises_and_falls():
     from slope_megatron.evaluation.fine_tuning import FineTuning
 

@@ -106,6 +106,29 @@ def test_both_models_score_the_same(folder, monkeypatch):
     assert 0 < found["hf"]["tiny_choice"]["acc"] < 1 and found["hf"]["tiny_text"]["word_perplexity"] > 1
 
 
+def test_tasks_ask_for_text_in_several_ways(folder):
+    """One stop may be text and no list, lengths have four names, and a prompt may be empty."""
+    from types import SimpleNamespace
+
+    from slope_megatron.evaluation.harness_model import SlopeLM
+    from slope_megatron.evaluation.models import open_decoder
+
+    model = SlopeLM(*open_decoder(folder / "packed", device="cpu"))
+
+    def answer(context, **options):
+        return model.generate_until([SimpleNamespace(args=(context, options))], disable_tqdm=True)[0]
+
+    whole = answer("def f(x)", max_gen_toks=12)
+    assert answer("def f(x)", max_new_tokens=12) == whole
+    # A letter of a stop stops nothing by itself.
+    assert answer("def f(x)", max_gen_toks=12, until="\0" + whole[-1]) == whole
+    assert answer("def f(x)", max_gen_toks=12, until=whole[2:5]) == whole[: whole.index(whole[2:5])]
+    assert answer("def f(x)", max_gen_toks=12, until=[""]) == whole
+    assert isinstance(answer("", max_gen_toks=2), str)
+    with pytest.raises(ValueError, match="asks for sampled text"):
+        answer("def f(x)", temperature=0.7)
+
+
 def test_likelihoods_are_those_of_the_definition(folder):
     """Against logits of one sequence at a time, also where a context is too long and loses its beginning."""
     from slope_megatron.evaluation.harness_model import SlopeLM

@@ -29,6 +29,22 @@ def test_the_likeliest_token_is_always_in():
     assert next_tokens(torch.tensor([[9.0, 0.0]]), 1.0, 1e-6, [0.999999]) == [0]
 
 
+def test_no_temperature_is_too_low():
+    """1e-310 times ordinary logits is beyond fp64."""
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -2.0, 3.0]])
+    assert next_tokens(logits, 1e-310, 0.9, [0.3, 0.9]) == next_tokens(logits, 0.0, 0.9, [0.3, 0.9]) == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_one_sentence(temperature, wrong):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = wrong
+    with pytest.raises(ValueError, match="logits are not finite"):
+        next_tokens(logits, temperature, 0.9, [0.5, 0.5])
+    assert next_tokens(torch.tensor([[-float("inf"), 1.0]]), temperature, 0.9, [0.5]) == [1]
+
+
 def test_uniforms_depend_on_seed_prompt_and_position_alone():
     values = {uniform(seed, prompt, place) for seed in range(4) for prompt in range(4) for place in range(16)}
     assert len(values) == 256 and all(0 < value < 1 for value in values)

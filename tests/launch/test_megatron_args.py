@@ -57,9 +57,24 @@ def test_bad_flags_are_one_sentence(flags, message):
 
 
 def test_what_packed_linears_cannot_serve_is_refused():
-    wrong = argparse.Namespace(transformer_impl="transformer_engine", gradient_accumulation_fusion=True, num_experts=8)
+    wrong = argparse.Namespace(
+        transformer_impl="transformer_engine",
+        gradient_accumulation_fusion=True,
+        num_experts=8,
+        # Seen with Megatron's distributed optimizer on two ranks: losses drift from the second step on.
+        overlap_param_gather=True,
+        reset_attention_mask=True,
+        use_torch_fsdp2=True,
+        use_megatron_fsdp=True,
+    )
     assert [text.split(" is ")[0] for text in refusals(wrong)] == list(vars(wrong))
-    right = argparse.Namespace(transformer_impl="local", gradient_accumulation_fusion=False, num_experts=None)
+    right = argparse.Namespace(
+        transformer_impl="local",
+        gradient_accumulation_fusion=False,
+        num_experts=None,
+        overlap_param_gather=False,
+        use_torch_fsdp2=False,
+    )
     assert not refusals(right) and not refusals(argparse.Namespace())
 
 

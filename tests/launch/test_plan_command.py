@@ -9,6 +9,7 @@ import pytest
 
 from helpers import commands
 from slope_megatron.cli import plan
+from slope_megatron.launch import planner
 
 
 def slope_plan(*flags):
@@ -51,6 +52,17 @@ def test_bad_input_is_one_sentence(flags, message):
     with pytest.raises(ValueError) as error:
         slope_plan("--cluster", "lonestar6", *MODEL, *flags)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 300), (["--vocab-size", 900], 900), (["--vocabulary", 5], 5)])
+def test_the_vocabulary_is_the_one_that_training_would_take(flags, expected, tmp_path, monkeypatch):
+    """`--vocab-size` counts in training whatever the data's tokenizer has: it may only be larger."""
+    (tmp_path / "manifest.json").write_text('{"vocab_size": 300}')
+    seen = []
+    monkeypatch.setattr(planner, "rows", lambda question, *_: seen.append(question.vocabulary) or [])
+    with pytest.raises(ValueError, match="no layout"):
+        slope_plan("--cluster", "narval", *MODEL, "--tensor-parallel", 3, "--data", tmp_path, *flags)
+    assert seen == [expected]
 
 
 def test_counts_are_those_of_the_model_package(capsys):

@@ -120,6 +120,16 @@ def test_memory_falls_with_every_cut():
     assert gib(OPT66B, Layout(1, 1, 32), dataclasses.replace(KERNELS, offload=True)) < base
 
 
+def test_zero_3_gathers_no_more_blocks_than_there_are():
+    one = dataclasses.replace(SMALL, model=ModelConfig(num_layers=1))
+    resident, gathered = (memory.gpu_bytes(one, Layout(1, 1, 2, zero=zero), 50272, KERNELS, 0) for zero in (1, 3))
+    assert gathered["operands"] == resident["operands"]
+    assert gathered["weights"] == resident["weights"] * (1 + 1 / 2)
+    kept = dataclasses.replace(SMALL, parallel=ParallelConfig(zero_stage=3, zero3_resident_operands=True))
+    whole, resident = (memory.gpu_bytes(kept, Layout(1, 1, 2, zero=zero), 50272, KERNELS, 0) for zero in (1, 3))
+    assert resident["operands"] == whole["operands"], "asked for, they stay"
+
+
 def test_bubble():
     assert speed.bubble(Layout(1, 8, 1), 64) == pytest.approx(7 / 71)
     assert speed.bubble(Layout(4, 1, 1), 64) == 0.0

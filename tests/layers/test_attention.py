@@ -31,6 +31,20 @@ def test_causal_attention_equals_the_formula(ranks, groups):
     assert ranks.run(attention_error, groups, world=1)[0] < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("softmax_type", "learnable"), ("softmax_type", "off-by-one"), ("qk_clip", True)]
+)
+def test_another_softmax_is_refused(option, value):
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from slope_megatron.layers.attention import SdpaAttention
+
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, **{option: value})
+    with pytest.raises(ValueError, match=f"{option} is {value!r}: SdpaAttention has"):
+        SdpaAttention(config, 1, AttnMaskType.causal, "self")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rotary_positions_are_megatrons_to_the_bit(dtype):
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
@@ -42,3 +56,15 @@ def test_rotary_positions_are_megatrons_to_the_bit(dtype):
     half = torch.outer(torch.arange(11, dtype=torch.float32), speeds)
     angles = torch.cat((half, half), -1)[:, None, None, :]
     assert torch.equal(rotate(x, 500000), _apply_rotary_pos_emb_bshd(x, angles))
+
+
+def test_rotary_positions_of_a_validation_in_inference_mode_serve_training():
+    from slope_megatron.layers.rotary import rotate
+
+    x = torch.randn(13, 1, 2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        validated = rotate(x, 12345)
+    x.requires_grad_()
+    trained = rotate(x, 12345)
+    trained.sum().backward()
+    assert torch.equal(trained, validated) and x.grad.isfinite().all()

@@ -170,6 +170,14 @@ def life_of_a_layer():
     other = SlopeColumnParallelLinear(64, 32, **common)
     other.load_state_dict(state)
     found["load restores"] = torch.equal(other(x)[0], layer(x)[0])
+    other.drop_operands()
+    with torch.inference_mode():
+        validated = other(x)[0]
+    with torch.no_grad():
+        other.weight.mul_(2.0)
+    trained = other(x)[0]
+    trained.sum().backward()
+    found["inference mode leaves it trainable"] = torch.allclose(trained, 2 * validated)
     found["dtype follows"] = other.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
     found["saved"] = sorted(name for name in state if not name.endswith("_extra_state"))
     return found
@@ -181,4 +189,5 @@ def test_one_layer_alone(ranks):
     assert "2:4 shard of 32 x 24" in found["cut"] and "in one of 16" in found["cut"]
     assert "skip_weight_param_allocation is True" in found["tied"] and "keep this linear dense" in found["tied"]
     assert found["in-place update is seen"] and found["load restores"] and found["dtype follows"]
+    assert found["inference mode leaves it trainable"]
     assert found["saved"] == ["bias", "weight", "weight_column", "weight_pattern"]

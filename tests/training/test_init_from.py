@@ -79,6 +79,55 @@ def test_weights_and_patterns_to_the_bit(ranks, tmp_path, before, after):
     assert all((tensor == 0).all() == name.endswith("adapter_r") for name, tensor in found.items() if name in adapters)
 
 
+def with_adapters(config, **slope):
+    return dataclasses.replace(config, slope=dataclasses.replace(config.slope, **slope))
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_adapters_that_had_not_joined_are_no_matter(ranks, tmp_path, rank):
+    first = with_adapters(with_run(small_config(), tmp_path / "one"), adapter_rank=4, lazy_fraction=0.5)
+    saved = whole([ranks.run(begin, first, 3, world=1)[0]])
+    second = with_adapters(with_run(first, tmp_path / "two", init_from=str(tmp_path / "one")), adapter_rank=rank)
+    parts, _ = ranks.run(start_from, second, world=1)[0]
+    found = whole([parts])
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items() if ".adapter_" not in name)
+    assert {tensor.shape[0] for name, tensor in found.items() if name.endswith("adapter_l")} == ({rank} - {0})
+
+
+def begin_from(config):
+    """What `--init-from X --stop-at 0` saves."""
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training import checkpoint
+    from slope_megatron.training.engine import Engine
+    from slope_megatron.training.init_from import load_init
+
+    model = build_model(config, VOCABULARY, torch.float32)
+    load_init(model, config, VOCABULARY, dataset=None)
+    checkpoint.save(Engine(model, config, torch.float32), Path(config.train.out))
+
+
+def test_joined_adapters_are_part_of_a_run_that_begins_with_them(ranks, tmp_path):
+    """Also before its first step: exported, or handed on to a third run."""
+    from slope_megatron.export.trained_run import TrainedRun
+    from slope_megatron.training.init_from import check_init
+
+    plain = small_config()
+    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, vocab_size=VOCABULARY))
+    first = with_adapters(with_run(plain, tmp_path / "one"), adapter_rank=4, lazy_fraction=0.5)
+    ranks.run(begin, first, 8, world=1)
+    second = with_run(first, tmp_path / "two", init_from=str(tmp_path / "one"))
+    second = with_adapters(second, lazy_fraction=1.0)
+    ranks.run(begin_from, second, world=1)
+    before, after = TrainedRun(tmp_path / "one"), TrainedRun(tmp_path / "two")
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert not torch.equal(before.dense(name, fold=True), before.dense(name, fold=False))
+    assert torch.equal(after.dense(name, fold=True), before.dense(name, fold=True))
+    third = with_run(second, tmp_path / "three", init_from=str(tmp_path / "two"))
+    check_init(third, samples=8)
+    with pytest.raises(ValueError, match="have joined its model"):
+        check_init(with_adapters(third, lazy_fraction=0.5), samples=8)
+
+
 def test_what_does_not_fit_is_refused(ranks, tmp_path):
     first = with_run(small_config(), tmp_path / "one", steps=4)
     first = dataclasses.replace(first, slope=dataclasses.replace(first.slope, adapter_rank=4, lazy_fraction=0.5))

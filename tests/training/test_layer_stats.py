@@ -78,3 +78,32 @@ def test_the_figures_do_not_depend_on_the_layout(ranks):
             for key, value in values.items():
                 bound = 0.05 if key == "drift" else 1e-4
                 assert found[name][key] == pytest.approx(value, rel=bound), (name, key)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_loss_scale_is_not_in_the_norms(ranks, stage):
+    config = dataclasses.replace(small_config(), watch=WatchConfig(layer_stats_interval=2))
+    [(expected, *_)] = ranks.run(figures_after_two_steps, config, world=1)
+    staged = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=stage))
+    found = ranks.run(figures_of_fp16, staged, world=2)[0]
+    for name, values in expected.items():
+        # 11 bits of mantissa in every product.
+        assert found[name]["grad_norm"] == pytest.approx(values["grad_norm"], rel=2e-2), name
+
+
+def figures_of_fp16(config):
+    from megatron.core import parallel_state
+
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.engine import Engine
+    from slope_megatron.training.layer_stats import LayerStats, sample_all
+
+    model = build_model(config, VOCABULARY, torch.float16)
+    start = sample_all(model)
+    engine = Engine(model, config, torch.float16)
+    stats = LayerStats(engine, start)
+    engine.before_step = lambda _: stats.note_gradients()
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for step in range(2):
+        engine.train_step(step_batches(config, step, replica, replicas))
+    return stats.collect()
