@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 
 from slope_megatron.ops import low_rank
-from slope_megatron.ops.backend import Operands, TokenDraws
+from slope_megatron.ops.backend import Products, TokenDraws
 
 
 class Pending(Protocol):
@@ -71,7 +71,7 @@ class SlopeLinearFunction(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Operands, communication, prune, draws):
+    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Products, communication, prune, draws):
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
         hidden_TR = None
@@ -128,7 +128,7 @@ class SlopeLinearFunction(torch.autograd.Function):
 def slope_linear(
     x,
     values_NC,
-    operands,
+    operands: Products,
     *,
     adapters=None,
     communication=None,

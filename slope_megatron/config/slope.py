@@ -209,6 +209,20 @@ class SlopeConfig:
         return int((1.0 - self.lazy_fraction) * steps + 1e-9)
 
     @property
+    def rank(self) -> int:
+        """Rank of the adapters; 0: none.
+
+        Raises:
+            ValueError: it is a percentage still: see `with_rank_for`.
+        """
+        if isinstance(self.adapter_rank, str):
+            raise ValueError(
+                f"--slope-adapter-rank is {self.adapter_rank} of a hidden size that is not known here: call "
+                "with_rank_for(hidden_size) first"
+            )
+        return self.adapter_rank
+
+    @property
     def gradient_nm(self) -> tuple[int, int]:
         """N and M of an output gradient along tokens: what sparse tensor cores take, whatever N:M the weight has."""
         return (1, 2) if self.nm == "1:2" else (2, 4)

@@ -9,6 +9,7 @@ several times on poisoned outputs, before its time counts.
 import dataclasses
 import logging
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
@@ -40,8 +41,47 @@ ROWS_AT_ONCE = 4096
 LIBRARIES = ("cusparselt", "cutlass")
 
 
+class Trial(Protocol):
+    """Random data of one product, room for its Y and the right answer."""
+
+    key: Key
+    y_TR: torch.Tensor
+    expected_TR: torch.Tensor
+
+    def dense_product(self) -> torch.Tensor:
+        """The dense candidate."""
+
+    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "PlannedCandidate":
+        """The sparse one with an algorithm of cuSPARSELt's; None: its default."""
+
+
+class Candidate(Protocol):
+    """A sparse product of a trial; a call enqueues it."""
+
+    @property
+    def trial(self) -> Trial: ...
+
+    @property
+    def tiles(self) -> int: ...
+
+    @property
+    def algorithm(self) -> choices.Algorithm | None: ...
+
+    def __call__(self) -> None: ...
+
+
+class PlannedCandidate(Candidate, Protocol):
+    """One of cuSPARSELt's."""
+
+    @property
+    def algorithm(self) -> cusparselt.Algorithm | None: ...
+
+    @property
+    def plan(self) -> cusparselt.Plan: ...
+
+
 @dataclasses.dataclass
-class Trial:
+class WeightTrial:
     """Random data of one product: X, the operand by its number of tiles, room for Y, the dense weight and its Y."""
 
     key: Key
@@ -57,8 +97,8 @@ class Trial:
         weight = self.dense if self.key.kind == "dgrad" else self.dense.t()
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":
-        return Candidate(self, algorithm, tiles)
+    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WeightCandidate":
+        return WeightCandidate(self, algorithm, tiles)
 
     def operand(self, tiles: int) -> torch.Tensor:
         if tiles not in self.operands:
@@ -102,15 +142,15 @@ def prepare(key: Key, device: torch.device) -> Trial:
     tokens = cusparselt.padded_tokens(key.tokens)
     x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
     y = torch.empty(tokens, key.rows, device=device, dtype=key.dtype)
-    trial = Trial(key, x, row_bits, {1: operand}, y, dense, y)
+    trial = WeightTrial(key, x, row_bits, {1: operand}, y, dense, y)
     trial.expected_TR = trial.dense_product().clone()
     return trial
 
 
-class Candidate:
+class WeightCandidate:
     """A sparse product of a trial: one algorithm, its tiles one after the other."""
 
-    def __init__(self, trial: Trial, algorithm: cusparselt.Algorithm | None, tiles: int = 1):
+    def __init__(self, trial: WeightTrial, algorithm: cusparselt.Algorithm | None, tiles: int = 1):
         key, device = trial.key, trial.x_TS.device
         self.trial, self.tiles, self.algorithm = trial, tiles, algorithm
         product = cusparselt.Product(
@@ -171,7 +211,7 @@ def ranking(trial: Trial, tiles: int, configs: Iterable[int]) -> list[int]:
     return [config for _, config in sorted(timed)]
 
 
-def finalists(trial: Trial, tiles: int, ranked: list[int]) -> list[Candidate]:
+def finalists(trial: Trial, tiles: int, ranked: list[int]) -> list[PlannedCandidate]:
     """The first few, as far as they pass the gate."""
     passed = []
     for config in ranked[:FINALISTS]:
@@ -213,7 +253,7 @@ def libraries_for(key: Key) -> tuple[str, ...]:
     return LIBRARIES if earlier is None else (("cutlass",) if earlier.by_cutlass else ("cusparselt",))
 
 
-def cusparselt_finalists(trial: Trial, tilings: list[int]) -> list[Candidate]:
+def cusparselt_finalists(trial: Trial, tilings: list[int]) -> list[PlannedCandidate]:
     """Of every number of tiles; an operand in tiles meets those algorithms that were best for the whole one."""
     configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
     found = []
@@ -235,8 +275,10 @@ def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple
     libraries = libraries or libraries_for(key)
     trial = prepare(key, device)
     functions: dict = {"dense": trial.dense_product}
-    candidates = cusparselt_finalists(trial, tilings(key, device)) if "cusparselt" in libraries else []
-    if "cutlass" in libraries:
+    candidates: list[Candidate] = []
+    if "cusparselt" in libraries:
+        candidates += cusparselt_finalists(trial, tilings(key, device))
+    if "cutlass" in libraries and isinstance(trial, WeightTrial):
         candidates += measure_cutlass.finalists(trial, wrong)
     functions |= {(candidate.tiles, candidate.algorithm): candidate for candidate in candidates}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
@@ -247,7 +289,7 @@ def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:
     """The choice that a contest's times call for."""
     times = {name: timing.median(values) for name, values in samples.items()}
     dense_ms = times.pop("dense")
-    best = min(times, key=times.get, default=None)
+    best = min(times, key=times.__getitem__, default=None)
     if best is None and not dense_allowed:
         raise ValueError(f"no 2:4 algorithm gives right results for {key}; use --slope-backend auto")
     if best is None or (dense_allowed and times[best] > WORTH_IT * dense_ms):

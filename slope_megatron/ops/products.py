@@ -183,8 +183,15 @@ def refresh_(
     """Values of both operands from the packed values; their metadata stays."""
     from slope_kernels.triton.refresh import refresh
 
-    tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
-    refresh(aligned(values_NC), aligned(row_bits), aligned(column_bits), forward, backward, **tiles)
+    refresh(
+        aligned(values_NC),
+        aligned(row_bits),
+        aligned(column_bits),
+        forward,
+        backward,
+        forward_tiles=forward_tiles,
+        backward_tiles=backward_tiles,
+    )
 
 
 @refresh_.register_kernel("cpu")
