@@ -1,6 +1,7 @@
 """Fine-tuning of an exported encoder on files of SQuAD's and GLUE's form: it learns, zeros stay, adapters move."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,28 @@ def test_zeros_stay_and_adapters_train(bert):
             adapters += not torch.equal(parameter, before[name])
     # Two blocks of six linears; the first block's Q, K and V are dense and have no adapter.
     assert (sparse, adapters) == (9, 18)
+
+
+def test_a_weight_that_no_output_needs_is_left_alone():
+    from slope_megatron.evaluation.fine_tuning import FineTuning, fine_tune
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = torch.nn.ModuleDict({name: torch.nn.Linear(4, 1) for name in ("used", "unused")})
+            for linear in self.encoder.values():
+                linear.weight.data[:, :2] = 0
+
+        def forward(self, x):
+            return SimpleNamespace(loss=self.encoder["used"](x).square().mean())
+
+    model = Model()
+    before = model.encoder["unused"].weight.detach().clone()
+    samples = [{"x": torch.ones(4)}, {"x": torch.zeros(4)}]
+    settings = FineTuning(0.1, 1, 2, 16)
+    assert len(fine_tune(model, samples, lambda part: {"x": torch.stack([s["x"] for s in part])}, settings, "2:4")) == 1
+    assert torch.equal(model.encoder["unused"].weight, before)
+    assert not model.encoder["used"].weight[:, :2].any()
 
 
 def test_the_learning_rate_rises_and_falls():
