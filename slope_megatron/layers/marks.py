@@ -3,7 +3,7 @@
 import torch
 
 
-def mark(parameter: torch.nn.Parameter, **marks: bool) -> None:
+def mark(parameter: torch.nn.Parameter, **marks: object) -> None:
     """Set attributes such as Megatron's `sequence_parallel` or DeepSpeed's `ds_pipe_replicated`."""
     for name, value in marks.items():
         setattr(parameter, name, value)

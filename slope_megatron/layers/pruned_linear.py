@@ -65,6 +65,10 @@ class PrunedLinear(torch.nn.Module):
         """The operands of the present values."""
         raise NotImplementedError
 
+    def drop_operands(self) -> None:
+        """Forget them: what they were made of is another."""
+        raise NotImplementedError
+
     def product_operands(self) -> Products:
         """The operands that the next product reads."""
         return self.operands()
@@ -86,13 +90,14 @@ class PrunedLinear(torch.nn.Module):
             replicated_adapter=self.replicated_adapter,
         )
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
-        operands = self.product_operands()
-        # Where the product can add the bias on its way out, nothing reads the output once more.
-        in_product = bias is not None and hasattr(operands, "with_bias")
+        operands, in_product = self.product_operands(), False
+        if bias is not None and hasattr(operands, "with_bias"):
+            # Where the product can add the bias on its way out, nothing reads the output once more.
+            operands, in_product = operands.with_bias(bias), True
         output = slope_linear(
             input,
             weight,
-            operands.with_bias(bias) if in_product else operands,
+            operands,
             adapters=adapters,
             communication=communication,
             prune=self.gradient_pruning(),

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from slope_megatron.layers.marks import mark
 from slope_megatron.training import gradients
 
 
@@ -53,7 +54,7 @@ def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, place: in
         return
     total = optimizer.fp32_groups_gradients[group][place]
     total.add_(parameter.grad.reshape(total.shape))
-    parameter._hp_grad = total
+    mark(parameter, _hp_grad=total)
     optimizer.fp32_groups_has_gradients[group][place] = True
     if clear_lp_grads:
         parameter.grad.zero_()

@@ -30,7 +30,7 @@ def check_init(config: Config, samples: int) -> None:
     Raises:
         ValueError: no such checkpoint, a corrupt one, or one of another model.
     """
-    folder = resolve(config.train.init_from)
+    folder = checkpoint_of(config)
     if not is_packed(folder):
         MegatronCheckpoint(folder)
         wanda.check(config, samples)
@@ -86,13 +86,15 @@ def _check_adapters(folder: Path, config: Config, saved: dict, steps_done: int) 
         )
 
 
-def resolve(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest one of a run folder.
+def checkpoint_of(config: Config) -> Path:
+    """The checkpoint that `--init-from` means: itself, or the newest one of a run folder.
 
     Raises:
-        ValueError: a run folder without a complete checkpoint.
+        ValueError: there is no `--init-from`, or it is a run folder without a complete checkpoint.
     """
-    path = Path(path)
+    if config.train.init_from is None:
+        raise ValueError("--init-from is unset: name the checkpoint to start from")
+    path = Path(config.train.init_from)
     return checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
 
 
@@ -114,7 +116,7 @@ def load_init(model: torch.nn.Module, config: Config, tokenizer_size: int, datas
         tokenizer_size: entries of the tokenizer.
         dataset: training samples, which Wanda measures its norms on.
     """
-    folder = resolve(config.train.init_from)
+    folder = checkpoint_of(config)
     if is_packed(folder):
         load_packed(model, folder)
         return
