@@ -86,16 +86,25 @@ def _check_adapters(folder: Path, config: Config, saved: dict, steps_done: int) 
         )
 
 
-def checkpoint_of(config: Config) -> Path:
-    """The checkpoint that `--init-from` means: itself, or the newest one of a run folder.
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest one of a run folder.
 
     Raises:
-        ValueError: there is no `--init-from`, or it is a run folder without a complete checkpoint.
+        ValueError: a run folder without a complete checkpoint.
+    """
+    path = Path(path)
+    return checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
+
+
+def checkpoint_of(config: Config) -> Path:
+    """The checkpoint that `--init-from` means.
+
+    Raises:
+        ValueError: there is no `--init-from`; or as `resolve`.
     """
     if config.train.init_from is None:
         raise ValueError("--init-from is unset: name the checkpoint to start from")
-    path = Path(config.train.init_from)
-    return checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
+    return resolve(config.train.init_from)
 
 
 def stored_names(folder: Path) -> set[str]:
