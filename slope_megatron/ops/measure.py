@@ -9,13 +9,13 @@ several times on poisoned outputs, before its time counts.
 import dataclasses
 import logging
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure_cutlass, products, timing
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.trials import Candidate, PlannedCandidate, Trial
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
@@ -39,45 +39,6 @@ TRIED_IN_TILES = 6
 MOST_CONFIGS = 21
 ROWS_AT_ONCE = 4096
 LIBRARIES = ("cusparselt", "cutlass")
-
-
-class Trial(Protocol):
-    """Random data of one product, room for its Y and the right answer."""
-
-    key: Key
-    y_TR: torch.Tensor
-    expected_TR: torch.Tensor
-
-    def dense_product(self) -> torch.Tensor:
-        """The dense candidate."""
-
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "PlannedCandidate":
-        """The sparse one with an algorithm of cuSPARSELt's; None: its default."""
-
-
-class Candidate(Protocol):
-    """A sparse product of a trial; a call enqueues it."""
-
-    @property
-    def trial(self) -> Trial: ...
-
-    @property
-    def tiles(self) -> int: ...
-
-    @property
-    def algorithm(self) -> choices.Algorithm | None: ...
-
-    def __call__(self) -> None: ...
-
-
-class PlannedCandidate(Candidate, Protocol):
-    """One of cuSPARSELt's."""
-
-    @property
-    def algorithm(self) -> cusparselt.Algorithm | None: ...
-
-    @property
-    def plan(self) -> cusparselt.Plan: ...
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 4096
 
 
 class WgradTrial:
-    """Random data of one product, a `measure.Trial`."""
+    """Random data of one product, a `trials.Trial`."""
 
     def __init__(self, key: Key, device: torch.device):
         self.key = key
