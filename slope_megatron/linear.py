@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 
 from slope_megatron.ops import low_rank
-from slope_megatron.ops.backend import Operands, TokenDraws
+from slope_megatron.ops.backend import Products, TokenDraws
 
 
 class Pending(Protocol):
@@ -71,7 +71,7 @@ class SlopeLinearFunction(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Operands, communication, prune, draws):
+    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Products, communication, prune, draws):
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
         hidden_TR = None
@@ -112,16 +112,17 @@ class SlopeLinearFunction(torch.autograd.Function):
                 other = pruned_TN if pruned_TN is not dy_TN else None
                 dx_TK, dhidden_TR = low_rank.product(operands, "dgrad", dy_TN, down, up, scale, other)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
-        # The input was travelling while dX was computed.
-        x_TK = gathering.wait().flatten(0, -2) if gathering else None
-        adapter_gradients = None
-        if need_adapters:
-            if dhidden_TR is None:
-                dhidden_TR = low_rank.hidden(dy_TN, adapter_r_NR.t(), 1.0 / adapter_l_RK.shape[0])
-            # Both hiddens have their 1/R already.
-            dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
-            adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
-        dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.draws) if need_values else None
+        adapter_gradients = dvalues_NC = None
+        if gathering:
+            # The input was travelling while dX was computed.
+            x_TK = gathering.wait().flatten(0, -2)
+            if need_adapters:
+                if dhidden_TR is None:
+                    dhidden_TR = low_rank.hidden(dy_TN, adapter_r_NR.t(), 1.0 / adapter_l_RK.shape[0])
+                # Both hiddens have their 1/R already.
+                dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
+                adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
+            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.draws) if need_values else None
         dx = reducing.wait() if reducing else None
         dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
         return dx, dvalues_NC, dl_RK, dr_NR, None, None, None, None
@@ -130,7 +131,7 @@ class SlopeLinearFunction(torch.autograd.Function):
 def slope_linear(
     x,
     values_NC,
-    operands,
+    operands: Products,
     *,
     adapters=None,
     communication=None,

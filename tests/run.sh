@@ -26,4 +26,5 @@ export SLOPE_TEST_SLURM=${slurm:-0}
 
 ruff check .
 ruff format --check --quiet .
+mypy slope_megatron kernels
 exec python -m pytest --durations=15 "${tier[@]}" "${arguments[@]}"

@@ -49,7 +49,10 @@ def dense_rate(model: Model, tokens: int) -> float:
     for rows, columns in model.linears().values():
         for key in (Key("forward", rows, columns, tokens, DTYPE), Key("dgrad", columns, rows, tokens, DTYPE)):
             flops += 2.0 * rows * columns * tokens
-            ms += find(key).dense_ms
+            choice = find(key)
+            if choice is None or choice.dense_ms is None:
+                raise RuntimeError(f"{key} was not timed against the dense product: run the block once before")
+            ms += choice.dense_ms
     return flops / ms
 
 

@@ -38,7 +38,7 @@ def gemm_gain(model: Model, mode: str, tokens: int, train: bool) -> tuple[float,
         for kind in SPARSE_PRODUCTS.get(mode, ()) if train else ("forward",):
             shape = (columns, rows) if kind == "dgrad" else (rows, columns)
             choice = choices.find(choices.Key(kind, *shape, tokens, DTYPE))
-            if choice and choice.sparse:
+            if choice and choice.sparse and choice.dense_ms is not None and choice.sparse_ms is not None:
                 gain += choice.dense_ms - choice.sparse_ms
     return gain, flops
 
@@ -89,7 +89,7 @@ def row(model: Model, mode: str, accumulate: str, name: str, samples: dict, argu
     dense_ms, sparse_ms = timing.median(samples["dense"]), timing.median(samples[mode])
     gain, flops = gemm_gain(model, mode, arguments.tokens, name == "train")
     # In e4m3 all else is not the same: rounding and scaling come on top, so there is no ceiling of this kind.
-    ceiling = "" if mode in E4M3_MODES else dense_ms / (dense_ms - gain)
+    ceiling = None if mode in E4M3_MODES else dense_ms / (dense_ms - gain)
     if peak and mode in E4M3_MODES:
         peak *= 2
     pairs = [dense / sparse for dense, sparse in zip(samples["dense"], samples[mode], strict=True)]
@@ -104,7 +104,7 @@ def row(model: Model, mode: str, accumulate: str, name: str, samples: dict, argu
             "ratio": dense_ms / sparse_ms,
             "spread": timing.spread(pairs),
             "accumulate": accumulate if name == "train" else "",
-            "ceiling": ceiling,
+            "ceiling": "" if ceiling is None else ceiling,
             "reached": (dense_ms / sparse_ms - 1) / (ceiling - 1) if ceiling and ceiling > 1 else "",
             "floor_ms": moved_bytes(model, arguments.tokens, name == "train") / bandwidth * 1e3,
             "peak_share": flops / sparse_ms / 1e9 / peak if peak else "",

@@ -15,17 +15,19 @@ def forward_like(key) -> dict:
     import torch
 
     from slope_megatron.ops import float8_products, measure, timing
+    from slope_megatron.ops.measure_float8 import Float8Trial
 
     device = torch.device("cuda", torch.cuda.current_device())
-    trial = measure.prepare(key, device)
+    trial = Float8Trial(key, device)
     x, w, y = trial.q_TS.to(torch.bfloat16), trial.w_RS.to(torch.bfloat16), trial.y_TR
     candidates = measure.cusparselt_finalists(trial, tilings=[1])
-    functions = {
+    # The candidates by number.
+    functions: dict = {
         "bf16": lambda: torch.mm(x, w.t(), out=y),
         "dense_fp8": trial.dense_product,
         "rounding": lambda: float8_products.quantize(x, True, False),
-        **{candidate.algorithm.config: candidate for candidate in candidates},
     }
+    functions |= {candidate.algorithm.config: candidate for candidate in candidates if candidate.algorithm}
     return timing.interleaved(functions, rounds=7, calls=5)
 
 
@@ -59,7 +61,7 @@ def measured(kind: str, rows: int, columns: int, tokens: int) -> dict:
         samples = forward_like(Key(kind, rows, columns, tokens, E4M3))
     times = {name: timing.median(values) for name, values in samples.items()}
     sparse = [name for name in times if isinstance(name, int)]
-    best = min(sparse, key=times.get, default=None)
+    best = min(sparse, key=times.__getitem__, default=None)
     fastest = min(times["dense_fp8"], times.get(best, float("inf")))
     flops = 2e-9 * rows * columns * tokens
     return rounded(

@@ -39,11 +39,11 @@ def moved_bytes(key) -> int:
 def prune_ms(key, device) -> float | str:
     """Writing wgrad's operand, alone."""
     from slope_megatron.ops import timing
-    from slope_megatron.ops.measure import prepare
+    from slope_megatron.ops.measure_wgrad import WgradTrial
 
     if key.kind != "wgrad":
         return ""
-    trial = prepare(key, device)
+    trial = WgradTrial(key, device)
     return timing.median(timing.interleaved({"": trial.write_operand}, rounds=11, calls=10)[""])
 
 
@@ -61,7 +61,8 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
     times = {name: timing.median(values) for name, values in samples.items() if name != "dense"}
     ours = {name: time for name, time in times.items() if isinstance(name[1], cutlass.Algorithm)}
     library = {name: time for name, time in times.items() if name not in ours}
-    best, best_library, best_ours = (min(group, key=group.get, default=None) for group in (times, library, ours))
+    best, best_library = (min(group, key=group.__getitem__) for group in (times, library))
+    best_ours = min(ours, key=ours.__getitem__, default=None)
     sparse_ms = times[best]
     whole = min(time for (tiles, _), time in library.items() if tiles == 1)
     flops = 2e-9 * key.rows * key.columns * key.tokens
@@ -81,7 +82,7 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
             "untiled_ratio": dense_ms / whole,
             "algorithm": best_library[1].config,
             "cutlass_ratio": dense_ms / ours[best_ours] if ours else "",
-            "cutlass_algorithm": str(best_ours[1]) if ours else "",
+            "cutlass_algorithm": str(best_ours[1]) if best_ours else "",
             "dense_tflops": flops / dense_ms,
             "sparse_tflops": flops / sparse_ms,
             "peak_share": flops / sparse_ms / peak if peak else "",

@@ -67,10 +67,11 @@ def whole_model(model: Model, form: Form, ledger, use: str) -> float:
     from slope_megatron.config import Config, ModelConfig, SlopeConfig
     from slope_megatron.config.fields import load_yaml
     from slope_megatron.launch.tensors import count, tensors
+    from slope_megatron.models.parameters import own_rows
 
     architecture = ModelConfig(**load_yaml(ARCHITECTURES / f"{model.name}.yaml", {"model": ModelConfig})["model"])
     config = Config(model=architecture, slope=SlopeConfig(adapter_rank=rank_of(model, form.share) if form.share else 0))
-    counts = count(list(tensors(config, architecture.vocab_size)), 1)
+    counts = count(list(tensors(config, own_rows(architecture))), 1)
     if not form.sparse:
         return (counts.packed_dense + counts.other) * DENSE_BYTES[use]
     layers = sum(allocated for item, (allocated, _) in ledger.items.items() if not item.startswith("adapters"))
@@ -81,9 +82,9 @@ def whole_model(model: Model, form: Form, ledger, use: str) -> float:
 def activation_rows(model: Model, arguments) -> list[dict]:
     """Of one block; backward's and inference's own are beside what is kept."""
     from holdings import activations
-    from linears import MODES, WithAdapters
+    from linears import MODES, LinearMaker, WithAdapters
 
-    forms = {Form(False): MODES["dense"], Form(True): MODES["paper"]}
+    forms: dict[Form, LinearMaker] = {Form(False): MODES["dense"], Form(True): MODES["paper"]}
     for share in arguments.shares:
         forms[Form(True, share)] = functools.partial(WithAdapters, rank=rank_of(model, share))
     rows = []
@@ -115,7 +116,7 @@ def model_tables(model: Model, arguments) -> tuple[list[dict], list[dict]]:
     """Rows of the items, and rows of the totals with their ratios."""
     items, totals = [], []
     for use in ("training", "inference"):
-        dense = {}
+        dense: dict[str, float] = {}
         for form in (Form(False), Form(True), *(Form(True, share) for share in arguments.shares)):
             ledger = block_ledger(model, form, use, arguments)
             items += [item_row(model, form, use, item, *pair) for item, pair in ledger.items.items()]
@@ -171,7 +172,8 @@ def main(arguments) -> int:
 
     # Workspaces of the libraries are allocated on first use: not what is counted here.
     torch.mm(*(torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2)))
-    items, totals = [], []
+    items: list[dict] = []
+    totals: list[dict] = []
     for name in clock.within(arguments.models):
         more_items, more_totals = model_tables(MODELS[name], arguments)
         items, totals = items + more_items, totals + more_totals

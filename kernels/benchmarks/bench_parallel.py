@@ -60,7 +60,8 @@ def choices(section: str, key: str) -> tuple:
     """What `slope pretrain` offers for a setting."""
     from slope_megatron.config.reader import SECTIONS
 
-    return SECTIONS[section][0].__dataclass_fields__[key].metadata["choices"]
+    (field,) = (field for field in dataclasses.fields(SECTIONS[section][0]) if field.name == key)
+    return field.metadata["choices"]
 
 
 def modes() -> list[str]:
@@ -81,8 +82,8 @@ class Start:
 
 def starts(arguments, gpus: int) -> list[Start]:
     """What is started, one after the other."""
-    names = ("tokens", "sequence", "micro_batches", "vocabulary", "grad_reduce_dtype", "rounds")
-    common = {name: getattr(arguments, name) for name in names}
+    settings = ("tokens", "sequence", "micro_batches", "vocabulary", "grad_reduce_dtype", "rounds")
+    common = {name: getattr(arguments, name) for name in settings}
     # The others are compared with dense: it must be there when a budget ends the rest.
     common |= {"modes": tuple(sorted(arguments.modes, key=lambda mode: mode != "dense"))}
     tiny = [TINY.name] if arguments.cpu_ranks else None

@@ -72,7 +72,8 @@ def timed_pair(dense, stack, name: str, arguments, eager: bool) -> tuple[list[fl
         functions[label] = function if eager else captured(function).replay
     rough = timing.median(timing.interleaved(functions, rounds=3, calls=1)["dense"])
     samples = timing.interleaved(functions, rounds=arguments.rounds, calls=timing.calls_for(rough, target=30.0))
-    return tuple([ms / arguments.blocks for ms in samples[label]] for label in ("dense", "peer"))
+    dense_ms, peer_ms = ([ms / arguments.blocks for ms in samples[label]] for label in ("dense", "peer"))
+    return dense_ms, peer_ms
 
 
 def peer_rows(model: Model, peer: str, linear, dense, arguments) -> list[dict]:

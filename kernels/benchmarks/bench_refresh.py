@@ -30,7 +30,9 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     import torch
 
     from slope_kernels.triton import choose, gather, metadata, mvue, refresh
-    from slope_megatron.ops import choices, layout, measure
+    from slope_megatron.ops import layout, measure
+    from slope_megatron.ops.choices import Key
+    from slope_megatron.ops.measure_wgrad import WgradTrial
 
     device, weights = torch.device("cuda"), rows * columns
     row_bits = measure.random_bits(rows, columns, device)
@@ -46,7 +48,7 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     # Metadata of columns follows from three rows of four.
     three_of_four = (row + column) * 3 // 4
     patterns = (row_bits, column_bits)
-    trial = measure.prepare(choices.Key("wgrad", rows, columns, TOKENS, dtype), device)
+    trial = WgradTrial(Key("wgrad", rows, columns, TOKENS, dtype), device)
     gradient = (trial.dy_TN, trial.draws_key, trial.streams, trial.operand)
     return [
         Case("refresh", refresh.refresh, (values, *patterns, forward, backward), 3 * packed + row + column),

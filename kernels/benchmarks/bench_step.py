@@ -25,13 +25,14 @@ class Step:
     def __init__(self, model, linear, arguments):
         import torch
         from block import Stack
+        from linears import Sparse
 
         self.stack = Stack(model, linear, arguments.blocks, arguments.tokens, "fp32")
         self.sums = self.stack.sums
         self.masters = {p: torch.nn.Parameter(p.detach().float()) for p in self.sums}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=1e-4, fused=True)
         self.micro_batches = arguments.micro_batches
-        self.sparse = [module for module in self.stack.blocks.modules() if hasattr(module, "refresh")]
+        self.sparse = [module for module in self.stack.blocks.modules() if isinstance(module, Sparse)]
 
     def refresh(self) -> None:
         for module in self.sparse:
@@ -62,7 +63,7 @@ def measured(name: str, arguments) -> dict:
     from slope_megatron.ops import timing
 
     steps = {kind: Step(MODELS[name], linear, arguments) for kind, linear in (("dense", Dense), ("sparse", Sparse))}
-    parts = {**steps, "refresh": steps["sparse"].refresh}
+    parts: dict = {**steps, "refresh": steps["sparse"].refresh}
     parts |= {f"{kind}_optimizer": step.optimize for kind, step in steps.items()}
     samples = timing.interleaved(parts, rounds=arguments.rounds, calls=1)
     times = {part: timing.median(values) for part, values in samples.items()}

@@ -8,7 +8,7 @@ Attention is torch's scaled_dot_product_attention; norms, biases, activations an
 
 import torch
 import torch.nn.functional as F
-from linears import DTYPE
+from linears import DTYPE, LinearMaker
 from models import Model
 
 SEQUENCE = 2048
@@ -64,7 +64,7 @@ def rotate(x, cos, sin):
 class Block(torch.nn.Module):
     """See the file's docstring; `linear` is one of `linears.MODES`, or one for each of `model.linears()`."""
 
-    def __init__(self, model: Model, linear: type | dict[str, type]):
+    def __init__(self, model: Model, linear: LinearMaker | dict[str, LinearMaker]):
         super().__init__()
         self.model, hidden = model, model.hidden
         kinds = linear if isinstance(linear, dict) else dict.fromkeys(model.linears(), linear)
@@ -73,11 +73,12 @@ class Block(torch.nn.Module):
         self.linears = torch.nn.ModuleDict(
             {name: kinds[name](*shape, biased.get(name, False)) for name, shape in model.linears().items()}
         )
-        like = {"device": "cuda", "dtype": DTYPE}
         vectors = {"norm1": hidden, "norm2": hidden}
         if not model.gated:
             vectors |= {"shift1": hidden, "shift2": hidden, "proj": hidden, "fc1": model.ffn, "fc2": hidden}
-        self.vectors = torch.nn.ParameterDict({name: torch.ones(size, **like) for name, size in vectors.items()})
+        self.vectors = torch.nn.ParameterDict(
+            {name: torch.ones(size, device="cuda", dtype=DTYPE) for name, size in vectors.items()}
+        )
         if model.gated:
             width = hidden // model.heads
             speed = 5e5 ** -(torch.arange(0, width, 2, device="cuda") / width)
@@ -109,7 +110,7 @@ class Block(torch.nn.Module):
 
 def accumulate_in_fp32(module: torch.nn.Module) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Each gradient is added to an fp32 sum as soon as it is there and then dropped: what a bf16 engine does."""
-    sums = {}
+    sums: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     def add(parameter):
         sums[parameter].add_(parameter.grad)
@@ -124,7 +125,14 @@ def accumulate_in_fp32(module: torch.nn.Module) -> dict[torch.nn.Parameter, torc
 class Stack:
     """Blocks one after the other, with what is timed: a training micro-batch and a forward pass."""
 
-    def __init__(self, model: Model, linear: type | dict[str, type], blocks: int, tokens: int, accumulate: str):
+    def __init__(
+        self,
+        model: Model,
+        linear: LinearMaker | dict[str, LinearMaker],
+        blocks: int,
+        tokens: int,
+        accumulate: str,
+    ):
         self.blocks = torch.nn.Sequential(*(Block(model, linear) for _ in range(blocks)))
         self.x = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE, requires_grad=True)
         self.dy = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE) * 1e-3

@@ -63,7 +63,7 @@ class Counted(TorchDispatchMode):
     def __init__(self, groups: dict[str, dist.ProcessGroup]):
         super().__init__()
         self.names = {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
-        self.sent: collections.Counter = collections.Counter()
+        self.sent: dict[tuple[str, str], float] = collections.defaultdict(float)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":

@@ -13,6 +13,7 @@ comes free. Beside it stands the formula. W = N K weights, kept half:
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -161,7 +162,7 @@ def sparse_linear(ledger, rows: int, columns: int, rank: int, train: bool, backe
     del state, more_state
 
 
-def activations(model, linear: type, tokens: int) -> tuple[float, float, float]:
+def activations(model, linear: Callable[[int, int, bool], torch.nn.Module], tokens: int) -> tuple[float, float, float]:
     """What one block keeps for its backward, and what training and inference take beside at their peak.
 
     Returns:

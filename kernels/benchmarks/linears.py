@@ -1,5 +1,7 @@
 """The linears that blocks are built from, one class for each mode; all are called with (out, in, has a bias)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from dense_float8 import DenseFloat8Function
@@ -12,6 +14,8 @@ from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column
 from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
+# (out, in, with a bias) -> a linear: one of the classes below, or one with its rank bound.
+LinearMaker = Callable[[int, int, bool], torch.nn.Module]
 DTYPE = torch.bfloat16
 
 
@@ -45,6 +49,8 @@ class Sparse(torch.nn.Module):
     def forward(self, x):
         if self.bias is None:
             return self.product(x, self.operands)
+        if not hasattr(self.operands, "with_bias"):
+            return self.product(x, self.operands) + self.bias
         return bias_gradient(self.product(x, self.operands.with_bias(self.bias)), self.bias)
 
     def product(self, x, operands):

@@ -32,6 +32,7 @@ from slope_megatron.sparsity.transposable import patterns
 SparseSemiStructuredTensor._FUSE_TRANSPOSE = True
 # Both products round the same fp32 sums once to 16 bits.
 MOST_RELATIVE_ERROR = 1e-2
+Tensor24 = type[SparseSemiStructuredTensorCUSPARSELT | SparseSemiStructuredTensorCUTLASS]
 
 
 def random_weight(rows: int, columns: int) -> torch.Tensor:
@@ -60,7 +61,7 @@ class Straight(torch.autograd.Function):
 class FromDense(torch.nn.Module):
     """torch's tensor, compressed once from a dense 2:4 weight; see the file's docstring."""
 
-    tensor: type
+    tensor: Tensor24
 
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
@@ -113,7 +114,7 @@ class Sparsify(torch.autograd.Function):
 class StaticSort(torch.nn.Module):
     """torch's training path; see the file's docstring."""
 
-    tensor: type
+    tensor: Tensor24
 
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__()
@@ -126,6 +127,8 @@ class StaticSort(torch.nn.Module):
     def effective_weight(self) -> torch.Tensor:
         weight = self.weight.detach()
         bits = self.tensor.prune_dense_static_sort(weight).compressed_swizzled_bitmask
+        if bits is None:
+            raise RuntimeError(f"{self.tensor.__name__} says not which weights it keeps")
         return torch._sparse_semi_structured_apply_dense(weight, bits)
 
 
@@ -163,7 +166,11 @@ class Fst(torch.nn.Module):
         return Straight.apply(x, self.weight, self.bias, self)
 
     def product(self, x, bias):
-        return self.operands.forward(x, bias)
+        operands = self.operands
+        if bias is not None and hasattr(operands, "with_bias"):
+            return operands.with_bias(bias).forward(x)
+        y = operands.forward(x)
+        return y if bias is None else y + bias
 
     def dgrad(self, dy):
         return self.operands.dgrad(dy)
@@ -191,8 +198,11 @@ def wrong(linear: type) -> str | None:
     if difference > MOST_RELATIVE_ERROR:
         return f"wrong results on this GPU: its Y differs by {difference:.1e} from the dense product's"
     # A doubly pruned transpose is not the forward's: its dX is compared by those whose dgrad is exact.
-    if not isinstance(made, FromDense) and relative(x.grad, dy.float() @ weight) > MOST_RELATIVE_ERROR:
-        return f"wrong results on this GPU: its dX differs by {relative(x.grad, dy.float() @ weight):.1e}"
+    if x.grad is None:
+        return "wrong results on this GPU: it gives no dX"
+    difference = relative(x.grad, dy.float() @ weight)
+    if not isinstance(made, FromDense) and difference > MOST_RELATIVE_ERROR:
+        return f"wrong results on this GPU: its dX differs by {difference:.1e}"
     return None
 
 

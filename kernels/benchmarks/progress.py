@@ -53,13 +53,23 @@ class Clock:
 
     def show_log(self) -> None:
         """Log lines of our packages (which kernel was chosen, what is compiled) among this clock's own."""
-        handler = logging.StreamHandler()
-        handler.emit = lambda record: self.say(record.getMessage())
+        handler = SayingHandler(self)
         for name in PACKAGES:
             logger = logging.getLogger(name)
             logger.setLevel(logging.INFO)
             logger.propagate = False
             logger.handlers = [handler]
+
+
+class SayingHandler(logging.Handler):
+    """Hands log lines to a clock."""
+
+    def __init__(self, clock: Clock):
+        super().__init__()
+        self.clock = clock
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.clock.say(record.getMessage())
 
 
 def add_budget(parser) -> None:

@@ -33,12 +33,13 @@ def library() -> ctypes.CDLL:
 @functools.cache
 def version() -> tuple[int, int, int]:
     """(major, minor, patch), asked of the library itself; no GPU needed."""
-    parts = []
-    for kind in range(3):
-        value = c_int32()
-        call("GetProperty", c_int32(kind), byref(value))
-        parts.append(value.value)
-    return tuple(parts)
+    return _property(0), _property(1), _property(2)
+
+
+def _property(kind: int) -> int:
+    value = c_int32()
+    call("GetProperty", c_int32(kind), byref(value))
+    return value.value
 
 
 @functools.cache

@@ -49,45 +49,62 @@ class Source:
         return f"{self.file} ({', '.join(f'{name}={value}' for name, value in self.macros)})"
 
 
+def _folders(package: str) -> list[Path]:
+    """Where an installed package lies, found without importing it; none: it is not installed."""
+    with contextlib.suppress(ModuleNotFoundError):
+        spec = importlib.util.find_spec(package)
+        return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    return []
+
+
 @functools.cache
-def compiler() -> Path | None:
-    """nvcc, or None."""
+def compiler() -> Path:
+    """nvcc.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     found = shutil.which("nvcc")
     folders = [Path("/usr/local/cuda/bin")]
     for wheel in ("nvidia.cu13", "nvidia.cuda_nvcc"):
-        with contextlib.suppress(ModuleNotFoundError):
-            spec = importlib.util.find_spec(wheel)
-            folders += [Path(folder) / "bin" for folder in spec.submodule_search_locations] if spec else []
-    candidates = ([Path(found)] if found else []) + [folder / "nvcc" for folder in folders]
-    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+        folders += [folder / "bin" for folder in _folders(wheel)]
+    for path in ([Path(found)] if found else []) + [folder / "nvcc" for folder in folders]:
+        if os.access(path, os.X_OK):
+            return path
+    raise RuntimeError("nvcc was not found; put CUDA's bin folder on the PATH, or pip install nvidia-cuda-nvcc")
 
 
 @functools.cache
-def headers() -> Path | None:
-    """CUTLASS's include folder inside the wheel, which is found without importing it; or None."""
-    spec = importlib.util.find_spec("cutlass_library")
-    for folder in spec.submodule_search_locations if spec else ():
-        include = Path(folder) / "source" / "include"
+def headers() -> Path:
+    """CUTLASS's include folder inside the wheel.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    for folder in _folders("cutlass_library"):
+        include = folder / "source" / "include"
         if (include / "cutlass" / "cutlass.h").is_file():
             return include
-    return None
+    raise RuntimeError("CUTLASS's headers were not found; pip install nvidia-cutlass")
 
 
 def unsupported() -> str | None:
     """Why nothing can be compiled here; None: it can."""
-    if compiler() is None:
-        return "nvcc was not found; put CUDA's bin folder on the PATH, or pip install nvidia-cuda-nvcc"
-    if shutil.which("g++") is None:
-        return "g++, which nvcc needs, was not found on the PATH"
-    if headers() is None:
-        return "CUTLASS's headers were not found; pip install nvidia-cutlass"
+    try:
+        compiler()
+        if shutil.which("g++") is None:
+            return "g++, which nvcc needs, was not found on the PATH"
+        headers()
+    except RuntimeError as missing:
+        return str(missing)
     return None
 
 
 def version(file: str) -> str:
     """CUTLASS's version and a digest of one of our sources."""
     text = (headers() / "cutlass" / "version.h").read_text()
-    parts = [re.search(rf"#define CUTLASS_{part} (\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH")]
+    numbers = dict(re.findall(r"#define CUTLASS_(MAJOR|MINOR|PATCH) (\d+)", text))
+    parts = [numbers[part] for part in ("MAJOR", "MINOR", "PATCH")]
     return f"{'.'.join(parts)}+{hashlib.sha256((SOURCES / file).read_bytes()).hexdigest()[:8]}"
 
 

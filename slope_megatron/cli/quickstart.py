@@ -142,7 +142,7 @@ def choose_dtype(arguments) -> tuple[str, str]:
             torch.nn.functional.layer_norm(torch.relu(x @ weight.t()) @ weight, (arguments.hidden,))
             times.append(time.perf_counter() - started)
         seconds[name] = sorted(times)[len(times) // 2]
-    chosen = min(seconds, key=seconds.get)
+    chosen = min(seconds, key=seconds.__getitem__)
     milliseconds = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
     return chosen, f"the faster one here, on an MLP of this size and one core: {milliseconds}"
 

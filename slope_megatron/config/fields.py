@@ -43,22 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser, config_class: type, title: st
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        kind = scalar_type(hints[field.name])
-        common = {
-            "dest": destination(config_class, field.name),
-            "default": argparse.SUPPRESS,
-            "help": f"{field.metadata['help']}{default_text(field.default)}".replace("%", "%%"),
-        }
+        kind, flag = scalar_type(hints[field.name]), flag_of(field.name, prefix)
+        dest = destination(config_class, field.name)
+        line = f"{field.metadata['help']}{default_text(field.default)}".replace("%", "%%")
         if kind is bool:
-            group.add_argument(flag_of(field.name, prefix), action=argparse.BooleanOptionalAction, **common)
+            action = argparse.BooleanOptionalAction
+            group.add_argument(flag, action=action, dest=dest, default=argparse.SUPPRESS, help=line)
         else:
             choices = field.metadata["choices"]
-            group.add_argument(
-                flag_of(field.name, prefix),
-                type=kind,
-                metavar="{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper(),
-                **common,
-            )
+            metavar = "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
+            group.add_argument(flag, type=kind, metavar=metavar, dest=dest, default=argparse.SUPPRESS, help=line)
 
 
 def default_text(default) -> str:

@@ -217,6 +217,20 @@ class SlopeConfig:
         return start is not None and (done > start or start == 0)
 
     @property
+    def rank(self) -> int:
+        """Rank of the adapters; 0: none.
+
+        Raises:
+            ValueError: it is a percentage still: see `with_rank_for`.
+        """
+        if isinstance(self.adapter_rank, str):
+            raise ValueError(
+                f"--slope-adapter-rank is {self.adapter_rank} of a hidden size that is not known here: call "
+                "with_rank_for(hidden_size) first"
+            )
+        return self.adapter_rank
+
+    @property
     def gradient_nm(self) -> tuple[int, int]:
         """N and M of an output gradient along tokens: what sparse tensor cores take, whatever N:M the weight has."""
         return (1, 2) if self.nm == "1:2" else (2, 4)

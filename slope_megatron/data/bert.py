@@ -14,6 +14,7 @@ import torch
 
 from slope_megatron.data.fast_tokenizer import FastTokenizer
 from slope_megatron.data.indexed import indexed_dataset_module
+from slope_megatron.data.tokenizer import Tokenizer
 
 # [CLS], two [SEP], and a token or two on both sides.
 SHORTEST = 8
@@ -22,8 +23,10 @@ SHORTEST = 8
 class BertVocabulary:
     """A tokenizer as Megatron's BERT dataset asks for it."""
 
-    def __init__(self, tokenizer: FastTokenizer):
+    def __init__(self, tokenizer: Tokenizer | FastTokenizer):
         """Raises ValueError if one of BERT's marks is missing."""
+        if isinstance(tokenizer, Tokenizer):
+            raise ValueError("the tokenizer is a SentencePiece model: BERT needs a WordPiece vocabulary")
         self.pad, self.cls, self.sep, self.mask = (tokenizer.mark(name) for name in ("pad", "cls", "sep", "mask"))
         self.vocab_size = tokenizer.vocab_size
         self.inv_vocab = tokenizer.inverse_vocabulary
@@ -60,7 +63,7 @@ class BertSamples:
         }
 
 
-def bert_config(tokenizer: FastTokenizer, seq_length: int, seed: int, masking):
+def bert_config(tokenizer: Tokenizer | FastTokenizer, seq_length: int, seed: int, masking):
     """Megatron's settings of the dataset; `masking` as in DataConfig: its `mlm_` and `short_` fields."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -63,6 +63,16 @@ class Corpus:
         return itertools.chain.from_iterable(part.texts() for part in self.parts)
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a reading is, for the one that goes on; kept with each part."""
+
+    read: int = 0
+    # As in Corpus.
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    duplicates: int = 0
+
+
 class _PartWriter:
     """Collects documents and seals a part when it is full."""
 
@@ -78,14 +88,13 @@ class _PartWriter:
         self.keys.append(key)
         self.digests += digest
 
-    def seal(self, progress: dict) -> None:
-        """`progress`: how far the reading is, for the one that goes on."""
+    def seal(self, progress: Progress) -> None:
         with sealed_folder(self.folder / f"{self.number:06}") as partial:
             (partial / "text").write_bytes(b"".join(self.texts))
             np.save(partial / "bytes.npy", np.array([len(text) for text in self.texts], dtype=np.int64))
             np.save(partial / "keys.npy", np.array(self.keys))
             np.save(partial / "digests.npy", np.frombuffer(bytes(self.digests), dtype=np.uint8).reshape(-1, DIGEST))
-            (partial / "progress.json").write_text(json.dumps(progress))
+            (partial / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
 
 
 def read_corpus(
@@ -110,19 +119,19 @@ def read_corpus(
     folder.mkdir(exist_ok=True)
     finished = folder / "finished.json"
     parts = sealed_parts(folder)
-    progress = {"read": 0, "skipped": {}, "duplicates": 0}
+    progress = Progress()
     if parts:
-        progress = json.loads((parts[-1] / "progress.json").read_text())
+        progress = Progress(**json.loads((parts[-1] / "progress.json").read_text()))
     if deduplicate:
         seen.update(digest.tobytes() for part in parts for digest in np.load(part / "digests.npy"))
     if not finished.is_file():
-        documents = source.documents(progress["read"], progress["skipped"])
+        documents = source.documents(progress.read, progress.skipped)
         if max_documents is not None:
-            documents = itertools.islice(documents, max(0, max_documents - progress["read"]))
+            documents = itertools.islice(documents, max(0, max_documents - progress.read))
         _write_parts(documents, source, folder, len(parts), progress, seen if deduplicate else None, advance)
         skipped = dict(source.skipped)
-        if progress["duplicates"]:
-            skipped[DUPLICATE] = progress["duplicates"]
+        if progress.duplicates:
+            skipped[DUPLICATE] = progress.duplicates
         write_whole(finished, json.dumps(skipped).encode())
     return _open_corpus(folder, json.loads(finished.read_text()))
 
@@ -132,25 +141,25 @@ def sealed_parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
 
 
-def _write_parts(documents, source: Source, folder: Path, first: int, progress: dict, seen, advance) -> None:
+def _write_parts(documents, source: Source, folder: Path, first: int, progress: Progress, seen, advance) -> None:
     by_text = source.split_by == "text"
     writer = _PartWriter(folder, first)
     for name, text in documents:
-        progress["read"] += 1
+        progress.read += 1
         content = text.encode()
         digest = hashlib.blake2b(content, digest_size=DIGEST).digest()
         advance(len(content))
         if seen is not None:
             if digest in seen:
-                progress["duplicates"] += 1
+                progress.duplicates += 1
                 continue
             seen.add(digest)
         writer.add(content, split_key(text if by_text else name), digest)
         if writer.size >= PART:
-            writer.seal({**progress, "skipped": dict(source.skipped)})
+            writer.seal(dataclasses.replace(progress, skipped=dict(source.skipped)))
             writer = _PartWriter(folder, writer.number + 1)
     if writer.texts:
-        writer.seal({**progress, "skipped": dict(source.skipped)})
+        writer.seal(dataclasses.replace(progress, skipped=dict(source.skipped)))
 
 
 def _open_corpus(folder: Path, skipped: dict[str, int]) -> Corpus:

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +90,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def _start_worker(tokenizer: Path, kind: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _set_up(tokenizer, kind)
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: BaseProcess) -> None:
     """A killed parent tells nobody: its workers would wait for work for ever."""
-    multiprocessing.parent_process().join()
+    parent.join()
     os._exit(1)
 
 

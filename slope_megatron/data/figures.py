@@ -30,7 +30,10 @@ def figures_of(corpora: list[Corpus], counts: list[dict[str, dict]], specs: list
         for number, (spec, corpus) in enumerate(zip(specs, corpora, strict=True))
     ]
     return {
-        "corpus": {key: sum(part["corpus"][key] for part in sources) for key in ("documents", "bytes")},
+        "corpus": {
+            "documents": sum(len(corpus.keys_D) for corpus in corpora),
+            "bytes": sum(corpus.bytes for corpus in corpora),
+        },
         "splits": {split: _figures([each[split] for each in counts]) for split in SPLITS},
         "sources": sources,
     }

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from slope_megatron.data import manifest as manifests
 from slope_megatron.data.corpus import Corpus, read_corpus
-from slope_megatron.data.encode import encode_parts
+from slope_megatron.data.encode import Task, encode_parts
 from slope_megatron.data.fast_tokenizer import FastTokenizer, train_fast_tokenizer
 from slope_megatron.data.figures import command_of, figures_of
 from slope_megatron.data.indexed import join_parts, token_dtype
@@ -179,7 +179,8 @@ def _finished(out: Path, corpora: list[Corpus], weights: list[float] | None) -> 
 
 def _read(texts: list[Source], work: Path, chosen: PrepareSettings) -> list[Corpus]:
     """The corpora of all sources; a text that several of them hold stays with the first one, if duplicates go."""
-    corpora, seen = [], set()
+    corpora: list[Corpus] = []
+    seen: set[bytes] = set()
     for number, text in enumerate(texts):
         with _progress("read", None) as bar:
             corpus = read_corpus(
@@ -210,7 +211,8 @@ def _write(work: Path, corpora, specs, weights, chosen: PrepareSettings, given, 
     splits = [_splits(corpus, chosen) for corpus in corpora]
     tokenizer = _tokenizer(work / "tokenizer", corpora, splits, chosen, given)
     dtype = token_dtype(tokenizer.vocab_size)
-    tasks, encoded = [], []
+    tasks: list[Task] = []
+    encoded: list[list[Path]] = []
     for number, (corpus, splits_D) in enumerate(zip(corpora, splits, strict=True)):
         ends = np.cumsum([len(part.bytes_D) for part in corpus.parts])
         targets = [work / f"tokens_{number}" / part.folder.name for part in corpus.parts]
@@ -264,6 +266,7 @@ def _trained(corpora: list[Corpus], splits, chosen: PrepareSettings) -> Tokenize
     )
     chunks = training_chunks(training, share)
     form = chosen.tokenizer_or_default
+    tokenizer: Tokenizer | FastTokenizer
     if form == "sentencepiece":
         tokenizer = Tokenizer(train_tokenizer(chunks, chosen.vocab_size))
     else:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from slope_megatron.data.hub import hub_documents
@@ -111,7 +111,7 @@ def parse_specs(specs: Iterable[str]) -> tuple[list[str], list[float] | None]:
     return names, weights or None
 
 
-def describe_skipped(skipped: collections.Counter) -> str:
+def describe_skipped(skipped: Mapping[str, int]) -> str:
     """`{"empty": 2, "not UTF-8": 1}` -> `"2 empty, 1 not UTF-8"`."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 

@@ -142,7 +142,8 @@ def fine_tune(
             loss = model(**batch).loss
             loss.backward()
             for weight, mask in masks.items():
-                weight.grad.mul_(mask)
+                if weight.grad is not None:
+                    weight.grad.mul_(mask)
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
             optimizer.step()
             optimizer.zero_grad()

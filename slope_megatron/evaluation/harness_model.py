@@ -21,10 +21,11 @@ class SlopeLM(TemplateLM):
         self.batch_size, self.max_tokens = batch_size, max_tokens
         if tokenizer.eod is None:
             raise ValueError("the tokenizer has no end-of-document token, which empty prompts start with: give another")
+        self.eod = tokenizer.eod
 
     @property
     def eot_token_id(self) -> int:
-        return self.text.eod
+        return self.eod
 
     @property
     def tokenizer_name(self) -> str:

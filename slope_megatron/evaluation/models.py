@@ -1,6 +1,7 @@
 """A trained decoder from wherever it is: a run's checkpoint or a packed export; and a folder of scores for it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,19 +29,21 @@ def open_decoder(
         ValueError: neither a run nor a packed export, no tokenizer, or a device that is not there.
     """
     place = choose_device(device)
+    tensors: Mapping[str, torch.Tensor]
+    found: Path | None
     if is_packed_folder(model):
         architecture, _ = read_config(model)
-        tensors, own = SafetensorsFolder(model), model
+        tensors, found = SafetensorsFolder(model), tokenizer or model
     elif is_run(model):
-        tensors = TrainedRun(model, step, tokenizer)
-        architecture, own = tensors.model, tensors.tokenizer_folder
+        run = TrainedRun(model, step, tokenizer)
+        architecture, tensors, found = run.model, run, run.tokenizer_folder
     else:
         raise ValueError(
             f"{model} is neither a run nor a packed model: give a run folder, or one that `slope export packed` wrote"
         )
-    if (tokenizer or own) is None:
+    if found is None:
         raise ValueError(f"{model} has no tokenizer any more: give --tokenizer FILE")
-    text = load_text_tokenizer(tokenizer or own)
+    text = load_text_tokenizer(found)
     decoder = Decoder(architecture, tensors, device=place, dtype=DTYPES[dtype], backend=backend)
     sizes = decoder.linear_bytes()
     if sizes["dense"]:

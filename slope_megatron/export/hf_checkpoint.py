@@ -22,7 +22,7 @@ from slope_megatron.export.hf_import import HfWeights, as_dict, model_config
 from slope_megatron.export.output_folder import new_folder
 from slope_megatron.export.trained_run import TOKENIZER_FILES
 from slope_megatron.inference.packed_file import SafetensorsFolder
-from slope_megatron.models.parameters import canonical_shapes
+from slope_megatron.models.parameters import canonical_shapes, own_rows
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -58,7 +58,7 @@ def check_shapes(state: SafetensorsFolder, weights: HfWeights, model: ModelConfi
     Raises:
         ValueError: names the tensor, its shape and the one that the configuration asks for.
     """
-    expected = canonical_shapes(model, model.vocab_size)
+    expected = canonical_shapes(model, own_rows(model))
     for canonical, (_, how, names) in weights.rows.items():
         found = [state.shape(weights.keys_by_name[name]) for name in names]
         size = sum(math.prod(shape) for shape in found)
@@ -72,7 +72,7 @@ def check_shapes(state: SafetensorsFolder, weights: HfWeights, model: ModelConfi
 
 
 def total_bytes(weights: HfWeights, dtype: torch.dtype) -> int:
-    shapes = canonical_shapes(weights.model, weights.model.vocab_size)
+    shapes = canonical_shapes(weights.model, own_rows(weights.model))
     return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
 
 

@@ -128,8 +128,9 @@ def choose_family(model: ModelConfig, asked: str = "auto") -> str:
     """
     # In the order in which they are tried. OPT's and GPT-2's shapes differ in the customary activation alone, LLaMA's
     # and Mistral's not at all.
-    candidates = DECODERS if model.activation == "relu" else ("gpt2", "opt", "llama", "mistral")
-    candidates = ("bert",) if model.architecture == "bert" else candidates
+    candidates: tuple[str, ...] = DECODERS if model.activation == "relu" else ("gpt2", "opt", "llama", "mistral")
+    if model.architecture == "bert":
+        candidates = ("bert",)
     if asked != "auto":
         if asked not in candidates:
             raise ValueError(

@@ -18,7 +18,7 @@ from slope_megatron.export.hf_names import ACTIVATIONS, FAMILIES, LEGACY, Family
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 # What our blocks cannot do, by family: field -> the value it must have (or be absent).
-REQUIRED = {
+REQUIRED: dict[str, dict[str, object]] = {
     "opt": {
         "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,
@@ -196,7 +196,7 @@ def table_rows(family: Family, model: ModelConfig) -> list[Row]:
     return rows
 
 
-class HfWeights(Mapping):
+class HfWeights(Mapping[str, torch.Tensor]):
     """A Hugging Face state dict under canonical names: `{canonical name: whole dense tensor}`.
 
     Raises:

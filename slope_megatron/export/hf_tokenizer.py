@@ -65,13 +65,14 @@ def special_tokens(file: Path) -> tuple[TokenIds, dict[str, str]]:
         token = tokenizer.token_to_id(end)
         return TokenIds(bos=token, eos=token), {"bos_token": end, "eos_token": end}
     bert = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "sep", "pad", "mask", "unk")}
-    names = {kind: name for kind, name in bert.items() if tokenizer.token_to_id(name) is not None}
-    if "cls_token" in names and tokenizer.post_processor is None:
+    found = {kind: tokenizer.token_to_id(name) for kind, name in bert.items()}
+    ids = {kind: token for kind, token in found.items() if token is not None}
+    if "cls_token" in ids and tokenizer.post_processor is None:
         # Fine-tuning asks the tokenizer for [CLS] A [SEP] B [SEP].
-        marks = [(names[kind], tokenizer.token_to_id(names[kind])) for kind in ("sep_token", "cls_token")]
-        tokenizer.post_processor = tokenizers.processors.BertProcessing(*marks)
+        sep, cls = ((bert[kind], ids[kind]) for kind in ("sep_token", "cls_token"))
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(sep, cls)
         tokenizer.save(str(file))
-    return TokenIds(pad=tokenizer.token_to_id("[PAD]")), names
+    return TokenIds(pad=ids.get("pad_token")), {kind: bert[kind] for kind in ids}
 
 
 def from_sentencepiece(model: Path):

@@ -74,7 +74,7 @@ def check_sizes(folder: Path) -> None:
             raise ValueError(f"checkpoint {folder} is corrupt: its file {name} {found}; take another with --step")
 
 
-class TrainedRun(Mapping):
+class TrainedRun(Mapping[str, torch.Tensor]):
     """See the module's docstring.
 
     Args:
@@ -142,8 +142,14 @@ class TrainedRun(Mapping):
         if manifest.is_file():
             return json.loads(manifest.read_text())["vocab_size"]
         if self.tokenizer_folder is not None:
-            file = self.tokenizer_folder
-            return tokenizer_size(find_tokenizer(file) if file.is_dir() else file)
+            given = self.tokenizer_folder
+            file = find_tokenizer(given) if given.is_dir() else given
+            if file is None:
+                raise ValueError(
+                    f"the vocabulary of {self.run} is that of its tokenizer, and {given} holds neither "
+                    "tokenizer.model nor tokenizer.json: give --tokenizer one of them"
+                )
+            return tokenizer_size(file)
         raise ValueError(
             f"the vocabulary of {self.run} is that of its data, and {self.config.data.data} is gone: give --tokenizer"
         )

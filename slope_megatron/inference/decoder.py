@@ -11,7 +11,7 @@ slots 0..p, so whatever lies behind (the padding of a shorter prompt, until its 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional
@@ -19,7 +19,7 @@ from torch.nn import functional
 from slope_megatron.config import ModelConfig
 from slope_megatron.inference.linear import SparseLinear, build_linear
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
     "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
@@ -154,8 +154,16 @@ class Decoder(torch.nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """Positions that the model was built for."""
-        return self.positions.shape[0] if self.positions is not None else self.model.max_positions
+        """Positions that the model was built for.
+
+        Raises:
+            ValueError: rotary positions, and the architecture does not say how many.
+        """
+        if self.positions is not None:
+            return self.positions.shape[0]
+        if self.model.max_positions is None:
+            raise ValueError("the model's max_positions is unset, which rotary positions need: export the run again")
+        return self.model.max_positions
 
     def new_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `slots` tokens of each of `batch` prompts."""

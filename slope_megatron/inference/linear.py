@@ -4,19 +4,11 @@ T tokens, N out, K in, C kept per row, R adapter rank.   Y = X (W^R)^T + (1/R) (
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 
 from slope_megatron.ops import low_rank
-from slope_megatron.ops.backend import build_operands
-
-
-class ForwardOperands(Protocol):
-    """What computes X W^T."""
-
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """`[T, N]`."""
+from slope_megatron.ops.backend import ForwardProduct, build_forward
 
 
 class DenseOperands:
@@ -34,7 +26,7 @@ class Linear(torch.nn.Module):
 
     def __init__(
         self,
-        operands: ForwardOperands,
+        operands: ForwardProduct,
         bias: torch.Tensor | None,
         adapters: tuple[torch.Tensor, torch.Tensor] | None,
     ):
@@ -60,7 +52,7 @@ class SparseLinear(Linear):
     """One packed linear. What the backend derives from values and pattern is all that stays in memory."""
 
     def __init__(self, values_NC, pattern_bits, bias=None, adapters=None, backend: str = "auto"):
-        super().__init__(build_operands(backend, values_NC, pattern_bits), bias, adapters)
+        super().__init__(build_forward(backend, values_NC, pattern_bits), bias, adapters)
         self.dense_bytes = pattern_bits.numel() * 8 * values_NC.element_size()
         self.packed_bytes = values_NC.nbytes + pattern_bits.nbytes
 
@@ -72,12 +64,14 @@ def build_linear(tensors: Mapping[str, torch.Tensor], name: str, place, backend:
         place: puts a tensor where the model computes (device, dtype).
     """
 
-    def get(leaf: str) -> torch.Tensor | None:
-        return place(tensors[f"{name}.{leaf}"]) if f"{name}.{leaf}" in tensors else None
+    def get(leaf: str) -> torch.Tensor:
+        return place(tensors[f"{name}.{leaf}"])
 
-    weight, bias, pattern = get("weight"), get("bias"), get("weight_pattern")
-    adapter_l = get("adapter_l")
-    adapters = None if adapter_l is None else (adapter_l, get("adapter_r"))
-    if pattern is None:
-        return Linear(DenseOperands(weight), bias, adapters)
-    return SparseLinear(weight, pattern, bias, adapters, backend)
+    def has(leaf: str) -> bool:
+        return f"{name}.{leaf}" in tensors
+
+    bias = get("bias") if has("bias") else None
+    adapters = (get("adapter_l"), get("adapter_r")) if has("adapter_l") else None
+    if has("weight_pattern"):
+        return SparseLinear(get("weight"), get("weight_pattern"), bias, adapters, backend)
+    return Linear(DenseOperands(get("weight")), bias, adapters)

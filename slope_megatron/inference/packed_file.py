@@ -25,7 +25,7 @@ FORMAT = 1
 PATTERN = "_pattern"
 
 
-class SafetensorsFolder(Mapping):
+class SafetensorsFolder(Mapping[str, torch.Tensor]):
     """`{name: tensor}` of all .safetensors files of a folder; each tensor is read when it is asked for.
 
     Raises:

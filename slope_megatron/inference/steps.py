@@ -18,22 +18,24 @@ class Steps:
         self.tokens_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=decoder.device)
         self.positions_B1 = torch.zeros_like(self.tokens_B1)
         self.taken = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits_BV: torch.Tensor | None = None
+        # The captured step and where it leaves its logits.
+        self.graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
 
     def __call__(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
         self.tokens_B1.copy_(torch.tensor(tokens)[:, None])
         # Rows that have ended go on in place: their tokens are not read, their slots are their own.
         self.positions_B1.copy_(torch.tensor(positions)[:, None].clamp(max=self.cache.slots - 1))
         if self.decoder.device.type == "cuda" and self.taken == 1:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits_BV = self.compute()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits_BV = self.compute()
+            self.graph = graph, logits_BV
         self.taken += 1
         if self.graph is None:
             return self.compute()
-        self.graph.replay()
-        return self.logits_BV
+        graph, logits_BV = self.graph
+        graph.replay()
+        return logits_BV
 
     def compute(self) -> torch.Tensor:
         return self.decoder(self.tokens_B1, self.positions_B1, self.cache)[:, -1]

@@ -146,8 +146,7 @@ def with_sparse_layers(model_class):
         fill_model(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
         return model
 
-    build.__wrapped__ = model_class
-    return build
+    return functools.update_wrapper(build, model_class, assigned=(), updated=())
 
 
 def with_phase_and_refresh(train_step):

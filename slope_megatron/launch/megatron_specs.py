@@ -100,7 +100,7 @@ def without_new_arguments(spec):
     return spec
 
 
-def with_old_arguments(packed: type) -> type:
+def with_old_arguments(packed: type[PackedWeight]) -> type[PackedWeight]:
     """The same class with the constructor of core 0.16."""
 
     def init(self, *positional, name=None, pg_collection=None, **keywords):

@@ -47,11 +47,15 @@ def build(config: Config, vocabulary: int) -> list[tuple[str, int]]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, create_gloo_process_groups=False)
     # No CUDA here, and nothing is computed: a device in name only.
-    torch.cuda.current_device = lambda: torch.device("meta")
-    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda *_, **__: None
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.Tensor.cuda = lambda self, *_, **__: self
+    stand_ins = (
+        (torch.cuda, "current_device", lambda: torch.device("meta")),
+        (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda *_, **__: None),
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.Tensor, "cuda", lambda self, *_, **__: self),
+    )
+    for owner, name, stand_in in stand_ins:
+        setattr(owner, name, stand_in)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     with torch.device("meta"):
         model = build_bare_model(config, vocabulary, torch.bfloat16)

@@ -91,8 +91,8 @@ def linear(config: Config, name: str, block: int) -> Iterator[Tensor]:
     if config.model.linear_bias:
         # A row-parallel linear adds its bias after the reduction: every rank has all of it.
         yield Tensor(f"{full}.bias", (out,), 0 if cut == 0 else None, block)
-    if (nm or masked) and config.slope.adapter_rank:
-        rank = int(config.slope.adapter_rank)
+    rank = config.slope.rank
+    if (nm or masked) and rank:
         yield Tensor(f"{full}.adapter_l", (rank, width), None if cut == 0 else 1, block, adapter=True)
         yield Tensor(f"{full}.adapter_r", (out, rank), 0 if cut == 0 else None, block, adapter=True)
 

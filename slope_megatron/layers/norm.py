@@ -9,6 +9,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slope_megatron.layers.fused import FusedLayerNorm, FusedRMSNorm
+from slope_megatron.layers.marks import mark
 
 
 class Norm:
@@ -25,7 +26,7 @@ class Norm:
         kind = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            mark(parameter, sequence_parallel=config.sequence_parallel)
         return norm
 
 

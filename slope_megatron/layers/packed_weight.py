@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.passing_operands import PassingOperands
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.ops.backend import PRODUCTS, Operands, TokenDraws, build_operands, choose_column_bits
+from slope_megatron.ops.backend import PRODUCTS, Operands, Products, TokenDraws, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
@@ -193,7 +193,7 @@ class PackedWeight(PrunedLinear):
             energy_dropped=float(values[dropped].square().sum()),
         )
 
-    def product_operands(self) -> Operands:
+    def product_operands(self) -> Products:
         """The kept operands; or, where the values are here only while the layer computes, some built for each use."""
         return self.operands() if self.keep_operands else PassingOperands(self.new_operands)
 

@@ -16,7 +16,7 @@ from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.draws import RowDraws
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops.backend import Operands, TokenDraws
+from slope_megatron.ops.backend import Products, TokenDraws
 from slope_megatron.ops.bias import bias_gradient
 
 
@@ -42,9 +42,9 @@ class PrunedLinear(torch.nn.Module):
         self.slope = slope
         self.replicated_adapter = "l" if partition_dim == 0 else "r"
         rows = self.weight.shape[0]
-        if slope.adapter_rank:
-            self.adapter_l = torch.nn.Parameter(self.weight.new_zeros(slope.adapter_rank, columns))
-            self.adapter_r = torch.nn.Parameter(self.weight.new_zeros(rows, slope.adapter_rank))
+        if slope.rank:
+            self.adapter_l = torch.nn.Parameter(self.weight.new_zeros(slope.rank, columns))
+            self.adapter_r = torch.nn.Parameter(self.weight.new_zeros(rows, slope.rank))
             cut = self.adapter_r if partition_dim == 0 else self.adapter_l
             set_tensor_model_parallel_attributes(cut, True, partition_dim, stride)
         self.adapters_active = False
@@ -61,7 +61,15 @@ class PrunedLinear(torch.nn.Module):
             )
         return self.row_draws.present(*self.slope.gradient_nm, self.weight.device)
 
-    def product_operands(self) -> Operands:
+    def operands(self) -> Products:
+        """The operands of the present values."""
+        raise NotImplementedError
+
+    def drop_operands(self) -> None:
+        """Forget them: what they were made of is another."""
+        raise NotImplementedError
+
+    def product_operands(self) -> Products:
         """The operands that the next product reads."""
         return self.operands()
 
@@ -87,13 +95,14 @@ class PrunedLinear(torch.nn.Module):
             replicated_adapter=self.replicated_adapter,
         )
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
-        operands = self.product_operands()
-        # Where the product can add the bias on its way out, nothing reads the output once more.
-        in_product = bias is not None and hasattr(operands, "with_bias")
+        operands, in_product = self.product_operands(), False
+        if bias is not None and hasattr(operands, "with_bias"):
+            # Where the product can add the bias on its way out, nothing reads the output once more.
+            operands, in_product = operands.with_bias(bias), True
         output = slope_linear(
             input,
             weight,
-            operands.with_bias(bias) if in_product else operands,
+            operands,
             adapters=adapters,
             communication=communication,
             prune=self.gradient_pruning(),

@@ -17,6 +17,8 @@ from slope_megatron.layers.pruned_linear import refuse_unsupported
 class SlopeRowParallelLinear(PackedWeight, RowParallelLinear):
     """Megatron's `RowParallelLinear` with packed N:M weights; `slope` is the one argument more."""
 
+    input_size_per_partition: int
+
     def __init__(
         self,
         input_size: int,

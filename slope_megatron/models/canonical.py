@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Shard:
         return next((axis for axis, size in enumerate(self.data.shape) if size != self.shape[axis]), None)
 
 
-def sharded_state_dict(model: torch.nn.Module) -> dict:
+def sharded_state_dict(model: MegatronModule) -> dict:
     """Megatron's sharded state dict of the model, keys with global layer numbers."""
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -47,7 +48,7 @@ def sharded_state_dict(model: torch.nn.Module) -> dict:
     return model.sharded_state_dict(metadata=metadata)
 
 
-def shards(model: torch.nn.Module) -> Iterator[Shard]:
+def shards(model: MegatronModule) -> Iterator[Shard]:
     """All tensors of the model that a checkpoint holds; fused gate and up come as two shards of one name."""
     for local_name, entry in sharded_state_dict(model).items():
         if isinstance(entry, ShardedTensorFactory):

@@ -68,7 +68,6 @@ def load_dense(
     for shard in shards(model):
         owner_name, _, leaf = shard.local_name.rpartition(".")
         owner = modules.get(owner_name)
-        packed = isinstance(owner, PackedWeight)
         if shard.local_name in parameters and shard.cut_axis is not None:
             # Megatron marks its own parameters where it initialises them, which is switched off.
             mark_cut(parameters[shard.local_name], shard.cut_axis)
@@ -77,7 +76,7 @@ def load_dense(
             continue
         if pruned and leaf in ADAPTERS:
             fill_dense(shard, config.train.seed, 1.0)
-        elif packed and leaf == "weight":
+        elif isinstance(owner, PackedWeight) and leaf == "weight":
             start = first_local_row.get(shard.local_name, 0)
             first_local_row[shard.local_name] = start + shard.data.shape[0]
             region = packed_region(shard, start, owner)
@@ -192,7 +191,7 @@ def dense_parts(model: torch.nn.Module) -> Iterator[DensePart]:
     for shard in shards(model):
         owner_name, _, leaf = shard.local_name.rpartition(".")
         owner = modules.get(owner_name)
-        if not isinstance(owner, PrunedLinear) or leaf == "bias":
+        if not isinstance(owner, PackedWeight | MaskedWeight) or leaf == "bias":
             yield DensePart(shard.name, shard.data.detach(), shard.shape, shard.offset, shard.main)
         elif leaf == "weight":
             start = first_local_row.get(shard.local_name, 0)
@@ -205,7 +204,7 @@ def dense_parts(model: torch.nn.Module) -> Iterator[DensePart]:
             yield DensePart(shard.name, dense_rows(owner, rows), shape, offset, shard.main)
 
 
-def dense_rows(owner: PrunedLinear, rows: range) -> torch.Tensor:
+def dense_rows(owner: PackedWeight | MaskedWeight, rows: range) -> torch.Tensor:
     """Some local rows of what is multiplied (+ (1/R) R^T L^T where the adapters are active), `[rows, K]`."""
     part = slice(rows.start, rows.stop)
     if isinstance(owner, MaskedWeight):

@@ -58,8 +58,8 @@ def choose_derived(model: torch.nn.Module) -> None:
     """The second pruning of packed weights and the masks of masked ones, from weights that were just written."""
     for module in sparse_modules(model):
         module.update_column_pattern()
-    for module in masked_modules(model):
-        module.update_mask()
+    for masked in masked_modules(model):
+        masked.update_mask()
 
 
 def packed_region(shard: Shard, first_local_row: int, owner: PackedWeight) -> Region:

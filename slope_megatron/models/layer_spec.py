@@ -6,12 +6,15 @@ Megatron changes around them (norms, bias-dropout-add, checkpoint key maps) is i
 
 import copy
 import dataclasses
+from typing import TypeAlias
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.attention import SdpaAttention
@@ -21,6 +24,7 @@ from slope_megatron.layers.norm import own_norm
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
 from slope_megatron.models.rules import sparse_linears
 
+BlockLinear: TypeAlias = ColumnParallelLinear | RowParallelLinear
 # Column- and row-parallel linear of each method; a dense model keeps Megatron's.
 LINEARS = {
     "slope": (SlopeColumnParallelLinear, SlopeRowParallelLinear),
@@ -73,7 +77,7 @@ def block_spec(slope: SlopeConfig, transformer_config, rotary_base: int | None =
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
 
 
-def block_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def block_linears(layer: TransformerLayer) -> dict[str, BlockLinear]:
     """The four linears of one built transformer block, by Megatron's names."""
     return {
         "linear_qkv": layer.self_attention.linear_qkv,
@@ -83,7 +87,7 @@ def block_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
-def twin_weights(model: torch.nn.Module, slope: SlopeConfig) -> list[torch.nn.Parameter]:
+def twin_weights(model: LanguageModule, slope: SlopeConfig) -> list[torch.nn.Parameter]:
     """The weights that are pruned in the sparse model, whether `model` is that one or its dense twin."""
     sparse = slope if slope.enabled else dataclasses.replace(slope, enabled=True, method="slope")
     return [

@@ -4,11 +4,12 @@ Megatron's keeps fp32 copies of the logits, the largest tensors of a step, and p
 """
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from slope_megatron.layers.fused import token_losses
 
 
-class FusedLoss:
+class FusedLoss(LanguageModule):
     """Mixed into Megatron's language models. A cut vocabulary is Megatron's affair, and so are CPUs."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

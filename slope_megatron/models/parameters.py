@@ -28,10 +28,19 @@ def padded_rows(model: ModelConfig, vocabulary: int | None = None) -> int:
     Raises:
         ValueError: neither is given.
     """
-    rows = vocabulary or model.vocab_size
-    if rows is None:
-        raise ValueError("--vocab-size is unset and no tokenizer's size is given: give the vocabulary of the model")
+    rows = vocabulary or own_rows(model)
     return -(-rows // model.vocab_multiple) * model.vocab_multiple
+
+
+def own_rows(model: ModelConfig) -> int:
+    """Rows of the embedding without padding: the model's own vocabulary.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if model.vocab_size is None:
+        raise ValueError("--vocab-size is unset and no tokenizer's size is given: give the vocabulary of the model")
+    return model.vocab_size
 
 
 def canonical_shapes(model: ModelConfig, rows: int, positions: int | None = None) -> dict[str, tuple[int, ...]]:

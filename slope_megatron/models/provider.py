@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 
 # Megatron's settings for each `--recompute`.
-RECOMPUTE = {
+RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},

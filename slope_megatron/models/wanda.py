@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.models.layer_spec import block_linears, sparse_linears
+from slope_megatron.models.layer_spec import BlockLinear, block_linears, sparse_linears
 from slope_megatron.sparsity.wanda import squared_norms, wanda_mask
 
 
@@ -21,7 +23,7 @@ class Caught(Exception):
 
 @torch.no_grad()
 def prune_in_place(
-    model: torch.nn.Module, slope: SlopeConfig, batches: Iterable, call: Callable
+    model: LanguageModule, slope: SlopeConfig, batches: Iterable, call: Callable
 ) -> dict[str, torch.Tensor]:
     """Prune a dense model, which holds all blocks; the same on every replica that is given the same batches.
 
@@ -49,7 +51,7 @@ def prune_in_place(
     return masks
 
 
-def first_block_inputs(model: torch.nn.Module, batches: Iterable, call: Callable) -> list[dict]:
+def first_block_inputs(model: LanguageModule, batches: Iterable, call: Callable) -> list[dict]:
     """The keyword arguments that the first block is called with, one set a batch."""
     found = []
 
@@ -70,7 +72,7 @@ def first_block_inputs(model: torch.nn.Module, batches: Iterable, call: Callable
     return found
 
 
-def input_norms(layer: torch.nn.Module, linears: dict[str, torch.nn.Module], inputs: list[dict]) -> dict:
+def input_norms(layer: TransformerLayer, linears: dict[str, BlockLinear], inputs: list[dict]) -> dict:
     """Each linear's sum of squared inputs over all tokens, fp64 `[K]` of this rank."""
     sums: dict[str, torch.Tensor] = {}
 

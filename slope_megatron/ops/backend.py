@@ -15,8 +15,25 @@ from slope_megatron.sparsity.token_draws import TokenDraws
 logger = logging.getLogger(__name__)
 
 
-class Operands(Protocol):
-    """What one backend derives from a packed weight. T tokens, N out, K in, C kept per row.
+class ForwardProduct(Protocol):
+    """The product of inference. T tokens, N out, K in."""
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """Y = X (W^R)^T, `[T, N]`."""
+
+
+class Products(ForwardProduct, Protocol):
+    """The three products of training. T tokens, N out, K in, C kept per row."""
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dX = dY W^{R,C}, `[T, K]`."""
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+        """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
+
+
+class Operands(Products, Protocol):
+    """What one backend derives from a packed weight. N out, C kept per row.
 
     The packed values are the state; operands are rebuilt from them and are never saved. Operands that read the values
     where they lie also have `rebind(values_NC)`, cheap and called before each use: the same values are here now.
@@ -27,15 +44,6 @@ class Operands(Protocol):
 
     def set_column_pattern(self, column: torch.Tensor, values_NC: torch.Tensor) -> None:
         """A new second pruning (bool `[N, C]` or its bitmask uint8 `[N, C/8]`), with the values to go with it."""
-
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """Y = X (W^R)^T, `[T, N]`."""
-
-    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """dX = dY W^{R,C}, `[T, K]`."""
-
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
 
 
 PRODUCTS = reference.PRODUCTS
@@ -81,49 +89,83 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
+def bits_of(pattern: torch.Tensor) -> torch.Tensor:
+    """A pattern, bool or bitmask, as its bitmask."""
+    return pack_bits(pattern) if pattern.dtype == torch.bool else pattern
+
+
+def mask_of(pattern: torch.Tensor) -> torch.Tensor:
+    """A pattern, bool or bitmask, as bool."""
+    return pattern if pattern.dtype == torch.bool else unpack_bits(pattern)
+
+
+def choose_for(backend: str, values_NC: torch.Tensor, row: torch.Tensor) -> str:
+    """The backend of one weight: the chosen one, or `reference` where "auto"'s choice cannot run this weight.
+
+    Raises:
+        ValueError: a backend was asked for by name and cannot run here, or not this weight.
+    """
+    name = choose(backend)
+    reason = BACKENDS[name].unsupported_weight(values_NC, bits_of(row)) if name != "reference" else None
+    if reason is None:
+        return name
+    if backend != "auto":
+        raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
+    _say_once(f"sparse products: some weights run on backend reference: {reason}")
+    return "reference"
+
+
+def build_forward(backend: str, values_NC: torch.Tensor, row: torch.Tensor) -> ForwardProduct:
+    """What inference reads of one packed weight.
+
+    On 2:4 units that is always the sparse operand: a dense copy beside it would make the model larger than a dense one.
+
+    Args:
+        row: as for `build_operands`.
+    Raises:
+        ValueError: as there.
+    """
+    name = choose_for(backend, values_NC, row)
+    if name == "cutlass":
+        return cutlass.build(values_NC, bits_of(row), None)
+    if name == "cusparselt":
+        row_bits = bits_of(row)
+        # The builder asks for a second pruning, of which nothing stays.
+        column_bits = choose_column_bits(values_NC, row_bits, 2, 4)
+        operands = cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=False, products_wanted=("forward",))
+        operands.keep_forward_alone()
+        return operands
+    return reference.ForwardOnly(values_NC, mask_of(row))
+
+
 def build_operands(
-    backend: str, values_NC, row, column=None, products_wanted=PRODUCTS, *, float8_kinds: tuple[str, ...] = ()
+    backend: str, values_NC, row, column, products_wanted=PRODUCTS, *, float8_kinds: tuple[str, ...] = ()
 ) -> Operands:
     """Operands of one packed weight.
 
     Args:
         row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; bitmasks are kept by reference.
-        column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`. None: for inference, operands that
-            have the forward product alone, and on 2:4 units always the sparse one: a dense copy beside the operand
-            would make the model larger than a dense one.
+        column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`.
         products_wanted: those that they will serve.
         float8_kinds: the products that are in e4m3: none, ("forward", "dgrad"), or all three.
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
-    name = choose(backend)
     if float8_kinds:
+        choose(backend)
         return build_float8_operands(backend, values_NC, row, column, products_wanted, wgrad="wgrad" in float8_kinds)
-    if name != "reference":
-        row_bits = pack_bits(row) if row.dtype == torch.bool else row
-        reason = BACKENDS[name].unsupported_weight(values_NC, row_bits)
-        if reason is None and name == "cutlass":
-            column_bits = pack_bits(column) if column is not None and column.dtype == torch.bool else column
-            return cutlass.build(values_NC, row_bits, column_bits, products_wanted)
-        if reason is None and column is None:
-            # The builder asks for a second pruning, of which nothing stays.
-            column = choose_column_bits(values_NC, row_bits, 2, 4)
-            operands = cusparselt.build(values_NC, row_bits, column, dense_allowed=False, products_wanted=("forward",))
-            operands.keep_forward_alone()
-            return operands
-        if reason is None:
-            column_bits = pack_bits(column) if column.dtype == torch.bool else column
-            return cusparselt.build(
-                values_NC, row_bits, column_bits, dense_allowed=backend == "auto", products_wanted=products_wanted
-            )
-        if backend != "auto":
-            raise ValueError(f"--slope-backend {backend} cannot run a weight: {reason}; use --slope-backend auto")
-        _say_once(f"sparse products: some weights run on backend reference: {reason}")
-    row_NK = row if row.dtype == torch.bool else unpack_bits(row)
-    if column is None:
-        return reference.ForwardOnly(values_NC, row_NK)
-    column_NC = column if column.dtype == torch.bool else unpack_bits(column)
-    return reference.build(values_NC, row_NK, column_NC, products_wanted)
+    name = choose_for(backend, values_NC, row)
+    if name == "cutlass":
+        return cutlass.build(values_NC, bits_of(row), bits_of(column), products_wanted)
+    if name == "cusparselt":
+        return cusparselt.build(
+            values_NC,
+            bits_of(row),
+            bits_of(column),
+            dense_allowed=backend == "auto",
+            products_wanted=products_wanted,
+        )
+    return reference.build(values_NC, mask_of(row), mask_of(column), products_wanted)
 
 
 def build_float8_operands(backend: str, values_NC, row, column, products_wanted, *, wgrad: bool) -> Operands:
@@ -132,7 +174,7 @@ def build_float8_operands(backend: str, values_NC, row, column, products_wanted,
     Raises:
         ValueError: this GPU or this weight has no such product: nobody wants a slow emulation there.
     """
-    row_bits, column_bits = (pack_bits(part) if part.dtype == torch.bool else part for part in (row, column))
+    row_bits, column_bits = bits_of(row), bits_of(column)
     if values_NC.device.type == "cuda" and backend != "reference":
         reason = float8.unsupported() or float8.unsupported_weight(values_NC, row_bits)
         if reason:

@@ -11,13 +11,14 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import TypeVar
 
 import torch
 
 from slope_kernels import cusparselt, cusparselt_library, cutlass
 
 logger = logging.getLogger(__name__)
+Algorithm = cusparselt.Algorithm | cutlass.Algorithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Choice:
 
     sparse: bool
     tiles: int = 1
-    algorithm: cusparselt.Algorithm | cutlass.Algorithm | None = None
+    algorithm: Algorithm | None = None
     sparse_ms: float | None = None
     dense_ms: float | None = None
 
@@ -62,7 +63,7 @@ class Choice:
     def __str__(self) -> str:
         if not self.sparse:
             name = "dense"
-        elif self.by_cutlass:
+        elif isinstance(self.algorithm, cutlass.Algorithm):
             name = f"2:4, {self.algorithm}"
         else:
             tiles = f", {self.tiles} tiles" if self.tiles > 1 else ""
@@ -79,10 +80,6 @@ class Order:
     Its key's kind is that of the product with the rank behind it: `forward+40`.
     """
 
-    # It names no form of the plain operand.
-    sparse: ClassVar[bool] = False
-    by_cutlass: ClassVar[bool] = False
-
     order: str
     times: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -91,16 +88,24 @@ class Order:
         return f"with adapters {self.order}" + (f" ({times})" if times else "")
 
 
-_table: dict[Key, Choice | Order] = {}
+Decision = TypeVar("Decision", Choice, Order)
+
+_table: dict[Key, Choice] = {}
+_orders: dict[Key, Order] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
 _cutlass_algorithms: dict[tuple, cutlass.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
 
-def find(key: Key) -> Choice | Order | None:
+def find(key: Key) -> Choice | None:
     """The choice for a product; None: not made yet."""
     return _table.get(key)
+
+
+def find_order(key: Key) -> Order | None:
+    """The order of a product with adapters; None: not chosen yet."""
+    return _orders.get(key)
 
 
 def earlier(key: Key) -> Choice | None:
@@ -128,30 +133,38 @@ def cutlass_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) 
     return _cutlass_algorithms.get((rows, columns, tokens, dtype))
 
 
-def record(key: Key, choice: Choice | Order) -> None:
+def record(key: Key, choice: Choice) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
-    if choice.by_cutlass:
-        _cutlass_algorithms[(key.rows, key.columns, key.tokens, key.dtype)] = choice.algorithm
-    elif choice.sparse and choice.algorithm is not None:
+    algorithm = choice.algorithm
+    if isinstance(algorithm, cutlass.Algorithm):
+        _cutlass_algorithms[(key.rows, key.columns, key.tokens, key.dtype)] = algorithm
+    elif choice.sparse and algorithm is not None:
         if key.kind == "wgrad":
             shape = (key.rows, cusparselt.padded_columns(key.tokens), key.columns, key.dtype, True)
         else:
             tokens = cusparselt.padded_tokens(key.tokens)
             shape = (key.rows // choice.tiles, key.columns, tokens, key.dtype, False)
-        _algorithms[shape] = choice.algorithm
+        _algorithms[shape] = algorithm
     exact = "; the exact gradient, unpruned" if key.kind == "wgrad" and not choice.sparse else ""
     logger.info("%s: %s%s", key, choice, exact)
 
 
+def record_order(key: Key, order: Order) -> None:
+    """Adopt an order and log it."""
+    _orders[key] = order
+    logger.info("%s: %s", key, order)
+
+
 def is_empty() -> bool:
     """Whether no choice has been made: on a machine with one backend there is none."""
-    return not _table
+    return not _table and not _orders
 
 
 def clear() -> None:
     """Forget all choices."""
     _table.clear()
+    _orders.clear()
     _algorithms.clear()
     _cutlass_algorithms.clear()
 
@@ -168,16 +181,29 @@ def refuse_while_capturing(key, device: torch.device) -> None:
         )
 
 
-def decide(key: Key, measure: Callable[[], Choice | Order]) -> Choice | Order:
+def decide(key: Key, measure: Callable[[], Choice]) -> Choice:
     """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several."""
-    found = find(key)
-    if found is not None:
-        return found
-    choice = measure() if _decides or _broadcast is None else None
-    if _broadcast is not None:
-        choice = _from_json(_broadcast(_to_json(choice) if choice else None))
-    record(key, choice)
+    choice = find(key)
+    if choice is None:
+        choice = _agreed(measure, _choice_of)
+        record(key, choice)
     return choice
+
+
+def decide_order(key: Key, measure: Callable[[], Order]) -> Order:
+    """The order for `key`, found in the same way."""
+    order = find_order(key)
+    if order is None:
+        order = _agreed(measure, _order_of)
+        record_order(key, order)
+    return order
+
+
+def _agreed(measure: Callable[[], Decision], read: Callable[[dict], Decision]) -> Decision:
+    """What this process measures, or the deciding rank where there are several; `read` makes it of its fields."""
+    if _broadcast is None:
+        return measure()
+    return read(_broadcast(dataclasses.asdict(measure()) if _decides else None))
 
 
 def agree_over(broadcast: Callable[[dict | None], dict] | None, decides: bool) -> None:
@@ -207,23 +233,22 @@ def machine() -> dict[str, str]:
     }
 
 
-def _to_json(choice: Choice | Order) -> dict:
-    return dataclasses.asdict(choice)
-
-
-def _from_json(fields: dict) -> Choice | Order:
-    if "order" in fields:
-        return Order(**fields)
+def _choice_of(fields: dict) -> Choice:
     algorithm = fields.get("algorithm")
     if algorithm:
         algorithm = (cutlass if "kernel" in algorithm else cusparselt).Algorithm(**algorithm)
     return Choice(**{**fields, "algorithm": algorithm})
 
 
+def _order_of(fields: dict) -> Order:
+    return Order(**fields)
+
+
 def save(path: Path) -> None:
     """Write the table."""
-    table = {str(key): _to_json(choice) for key, choice in sorted(_table.items(), key=lambda item: str(item[0]))}
-    Path(path).write_text(json.dumps({"machine": machine(), "choices": table}, indent=1) + "\n")
+    table = {str(key): dataclasses.asdict(choice) for key, choice in (_table | _orders).items()}
+    content = {"machine": machine(), "choices": dict(sorted(table.items()))}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load(path: Path) -> bool:
@@ -235,5 +260,8 @@ def load(path: Path) -> bool:
         logger.info("%s was measured with another %s: products are measured anew", path, ", ".join(different))
         return False
     for text, fields in saved["choices"].items():
-        record(Key.parse(text), _from_json(fields))
+        if "order" in fields:
+            record_order(Key.parse(text), _order_of(fields))
+        else:
+            record(Key.parse(text), _choice_of(fields))
     return True

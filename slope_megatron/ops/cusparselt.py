@@ -20,6 +20,7 @@ from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, hand_over
 from slope_megatron.ops.joined import JoinedOperand
+from slope_megatron.ops.reference import held
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
@@ -82,7 +83,7 @@ class CusparseltOperands:
         # By kind: those that our own kernels run. Operands that pass with their use are not worth the handing over.
         self.handed_over: dict[str, CutlassOperand] = {}
         lasting = dense_allowed and set(products_wanted) == set(reference.PRODUCTS)
-        self.libraries = () if lasting else ("cusparselt",)
+        self.libraries: tuple[str, ...] = () if lasting else ("cusparselt",)
         self.dense_forward_NK: torch.Tensor | None = None
         self.dense_backward_NK: torch.Tensor | None = None
         self._write_row_metadata()
@@ -114,10 +115,9 @@ class CusparseltOperands:
             metadata = layout.library_metadata(places, self.dtype)
         if "dgrad" in self.joined:
             self.joined["dgrad"].set_metadata(metadata)
-            return
-        tiles = self.tiles["dgrad"]
-        target = layout.metadata_of(self.backward_operand, self.columns, self.rows, tiles)
-        target.copy_(metadata.view_as(target))
+        elif self.backward_operand is not None:
+            target = layout.metadata_of(self.backward_operand, self.columns, self.rows, self.tiles["dgrad"])
+            target.copy_(metadata.view_as(target))
 
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
@@ -189,8 +189,10 @@ class CusparseltOperands:
         if self.device.type == "cpu" and choices.find(key) is None:
             choices.record(key, Choice(True))
         choices.refuse_while_capturing(key, self.device)
-        candidates = {"dense_allowed": self.dense_allowed, "libraries": self.libraries}
-        choice = choices.decide(key, lambda: measure.measure(key, self.device, **candidates))
+        dense_allowed, libraries = self.dense_allowed, self.libraries
+        choice = choices.decide(
+            key, lambda: measure.measure(key, self.device, dense_allowed=dense_allowed, libraries=libraries)
+        )
         if not choice.sparse:
             self._make_dense(kind)
         elif choice.by_cutlass and not self.libraries:
@@ -209,13 +211,15 @@ class CusparseltOperands:
         """Dense copies from the operand's own values: the caller's may have changed since the last refresh."""
         if self._dense(kind) is not None:
             return
-        values_NC = self.passing_NC
         if "forward" in self.joined:
             values_NC = self.joined["forward"].weight_values().contiguous()
         elif "forward" in self.handed_over:
             values_NC = self.handed_over["forward"].values_RC
-        elif values_NC is None:
-            values = layout.values_of(self.forward_operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
+        elif self.passing_NC is not None:
+            values_NC = self.passing_NC
+        else:
+            operand = held(self.forward_operand, "forward")
+            values = layout.values_of(operand, self.rows, self.columns, self.tiles["forward"], self.dtype)
             values_NC = values.reshape(self.rows, -1)
         if kind == "forward":
             self.dense_forward_NK = products.unpack_kept(values_NC, self.row_bits)
@@ -230,38 +234,40 @@ class CusparseltOperands:
         if "forward" in self.joined:
             return self.joined["forward"].plain(x_TK, bias_N)
         if not self._choice("forward", x_TK.shape[0]).sparse:
-            return torch.nn.functional.linear(x_TK, self.dense_forward_NK, bias_N)
+            return torch.nn.functional.linear(x_TK, held(self.dense_forward_NK, "forward"), bias_N)
         if "forward" in self.handed_over:
             return self.handed_over["forward"].product(x_TK, bias_N)
-        return products.sparse_mm(self.forward_operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
+        operand = held(self.forward_operand, "forward")
+        return products.sparse_mm(operand, x_TK, self.rows, self.tiles["forward"], bias_N, False)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
         if "dgrad" in self.joined:
             return self.joined["dgrad"].plain(dy_TN)
         if not self._choice("dgrad", dy_TN.shape[0]).sparse:
-            return dy_TN @ self.dense_backward_NK
+            return dy_TN @ held(self.dense_backward_NK, "dgrad")
         if "dgrad" in self.handed_over:
             return self.handed_over["dgrad"].product(dy_TN)
-        return products.sparse_mm(self.backward_operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
+        operand = held(self.backward_operand, "dgrad")
+        return products.sparse_mm(operand, dy_TN, self.columns, self.tiles["dgrad"], None, False)
 
     def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Y + X (W^R)^T (+ bias), in the place of Y."""
         if not self._choice("forward", x_TK.shape[0]).sparse:
-            y_TN.addmm_(x_TK, self.dense_forward_NK.t())
+            y_TN.addmm_(x_TK, held(self.dense_forward_NK, "forward").t())
             return y_TN if bias_N is None else y_TN.add_(bias_N)
         if "forward" in self.handed_over:
             return self.handed_over["forward"].add(x_TK, y_TN, bias_N)
-        products.sparse_mm_add_(y_TN, self.forward_operand, x_TK, self.tiles["forward"], bias_N)
+        products.sparse_mm_add_(y_TN, held(self.forward_operand, "forward"), x_TK, self.tiles["forward"], bias_N)
         return y_TN
 
     def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
         """dX + dY W^{R,C}, in the place of dX."""
         if not self._choice("dgrad", dy_TN.shape[0]).sparse:
-            return dx_TK.addmm_(dy_TN, self.dense_backward_NK)
+            return dx_TK.addmm_(dy_TN, held(self.dense_backward_NK, "dgrad"))
         if "dgrad" in self.handed_over:
             return self.handed_over["dgrad"].add(dy_TN, dx_TK)
-        products.sparse_mm_add_(dx_TK, self.backward_operand, dy_TN, self.tiles["dgrad"], None)
+        products.sparse_mm_add_(dx_TK, held(self.backward_operand, "dgrad"), dy_TN, self.tiles["dgrad"], None)
         return dx_TK
 
     def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float, bias_N=None):

@@ -17,6 +17,7 @@ from slope_megatron.ops import choices, measure, patterns, products, reference, 
 from slope_megatron.ops.bias import BiasedOperands
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, row_metadata
+from slope_megatron.ops.reference import held
 from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
@@ -38,7 +39,13 @@ def build(values_NC, row_bits, column_bits, products_wanted=reference.PRODUCTS) 
 class CutlassOperands:
     """Buffers of one weight; see the module's docstring."""
 
-    def __init__(self, values_NC, row_bits, column_bits=None, products_wanted=reference.PRODUCTS):
+    def __init__(
+        self,
+        values_NC: torch.Tensor,
+        row_bits: torch.Tensor,
+        column_bits: torch.Tensor | None = None,
+        products_wanted: tuple[str, ...] = reference.PRODUCTS,
+    ):
         """
         Args:
             row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`, kept and not copied. Without a column
@@ -78,7 +85,8 @@ class CutlassOperands:
         """A new second pruning: bool `[N, C]` or its bitmask, which is kept and not copied."""
         self.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
         if "dgrad" in self.operands:
-            self.operands["dgrad"].metadata.copy_(column_metadata(self.row_bits, self.column_bits))
+            row_bits = held(self.row_bits, "dgrad")
+            self.operands["dgrad"].metadata.copy_(column_metadata(row_bits, self.column_bits))
         self.refresh(values_NC)
 
     # -- products -----------------------------------------------------------------------------------------------------

@@ -147,8 +147,10 @@ class Float8Operands:
         if self.device.type == "cpu" and choices.find(key) is None:
             choices.record(key, Choice(True))
         choices.refuse_while_capturing(key, self.device)
-        candidates = {"dense_allowed": self.dense_allowed, "libraries": ("cusparselt",)}
-        choice = choices.decide(key, lambda: measure.measure(key, self.device, **candidates))
+        dense_allowed, libraries = self.dense_allowed, ("cusparselt",)
+        choice = choices.decide(
+            key, lambda: measure.measure(key, self.device, dense_allowed=dense_allowed, libraries=libraries)
+        )
         if not choice.sparse and kind not in self.dense:
             self.dense[kind] = self._unpacked(kind)
         return choice

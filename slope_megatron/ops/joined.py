@@ -140,7 +140,7 @@ def can_join(operands, kind: str, tokens: int, rank: int) -> bool:
         return False
     shape = (operands.rows, operands.columns) if kind == "forward" else (operands.columns, operands.rows)
     plain = choices.find(Key(kind, *shape, tokens, operands.dtype))
-    if plain is not None and (not plain.sparse or getattr(plain, "by_cutlass", False)):
+    if plain is not None and (not plain.sparse or plain.by_cutlass):
         return False
     known = layout.probe(operands.device, operands.dtype).known_metadata
     return getattr(operands, PLAIN[kind]) is not None and rank % 4 == 0 and known
@@ -171,6 +171,6 @@ def measure_algorithm(key: Key, device: torch.device) -> Choice:
         return Choice(True)
     samples = timing.interleaved(candidates, rounds=7, calls=3)
     times = {algorithm: timing.median(values) for algorithm, values in samples.items()}
-    best = min(times, key=times.get)
+    best = min(times, key=times.__getitem__)
     torch.cuda.empty_cache()
     return Choice(True, 1, best, times[best])

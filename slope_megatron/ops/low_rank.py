@@ -81,7 +81,7 @@ def _way(operands, kind: str, x_TS: torch.Tensor, up_RP: torch.Tensor) -> str:
     if not hasattr(operands, "forward_add"):
         return "last"
     key = Key(f"{kind}+{rank}", rows, x_TS.shape[1], x_TS.shape[0], x_TS.dtype)
-    found = choices.find(key)
+    found = choices.find_order(key)
     if found is not None and found.order not in FORMS:
         return found.order
     # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
@@ -91,10 +91,10 @@ def _way(operands, kind: str, x_TS: torch.Tensor, up_RP: torch.Tensor) -> str:
 
 def _adopt(operands, kind: str, key: Key, device: torch.device) -> str:
     """Make the choice if need be, and bring the operand into the form that it wants."""
-    if device.type == "cpu" and choices.find(key) is None:
-        choices.record(key, Order("first" if hasattr(operands, f"{kind}_add") else "last"))
+    if device.type == "cpu" and choices.find_order(key) is None:
+        choices.record_order(key, Order("first" if hasattr(operands, f"{kind}_add") else "last"))
     choices.refuse_while_capturing(key, device)
-    order = choices.decide(key, lambda: measure(operands, kind, key, device)).order
+    order = choices.decide_order(key, lambda: measure(operands, kind, key, device)).order
     if order not in FORMS:
         return order
     rank = rank_of(key)
@@ -139,7 +139,7 @@ def measure(operands, kind: str, key: Key, device: torch.device, *, rounds: int 
     samples = timing.interleaved(ways, rounds=rounds, calls=timing.calls_for(rough))
     times = {name: timing.median(values) for name, values in samples.items()}
     torch.cuda.empty_cache()
-    return Order(min(times, key=times.get), times)
+    return Order(min(times, key=times.__getitem__), times)
 
 
 def wrong(way: Callable[[], torch.Tensor], expected: torch.Tensor) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops import choices, layout, measure_cutlass, products, timing
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.trials import Candidate, PlannedCandidate, Trial
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
@@ -41,7 +42,7 @@ LIBRARIES = ("cusparselt", "cutlass")
 
 
 @dataclasses.dataclass
-class Trial:
+class WeightTrial:
     """Random data of one product: X, the operand by its number of tiles, room for Y, the dense weight and its Y."""
 
     key: Key
@@ -57,8 +58,8 @@ class Trial:
         weight = self.dense if self.key.kind == "dgrad" else self.dense.t()
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Candidate":
-        return Candidate(self, algorithm, tiles)
+    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WeightCandidate":
+        return WeightCandidate(self, algorithm, tiles)
 
     def operand(self, tiles: int) -> torch.Tensor:
         if tiles not in self.operands:
@@ -102,15 +103,15 @@ def prepare(key: Key, device: torch.device) -> Trial:
     tokens = cusparselt.padded_tokens(key.tokens)
     x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
     y = torch.empty(tokens, key.rows, device=device, dtype=key.dtype)
-    trial = Trial(key, x, row_bits, {1: operand}, y, dense, y)
+    trial = WeightTrial(key, x, row_bits, {1: operand}, y, dense, y)
     trial.expected_TR = trial.dense_product().clone()
     return trial
 
 
-class Candidate:
+class WeightCandidate:
     """A sparse product of a trial: one algorithm, its tiles one after the other."""
 
-    def __init__(self, trial: Trial, algorithm: cusparselt.Algorithm | None, tiles: int = 1):
+    def __init__(self, trial: WeightTrial, algorithm: cusparselt.Algorithm | None, tiles: int = 1):
         key, device = trial.key, trial.x_TS.device
         self.trial, self.tiles, self.algorithm = trial, tiles, algorithm
         product = cusparselt.Product(
@@ -171,7 +172,7 @@ def ranking(trial: Trial, tiles: int, configs: Iterable[int]) -> list[int]:
     return [config for _, config in sorted(timed)]
 
 
-def finalists(trial: Trial, tiles: int, ranked: list[int]) -> list[Candidate]:
+def finalists(trial: Trial, tiles: int, ranked: list[int]) -> list[PlannedCandidate]:
     """The first few, as far as they pass the gate."""
     passed = []
     for config in ranked[:FINALISTS]:
@@ -213,7 +214,7 @@ def libraries_for(key: Key) -> tuple[str, ...]:
     return LIBRARIES if earlier is None else (("cutlass",) if earlier.by_cutlass else ("cusparselt",))
 
 
-def cusparselt_finalists(trial: Trial, tilings: list[int]) -> list[Candidate]:
+def cusparselt_finalists(trial: Trial, tilings: list[int]) -> list[PlannedCandidate]:
     """Of every number of tiles; an operand in tiles meets those algorithms that were best for the whole one."""
     configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
     found = []
@@ -235,8 +236,10 @@ def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple
     libraries = libraries or libraries_for(key)
     trial = prepare(key, device)
     functions: dict = {"dense": trial.dense_product}
-    candidates = cusparselt_finalists(trial, tilings(key, device)) if "cusparselt" in libraries else []
-    if "cutlass" in libraries:
+    candidates: list[Candidate] = []
+    if "cusparselt" in libraries:
+        candidates += cusparselt_finalists(trial, tilings(key, device))
+    if "cutlass" in libraries and isinstance(trial, WeightTrial):
         candidates += measure_cutlass.finalists(trial, wrong)
     functions |= {(candidate.tiles, candidate.algorithm): candidate for candidate in candidates}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
@@ -247,7 +250,7 @@ def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:
     """The choice that a contest's times call for."""
     times = {name: timing.median(values) for name, values in samples.items()}
     dense_ms = times.pop("dense")
-    best = min(times, key=times.get, default=None)
+    best = min(times, key=times.__getitem__, default=None)
     if best is None and not dense_allowed:
         raise ValueError(f"no 2:4 algorithm gives right results for {key}; use --slope-backend auto")
     if best is None or (dense_allowed and times[best] > WORTH_IT * dense_ms):

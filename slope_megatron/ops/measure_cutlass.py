@@ -51,7 +51,7 @@ def kernels(dtype: torch.dtype) -> tuple[str, ...]:
 def _ranked(candidates: list[Candidate]) -> list[Candidate]:
     """The fastest first, by a rough timing."""
     times = {candidate: min(timing.interleaved({"": candidate}, rounds=2, calls=2)[""]) for candidate in candidates}
-    return sorted(times, key=times.get)
+    return sorted(times, key=times.__getitem__)
 
 
 def finalists(trial, wrong) -> list[Candidate]:

@@ -24,7 +24,7 @@ def random_e4m3(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 
 class Float8Trial:
-    """Random data of one product; see `measure.Trial`."""
+    """Random data of one product, a `trials.Trial`."""
 
     def __init__(self, key: Key, device: torch.device):
         self.key = key

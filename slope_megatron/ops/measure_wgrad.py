@@ -18,20 +18,19 @@ ROWS_AT_ONCE = 4096
 
 
 class WgradTrial:
-    """Random data of one product; see `measure.Trial`."""
+    """Random data of one product, a `trials.Trial`."""
 
     def __init__(self, key: Key, device: torch.device):
         self.key = key
-        like = {"device": device, "dtype": key.dtype}
         columns = cusparselt.padded_columns(key.tokens)
-        self.dy_TN = torch.randn(key.tokens, key.rows, **like)
+        self.dy_TN = torch.randn(key.tokens, key.rows, device=device, dtype=key.dtype)
         # Its own zeros past the last token: a training run's X is copied where tokens are no multiple of 64.
-        self.x_SK = torch.randn(columns, key.columns, **like)
+        self.x_SK = torch.randn(columns, key.columns, device=device, dtype=key.dtype)
         self.x_SK[key.tokens :] = 0
         self.draws_key = as_int32([1, 2]).to(device)
         self.streams = stream_table([(3, 4)], [range(key.rows)]).to(device)
         self.operand = torch.empty(layout.operand_bytes(key.rows, columns), dtype=torch.uint8, device=device)
-        self.y_TR = torch.empty(key.rows, key.columns, **like)
+        self.y_TR = torch.empty(key.rows, key.columns, device=device, dtype=key.dtype)
         self.write_operand()
         self.expected_TR = torch.mm(self._decoded(columns), self.x_SK)
 

@@ -18,10 +18,10 @@ from slope_kernels import cusparselt
 from slope_megatron.ops import choices
 from slope_megatron.sparsity.operand import (
     backward_slots,
-    forward_slots,
     metadata_sm90,
     places_sm90,
     scatter_slots,
+    slot_places,
 )
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
@@ -183,8 +183,15 @@ def refresh_(
     """Values of both operands from the packed values; their metadata stays."""
     from slope_kernels.triton.refresh import refresh
 
-    tiles = {"forward_tiles": forward_tiles, "backward_tiles": backward_tiles}
-    refresh(aligned(values_NC), aligned(row_bits), aligned(column_bits), forward, backward, **tiles)
+    refresh(
+        aligned(values_NC),
+        aligned(row_bits),
+        aligned(column_bits),
+        forward,
+        backward,
+        forward_tiles=forward_tiles,
+        backward_tiles=backward_tiles,
+    )
 
 
 @refresh_.register_kernel("cpu")
@@ -230,7 +237,7 @@ def row_metadata(row_bits: torch.Tensor) -> torch.Tensor:
 
 @row_metadata.register_kernel("cpu")
 def _(row_bits):
-    return metadata_sm90(forward_slots(None, unpack_bits(row_bits))[1])
+    return metadata_sm90(slot_places(unpack_bits(row_bits)))
 
 
 @torch.library.custom_op("slope::column_metadata", mutates_args=(), device_types="cuda")

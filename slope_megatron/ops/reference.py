@@ -21,8 +21,22 @@ def build(
     return operands
 
 
+def held(buffer: torch.Tensor | None, product: str) -> torch.Tensor:
+    """A buffer that a product reads.
+
+    Raises:
+        RuntimeError: it is not there: the operands were built for other products.
+    """
+    if buffer is None:
+        raise RuntimeError(f"these operands hold nothing for {product}: build them with it among their products")
+    return buffer
+
+
 class ReferenceOperands:
     """W^R and W^{R,C} as dense matrices, and where their kept weights are. N out, K in, C kept per row, T tokens."""
+
+    # From the first `set_column_pattern` on.
+    column_NC: torch.Tensor
 
     def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[str, ...] = PRODUCTS):
         self.index_NC = kept_index(row_NK)
@@ -32,7 +46,6 @@ class ReferenceOperands:
 
         self.forward_NK = zeros() if "forward" in products else None
         self.backward_NK = zeros() if "dgrad" in products else None
-        self.column_NC: torch.Tensor | None = None
 
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
@@ -47,10 +60,10 @@ class ReferenceOperands:
         self.refresh(values_NC)
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK @ self.forward_NK.t()
+        return x_TK @ held(self.forward_NK, "forward").t()
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        return dy_TN @ self.backward_NK
+        return dy_TN @ held(self.backward_NK, "dgrad")
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         read_TN = draws.estimate(dy_TN) if draws else dy_TN

@@ -1,16 +1,19 @@
 """Times of GPU work, candidates in turn within one run, so that a clock that changes changes for all."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
+Name = TypeVar("Name")
 
-def interleaved(functions: dict[str, Callable[[], object]], *, rounds: int, calls: int) -> dict[str, list[float]]:
+
+def interleaved(functions: Mapping[Name, Callable[[], object]], *, rounds: int, calls: int) -> dict[Name, list[float]]:
     """Milliseconds of one call: `rounds` samples for each function, each the mean over `calls` calls in a row."""
     for function in functions.values():
         function()
-    marks: dict[str, list] = {name: [] for name in functions}
+    marks: dict[Name, list] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

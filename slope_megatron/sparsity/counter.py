@@ -15,6 +15,8 @@ MASK32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+# 32 bits: a number, or an int64 tensor of one element.
+Word = int | torch.Tensor
 
 
 def key_of(seed: int, name: str) -> tuple[int, int]:
@@ -29,7 +31,7 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & MASK32, product & MASK32
 
 
-def philox(key: tuple[int, int], block: torch.Tensor, stream=(0, 0)) -> torch.Tensor:
+def philox(key: tuple[Word, Word], block: torch.Tensor, stream=(0, 0)) -> torch.Tensor:
     """Four 32-bit words for each counter.
 
     Args:
@@ -50,7 +52,7 @@ def philox(key: tuple[int, int], block: torch.Tensor, stream=(0, 0)) -> torch.Te
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def _words(key: tuple[int, int], block: torch.Tensor, stream=(0, 0)) -> torch.Tensor:
+def _words(key: tuple[Word, Word], block: torch.Tensor, stream=(0, 0)) -> torch.Tensor:
     return philox(key, block, stream)
 
 
@@ -82,11 +84,11 @@ def bits(key: tuple[int, int], rows: range, columns: range, row_length: int, dev
     return _region(_words, key, _rows(rows, device), columns, row_length)
 
 
-def bits_of_rows(key: tuple[int, int], rows: torch.Tensor, row_length: int, stream) -> torch.Tensor:
+def bits_of_rows(key: tuple[Word, Word], rows: torch.Tensor, row_length: int, stream) -> torch.Tensor:
     """Uniform 32-bit words, int64 `[len(rows), row_length]`, of any whole rows, each of its own stream.
 
     Args:
-        key: two words, numbers or int64 tensors of one element.
+        key: two words.
         rows: int64.
         stream: two words, int64 `[len(rows), 1]` each.
     """

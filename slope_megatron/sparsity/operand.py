@@ -41,11 +41,6 @@ def slots(dense: torch.Tensor, alive: torch.Tensor) -> tuple[torch.Tensor, torch
     return kept.gather(-1, places).flatten(-2), places
 
 
-def forward_slots(values_NC: torch.Tensor, row_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots of W^R."""
-    return values_NC, slot_places(row_NK)
-
-
 def backward_slots(values_NC, row_NK, column_NC) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots of the transposed W^{R,C}; `column_NC` bool `[N, C]` says which kept values survive."""
     dense = unpack(values_NC * column_NC, row_NK)

@@ -63,10 +63,10 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
             with zero.gathered(module.weight):
                 shared = (module.weight, module.weight_pattern, module.weight_column)
                 add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands(), shared)), True)
-    for module in masked_modules(engine.model):
-        add("patterns", sum(buffer.nbytes for buffer in module.buffers()), True)
+    for masked in masked_modules(engine.model):
+        add("patterns", sum(buffer.nbytes for buffer in masked.buffers()), True)
         # Outside the dense tail, the masked copy.
-        add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands())) * module.masking, True)
+        add("operands", sum(tensor.nbytes for tensor in tensors_of(masked.operands())) * masked.masking, True)
     for partition in zero.partitions(engine.optimizer):
         tensors = (partition.masters, *moments_of(engine, partition))
         add("optimizer", sum(tensor.nbytes for tensor in tensors), partition.group["name"] == SPARSE)
@@ -109,7 +109,7 @@ def state_bytes_per_rank(engine: Engine) -> dict[str, dict[str, int]]:
 def measured_rank_bytes(engine: Engine) -> dict[str, int]:
     """What this rank's tensors occupy; gradients as they were noted before the step."""
     named = [parameter for _, parameter in model_parameters(engine.model)]
-    weights = [*named, *(parameter.ds_tensor for parameter in named if hasattr(parameter, "ds_tensor"))]
+    weights = [*named, *(parameter.ds_tensor for parameter in named if zero.is_cut(parameter))]
     partitions = zero.partitions(engine.optimizer)
     states = [tensor for part in partitions for tensor in (part.masters, *moments_of(engine, part))]
     return {
@@ -136,9 +136,10 @@ def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None) -> dict[
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sizes = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     offloaded = parallel.offload_optimizer != "none"
-    no_step = adapters is None and engine.held_gradients is None
+    held = engine.held_gradients
+    no_step = adapters is None and held is None
     if adapters is None:
-        adapters = not no_step and engine.held_gradients.adapters
+        adapters = held is not None and held.adapters
     width = engine.dtype.itemsize
     for name, members in engine.members.items():
         counts = list(map(elements, members))

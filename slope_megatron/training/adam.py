@@ -18,23 +18,24 @@ def build_adamw(groups: list[dict], config: Config) -> torch.optim.Optimizer:
         ValueError: one was asked for by name and cannot run here.
     """
     settings = config.optimizer
-    common = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    lr, betas, eps = settings.lr, (settings.beta1, settings.beta2), settings.eps
     offloaded = config.parallel.offload_optimizer != "none"
     backend = choose_adam(settings.adam_backend, offloaded, config.parallel.zero_stage)
     if backend == "torch":
         # The default form on GPUs keeps temporaries of the size of the parameters; offloaded state is on the CPU.
-        return torch.optim.AdamW(groups, fused=torch.cuda.is_available() and not offloaded, **common)
+        fused = torch.cuda.is_available() and not offloaded
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
     if backend == "apex":
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **common)
+        return FusedAdam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, lr=lr, betas=betas, eps=eps)
     from deepspeed.ops.adam import FusedAdam
 
-    return FusedAdam(groups, adam_w_mode=True, **common)
+    return FusedAdam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
 
 
 def choose_adam(requested: str, offloaded: bool, zero_stage: int) -> str:

@@ -42,6 +42,10 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 # -- save --------------------------------------------------------------------------------------------------------------
 
 
@@ -86,9 +90,9 @@ class Saving:
             why it could not be written, the same on every rank; None: it is there.
         """
         first = dist.get_rank() == 0
-        parts = [None] * dist.get_world_size() if first else None
-        dist.gather_object((self.written, self.problem), parts, dst=0)
-        verdict = [None]
+        parts: list = [None] * dist.get_world_size()
+        dist.gather_object((self.written, self.problem), parts if first else None, dst=0)
+        verdict: list[str | None] = [None]
         if first:
             verdict[0] = next((problem for _, problem in parts if problem), None)
             if verdict[0] is None:
@@ -146,7 +150,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
     """Remove all but the newest `keep`, and those of every `keep_every`-th step; what cannot be removed is logged."""
     for folder in complete_checkpoints(run)[:-keep]:
-        if keep_every and int(STEP.fullmatch(folder.name)[1]) % keep_every == 0:
+        if keep_every and step_of(folder) % keep_every == 0:
             continue
         try:
             # Out of the list by one rename first: half of a checkpoint must never look like one.

@@ -5,6 +5,7 @@ a GPU `prepare` returns at once and nothing of this runs.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 
@@ -13,6 +14,7 @@ import torch
 FACTORIES = ("zeros", "tensor", "empty", "ones")
 
 
+@functools.cache
 def prepare() -> bool:
     """Patch torch, megatron-core and DeepSpeed for CPU. Call before a model is built; a second call does nothing.
 
@@ -21,9 +23,6 @@ def prepare() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    if getattr(prepare, "done", False):
-        return True
-    prepare.done = True
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _import_without_compiler()
     _patch_devices()
@@ -34,6 +33,12 @@ def prepare() -> bool:
     return True
 
 
+def _replace(owner: object, **stand_ins: object) -> None:
+    """Put ours in the place of some of a module's or a class's names."""
+    for name, stand_in in stand_ins.items():
+        setattr(owner, name, stand_in)
+
+
 def _import_without_compiler() -> None:
     """Megatron decorates small pointwise functions with `torch.compile` as it is imported: here they stay as they are.
 
@@ -41,31 +46,33 @@ def _import_without_compiler() -> None:
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     compile_function = torch.compile
-    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+    _replace(torch, compile=lambda function=None, **_: function or (lambda decorated: decorated))
     try:
         for module in ("models.gpt", "models.bert.bert_model", "dist_checkpointing"):
             importlib.import_module(f"megatron.core.{module}")
     finally:
-        torch.compile = compile_function
+        _replace(torch, compile=compile_function)
 
 
 def _patch_devices() -> None:
     """`device=torch.cuda.current_device()` is everywhere in Megatron; `.cuda()` is called on tied embeddings."""
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda *_, **__: None
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
+    _replace(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda *_, **__: None)
+    for kind in (torch.Tensor, torch.nn.Module):
+        _replace(kind, cuda=lambda self, *_, **__: self)
 
 
 def _patch_random_states() -> None:
     """Megatron's random-state tracker saves and restores CUDA generators: here, the CPU's."""
     from megatron.core.tensor_parallel import random as megatron_random
 
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    def get(*_, **__) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_(state: torch.Tensor, *_, **__) -> None:
+        torch.set_rng_state(state)
+
+    _replace(torch.cuda, manual_seed=torch.manual_seed, get_rng_state=get, set_rng_state=set_)
+    _replace(megatron_random, _get_cuda_rng_state=get, _set_cuda_rng_state=set_)
 
     @contextlib.contextmanager
     def fork(self, name=megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME):
@@ -80,7 +87,7 @@ def _patch_random_states() -> None:
             self.states_[name] = torch.get_rng_state()
             torch.set_rng_state(outside)
 
-    megatron_random.CudaRNGStatesTracker.fork = fork
+    _replace(megatron_random.CudaRNGStatesTracker, fork=fork)
 
 
 class _TorchOnCpu:
@@ -111,7 +118,7 @@ def _patch_factories() -> None:
         "utils",
     )
     for name in names:
-        importlib.import_module(f"megatron.core.{name}").torch = _TorchOnCpu()
+        _replace(importlib.import_module(f"megatron.core.{name}"), torch=_TorchOnCpu())
 
 
 def _patch_clipping() -> None:
@@ -124,7 +131,7 @@ def _patch_clipping() -> None:
         norm = torch.as_tensor(total_norm)
         torch.nn.utils.clip_grads_with_norm_(parameters, float(max_norm), norm)
 
-    optimizer.clip_grad_by_total_norm_fp32 = clip
+    _replace(optimizer, clip_grad_by_total_norm_fp32=clip)
 
 
 def _patch_deepspeed() -> None:
@@ -134,4 +141,4 @@ def _patch_deepspeed() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed asks for fast fp16 instructions; torch computes fp16 on any CPU, slowly.
-    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    _replace(deepspeed.accelerator.get_accelerator(), is_fp16_supported=lambda: True)

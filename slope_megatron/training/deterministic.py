@@ -24,7 +24,8 @@ def switch_on() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # That flag also fills every new tensor, for programs that read what they have not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # torch makes it a property of the module's class, which no checker sees.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     logger.info("deterministic: fixed order of addition everywhere, at some cost in speed")

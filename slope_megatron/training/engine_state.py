@@ -14,7 +14,7 @@ from deepspeed.utils import (
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from slope_megatron.models.canonical import sharded_state_dict
-from slope_megatron.models.fill import pruned_modules
+from slope_megatron.models.fill import pruned_modules, sparse_modules
 from slope_megatron.training import nvme, zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import model_parameters
@@ -50,7 +50,7 @@ def sharded_engine_state(engine: Engine, *, filled: bool) -> dict:
         for kind in ("fp32", *MOMENTS):
             tensor = full[kind].detach().cpu() if filled else torch.empty(shape, dtype=torch.float32)
             state[kind][name] = make_sharded_optimizer_tensor(model_state[name], tensor, f"optimizer.{kind}")
-        if hasattr(parameter, "ds_shape"):
+        if zero.is_cut(parameter):
             # The weight is its master rounded; nobody has it whole.
             weight = full["fp32"].detach().cpu() if filled else torch.empty(shape)
             model_state[name] = dataclasses.replace(model_state[name], data=weight.to(parameter.dtype))
@@ -94,11 +94,11 @@ def optimizer_steps(engine: Engine) -> dict[str, float]:
 def install_engine_state(engine: Engine, state: dict, steps: dict[str, float]) -> None:
     """Put loaded state into the model, the fp32 partitions and the moments."""
     named = dict(model_parameters(engine.model))
-    cut = {name for name, parameter in named.items() if hasattr(parameter, "ds_shape")}
+    cut = {name for name, parameter in named.items() if zero.is_cut(parameter)}
     whole = {name: value for name, value in state["model"].items() if name not in cut}
     engine.model.load_state_dict(whole, strict=False)
     for name, parameter in by_partition(engine, write=True):
-        if name in cut:
+        if zero.is_cut(parameter):
             zero.write_cut(parameter, state["model"][name])
             for kind, part in zero.stage_3_state(engine.optimizer, parameter).items():
                 part.copy_(zero.own_part(parameter, state[kind][name]))
@@ -106,13 +106,14 @@ def install_engine_state(engine: Engine, state: dict, steps: dict[str, float]) -
             safe_set_full_fp32_param(parameter, state["fp32"][name])
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[moment][name], moment)
-    for part in zero.partitions(engine.optimizer):
-        zero.set_step_count(engine.optimizer, part, steps[part.group["name"]])
+    for partition in zero.partitions(engine.optimizer):
+        zero.set_step_count(engine.optimizer, partition, steps[partition.group["name"]])
     if not zero.is_stage_3(engine.optimizer):
         engine.optimizer.update_lp_params()
     for module in pruned_modules(engine.model):
         module.drop_operands()
-        module.initialized = True
+    for packed in sparse_modules(engine.model):
+        packed.initialized = True
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, float] | None:
@@ -125,6 +126,6 @@ def loss_scaler_state(engine: Engine) -> dict[str, float] | None:
 
 def install_loss_scaler(engine: Engine, state: dict[str, float] | None) -> None:
     if state and engine.dtype == torch.float16:
-        engine.skipped_steps = state["skipped_steps"]
+        engine.skipped_steps = int(state["skipped_steps"])
         for name in SCALER_FIELDS:
             setattr(engine.optimizer.loss_scaler, name, state[name])

@@ -69,7 +69,7 @@ def flops_per_token(config: Config, vocabulary: int, *, adapters: bool = False) 
             dense += 3 * product
             actual += product * ((2 * n / m + wgrad) if name in sparse else 3)
             if adapters and name in sparse:
-                actual += 3 * 2.0 * slope.adapter_rank * (rows + columns)
+                actual += 3 * 2.0 * slope.rank * (rows + columns)
     return Flops(dense, actual)
 
 

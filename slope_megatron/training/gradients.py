@@ -3,7 +3,9 @@
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
+from slope_megatron.layers.marks import mark
 from slope_megatron.training import zero
 
 
@@ -30,8 +32,8 @@ def held_cut(optimizer) -> list[torch.Tensor]:
     """
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
         return optimizer.fp32_groups_gradient_flat_partition
-    beside = [partition.masters.grad for partition in zero.partitions(optimizer)]
-    if any(tensor is not None for tensor in beside):
+    beside = [tensor for partition in zero.partitions(optimizer) if (tensor := partition.masters.grad) is not None]
+    if beside:
         return beside
     return [tensor for kept in optimizer.averaged_gradients.values() for tensor in kept or ()]
 
@@ -49,21 +51,21 @@ def sum_sequence_parallel(model: torch.nn.Module) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def tied_weight(model: torch.nn.Module) -> torch.nn.Parameter | None:
+def tied_weight(model: LanguageModule) -> torch.nn.Parameter | None:
     """The embedding that is also the output layer's weight, where the two lie on different pipeline stages."""
     if not model.share_embeddings_and_output_weights or model.pre_process == model.post_process:
         return None
     return model.shared_embedding_or_output_weight()
 
 
-def mark_tied_copy(model: torch.nn.Module) -> None:
+def mark_tied_copy(model: LanguageModule) -> None:
     """Keep the last stage's copy of a tied embedding out of the gradient norm. Before `deepspeed.initialize`."""
     weight = tied_weight(model)
     if weight is not None and model.post_process:
-        weight.ds_pipe_replicated = True
+        mark(weight, ds_pipe_replicated=True)
 
 
-def sum_tied_copies(model: torch.nn.Module) -> None:
+def sum_tied_copies(model: LanguageModule) -> None:
     """Both copies of a tied embedding get the sum of their gradients, and so stay equal."""
     weight = tied_weight(model)
     if weight is not None:

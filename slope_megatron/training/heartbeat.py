@@ -81,7 +81,7 @@ class Pulse:
         self.folder, self.rank = folder, rank
         self.host = socket.gethostname()
         self.born = born(os.getpid()) or 0
-        self.main = threading.main_thread().ident
+        self.main = threading.main_thread().ident or 0
         self.progress = (0, "start", time.monotonic())
         self.watched = False
 

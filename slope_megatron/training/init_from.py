@@ -31,7 +31,7 @@ def check_init(config: Config, samples: int) -> None:
     Raises:
         ValueError: no such checkpoint, a corrupt one, or one of another model.
     """
-    folder = resolve(config.train.init_from)
+    folder = checkpoint_of(config)
     if not is_packed(folder):
         MegatronCheckpoint(folder)
         wanda.check(config, samples)
@@ -101,6 +101,17 @@ def resolve(path: str | Path) -> Path:
     return checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
 
 
+def checkpoint_of(config: Config) -> Path:
+    """The checkpoint that `--init-from` means.
+
+    Raises:
+        ValueError: there is no `--init-from`; or as `resolve`.
+    """
+    if config.train.init_from is None:
+        raise ValueError("--init-from is unset: name the checkpoint to start from")
+    return resolve(config.train.init_from)
+
+
 def stored_names(folder: Path) -> set[str]:
     """Names of the tensors of a checkpoint; none where it is no checkpoint."""
     if not (folder / ".metadata").is_file():
@@ -119,7 +130,7 @@ def load_init(model: torch.nn.Module, config: Config, tokenizer_size: int, datas
         tokenizer_size: entries of the tokenizer.
         dataset: training samples, which Wanda measures its norms on.
     """
-    folder = resolve(config.train.init_from)
+    folder = checkpoint_of(config)
     if is_packed(folder):
         load_packed(model, folder)
         return

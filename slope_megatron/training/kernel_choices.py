@@ -21,7 +21,7 @@ def share(run: Path, *, resumed: bool) -> None:
     first = dist.get_global_rank(group, 0)
 
     def broadcast(choice: dict | None) -> dict:
-        box = [choice]
+        box: list = [choice]
         dist.broadcast_object_list(box, src=first, group=group)
         return box[0]
 

@@ -12,6 +12,7 @@ tensor-parallel rank holds is counted once. As published, what does not decay (b
 """
 
 from collections.abc import Callable
+from typing import overload
 
 import torch
 
@@ -38,9 +39,23 @@ class Lamb(torch.optim.Optimizer):
         self.pieces = {id(flat): own for flat, own in pieces}
         self.sum_over_ranks = sum_over_ranks
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """One update of all tensors that have a gradient. Collective where `attach` gave a sum over ranks."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of all tensors that have a gradient. Collective where `attach` gave a sum over ranks.
+
+        Args:
+            closure: as for every optimizer of torch's: computes the gradients anew and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         updates = [
             (group, weights, self.adam_update(group, weights))
             for group in self.param_groups
@@ -58,6 +73,7 @@ class Lamb(torch.optim.Optimizer):
                 update[place].mul_(next(ratios))
         for group, weights, update in updates:
             weights.add_(update, alpha=-group["lr"])
+        return loss
 
     def adam_update(self, group: dict, weights: torch.Tensor) -> torch.Tensor:
         """u above, after moving the moments."""

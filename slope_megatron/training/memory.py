@@ -33,7 +33,7 @@ class Memory:
         return self.free + self.reserved - self.peak
 
 
-def measure(device: torch.device) -> Memory | None:
+def measure(device: torch.device | int) -> Memory | None:
     """None: no GPU."""
     if torch.device(device).type != "cuda":
         return None
@@ -60,7 +60,7 @@ def adapters_need(engine: Engine) -> dict[str, int]:
     elements = [accounting.elements(module.adapter_l) + accounting.elements(module.adapter_r) for module in modules]
     with_them, without = (accounting.formula_rank_bytes(engine, adapters=on)["gradients"] for on in (True, False))
     tokens = config.data.seq_length * config.data.micro_batch_size
-    hidden = tokens * config.slope.adapter_rank * width
+    hidden = tokens * config.slope.rank * width
     in_flight = parallel_state.get_pipeline_model_parallel_world_size()
     held = min(len(modules), 4) if config.parallel.recompute == "full" else len(modules) * in_flight
     return {

@@ -18,6 +18,7 @@ from slope_megatron.config import Config
 
 # Parameter, gradient and both moments.
 BUFFERS = 4
+NO_FOLDER = "without --offload-path, a folder on the NVMe disk"
 
 
 def unsupported(config: Config) -> str | None:
@@ -28,7 +29,7 @@ def unsupported(config: Config) -> str | None:
         return f"with --optimizer {config.optimizer.optimizer}, which reads the state of all groups at once"
     folder = config.parallel.offload_path
     if not folder:
-        return "without --offload-path, a folder on the NVMe disk"
+        return NO_FOLDER
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -45,7 +46,13 @@ def unsupported(config: Config) -> str | None:
 
 
 def settings(config: Config) -> dict:
-    """DeepSpeed's `offload_optimizer`."""
+    """DeepSpeed's `offload_optimizer`.
+
+    Raises:
+        ValueError: there is no folder.
+    """
+    if config.parallel.offload_path is None:
+        raise ValueError(f"--offload-optimizer is nvme {NO_FOLDER}; use --offload-optimizer cpu")
     return {
         "device": "nvme",
         "nvme_path": os.path.abspath(config.parallel.offload_path),

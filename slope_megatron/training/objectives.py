@@ -57,4 +57,7 @@ class MaskedLanguageModel:
         return output[0]
 
 
-OBJECTIVES = {"gpt": CausalLanguageModel, "bert": MaskedLanguageModel}
+OBJECTIVES: dict[str, type[CausalLanguageModel | MaskedLanguageModel]] = {
+    "gpt": CausalLanguageModel,
+    "bert": MaskedLanguageModel,
+}

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from slope_megatron.config import Config
+from slope_megatron.layers.marks import mark
 from slope_megatron.models.layer_spec import twin_weights
 from slope_megatron.training import zero
 from slope_megatron.training.adam import build_adamw
@@ -15,7 +17,7 @@ from slope_megatron.training.lamb import Lamb
 SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
 
 
-def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict]:
+def parameter_groups(model: LanguageModule, config: Config) -> list[dict]:
     """Named groups: packed values, other matrices, biases and norms (no decay), adapters. Empty groups are left out."""
     # The dense twin groups the same weights, so that bytes and learning rates compare like with like.
     sparse = {id(weight) for weight in twin_weights(model, config.slope)}
@@ -44,7 +46,7 @@ def is_adapter(name: str) -> bool:
     return name.endswith((".adapter_l", ".adapter_r"))
 
 
-def fill_empty_groups(model: torch.nn.Module, members: dict[str, list]) -> None:
+def fill_empty_groups(model: LanguageModule, members: dict[str, list]) -> None:
     """Give this stage a placeholder in each group that only other pipeline stages have.
 
     DeepSpeed sums the gradient norm over the model-parallel ranks group by group: with other groups on each stage (a
@@ -56,7 +58,7 @@ def fill_empty_groups(model: torch.nn.Module, members: dict[str, list]) -> None:
     for name in sorted({name for names in everywhere for name in names} - set(here)):
         like = next(model.parameters())
         placeholder = torch.nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
-        placeholder.is_placeholder = True
+        mark(placeholder, is_placeholder=True)
         # The block's own parameters, of which it has none, are in no checkpoint.
         model.decoder.register_parameter(f"placeholder_{name}", placeholder)
         members[name].append(placeholder)

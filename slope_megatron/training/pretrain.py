@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def on_first_rank(function):
     """Call `function` on rank 0 only; its result, or its ValueError, reaches every rank."""
-    outcome = [None, None]
+    outcome: list = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
@@ -53,6 +53,12 @@ def resolve_dtype(config: Config) -> str:
         return config.train.dtype
     saved = run_folder.saved_dtype(Path(config.train.out)) if run_folder.is_resumed(config) else None
     return saved or ("bf16" if torch.cuda.is_available() else "fp32")
+
+
+def check_start(config: Config, samples: int) -> None:
+    """`check_init`, but for a run that goes on: that one starts from its own checkpoint."""
+    if not run_folder.is_resumed(config):
+        check_init(config, samples)
 
 
 def pretrain(config: Config, origins: dict[str, str]) -> dict:
@@ -74,7 +80,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     datasets = datasets_for(config)
     dtype = on_first_rank(lambda: resolve_dtype(config))
     if config.train.init_from:
-        on_first_rank(lambda: run_folder.is_resumed(config) or check_init(config, len(datasets[0])))
+        on_first_rank(lambda: check_start(config, len(datasets[0])))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))

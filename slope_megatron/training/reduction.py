@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from slope_megatron.layers.marks import mark
 from slope_megatron.training import zero
 
 # Elements that are converted and sent at once, and again as many while the ones before travel.
@@ -29,7 +30,7 @@ class WholeWorld:
     """DeepSpeed's `mpu` where it sums the gradient norm: each rank has a part that no other one has."""
 
     @staticmethod
-    def get_model_parallel_group() -> dist.ProcessGroup:
+    def get_model_parallel_group() -> dist.ProcessGroup | None:
         return dist.group.WORLD
 
 
@@ -120,7 +121,7 @@ def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, place: in
         return
     total = optimizer.fp32_groups_gradients[group][place]
     total.add_(parameter.grad.reshape(total.shape))
-    parameter._hp_grad = total
+    mark(parameter, _hp_grad=total)
     optimizer.fp32_groups_has_gradients[group][place] = True
     if clear_lp_grads:
         parameter.grad.zero_()

@@ -85,7 +85,13 @@ class Snapshot:
                 raise ValueError(f"{entry.key} holds numbers that are not finite")
 
     def write_index(self, folder: Path, parts: list[Written]) -> dict[str, dict]:
-        """What rank 0 adds once every rank has written: which tensor lies where; returns the whole manifest."""
+        """What rank 0 adds once every rank has written: which tensor lies where; returns the whole manifest.
+
+        Raises:
+            RuntimeError: this is another rank.
+        """
+        if self.metadata is None:
+            raise RuntimeError(f"rank {self.rank} does not know where all tensors lie: rank 0 writes the index")
         torch.save(self.common, folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
         self.writer(folder).finish(self.metadata, [part.results for part in parts])

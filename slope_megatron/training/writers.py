@@ -1,14 +1,13 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases if asked. A writer that fails stops no run.
-
-A writer has `write(values)` and `close()`; `values` holds `step` and numbers, truth values, None, or nested dicts.
-"""
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases if asked; one that fails stops no run."""
 
 import importlib.util
 import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from slope_megatron.config import Config
 from slope_megatron.training import files
@@ -31,14 +30,22 @@ def check_installed(config: Config) -> None:
             raise ValueError(f"{flag} needs the package {package}: pip install {package}, or leave {flag} out")
 
 
-def open_writers(config: Config, run: Path, steps_done: int) -> list:
+class Writer(Protocol):
+    """`values` holds `step` and numbers, truth values, None, or nested dicts."""
+
+    def write(self, values: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_writers(config: Config, run: Path, steps_done: int) -> list[Writer]:
     """This run's writers, for rank 0."""
-    opening = [lambda: JsonLines(run / "metrics.jsonl", steps_done)]
+    opening: list[Callable[[], Writer]] = [lambda: JsonLines(run / "metrics.jsonl", steps_done)]
     if config.watch.tensorboard:
         opening.append(lambda: TensorBoard(run / "tensorboard", steps_done))
     if config.watch.wandb is not None:
         opening.append(lambda: WeightsAndBiases(config, run))
-    writers = []
+    writers: list[Writer] = []
     for build in opening:
         try:
             writers.append(Forgiving(build()))
@@ -50,7 +57,7 @@ def open_writers(config: Config, run: Path, steps_done: int) -> list:
 class Forgiving:
     """A writer whose errors are logged once, and again when it has recovered and fails anew."""
 
-    def __init__(self, writer):
+    def __init__(self, writer: Writer):
         self.writer = writer
         self.failing = False
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 import deepspeed
 import torch
@@ -31,14 +32,14 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def deepspeed_config(config: Config, dtype: torch.dtype, data_parallel: int) -> dict:
     """DeepSpeed's JSON of this run: the stage, offload, precision, clipping."""
     parallel, optimizer = config.parallel, config.optimizer
-    zero = {"stage": parallel.zero_stage, "overlap_comm": False, "contiguous_gradients": True}
+    zero: dict[str, object] = {"stage": parallel.zero_stage, "overlap_comm": False, "contiguous_gradients": True}
     if parallel.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = small_parameter(config)
     if parallel.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     elif parallel.offload_optimizer == "nvme":
         zero["offload_optimizer"] = nvme.settings(config)
-    settings = {
+    settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
         "gradient_accumulation_steps": config.data.micro_batches(data_parallel),
         "gradient_clipping": optimizer.clip_grad,
@@ -105,9 +106,24 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
+class CutParameter(torch.nn.Parameter):
+    """A parameter as stage 3 leaves it: empty, with DeepSpeed's notes of what was there. A type, never called."""
+
+    # This rank's part, flat; of the whole parameter shape and elements; the ranks that share it.
+    ds_tensor: torch.Tensor
+    ds_shape: torch.Size
+    ds_numel: int
+    ds_process_group: dist.ProcessGroup
+
+
+def is_cut(parameter: torch.nn.Parameter) -> TypeGuard[CutParameter]:
+    """Whether stage 3 has taken the parameter over; it may be whole now."""
+    return hasattr(parameter, "ds_shape")
+
+
 def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
     """The parameter's shape on this tensor-parallel rank, also while stage 3 has cut it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    return parameter.ds_shape if is_cut(parameter) else parameter.shape
 
 
 def gathered(*parameters: torch.nn.Parameter):
@@ -115,7 +131,7 @@ def gathered(*parameters: torch.nn.Parameter):
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
-def write_cut(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+def write_cut(parameter: CutParameter, value: torch.Tensor) -> None:
     """Give a parameter that stage 3 has cut a new value, the same on every rank, without any communication."""
     part = own_part(parameter, value)
     parameter.ds_tensor.data.copy_(part)
@@ -123,7 +139,7 @@ def write_cut(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         parameter.data.copy_(value)
 
 
-def own_part(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+def own_part(parameter: CutParameter, value: torch.Tensor) -> torch.Tensor:
     """This rank's part of a whole tensor as stage 3 cuts it, zeros after the end."""
     room = parameter.ds_tensor.numel()
     start = room * dist.get_rank(parameter.ds_process_group)
@@ -136,7 +152,7 @@ def own_part(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor
 @contextlib.contextmanager
 def whole_shapes(model: torch.nn.Module) -> Iterator[None]:
     """Within this context cut parameters have their whole shape and no values: for code that only reads shapes."""
-    cut = [parameter for parameter in model.parameters() if parameter.shape != shape_of(parameter)]
+    cut = [one for one in model.parameters() if is_cut(one) and one.shape != one.ds_shape]
     parts = [parameter.data for parameter in cut]
     for parameter in cut:
         parameter.data = parameter.data.new_zeros(()).expand(parameter.ds_shape)
@@ -193,14 +209,19 @@ def segments(optimizer, members: dict[str, list[torch.nn.Parameter]]) -> list[li
     return [[stage_3_segment(optimizer, parameter) for parameter in group] for group in optimizer.fp16_groups]
 
 
+def mapping_of(parameter: torch.nn.Parameter):
+    """Stages 1 and 2: DeepSpeed's note of where a parameter lies in the fp32 partition; None: this rank has nothing."""
+    return vars(parameter)["_hp_mapping"]
+
+
 def fragment(parameter: torch.nn.Parameter) -> Segment:
-    """Stages 1 and 2: DeepSpeed's own note of it; a parameter of which this rank has nothing has none."""
-    mapping = parameter._hp_mapping
+    """Stages 1 and 2: what this rank has of a parameter."""
+    mapping = mapping_of(parameter)
     address = mapping.get_hp_fragment_address() if mapping is not None else None
     return Segment(parameter, address.start, address.numel) if address else Segment(parameter, 0, 0)
 
 
-def stage_3_segment(optimizer, parameter: torch.nn.Parameter) -> Segment:
+def stage_3_segment(optimizer, parameter: CutParameter) -> Segment:
     """Stage 3 cuts every parameter evenly; the last parts may hold fewer elements than the room they take."""
     _, start, room = optimizer.grad_position[optimizer.get_param_id(parameter)]
     before = room * dist.get_rank(parameter.ds_process_group)

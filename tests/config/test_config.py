@@ -179,6 +179,13 @@ def test_a_rank_may_be_a_percentage_of_the_hidden_size(hidden, text, rank):
     assert config.slope.adapter_rank == rank and config.to_dict()["slope"]["adapter_rank"] == rank
 
 
+def test_a_percentage_is_no_rank_yet():
+    slope = SlopeConfig(adapter_rank="1.56%")
+    with pytest.raises(ValueError, match=r"--slope-adapter-rank is 1.56% of a hidden size that is not known here"):
+        _ = slope.rank
+    assert slope.with_rank_for(1024).rank == 16
+
+
 def test_dense_has_two_names():
     assert not SlopeConfig(method="dense").enabled
     assert SlopeConfig(method="srste").enabled and not SlopeConfig(method="srste").packed

@@ -10,11 +10,12 @@ import torch
 
 from slope_megatron.config import DataConfig
 from slope_megatron.data.batches import MicroBatches
+from slope_megatron.data.bert import bert_config
 from slope_megatron.data.indexed import indexed_dataset_module
 from slope_megatron.data.prepare import prepare
 from slope_megatron.data.samples import build_datasets
 from slope_megatron.data.sentences import split_sentences
-from slope_megatron.data.tokenizer import load_tokenizer
+from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 SEQ = 32
 
@@ -130,6 +131,12 @@ def test_samples_follow_from_their_number(stories, tmp_path, one_rank):
     }
     other = samples_of(stories, tmp_path / "one", mlm_probability=0.4)
     assert other[0]["loss_mask"].sum() > once[0]["loss_mask"].sum()
+
+
+def test_a_sentencepiece_vocabulary_is_refused(tmp_path):
+    tokenizer = Tokenizer(train_tokenizer(["one sentence and another\n" * 20], 300))
+    with pytest.raises(ValueError, match="the tokenizer is a SentencePiece model: BERT needs a WordPiece vocabulary"):
+        bert_config(tokenizer, SEQ, 1, DataConfig())
 
 
 def test_text_without_pairs_is_refused(tmp_path, one_rank):

@@ -1,6 +1,7 @@
 """Fine-tuning of an exported encoder on files of SQuAD's and GLUE's form: it learns, zeros stay, adapters move."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,28 @@ def test_zeros_of_blocks_with_patterns_of_their_own_stay(whole):
     assert masks.keys() == expected.keys()
     assert all(torch.equal(masks[weight], kept) for weight, kept in expected.items())
     assert sparse_masks(model, None) == {}
+
+
+def test_a_weight_that_no_output_needs_is_left_alone():
+    from slope_megatron.evaluation.fine_tuning import FineTuning, fine_tune
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = torch.nn.ModuleDict({name: torch.nn.Linear(4, 1) for name in ("used", "unused")})
+            for linear in self.encoder.values():
+                linear.weight.data[:, :2] = 0
+
+        def forward(self, x):
+            return SimpleNamespace(loss=self.encoder["used"](x).square().mean())
+
+    model = Model()
+    before = model.encoder["unused"].weight.detach().clone()
+    samples = [{"x": torch.ones(4)}, {"x": torch.zeros(4)}]
+    settings = FineTuning(0.1, 1, 2, 16)
+    assert len(fine_tune(model, samples, lambda part: {"x": torch.stack([s["x"] for s in part])}, settings, "2:4")) == 1
+    assert torch.equal(model.encoder["unused"].weight, before)
+    assert not model.encoder["used"].weight[:, :2].any()
 
 
 def test_the_learning_rate_rises_and_falls():

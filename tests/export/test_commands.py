@@ -113,6 +113,19 @@ def test_an_import_is_what_init_from_reads(ranks, tmp_path, capsys):
     assert relative_error(found, expected) < 1e-5
 
 
+def without_vocabulary(run, copy):
+    """A copy of a run whose vocabulary is that of its data, which has gone but for a vocab.txt."""
+    shutil.copytree(run, copy)
+    (copy / "vocab.txt").write_text("[PAD]\n")
+    (folder,) = (copy / "checkpoints").glob("step_*")
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    state["config"]["model"]["vocab_size"] = None
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest["state.json"]["bytes"] = (folder / "state.json").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
 def test_export_refuses(run, data, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     assert "exists already: nothing is replaced" in refused(capsys, "export", "hf", run, tmp_path / "there")
@@ -122,6 +135,9 @@ def test_export_refuses(run, data, tmp_path, capsys):
     )
     assert "--max-shard-size is '5 apples'" in refused(
         capsys, "export", "hf", run, tmp_path / "out", "--max-shard-size", "5 apples"
+    )
+    assert "holds neither tokenizer.model nor tokenizer.json: give --tokenizer one of them" in refused(
+        capsys, "export", "packed", without_vocabulary(run, tmp_path / "other"), tmp_path / "out"
     )
     assert "the nearest is llama, but" in refused(capsys, "export", "hf", run, tmp_path / "out", "--family", "llama")
     cut = tmp_path / "cut"

@@ -146,6 +146,16 @@ def test_prompts_that_cannot_be_continued(runs, prompts, message):
         list(generate(decoder_of(runs("opt")[0]), prompts, Sampling()))
 
 
+def test_rotary_positions_without_a_number_are_refused(runs):
+    from slope_megatron.export.trained_run import TrainedRun
+    from slope_megatron.inference.decoder import Decoder
+
+    source = TrainedRun(runs("llama")[0])
+    decoder = Decoder(dataclasses.replace(source.model, max_positions=None), source)
+    with pytest.raises(ValueError, match="max_positions is unset, which rotary positions need: export the run again"):
+        _ = decoder.max_positions
+
+
 def test_an_encoder_is_refused(runs):
     from slope_megatron.config import ModelConfig
     from slope_megatron.inference.decoder import Decoder

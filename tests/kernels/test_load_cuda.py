@@ -10,6 +10,8 @@ import pytest
 from slope_kernels import load_cuda
 from slope_kernels.load_cuda import Source
 
+# As they search, without what an earlier test has found.
+COMPILER, HEADERS = load_cuda.compiler.__wrapped__, load_cuda.headers.__wrapped__
 SOURCE = Source("sparse_gemm_sm90.cu", "90a", (("SLOPE_TILE_R", "64"),))
 NVCC = """#!/bin/sh
 [ "$1" = --version ] && { echo "release 13.0"; exit 0; }
@@ -93,13 +95,15 @@ def test_a_refusal_of_the_compiler_is_told_and_leaves_nothing(toolkit):
 
 def test_what_is_missing_is_a_reason(toolkit, monkeypatch):
     assert load_cuda.unsupported() is None
-    monkeypatch.setattr(load_cuda, "headers", lambda: None)
+    monkeypatch.setattr(load_cuda, "_folders", lambda package: [])
+    monkeypatch.setattr(load_cuda, "headers", HEADERS)
     assert load_cuda.unsupported() == "CUTLASS's headers were not found; pip install nvidia-cutlass"
     with pytest.raises(RuntimeError, match="cannot be compiled: CUTLASS's headers were not found"):
         load_cuda.build(SOURCE)
     monkeypatch.setattr(load_cuda.shutil, "which", lambda name: None)
     assert load_cuda.unsupported() == "g++, which nvcc needs, was not found on the PATH"
-    monkeypatch.setattr(load_cuda, "compiler", lambda: None)
+    monkeypatch.setattr(load_cuda, "compiler", COMPILER)
+    monkeypatch.setattr(load_cuda.os, "access", lambda *_: False)
     assert load_cuda.unsupported().startswith("nvcc was not found; put CUDA's bin folder on the PATH")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slope_megatron.sparsity.operand import backward_slots, forward_slots, metadata_sm90
+from slope_megatron.sparsity.operand import backward_slots, metadata_sm90, slot_places
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern, random_pattern
 
@@ -90,7 +90,7 @@ def test_metadata_of_both_operands(rows, columns, device):
     values, row, column, row_bits, column_bits = problem(rows, columns, torch.bfloat16, device, seed=columns)
     found = poisoned(rows * columns // 8, device)
     row_metadata(row_bits, found)
-    assert torch.equal(found, metadata_sm90(forward_slots(values, row)[1]))
+    assert torch.equal(found, metadata_sm90(slot_places(row)))
     found.fill_(POISON)
     column_metadata(row_bits, column_bits, found)
     assert torch.equal(found, metadata_sm90(backward_slots(values, row, column)[1]))
@@ -201,7 +201,7 @@ def test_patterns_of_more_weights_than_a_32_bit_index_holds(device):
         column = column_pattern(unpack(values[part], row), row, 2, 4)
         assert torch.equal(column_bits[part], pack_bits(pack(column, row)))
         found = row_meta.view(rows // 64, -1)[block]
-        assert torch.equal(found, metadata_sm90(forward_slots(None, row)[1]))
+        assert torch.equal(found, metadata_sm90(slot_places(row)))
     for block in (0, columns // 128, columns // 64 - 1):
         row = unpack_bits(row_bits[:, block * 8 : block * 8 + 8])
         kept = unpack_bits(column_bits[:, block * 4 : block * 4 + 4])

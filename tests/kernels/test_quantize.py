@@ -67,6 +67,11 @@ def test_one_copy_alone(wanted, device):
     assert torch.equal(found, expected(x, 48)[0])
 
 
+def test_no_copy_is_refused(device):
+    with pytest.raises(ValueError, match="rows and columns are both None: one at least must be there"):
+        quantized(torch.ones(32, 64, device=device, dtype=torch.bfloat16), 32, device, rows=False, columns=False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_16_bit_value_with_the_largest_scale_and_the_smallest(dtype, device):
     """All finite bit patterns (a share in the interpreter), then those alone that are small, subnormals among them."""

@@ -122,7 +122,7 @@ def test_inference_operands_hold_what_the_forward_product_reads_and_no_more(devi
     monkeypatch.setattr(cusparselt, "unsupported", lambda: None)
     monkeypatch.setattr(cusparselt, "unsupported_weight", lambda *_: None)
     weight = packed_weight(64, 128, torch.bfloat16, device, whole_numbers=True)
-    built = backend.build_operands("auto", weight.values, weight.row_bits)
+    built = backend.build_forward("auto", weight.values, weight.row_bits)
     held = [value for value in vars(built).values() if isinstance(value, torch.Tensor)]
     assert sum(tensor.nbytes for tensor in held) == 64 * 128 * 2 * 9 / 16
     x = torch.randint(-1, 2, (16, 128), device=device).to(torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 
 from slope_kernels.cusparselt import Algorithm
 from slope_megatron.ops import choices
-from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.choices import Choice, Key, Order
 
 KEY = Key("forward", 128, 192, 48, torch.bfloat16)
 CHOICE = Choice(True, 2, Algorithm(7, 2, 5), 0.5, 0.75)
@@ -54,6 +54,25 @@ def test_one_rank_decides(fresh_choices):
     choice = fresh_choices.decide(KEY, lambda: pytest.fail("only the deciding rank measures"))
     assert (choice.tiles, choice.algorithm, sent) == (2, Algorithm(7, 2, 5), [None])
     assert fresh_choices.decide(KEY, lambda: pytest.fail("already decided")) is choice
+
+
+def test_one_rank_decides_on_orders_too(fresh_choices):
+    sent = []
+
+    def broadcast(order):
+        sent.append(order)
+        return order or {"order": "first", "times": {"first": 0.5}}
+
+    key = dataclasses.replace(KEY, kind="forward+8")
+    fresh_choices.agree_over(broadcast, decides=False)
+    order = fresh_choices.decide_order(key, lambda: pytest.fail("only the deciding rank measures"))
+    assert order == Order("first", {"first": 0.5}) and sent == [None]
+    assert fresh_choices.find(key) is None, "it is no choice of a product"
+    fresh_choices.clear()
+    assert fresh_choices.is_empty()
+    fresh_choices.agree_over(broadcast, decides=True)
+    assert fresh_choices.decide_order(key, lambda: Order("last")) == Order("last") == fresh_choices.find_order(key)
+    assert not fresh_choices.is_empty()
 
 
 def test_each_choice_is_logged_once(fresh_choices, caplog):

@@ -54,6 +54,9 @@ def test_operands_for_some_products_alone(device, dense, fresh_choices):
     assert torch.equal(backward.wgrad(dy, x), theirs.wgrad(dy, x))
     wgrad = CusparseltOperands(*arguments, products_wanted=("wgrad",))
     assert torch.equal(wgrad.wgrad(dy, x), theirs.wgrad(dy, x))
+    if not dense:
+        with pytest.raises(RuntimeError, match="these operands hold nothing for dgrad: build them with it"):
+            forward.dgrad(dy)
 
 
 def test_a_pattern_is_looked_at_once_and_again_when_it_changes(device, monkeypatch):

@@ -48,7 +48,7 @@ def way(request, fresh_choices):
     """Chosen for both products, at both numbers of tokens."""
     for key in KEYS.values():
         for tokens in (48, 21):
-            fresh_choices.record(dataclasses.replace(key, tokens=tokens), Order(request.param))
+            fresh_choices.record_order(dataclasses.replace(key, tokens=tokens), Order(request.param))
     return request.param
 
 
@@ -168,11 +168,11 @@ def test_operands_that_cannot_add_run_the_sparse_product_first(device):
 
 def test_the_choice_is_saved_and_read_back(fresh_choices, tmp_path):
     order = Order("wide", {"last": 0.5, "wide": 0.25})
-    fresh_choices.record(KEYS["forward"], order)
+    fresh_choices.record_order(KEYS["forward"], order)
     fresh_choices.save(tmp_path / "choices.json")
     fresh_choices.clear()
     assert fresh_choices.load(tmp_path / "choices.json")
-    assert fresh_choices.find(KEYS["forward"]) == order
+    assert fresh_choices.find_order(KEYS["forward"]) == order
     assert str(order) == "with adapters wide (last 0.500 ms, wide 0.250 ms)"
 
 
@@ -223,7 +223,7 @@ def test_the_choice_is_measured_once_and_works_in_a_graph(device, fresh_choices)
     with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         run()
     run()
-    assert min(choices.find(KEYS["forward"]).times.values()) > 0
+    assert min(choices.find_order(KEYS["forward"]).times.values()) > 0
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = run()

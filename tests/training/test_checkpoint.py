@@ -189,6 +189,16 @@ def test_the_manifest_covers_every_file(run_folder):
     assert set(manifest) == {path.name for path in folder.iterdir()} - {"manifest.json"}
 
 
+def test_only_rank_0_writes_the_index(tmp_path):
+    from slope_megatron.training.snapshot import Snapshot
+
+    snapshot = object.__new__(Snapshot)
+    snapshot.rank, snapshot.metadata = 1, None
+    with pytest.raises(RuntimeError, match="rank 1 does not know where all tensors lie: rank 0 writes the index"):
+        snapshot.write_index(tmp_path, [])
+    assert not any(tmp_path.iterdir())
+
+
 def saved_in_the_background(config, run, dtype):
     """Saves of steps 2 and 4 by thread while steps go on; the writer is held until two more steps are done."""
     import threading

@@ -147,6 +147,7 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
         (changed("model", num_layers=4), "model.num_layers: 2 there, 4 here"),
         (changed("data", seq_length=longer), rf"sequence length.: {longer // 2} there, {longer} here"),
         (second, r"have joined its model: go on with them .*--slope-adapter-rank 4 --slope-lazy-fraction 1.0"),
+        (first, "--init-from is unset: name the checkpoint to start from"),
         (with_run(second, "x", init_from=str(tmp_path)), "holds no Megatron checkpoint of the torch_dist format"),
     ):
         with pytest.raises(ValueError, match=message):

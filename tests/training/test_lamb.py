@@ -124,6 +124,24 @@ def test_a_piece_of_a_parameter_gets_the_whole_parameters_ratio():
     assert replica == [0.0]
 
 
+def test_a_closure_gives_gradients_and_loss():
+    """As torch's own optimizers take it: the weight 3 moves by its whole norm against the gradient's sign."""
+    from slope_megatron.training.lamb import Lamb
+
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = Lamb([{"params": [weight], "weight_decay": 1e-30}], lr=1.0, betas=(0.0, 0.0), eps=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure)) == 9.0
+    assert weight.tolist() == [0.0]
+    assert optimizer.step() is None
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

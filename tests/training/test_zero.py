@@ -318,12 +318,16 @@ def test_deepspeeds_cpu_adam_or_the_reason_why_not(ranks, tmp_path):
 
 
 def test_what_cannot_run_is_refused_with_the_reason(ranks):
+    from slope_megatron.training import nvme
+
     with pytest.raises(ValueError, match="--zero-stage is 2 with --pipeline-parallel 2: stages 2 and 3 reduce"):
         ParallelConfig(zero_stage=2, pipeline_parallel=2)
     with pytest.raises(ValueError, match="--zero-stage is 4: it must be one of 1, 2, 3"):
         ParallelConfig(zero_stage=4)
     with pytest.raises(ValueError, match="--zero3-resident-operands is given with --zero-stage 1"):
         ParallelConfig(zero3_resident_operands=True)
+    with pytest.raises(ValueError, match="nvme without --offload-path, a folder on the NVMe disk; use"):
+        nvme.settings(config_of(3, parallel={"offload_optimizer": "nvme"}))
     refused = {
         "--offload-optimizer is nvme with --zero-stage 2: DeepSpeed swaps": config_of(
             2, parallel={"offload_optimizer": "nvme"}

@@ -168,9 +168,18 @@ def quantize(
         partner, target: a scale, float32, one element, and the power of two that the product of both is to be; None:
             no aim.
         blocks: rows and columns a program, and its warps; None: BLOCKS.
+    Raises:
+        ValueError: neither copy is wanted.
     """
     tokens, width = x_TS.shape
-    padded = rows.shape[0] if rows is not None else columns.shape[1]
+    if rows is not None:
+        padded = rows.shape[0]
+    elif columns is not None:
+        padded = columns.shape[1]
+    else:
+        raise ValueError(
+            "rows and columns are both None: one at least must be there; use amax_bits for the scale alone"
+        )
     block_t, block_s, warps = blocks or BLOCKS[rows is not None, columns is not None]
     even = tokens % block_t == 0 and width % block_s == 0 and padded == tokens
     _quantize_kernel[(triton.cdiv(width, block_s), triton.cdiv(padded, block_t))](

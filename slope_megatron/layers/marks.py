@@ -1,0 +1,9 @@
+"""Marks on parameters: attributes by which Megatron, DeepSpeed and this project know what a parameter is."""
+
+import torch
+
+
+def mark(parameter: torch.nn.Parameter, **marks: object) -> None:
+    """Set attributes such as Megatron's `sequence_parallel` or DeepSpeed's `ds_pipe_replicated`."""
+    for name, value in marks.items():
+        setattr(parameter, name, value)
