@@ -147,20 +147,20 @@ def test_a_weight_that_no_output_needs_is_left_alone():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = torch.nn.ModuleDict({name: torch.nn.Linear(4, 1) for name in ("used", "unused")})
+            self.encoder = torch.nn.ModuleDict({name: torch.nn.Linear(8, 1) for name in ("used", "unused")})
             for linear in self.encoder.values():
-                linear.weight.data[:, :2] = 0
+                linear.weight.data[:, :4] = 0
 
         def forward(self, x):
             return SimpleNamespace(loss=self.encoder["used"](x).square().mean())
 
     model = Model()
     before = model.encoder["unused"].weight.detach().clone()
-    samples = [{"x": torch.ones(4)}, {"x": torch.zeros(4)}]
+    samples = [{"x": torch.ones(8)}, {"x": torch.zeros(8)}]
     settings = FineTuning(0.1, 1, 2, 16)
     assert len(fine_tune(model, samples, lambda part: {"x": torch.stack([s["x"] for s in part])}, settings, "2:4")) == 1
     assert torch.equal(model.encoder["unused"].weight, before)
-    assert not model.encoder["used"].weight[:, :2].any()
+    assert not model.encoder["used"].weight[:, :4].any()
 
 
 def test_the_learning_rate_rises_and_falls():
