@@ -13,6 +13,17 @@ from slope_megatron.export.trained_run import TOKENIZER_FILES
 from slope_megatron.inference.text import EOD_NAMES, named_eod
 
 SPACE_SIGN = "\u2581"
+# Where SentencePiece models differ in what they do to a text before they cut it, beside the pieces themselves.
+PROBES = (
+    "x",
+    " x",
+    "  two  spaces ",
+    "line\nend\r\n\tx",
+    "\ufb01ne \uff11\u212b e\u0301",
+    "UPPER",
+    "\u65e5\u672c \U0001f642",
+    "",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +87,10 @@ def special_tokens(file: Path) -> tuple[TokenIds, dict[str, str]]:
 
 
 def from_sentencepiece(model: Path):
-    """A `tokenizers.Tokenizer` for a SentencePiece BPE model that normalises nothing and falls back to bytes.
+    """A `tokenizers.Tokenizer` for a SentencePiece BPE model that at most puts a space before a text: ours, LLaMA's.
+
+    Raises:
+        ValueError: the model does more to a text, or is no BPE: its ids would be others.
 
     A merge is any cut of a piece into two pieces; SentencePiece merges the pair whose piece has the best score, and
     scores fall with the id, so the merges are in the order of the pieces they make.
@@ -107,8 +121,17 @@ def from_sentencepiece(model: Path):
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = normalizers.Replace(" ", SPACE_SIGN)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_SIGN, " "), decoders.ByteFallback(), decoders.Fuse()])
+    before, after = [normalizers.Replace(" ", SPACE_SIGN)], [decoders.Fuse()]
+    if processor.id_to_piece(processor.encode("x")[0]).startswith(SPACE_SIGN):
+        before, after = [normalizers.Prepend(SPACE_SIGN), *before], [*after, decoders.Strip(" ", 1, 0)]
+    tokenizer.normalizer = normalizers.Sequence(before)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_SIGN, " "), decoders.ByteFallback(), *after])
     control = [pieces[token] for token in ids if processor.is_control(token)]
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in control])
+    for text in (*PROBES, *(piece.replace(SPACE_SIGN, " ") for piece in plain)):
+        if tokenizer.encode(text, add_special_tokens=False).ids != processor.encode(text):
+            raise ValueError(
+                f"the tokenizer {model.name} cuts {text!r} otherwise than a tokenizer.json made of it would: it is no "
+                "plain BPE model; give --tokenizer a folder with the tokenizer.json that belongs to it"
+            )
     return tokenizer

@@ -50,3 +50,47 @@ def test_transformers_reads_the_folder(folder, tmp_path):
     text = samples()[0]
     assert theirs(text)["input_ids"] == ours.encode(text)
     assert theirs.decode(ours.encode(text)) == text
+
+
+def foreign_model(path, **settings):
+    """A SentencePiece model that was trained elsewhere."""
+    import io
+
+    import sentencepiece
+
+    content = io.BytesIO()
+    sentences = ["The quick brown fox jumps over the lazy dog.", "def f(x): return x + 1", "UPPER \ufb01ne \u65e5"] * 99
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=content,
+        vocab_size=340,
+        hard_vocab_limit=False,
+        minloglevel=9,
+        **settings,
+    )
+    path.write_bytes(content.getvalue())
+    return path
+
+
+def test_a_model_that_puts_a_space_before_a_text(tmp_path):
+    """As LLaMA's: BPE, bytes for what is unknown, nothing normalised."""
+    from slope_megatron.data.tokenizer import load_tokenizer
+    from slope_megatron.export.hf_tokenizer import from_sentencepiece
+
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    model = foreign_model(tmp_path / "tokenizer.model", model_type="bpe", allow_whitespace_only_pieces=True, **settings)
+    ours, theirs = load_tokenizer(model), from_sentencepiece(model)
+    assert ours.encode("fox") != load_tokenizer(model).encode(" fox")
+    for text in samples():
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ids == ours.encode(text), text
+        assert theirs.decode(ids) == ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_model_that_has_no_such_form_is_refused(tmp_path, model_type):
+    """SentencePiece's defaults normalise the text (NFKC, single spaces)."""
+    from slope_megatron.export.hf_tokenizer import from_sentencepiece
+
+    with pytest.raises(ValueError, match="it is no plain BPE model; give --tokenizer a folder"):
+        from_sentencepiece(foreign_model(tmp_path / "tokenizer.model", model_type=model_type))
