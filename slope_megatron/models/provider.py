@@ -114,11 +114,14 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
     return model.to(dtype)
 
 
+def to_own_device(model: torch.nn.Module) -> torch.nn.Module:
+    """A bare model, all of it on this rank's device: norms and tables of positions are born on the CPU."""
+    return model.cuda() if torch.cuda.is_available() else model
+
+
 def build_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:
     """This rank's shard of the model, filled: the same weights at every layout."""
-    model = build_bare_model(config, tokenizer_size, dtype)
-    if torch.cuda.is_available():
-        # Norms and tables of positions are born on the CPU; what fills a tensor depends on where it is.
-        model.cuda()
+    # Before the fill: what fills a tensor depends on where it is.
+    model = to_own_device(build_bare_model(config, tokenizer_size, dtype))
     fill_model(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
     return model

@@ -7,7 +7,7 @@ import torch
 from slope_megatron.config import Config
 from slope_megatron.data.batches import MicroBatches
 from slope_megatron.models.dense import load_dense
-from slope_megatron.models.provider import build_bare_model
+from slope_megatron.models.provider import build_bare_model, to_own_device
 from slope_megatron.models.wanda import prune_in_place
 from slope_megatron.training.objectives import OBJECTIVES
 
@@ -42,7 +42,7 @@ def calibrated_masks(config: Config, tokenizer_size: int, dtype: torch.dtype, so
         source: the dense weights, as `load_dense` takes them.
     """
     dense = dataclasses.replace(config, slope=dataclasses.replace(config.slope, enabled=False))
-    model = build_bare_model(dense, tokenizer_size, dtype)
+    model = to_own_device(build_bare_model(dense, tokenizer_size, dtype))
     load_dense(model, dense, source)
     device = next(model.parameters()).device
     objective = OBJECTIVES[config.model.architecture]

@@ -96,6 +96,26 @@ def test_wanda_equals_whole_passes_at_any_size(ranks, gated):
         assert torch.equal(whole, weight), name
 
 
+def devices_while_measuring(config):
+    """Whether the model that is measured went through `to_own_device`, which does nothing without a GPU."""
+    from slope_megatron.models import provider
+    from slope_megatron.training import wanda
+
+    moved = []
+    wanda.to_own_device = lambda model: moved.append(model) or provider.to_own_device(model)
+    used = []
+    wanda.prune_in_place = lambda model, *_: used.append(model) or {}
+    samples = [sample(index) for index in range(SAMPLES)]
+    wanda.calibrated_masks(config, VOCABULARY, torch.float64, dense_weights(config), samples)
+    return [model is whole for model, whole in zip(used, moved, strict=True)]
+
+
+def test_all_of_the_measured_model_is_on_the_ranks_device(ranks):
+    """Megatron's norms are born on the CPU, whatever the linears are on."""
+    config = small_config(slope={"pattern": "wanda", "wanda_samples": SAMPLES}, init_from="somewhere")
+    assert ranks.run(devices_while_measuring, config, world=1) == [[True]]
+
+
 def test_what_cannot_be_calibrated_is_refused():
     from slope_megatron.training.wanda import check
 
