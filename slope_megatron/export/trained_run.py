@@ -8,6 +8,7 @@ with zeros where its mask has them.
 import dataclasses
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from slope_megatron.models.parameters import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack, unpack_bits
 
 logger = logging.getLogger(__name__)
+STEP = re.compile(r"step_\d{8,}")
 LEFT_OUT = (".weight_column", "_extra_state")
 MASK = "_mask"
 ADAPTERS = (".adapter_l", ".adapter_r")
@@ -46,8 +48,9 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     """
     if not is_run(run):
         raise ValueError(f"{run} holds no run: give a folder that `slope pretrain` or `slope quickstart` wrote to")
-    complete = sorted(path.parent for path in (run / "checkpoints").glob("step_*/manifest.json"))
-    complete = [folder for folder in complete if not folder.name.endswith(".partial")]
+    sealed = (path.parent for path in (run / "checkpoints").glob("step_*/manifest.json"))
+    # Others of that beginning are half-written, or were found corrupt and set aside.
+    complete = sorted(folder for folder in sealed if STEP.fullmatch(folder.name))
     if not complete:
         raise ValueError(f"{run} has no complete checkpoint yet: let the run reach one (--save-interval)")
     if step is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from slope_megatron.config import Config
 from slope_megatron.config.saved import saved_form
 from slope_megatron.data.manifest import fingerprint
-from slope_megatron.training import files
+from slope_megatron.training import checkpoint, files
 from slope_megatron.versions import versions
 
 
@@ -42,7 +42,7 @@ def is_resumed(config: Config) -> bool:
     """
     run = Path(config.train.out)
     if config.train.auto_resume:
-        return any((run / "checkpoints").glob("step_*/manifest.json"))
+        return bool(checkpoint.complete_checkpoints(run))
     if config.train.resume and not (run / "run.json").is_file():
         raise ValueError(f"{run} holds no run to resume: leave --resume out to start one")
     return config.train.resume

@@ -312,6 +312,28 @@ def test_saving_a_step_again_replaces_it_in_one_rename(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
 
 
+@pytest.mark.parametrize("name", ["step_00000004.partial", "step_00000004.old.partial", "step_00000004.corrupt"])
+def test_what_is_no_checkpoint_any_more_or_not_yet_is_nobodys(tmp_path, name):
+    """Sealed, but killed before its name was given to it; or set aside."""
+    import dataclasses
+
+    from slope_megatron.export import trained_run
+    from slope_megatron.training.run_folder import is_resumed
+
+    config = small_config()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, out=str(tmp_path), auto_resume=True))
+    folder = tmp_path / "checkpoints"
+    sealed(tmp_path, 4)
+    (folder / "step_00000004").rename(folder / name)
+    assert not is_resumed(config), "an unattended job starts, and does not end at a checkpoint that is none"
+    sealed(tmp_path, 2)
+    (folder / "latest").write_text("step_00000004\n")
+    assert is_resumed(config)
+    assert trained_run.find_checkpoint(tmp_path).name == "step_00000002"
+    with pytest.raises(ValueError, match="has no checkpoint of step 4: it has those of 2"):
+        trained_run.find_checkpoint(tmp_path, 4)
+
+
 def test_an_unattended_job_takes_the_newest_intact_checkpoint(tmp_path, caplog):
     from slope_megatron.training import checkpoint
 
