@@ -121,11 +121,11 @@ def from_sentencepiece(model: Path):
             byte_fallback=True,
         )
     )
-    before, after = [normalizers.Replace(" ", SPACE_SIGN)], [decoders.Fuse()]
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE_SIGN)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_SIGN, " "), decoders.ByteFallback(), decoders.Fuse()])
     if processor.id_to_piece(processor.encode("x")[0]).startswith(SPACE_SIGN):
-        before, after = [normalizers.Prepend(SPACE_SIGN), *before], [*after, decoders.Strip(" ", 1, 0)]
-    tokenizer.normalizer = normalizers.Sequence(before)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE_SIGN, " "), decoders.ByteFallback(), *after])
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_SIGN), tokenizer.normalizer])
+        tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Strip(" ", 1, 0)])
     control = [pieces[token] for token in ids if processor.is_control(token)]
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in control])
     for text in (*PROBES, *(piece.replace(SPACE_SIGN, " ") for piece in plain)):
