@@ -177,7 +177,15 @@ class Decoder(torch.nn.Module):
         self, tokens: torch.Tensor, positions: torch.Tensor | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
         """Logits `[b, s, V]` of `tokens` `[b, s]` at `positions` `[b, s]` (by default 0..s-1), after what `cache`
-        holds; the cache then holds these as well."""
+        holds; the cache then holds these as well.
+
+        Raises:
+            ValueError: more tokens than the position table has rows; with a cache, they are a prompt's padding.
+        """
+        if cache is None and self.positions is not None and tokens.shape[1] > self.max_positions:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens were given and the model has {self.max_positions} positions: give fewer"
+            )
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         cache = cache or self.new_cache(tokens.shape[0], tokens.shape[1])

@@ -156,6 +156,15 @@ def test_rotary_positions_without_a_number_are_refused(runs):
         _ = decoder.max_positions
 
 
+def test_more_tokens_than_positions_are_refused(runs):
+    """The last row of the table would stand for all that lie behind it."""
+    decoder = decoder_of(runs("gpt2")[0])
+    longest = torch.zeros(1, decoder.max_positions, dtype=torch.int64)
+    assert decoder(longest).shape[1] == decoder.max_positions
+    with pytest.raises(ValueError, match=f"{decoder.max_positions + 1} tokens were given and the model has"):
+        decoder(torch.zeros(1, decoder.max_positions + 1, dtype=torch.int64))
+
+
 def test_an_encoder_is_refused(runs):
     from slope_megatron.config import ModelConfig
     from slope_megatron.inference.decoder import Decoder
