@@ -30,12 +30,13 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     import torch
 
     from slope_kernels.triton import choose, gather, metadata, mvue, refresh
-    from slope_megatron.ops import layout, measure
+    from slope_megatron.ops import layout
     from slope_megatron.ops.choices import Key
     from slope_megatron.ops.measure_wgrad import WgradTrial
+    from slope_megatron.ops.trials import random_bits
 
     device, weights = torch.device("cuda"), rows * columns
-    row_bits = measure.random_bits(rows, columns, device)
+    row_bits = random_bits(rows, columns, device)
     values = torch.randn(rows, columns // 2, device=device).to(dtype)
     dense = torch.randn(rows, columns, device=device).to(dtype)
     column_bits = torch.empty(rows, columns // 16, dtype=torch.uint8, device=device)

@@ -136,7 +136,7 @@ def sparse_linear(ledger, rows: int, columns: int, rank: int, train: bool, backe
     """In training what `layers/packed_weight.py` holds; for inference what `inference/linear.py` does."""
     from slope_megatron.inference.linear import SparseLinear
     from slope_megatron.ops.backend import build_operands, choose_column_bits
-    from slope_megatron.ops.measure import random_bits
+    from slope_megatron.ops.trials import random_bits
 
     weights = rows * columns
     if not train:

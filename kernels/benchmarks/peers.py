@@ -22,8 +22,8 @@ from torch.sparse import (
 )
 
 from slope_megatron.ops.backend import build_operands
-from slope_megatron.ops.measure import random_bits
 from slope_megatron.ops.products import choose_column, gather_kept, unpack_kept
+from slope_megatron.ops.trials import random_bits
 from slope_megatron.ops.wgrad import product as estimated_wgrad
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.transposable import patterns

@@ -6,20 +6,16 @@ cuSPARSELt have returned wrong results (pytorch#155333), so each is compared wit
 several times on poisoned outputs, before its time counts.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterable
 
 import torch
 
-from slope_kernels import cusparselt, cusparselt_library
-from slope_megatron.ops import choices, layout, measure_cutlass, products, timing
+from slope_kernels import cusparselt
+from slope_megatron.ops import choices, layout, measure_cutlass, measure_weight, timing
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.trials import Candidate, PlannedCandidate, Trial
+from slope_megatron.ops.trials import ROWS_AT_ONCE, Candidate, PlannedCandidate, Trial
 from slope_megatron.sparsity.float8 import E4M3
-from slope_megatron.sparsity.operand import slot_places
-from slope_megatron.sparsity.packing import pack_bits, unpack_bits
-from slope_megatron.sparsity.pattern import random_pattern
 
 logger = logging.getLogger(__name__)
 # Both products round the same fp32 sums, which differ in their order alone, to 16 bits: measured errors are near 3e-4.
@@ -37,47 +33,11 @@ TRIED_IN_TILES = 6
 # The first algorithms, all that bf16 has on sm_90 (cuSPARSELt 0.8.0). fp16 has 52, of which some past 32 do not merely
 # give wrong results: they end the process's CUDA context with an illegal instruction.
 MOST_CONFIGS = 21
-ROWS_AT_ONCE = 4096
 LIBRARIES = ("cusparselt", "cutlass")
 
 
-@dataclasses.dataclass
-class WeightTrial:
-    """Random data of one product: X, the operand by its number of tiles, room for Y, the dense weight and its Y."""
-
-    key: Key
-    x_TS: torch.Tensor
-    row_bits: torch.Tensor
-    operands: dict[int, torch.Tensor]
-    y_TR: torch.Tensor
-    dense: torch.Tensor
-    expected_TR: torch.Tensor
-
-    def dense_product(self) -> torch.Tensor:
-        """Dgrad keeps the dense weight as [S, R], the others as [R, S]: how each reads its own."""
-        weight = self.dense if self.key.kind == "dgrad" else self.dense.t()
-        return torch.mm(self.x_TS, weight, out=self.y_TR)
-
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WeightCandidate":
-        return WeightCandidate(self, algorithm, tiles)
-
-    def operand(self, tiles: int) -> torch.Tensor:
-        if tiles not in self.operands:
-            self.operands[tiles] = layout.retile(self.operands[1], self.key.rows, self.key.columns, 1, tiles)
-        return self.operands[tiles]
-
-
-def random_bits(rows: int, columns: int, device) -> torch.Tensor:
-    """Bitmask uint8 `[rows, columns/8]` of a random 2:4 pattern."""
-    parts = []
-    for start in range(0, rows, ROWS_AT_ONCE):
-        words = torch.randint(0, 1 << 30, (min(ROWS_AT_ONCE, rows - start), columns), device=device, dtype=torch.int32)
-        parts.append(pack_bits(random_pattern(words, 2, 4)))
-    return torch.cat(parts)
-
-
 def prepare(key: Key, device: torch.device) -> Trial:
-    """Fresh random data; the operand in one tile, without cuSPARSELt its values alone."""
+    """Fresh random data."""
     if key.kind == "wgrad":
         # It compiles kernels that no machine without `full` mode needs.
         from slope_megatron.ops.measure_wgrad import WgradTrial
@@ -87,46 +47,7 @@ def prepare(key: Key, device: torch.device) -> Trial:
         from slope_megatron.ops.measure_float8 import Float8Trial
 
         return Float8Trial(key, device)
-    row_bits = random_bits(key.rows, key.columns, device)
-    values = torch.randn(key.rows, key.columns // 2, device=device, dtype=key.dtype)
-    operand = torch.empty(layout.operand_bytes(key.rows, key.columns), dtype=torch.uint8, device=device)
-    layout.values_of(operand, key.rows, key.columns, 1, key.dtype).copy_(values[None])
-    if cusparselt_library.unsupported() is None:
-        if layout.probe(device, key.dtype).known_metadata:
-            metadata = products.row_metadata(row_bits)
-        else:
-            metadata = layout.library_metadata(slot_places(unpack_bits(row_bits)), key.dtype)
-        layout.metadata_of(operand, key.rows, key.columns, 1).copy_(metadata[None])
-    dense = products.unpack_kept(values, row_bits)
-    if key.kind == "dgrad":
-        dense = dense.t().contiguous()
-    tokens = cusparselt.padded_tokens(key.tokens)
-    x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
-    y = torch.empty(tokens, key.rows, device=device, dtype=key.dtype)
-    trial = WeightTrial(key, x, row_bits, {1: operand}, y, dense, y)
-    trial.expected_TR = trial.dense_product().clone()
-    return trial
-
-
-class WeightCandidate:
-    """A sparse product of a trial: one algorithm, its tiles one after the other."""
-
-    def __init__(self, trial: WeightTrial, algorithm: cusparselt.Algorithm | None, tiles: int = 1):
-        key, device = trial.key, trial.x_TS.device
-        self.trial, self.tiles, self.algorithm = trial, tiles, algorithm
-        product = cusparselt.Product(
-            key.rows // tiles, key.columns, trial.x_TS.shape[0], key.dtype, device.index, key.rows
-        )
-        self.plan = cusparselt.Plan(product, algorithm)
-        self.operand = trial.operand(tiles)
-
-    def __call__(self) -> None:
-        trial = self.trial
-        stream = torch.cuda.current_stream(trial.x_TS.device).cuda_stream
-        step = self.plan.product.rows * trial.x_TS.element_size()
-        for tile in range(self.tiles):
-            start = self.operand.data_ptr() + tile * self.operand.numel() // self.tiles
-            self.plan.run(start, trial.x_TS.data_ptr(), trial.y_TR.data_ptr() + tile * step, stream)
+    return measure_weight.trial_of(key, device)
 
 
 def wrong(candidate: Candidate) -> str | None:
@@ -239,7 +160,7 @@ def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple
     candidates: list[Candidate] = []
     if "cusparselt" in libraries:
         candidates += cusparselt_finalists(trial, tilings(key, device))
-    if "cutlass" in libraries and isinstance(trial, WeightTrial):
+    if "cutlass" in libraries and isinstance(trial, measure_weight.WeightTrial):
         candidates += measure_cutlass.finalists(trial, wrong)
     functions |= {(candidate.tiles, candidate.algorithm): candidate for candidate in candidates}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])

@@ -8,8 +8,9 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_kernels.triton.quantize import rescale
-from slope_megatron.ops import float8_products, layout, measure, products
+from slope_megatron.ops import float8_products, layout, products
 from slope_megatron.ops.choices import Key
+from slope_megatron.ops.trials import random_bits
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import metadata_e4m3, slot_places
@@ -28,7 +29,7 @@ class Float8Trial:
 
     def __init__(self, key: Key, device: torch.device):
         self.key = key
-        row_bits = measure.random_bits(key.rows, key.columns, device)
+        row_bits = random_bits(key.rows, key.columns, device)
         values = random_e4m3(key.rows, key.columns // 2, device)
         self.operand = torch.empty(layout.operand_bytes(key.rows, key.columns, E4M3), dtype=torch.uint8, device=device)
         layout.values_of(self.operand, key.rows, key.columns, 1, E4M3).copy_(values[None])

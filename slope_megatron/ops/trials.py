@@ -6,6 +6,11 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_megatron.ops.choices import Algorithm, Key
+from slope_megatron.sparsity.packing import pack_bits
+from slope_megatron.sparsity.pattern import random_pattern
+
+# Rows of a large tensor that are worked on at once.
+ROWS_AT_ONCE = 4096
 
 
 class Trial(Protocol):
@@ -45,3 +50,12 @@ class PlannedCandidate(Candidate, Protocol):
 
     @property
     def plan(self) -> cusparselt.Plan: ...
+
+
+def random_bits(rows: int, columns: int, device) -> torch.Tensor:
+    """Bitmask uint8 `[rows, columns/8]` of a random 2:4 pattern."""
+    parts = []
+    for start in range(0, rows, ROWS_AT_ONCE):
+        words = torch.randint(0, 1 << 30, (min(ROWS_AT_ONCE, rows - start), columns), device=device, dtype=torch.int32)
+        parts.append(pack_bits(random_pattern(words, 2, 4)))
+    return torch.cat(parts)
