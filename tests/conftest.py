@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+# Where they assert, they say as much as tests do.
+pytest.register_assert_rewrite("helpers")
 # One thread a process: tests run several ranks on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

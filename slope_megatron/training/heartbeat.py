@@ -1,21 +1,26 @@
-"""What each rank tells the others through RUN/ranks: that it lives, and how far its main thread has come."""
+"""What ranks tell each other through RUN/ranks.
+
+rank_N.json    each rank: that it lives, and how far its main thread has come
+verdict.json   whoever finds that the run cannot go on: why; blank until then
+"""
 
 import contextlib
 import dataclasses
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
 from slope_megatron.training import files
+from slope_megatron.training.places import Place
 
 # Parts of a step in the order in which the main thread reaches them.
 PARTS = ("start", "batch", "forward and backward", "gradients", "update", "validation", "checkpoint")
 # Written in place in one piece of always the same size: no new space is needed, even on a full disk.
 RECORD_BYTES = 512
+VERDICT_BYTES = 4096
 PACKAGE = f"{os.sep}slope_megatron{os.sep}"
 COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
 
@@ -25,7 +30,6 @@ class Heartbeat:
     """One rank's last word.
 
     Args:
-        born: when its process started (clock ticks after boot), so that a number used again is not mistaken for it.
         step: steps done; `part`: what it was doing then.
         still: seconds for which its main thread had not come further; negative: not watched yet.
         where: the place in the code, and `waits`: whether that is a wait for other ranks.
@@ -35,7 +39,6 @@ class Heartbeat:
     rank: int
     pid: int
     host: str
-    born: int
     step: int
     part: str
     still: float
@@ -65,22 +68,64 @@ def read(folder: Path, rank: int) -> Heartbeat | None:
         return None
 
 
-def born(pid: int) -> int | None:
-    """When a process started; None: it is gone, or dead and not yet collected by its parent."""
+def silence(folder: Path, rank: int) -> float | None:
+    """Seconds since a rank's last word; None: not announced yet, or done."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+        return max(0.0, time.time() - file_of(folder, rank).stat().st_mtime)
+    except OSError:
         return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why the run ends, for those who did not find out themselves.
+
+    Args:
+        hung: ranks that do not end by themselves.
+    """
+
+    hung: list[int]
+
+
+def make_room_for_verdict(folder: Path) -> None:
+    """Take the space that one will need, where there is none yet."""
+    with contextlib.suppress(FileExistsError), open(folder / "verdict.json", "x") as stream:
+        stream.write(" " * VERDICT_BYTES)
+
+
+def write_verdict(folder: Path, verdict: Verdict) -> None:
+    """In place, in one piece.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = json.dumps(dataclasses.asdict(verdict)).ljust(VERDICT_BYTES)
+    descriptor = os.open(folder / "verdict.json", os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, content.encode())
+        os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)
+
+
+def read_verdict(folder: Path) -> Verdict | None:
+    """None: there is none, or it is being written."""
+    try:
+        return Verdict(**json.loads((folder / "verdict.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remove_verdict(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / "verdict.json").unlink(missing_ok=True)
 
 
 class Pulse:
     """Writes this rank's heartbeat, and remembers how far the main thread has come."""
 
-    def __init__(self, folder: Path, rank: int):
-        self.folder, self.rank = folder, rank
-        self.host = socket.gethostname()
-        self.born = born(os.getpid()) or 0
+    def __init__(self, folder: Path, place: Place):
+        self.folder, self.own, self.rank = folder, place, place.rank
         self.main = threading.main_thread().ident or 0
         self.progress = (0, "start", time.monotonic())
         self.watched = False
@@ -114,7 +159,7 @@ class Pulse:
     def record(self) -> str:
         step, part, _ = self.progress
         where, waits = self.place()
-        content = {"rank": self.rank, "pid": os.getpid(), "host": self.host, "born": self.born, "step": step}
+        content = {"rank": self.rank, "pid": self.own.pid, "host": self.own.host, "step": step}
         content |= {"part": part, "still": round(self.still(), 1), "where": where[-120:], "waits": waits}
         return json.dumps(content).ljust(RECORD_BYTES - 1) + "\n"
 

@@ -21,12 +21,14 @@ from slope_megatron.training import (
     layer_stats,
     memory,
     parallel,
+    places,
     run_folder,
 )
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.init_from import check_init, load_init
 from slope_megatron.training.loop import Run, what_is_safe
+from slope_megatron.training.places import Place
 from slope_megatron.training.watch import Diverged
 from slope_megatron.training.writers import check_installed, open_writers
 
@@ -45,6 +47,13 @@ def on_first_rank(function):
     if outcome[1]:
         raise ValueError(outcome[1])
     return outcome[0]
+
+
+def every_place() -> list[Place]:
+    """Where each rank runs; collective."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, places.here(dist.get_rank()))
+    return found
 
 
 def resolve_dtype(config: Config) -> str:
@@ -86,7 +95,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))
     on_first_rank(lambda: remove_leftovers(run))
     timeout = config.watch.hang_timeout
-    watch = RankWatch(run, dist.get_rank(), dist.get_world_size(), lambda: what_is_safe(run), timeout)
+    watch = RankWatch(run, every_place(), dist.get_rank(), lambda: what_is_safe(run), timeout)
     watch.start()
     logger.info("%s", sparsity_table(config))
     try:

@@ -101,3 +101,11 @@ def step_batches(config: Config, step: int, replica: int, replicas: int) -> list
         batch = {key: torch.stack([item[key] for item in samples]) for key in samples[0]}
         batches.append(masked(batch) if config.model.architecture == "bert" else batch)
     return batches
+
+
+def build_engine(config: Config, dtype=torch.float32):
+    """An engine with a fresh model on this rank."""
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.engine import Engine
+
+    return Engine(build_model(config, VOCABULARY, dtype), config, dtype)

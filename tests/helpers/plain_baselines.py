@@ -3,9 +3,12 @@
 No Megatron linear of ours, no ZeRO: a dense model whose linears are replaced by `PlainLinear`, clipping, AdamW.
 """
 
+import dataclasses
 import itertools
 
 import torch
+
+from helpers.models import VOCABULARY, step_batches
 
 
 def largest(groups, count):
@@ -74,3 +77,69 @@ class PlainLinear(torch.nn.Module):
         if self.skip_bias_add:
             return y, self.bias
         return y + self.bias, None
+
+
+def plain_training(config):
+    """SR-STE and FST in a dense model of one process: losses and gradient norms, and the final weights and masks."""
+    from slope_megatron.models.layer_spec import block_linears, sparse_linears
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.objectives import OBJECTIVES
+    from slope_megatron.training.optimizer import parameter_groups
+
+    slope, settings, steps = config.slope, config.optimizer, config.train.steps
+    dense = dataclasses.replace(config, slope=dataclasses.replace(slope, enabled=False))
+    model = build_model(dense, VOCABULARY, torch.float32)
+    place = type("Place", (), {"step": 0, "micro_batch": 0})()
+    linears = []
+    for layer in model.decoder.layers:
+        for name, stock in block_linears(layer).items():
+            if name in sparse_linears(slope, layer.layer_number - 1):
+                part = "mlp" if "fc" in name else "self_attention"
+                canonical = f"decoder.layers.{layer.layer_number - 1}.{part}.{name}.weight"
+                linear = PlainLinear(stock, slope.method, estimate_of(canonical, config, place), place)
+                setattr(getattr(layer, part), name, linear)
+                linears.append(linear)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, dense), betas=(settings.beta1, settings.beta2), eps=settings.eps
+    )
+    objective, results = OBJECTIVES["gpt"], []
+    dense_from = round(steps * (1 - slope.fst_dense_tail)) if slope.method == "fst" else steps
+    for step in range(steps):
+        place.step = step
+        for linear in linears:
+            linear.masking = step < dense_from
+            if slope.method == "fst" and step % slope.fst_mask_interval == 0:
+                linear.search()
+        batches = step_batches(config, step, 0, 1)
+        optimizer.zero_grad()
+        total = 0.0
+        for place.micro_batch, batch in enumerate(batches):
+            loss = objective.loss(batch, objective.forward(model, batch)) / len(batches)
+            loss.backward()
+            total += loss.item()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad))
+        for linear in linears:
+            linear.weight.grad += slope.decay * linear.weight.detach() * ~linear.mask().bool()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(step, steps)
+        optimizer.step()
+        results.append((total, norm))
+    weights = [linear.weight.detach().clone() for linear in linears]
+    return results, weights, [linear.mask() for linear in linears]
+
+
+def estimate_of(name, config, place):
+    """dY and micro-batch -> its estimate, with words asked for one by one at their place."""
+    from slope_megatron.sparsity import counter
+    from slope_megatron.sparsity.mvue import mvue
+
+    def estimate(dy_TN, micro_batch):
+        tokens, out = dy_TN.shape
+        key = counter.key_of(config.train.seed, f"mvue:{place.step}:{micro_batch}")
+        index = torch.arange(out * (tokens // 4))
+        words = counter.philox(key, index // 4, counter.key_of(config.train.seed, name))[
+            torch.arange(len(index)), index % 4
+        ]
+        return mvue(dy_TN.t(), words.view(out, -1), 2, 4).t()
+
+    return estimate

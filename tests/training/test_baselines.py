@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import VOCABULARY, build_engine, small_config, step_batches
 from helpers.numerics import relative_error
+from helpers.plain_baselines import plain_training
 
 STEPS = 8
 METHODS = {
@@ -20,13 +21,6 @@ LAYOUTS = [
     (1, 2, 1, {"recompute": "full"}),
     (1, 1, 2, {"zero_stage": 2}),
 ]
-
-
-def build_engine(config):
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    return Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
 
 
 def whole_parts(engine):
@@ -106,73 +100,6 @@ def test_layouts_are_equal(ranks, method, family):
                 assert relative_error(found[name], tensor) < 1e-3, name
 
 
-def plain_training(config):
-    """SR-STE and FST in a dense model of one process, from helpers.plain_baselines: the same results as `train`."""
-    from helpers.plain_baselines import PlainLinear
-    from slope_megatron.models.layer_spec import block_linears, sparse_linears
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.objectives import OBJECTIVES
-    from slope_megatron.training.optimizer import parameter_groups
-
-    slope, settings = config.slope, config.optimizer
-    dense = dataclasses.replace(config, slope=dataclasses.replace(slope, enabled=False))
-    model = build_model(dense, VOCABULARY, torch.float32)
-    place = type("Place", (), {"step": 0, "micro_batch": 0})()
-    linears = []
-    for layer in model.decoder.layers:
-        for name, stock in block_linears(layer).items():
-            if name in sparse_linears(slope, layer.layer_number - 1):
-                part = "mlp" if "fc" in name else "self_attention"
-                canonical = f"decoder.layers.{layer.layer_number - 1}.{part}.{name}.weight"
-                linear = PlainLinear(stock, slope.method, estimate_of(canonical, config, place), place)
-                setattr(getattr(layer, part), name, linear)
-                linears.append(linear)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, dense), betas=(settings.beta1, settings.beta2), eps=settings.eps
-    )
-    objective, results = OBJECTIVES["gpt"], []
-    dense_from = round(STEPS * (1 - slope.fst_dense_tail)) if slope.method == "fst" else STEPS
-    for step in range(STEPS):
-        place.step = step
-        for linear in linears:
-            linear.masking = step < dense_from
-            if slope.method == "fst" and step % slope.fst_mask_interval == 0:
-                linear.search()
-        batches = step_batches(config, step, 0, 1)
-        optimizer.zero_grad()
-        total = 0.0
-        for place.micro_batch, batch in enumerate(batches):
-            loss = objective.loss(batch, objective.forward(model, batch)) / len(batches)
-            loss.backward()
-            total += loss.item()
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad))
-        for linear in linears:
-            linear.weight.grad += slope.decay * linear.weight.detach() * ~linear.mask().bool()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr_at(step, STEPS)
-        optimizer.step()
-        results.append((total, norm))
-    weights = [linear.weight.detach().clone() for linear in linears]
-    return results, weights, [linear.mask() for linear in linears]
-
-
-def estimate_of(name, config, place):
-    """dY and micro-batch -> its estimate, with words asked for one by one at their place."""
-    from slope_megatron.sparsity import counter
-    from slope_megatron.sparsity.mvue import mvue
-
-    def estimate(dy_TN, micro_batch):
-        tokens, out = dy_TN.shape
-        key = counter.key_of(config.train.seed, f"mvue:{place.step}:{micro_batch}")
-        index = torch.arange(out * (tokens // 4))
-        words = counter.philox(key, index // 4, counter.key_of(config.train.seed, name))[
-            torch.arange(len(index)), index % 4
-        ]
-        return mvue(dy_TN.t(), words.view(out, -1), 2, 4).t()
-
-    return estimate
-
-
 def trained_masks(config):
     from slope_megatron.models.fill import masked_modules
     from slope_megatron.models.layer_spec import block_linears
@@ -229,9 +156,7 @@ def decays(config, dtype):
     """Of one step: (gradient's change, what it should be, elements) of each piece of a masked weight on this rank."""
     from megatron.core import parallel_state
 
-    from slope_megatron.models.provider import build_model
     from slope_megatron.training import baselines
-    from slope_megatron.training.engine import Engine
 
     found, decay = [], baselines.decay_partition
 
@@ -250,7 +175,7 @@ def decays(config, dtype):
 
     baselines.decay_partition = watched
     try:
-        engine = Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+        engine = build_engine(config, dtype)
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         engine.train_step(step_batches(config, 0, replica, replicas))
     finally:

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
-from test_zero import build_engine, config_of, oracle
 
-from helpers.models import step_batches
+from helpers.models import build_engine, step_batches
+from helpers.zero_runs import config_of, oracle
 
 STEPS = 8
 

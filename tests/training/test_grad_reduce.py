@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from test_checkpoint import assert_same, resumed, uninterrupted
-from test_zero import OFFLOAD, build_engine, check_exact_resume, config_of, go_on
 
-from helpers.models import small_config, step_batches
+from helpers.models import build_engine, small_config, step_batches
 from helpers.numerics import relative_error
+from helpers.resumed_runs import assert_same, resumed, uninterrupted
+from helpers.zero_runs import OFFLOAD, check_exact_resume, config_of, go_on
 from slope_megatron.cli import bench
 
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from test_zero import build_engine, config_of, go_on
 
-from helpers.models import VOCABULARY, step_batches
+from helpers.models import VOCABULARY, build_engine, step_batches
+from helpers.zero_runs import config_of, go_on
 from slope_megatron.config import OptimizerConfig
 
 STEPS = 6

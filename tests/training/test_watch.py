@@ -143,7 +143,7 @@ def test_a_jump_is_told_from_noise():
 def beat(rank, **values):
     from slope_megatron.training.heartbeat import Heartbeat
 
-    usual = {"pid": 100 + rank, "host": "here", "born": 1, "step": 7, "part": "gradients", "still": 9.0}
+    usual = {"pid": 100 + rank, "host": "here", "step": 7, "part": "gradients", "still": 9.0}
     return Heartbeat(rank, **{**usual, "where": "training/engine.py:1", "waits": True, **values})
 
 
@@ -176,9 +176,9 @@ def test_where_no_rank_stands_out_all_are_shown():
 
 
 def test_a_heartbeat_is_rewritten_in_place_and_survives_what_cannot_be_read(tmp_path):
-    from slope_megatron.training import heartbeat
+    from slope_megatron.training import heartbeat, places
 
-    pulse = heartbeat.Pulse(tmp_path, 3)
+    pulse = heartbeat.Pulse(tmp_path, places.here(3))
     pulse.announce()
     path = heartbeat.file_of(tmp_path, 3)
     place, size = path.stat().st_ino, path.stat().st_size
@@ -187,7 +187,7 @@ def test_a_heartbeat_is_rewritten_in_place_and_survives_what_cannot_be_read(tmp_
     found = heartbeat.read(tmp_path, 3)
     assert (found.step, found.part, found.reached) == (41, "update", (41, 4))
     assert (path.stat().st_ino, path.stat().st_size) == (place, size)
-    assert heartbeat.born(found.pid) == found.born
+    assert not places.here(3).is_gone and dataclasses.replace(places.here(3), born=1).is_gone
     path.write_text('{"rank": 3, "pi')
     assert heartbeat.read(tmp_path, 3) is None
     assert heartbeat.read(tmp_path, 4) is None

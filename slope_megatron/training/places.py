@@ -1,0 +1,68 @@
+"""Where each rank runs, known to all from the start, and which ranks each of them looks after.
+
+Whoever looks on a shared disk costs it: with everybody looking after everybody, N ranks read N^2 files each time. So
+
+    ranks of one host    look after each other through /proc, which is nobody else's
+    hosts in a ring      a host's ranks share out those of the next host, whose files they look at: about N in all
+
+Whatever dies, one rank or whole hosts at once, a host that is left follows or precedes it in the ring or is its own.
+"""
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One rank's process.
+
+    Args:
+        born: when it started (clock ticks after boot), so that a number used again is not mistaken for it.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    born: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended; asked on its own host."""
+        return born(self.pid) != self.born
+
+
+def here(rank: int) -> Place:
+    """This process's."""
+    return Place(rank, socket.gethostname(), os.getpid(), born(os.getpid()) or 0)
+
+
+def born(pid: int) -> int | None:
+    """When a process started; None: it is gone, or dead and not yet collected by its parent."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def beside(places: list[Place], rank: int) -> list[Place]:
+    """The other ranks of its host."""
+    return [place for place in places if place.host == places[rank].host and place.rank != rank]
+
+
+def afar(places: list[Place], rank: int) -> list[Place]:
+    """Its share of the next host's ranks; together a host's ranks have all of them. None where there is one host."""
+    hosts = list(dict.fromkeys(place.host for place in places))
+    if len(hosts) == 1:
+        return []
+    own = places[rank].host
+    following = hosts[(hosts.index(own) + 1) % len(hosts)]
+    ours = [place.rank for place in places if place.host == own]
+    theirs = [place for place in places if place.host == following]
+    turn = ours.index(rank)
+    return theirs[turn :: len(ours)] or [theirs[turn % len(theirs)]]
