@@ -83,8 +83,6 @@ def add_parser(subcommands) -> None:
         usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--brief", action="store_true", help="do not print the table of all values at the start")
     add_config_arguments(parser)
@@ -106,6 +104,16 @@ def check(config: Config) -> None:
     load_manifest(config.data.data)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config.data.micro_batches(config.parallel.data_parallel(ranks))
+    if os.environ.get("RANK", "0") == "0":  # another rank may look when rank 0 has made the folder already
+        from slope_megatron.training.run_folder import check_free
+
+        check_free(config)
+    warmup = config.optimizer.warmup(config.train.steps)
+    if warmup >= config.train.steps:
+        logger.warning(
+            "warm-up takes %d steps and the run has %d: the learning rate never leaves warm-up; give --warmup-steps",
+            *(warmup, config.train.steps),
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
