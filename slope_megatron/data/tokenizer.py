@@ -99,7 +99,7 @@ def load_tokenizer(path: str | Path, *, eod: str | None = None, lowercase: bool 
         found = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), None)
         if found is None:
             raise ValueError(
-                f"{path} holds no tokenizer: it must hold tokenizer.json, tokenizer.model, "
+                f"{path} holds no tokenizer: it must hold one of tokenizer.json, tokenizer.model, "
                 "vocab.json with merges.txt, or vocab.txt"
             )
         path = found

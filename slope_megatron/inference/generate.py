@@ -37,15 +37,14 @@ def check_prompts(decoder: Decoder, prompts: list[list[int]], names: list[int]) 
         raise ValueError("there is no prompt: give --prompt TEXT, or --prompts FILE with one in each line")
     for name, prompt in zip(names, prompts, strict=True):
         if not prompt:
-            raise ValueError(f"prompt {name + 1} is empty: the model needs at least one token to go on from")
+            raise ValueError(f"prompt {name} is empty: the model needs at least one token to go on from")
         if len(prompt) >= decoder.max_positions:
             raise ValueError(
-                f"prompt {name + 1} has {len(prompt)} tokens and the model has {decoder.max_positions} positions: "
-                "shorten it"
+                f"prompt {name} has {len(prompt)} tokens and the model {decoder.max_positions} positions: shorten it"
             )
         if max(prompt) >= decoder.vocabulary:
             raise ValueError(
-                f"prompt {name + 1} has token {max(prompt)} and the model {decoder.vocabulary} entries: this tokenizer "
+                f"prompt {name} has token {max(prompt)} and the model {decoder.vocabulary} entries: this tokenizer "
                 "is not the model's; give its own"
             )
 

@@ -210,7 +210,7 @@ def test_generate_refuses(run, data, tmp_path, capsys):
         assert "has no CUDA device" in refused(capsys, "generate", run, "--prompt", "x", "--device", "cuda")
 
 
-def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys):
+def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys, caplog):
     """A larger one is refused, a smaller one is logged, and neither decides how large the model is."""
     from slope_megatron.data.tokenizer import train_tokenizer
     from slope_megatron.export.trained_run import TrainedRun
@@ -224,7 +224,7 @@ def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys):
     assert "310 has 310 tokens and the model 300 entries: it is not the model's" in other
     smaller = ["generate", str(run), "--prompt", "x", "--tokenizer", str(tmp_path / "290"), "--max-tokens", "2"]
     assert main(smaller) == 0
-    assert "has 290 tokens and the model 300 entries: is it the model's?" in capsys.readouterr().err
+    assert "has 290 tokens and the model 300 entries: is it the model's?" in caplog.text
 
     # Where the run's configuration leaves the vocabulary to its data.
     copy = shutil.copytree(run, tmp_path / "copy")
@@ -245,6 +245,6 @@ def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys):
     assert TrainedRun(copy, tokenizer=tmp_path / "290").vocabulary == 300
 
 
-def test_a_text_that_the_positions_cut_short_says_so(run, capsys, caplog):
+def test_a_text_that_the_positions_cut_short_says_so(run, caplog):
     assert main(["generate", str(run), "--prompt", "def f", "--max-tokens", "500"]) == 0
     assert "--max-tokens is 500: the text ends after" in caplog.text and "64 positions end" in caplog.text
