@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ from slope_megatron.cli.parser import manual
 from slope_megatron.config import add_config_arguments, read_config
 from slope_megatron.config.json_file import read_json
 
+logger = logging.getLogger(__name__)
 STATED_MFU = 0.4
 USAGE = "slope plan [--cluster NAME] [--nodes INT] [--config YAML ...] [OPTION ...]"
 CODES = """\
@@ -98,6 +100,8 @@ def read_vocabulary(arguments, config) -> int:
     manifest = Path(config.data.data) / "manifest.json"
     if config.data.data and manifest.is_file():
         return read_json(manifest, "prepare the data again, or give --vocabulary")["vocab_size"]
+    if config.data.data:
+        logger.warning("--data %s holds no manifest.json here: OPT's 50272 tokens are assumed", config.data.data)
     return 50272
 
 

@@ -27,8 +27,8 @@ each value and where it came from.
 """
 EPILOG = """\
 CONFIGURATION FILES (--config)
-  YAML by section: slope, model, parallel, optimizer, data, train, watch (the groups of flags above, in this order). A key
-  is its flag with underscores, in section slope without the prefix: --slope-nm 2:4 is nm below `slope:`.
+  YAML by section: slope, model, parallel, optimizer, data, train, watch (the groups of flags above, in this order). A
+  key is its flag with underscores, in section slope without the prefix: --slope-nm 2:4 is nm below `slope:`.
     model: {hidden_size: 256, num_layers: 4, num_attention_heads: 4}
     slope: {nm: 2:4, adapter_rank: 16}
     optimizer: {lr: 6e-4}
