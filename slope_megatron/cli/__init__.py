@@ -73,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The parsed command line; what a subcommand parses itself is left to it as `rest`."""
-    arguments, arguments.rest = build_parser().parse_known_args(argv)
+    arguments, rest = build_parser().parse_known_args(argv)
+    arguments.rest = rest
     return arguments
 
 

@@ -20,8 +20,10 @@ class Manual(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         # As argparse.MetavarTypeHelpFormatter, for the types that say something.
-        names = {int: "INT", float: "FLOAT", Path: "PATH"}
-        return names.get(action.type) or super()._get_default_metavar_for_optional(action)
+        for kind, name in ((int, "INT"), (float, "FLOAT"), (Path, "PATH")):
+            if action.type is kind:
+                return name
+        return super()._get_default_metavar_for_optional(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -14,11 +14,6 @@ NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's numbers; refuses a key that is given twice."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in NUMBERS]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def construct_mapping(self, node, deep=False):
         seen = []
@@ -32,6 +27,10 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 Loader.add_implicit_resolver(NUMBERS[0], re.compile(rf"^(?:{INTEGER.pattern})$"), list("-+0123456789"))
 Loader.add_implicit_resolver(NUMBERS[1], re.compile(rf"^(?:{FLOAT.pattern})$"), list("-+0123456789."))
 
