@@ -38,7 +38,7 @@ done
 cluster=$1 model=$2
 shift 2
 
-nodes='' time='' out='' account=${SBATCH_ACCOUNT:-} partition='' launcher='' exclude='' seconds=300 chain=1
+data='' nodes='' time='' out='' account=${SBATCH_ACCOUNT:-} partition='' launcher='' exclude='' seconds=300 chain=1
 preflight=yes mode=submit extra=() flags=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -61,6 +61,7 @@ while [ $# -gt 0 ]; do
     --no-preflight) preflight=no; shift ;;
     --dry-run) mode=dry; shift ;;
     --test-only) mode='test'; shift ;;
+    --data) data=${2:-} flags+=("$1"); shift ;;
     *) flags+=("$1"); shift ;;
   esac
 done
@@ -87,6 +88,8 @@ esac
   die "$(basename "$file" .env) charges jobs to an account: give --account NAME, or set SBATCH_ACCOUNT"
 [ "$mode" = dry ] || command -v sbatch > /dev/null ||
   die "there is no sbatch on this machine: submit from a login node, or look at the request with --dry-run"
+[ "$mode" != submit ] || [ -z "$data" ] || [ -f "$data/manifest.json" ] ||
+  die "--data $data holds no prepared data: write it here, on a login node, with slope data prepare SOURCE --out $data"
 
 # The environment beside the code, unless another is active. The same one serves the job (pretrain.sbatch).
 venv=${SLOPE_VENV:-$root/.venv}

@@ -109,6 +109,6 @@ def main(arguments) -> int:
     print_table(rows, [column for column in rows[0] if column not in skipped])
     labels = [f"{row['model']} {row['pass']} {row['share']} %" for row in rows]
     series = {column: [row[column] for row in rows] for column in ("kept", "flop_bound", "byte_bound")}
-    bar_chart("adapters", labels, series, machine(), arguments.out)
+    bar_chart("adapters", labels, series, machine(), arguments.out, "speed kept (1: without adapters)")
     print(f"wrote {path}")
     return 0

@@ -129,7 +129,7 @@ def check_modes(modes: list[str]) -> None:
 def chart(rows: list[dict], folder) -> None:
     """A group of bars for each model and pass, a bar for each mode."""
     ratios: dict[str, dict[str, float]] = {}
-    for item in rows:
+    for item in sorted(rows, key=lambda item: item["pass"] != "train"):  # training of all models, then forward
         label = " ".join(filter(None, (item["model"], item["pass"], item["accumulate"])))
         ratios.setdefault(item["mode"], {})[label] = item["ratio"]
     labels = list(dict.fromkeys(label for bars in ratios.values() for label in bars))

@@ -9,6 +9,7 @@ import torch
 from slope_megatron.ops import choices, timing
 
 RESULTS = Path(__file__).parent / "results"
+HATCHES = ("", "//", "..", "\\\\", "xx", "--")
 # Dense-equivalent bf16 rate of 2:4 tensor cores by the vendor's datasheets, TFLOP/s.
 SPARSE_PEAK = {"H200": 1979, "H100": 1979, "A100": 624}
 
@@ -64,8 +65,15 @@ def print_table(rows: list[dict], columns: list[str]) -> None:
         print("  ".join(str(row[name]).ljust(widths[name]) for name in columns), flush=True)
 
 
-def bar_chart(name: str, labels: list[str], series: dict[str, list[float]], title: str, folder: Path | None = None):
-    """`results/<name>.png`: groups of bars, a line at 1."""
+def bar_chart(
+    name: str,
+    labels: list[str],
+    series: dict[str, list[float]],
+    title: str,
+    folder: Path | None = None,
+    measure: str = "times dense bf16",
+):
+    """`results/<name>.png`: groups of bars, a line at 1; `measure` says what 1 is."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,12 +82,14 @@ def bar_chart(name: str, labels: list[str], series: dict[str, list[float]], titl
     figure, axes = plt.subplots(figsize=(max(8, 0.32 * len(labels) * len(series)), 4.5))
     width = 0.8 / len(series)
     for index, (label, values) in enumerate(series.items()):
-        axes.bar([place + index * width for place in range(len(labels))], values, width, label=label)
+        places = [place + index * width for place in range(len(labels))]
+        axes.bar(places, values, width, label=label, hatch=HATCHES[index % len(HATCHES)], edgecolor="white")
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels, rotation=60, ha="right")
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_ylabel("times dense")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=8)
+    axes.set_ylabel(measure)
+    # Above the picture: inside it would cover bars. Hatches tell the series apart in greyscale.
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False)
+    axes.set_title(title, fontsize=9, loc="right")
     figure.tight_layout()
     path = Path(folder or RESULTS) / f"{name}.png"
     figure.savefig(path, dpi=110)

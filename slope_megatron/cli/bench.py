@@ -5,6 +5,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from slope_megatron.cli.parser import Parser, manual
+
 BENCHMARKS = {
     "gemm": "every linear of the models, its three products, at each tensor-parallel size",
     "block": "whole transformer blocks, training and forward alone",
@@ -16,6 +18,17 @@ BENCHMARKS = {
     "refresh": "kernels that move weights, as a share of copy bandwidth",
     "fp8": "every linear of the models in e4m3, dense and 2:4, against dense bf16",
 }
+DESCRIPTION = """\
+Time 2:4 products, blocks and steps against dense ones on this machine's GPU. Dense and sparse alternate in one run;
+results go to a CSV file and a chart. A machine that has nothing to measure is refused with the reason. Each benchmark
+has flags of its own: `slope bench gemm --help`.
+"""
+EXAMPLES = """\
+examples:
+  slope bench gemm --models opt-2.6b --tensor-parallel 1 --out measured
+  slope bench block --models opt-13b --modes paper full --out measured
+  slope plan --cluster mine.env --rates measured/gemm.csv          the planner with these rates
+"""
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
@@ -23,13 +36,14 @@ def add_parser(subcommands) -> None:
     parser = subcommands.add_parser(
         "bench",
         help="time sparse products, blocks and steps against dense ones",
-        description="Dense and sparse alternate in one run; results go to a CSV file and a chart.",
-        allow_abbrev=False,
+        description=DESCRIPTION,
+        epilog=manual(EXAMPLES),
     )
     kinds = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, text in BENCHMARKS.items():
         # The benchmark's own flags are parsed by it, when it runs: it imports torch, this parser must not.
-        kinds.add_parser(name, help=text, add_help=False, allow_abbrev=False)
+        kind = kinds.add_parser(name, help=text, add_help=False)
+        kind.set_defaults(rest_is_mine=True)
     parser.set_defaults(run=run, rest_is_mine=True)
 
 
@@ -49,6 +63,10 @@ def load(name: str):
 def run(arguments: argparse.Namespace) -> int:
     name = arguments.benchmark
     benchmark = load(name)
-    parser = argparse.ArgumentParser(prog=f"slope bench {name}", description=BENCHMARKS[name], allow_abbrev=False)
+    parser = Parser(
+        prog=f"slope bench {name}",
+        description=benchmark.__doc__,
+        epilog=manual(EXAMPLES),
+    )
     benchmark.add_arguments(parser)
     return benchmark.main(parser.parse_args(arguments.rest))

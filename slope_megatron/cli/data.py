@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import sys
 
+from slope_megatron.cli.parser import manual
 from slope_megatron.data.settings import PrepareSettings
 
+WHOLE = "Text into what `slope pretrain` reads: one command, once, on one machine, without a GPU."
 DESCRIPTION = """\
 Turn text into a folder that `slope pretrain --data FOLDER` reads:
 
@@ -68,14 +70,15 @@ NUMBER_FLAGS = {
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Add `data` and its subcommand `prepare`; parsed arguments go to `run`."""
-    parser = subparsers.add_parser("data", help="prepare text for training", description=__doc__)
+    parser = subparsers.add_parser(
+        "data", help="prepare text for training", description=WHOLE, epilog=manual("see: slope data prepare --help")
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser(
         "prepare",
         help="tokenizer, token files and manifest from text",
         description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=manual(EPILOG),
     )
     prepare.add_argument("source", metavar="SOURCE", nargs="+", help="one of the above; several, each with =WEIGHT")
     prepare.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; appears only when finished")

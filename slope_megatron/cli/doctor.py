@@ -4,6 +4,8 @@ import argparse
 import json
 import platform
 
+from slope_megatron.cli.parser import manual
+
 OPERATIONS = {
     "sparse forward": "Y = X (W^R)^T",
     "sparse dgrad": "dX = dY W^{R,C}",
@@ -16,7 +18,7 @@ def add_parser(subcommands) -> None:
         "doctor",
         help="versions, GPU, and the backend that each operation would use",
         description="Print this machine's versions and GPU, and for each operation the backend it would use and why.",
-        allow_abbrev=False,
+        epilog=manual("examples:\n  slope doctor\n  slope doctor --json > machine.json"),
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)

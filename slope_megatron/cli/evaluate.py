@@ -5,6 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from slope_megatron.cli.parser import manual
+
 EPILOG = """\
 examples:
   slope export hf runs/bert bert --adapters lora && slope eval squad bert --run runs/bert
@@ -15,6 +17,38 @@ examples:
 Defaults are the published settings. Scores go to the screen and to scores/NAME.json of --run (default: of MODEL), where
 `slope report` finds them.
 """
+SUITES = {
+    "squad": """\
+Fine-tune an exported BERT on SQuAD v1.1 and print exact match and F1 on its dev questions. MODEL is a folder that
+`slope export hf` wrote; zeros of a 2:4 model stay, its adapters (--adapters lora) are trained along.
+""",
+    "glue": """\
+Fine-tune an exported BERT on one task of GLUE and print that task's metric. MODEL is a folder that `slope export hf`
+wrote; zeros of a 2:4 model stay, its adapters (--adapters lora) are trained along.
+""",
+    "lm": """\
+Score a decoder on tasks of lm-evaluation-harness, without training. MODEL is a run folder, a packed export or a
+Hugging Face folder.
+""",
+}
+EXAMPLES = {
+    "squad": """\
+examples:
+  slope eval squad bert --run runs/bert
+  slope eval squad bert --train train-v1.1.json --dev dev-v1.1.json      (where the hub cannot be reached)
+""",
+    "glue": """\
+examples:
+  slope eval glue bert --task mrpc --run runs/bert
+  slope eval glue bert --task cola --data glue/cola                      (train.jsonl and validation.jsonl there)
+""",
+    "lm": """\
+examples:
+  slope eval lm runs/gpt2
+  slope eval lm packed --tasks piqa,winogrande --limit 100
+  slope eval lm packed --tasks mine --include-path my_tasks              (mine.yaml there; no hub needed)
+""",
+}
 
 
 def add_parser(subcommands) -> None:
@@ -22,14 +56,17 @@ def add_parser(subcommands) -> None:
         "eval",
         help="scores: SQuAD and GLUE for BERT, zero-shot tasks for decoders",
         description="Fine-tune and score an exported BERT, or score a decoder zero-shot.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=manual(EPILOG),
     )
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
-    squad = suites.add_parser("squad", help="SQuAD v1.1: exact match and F1", allow_abbrev=False)
-    glue = suites.add_parser("glue", help="one task of GLUE, by its own metric", allow_abbrev=False)
-    lm = suites.add_parser("lm", help="tasks of lm-evaluation-harness", allow_abbrev=False)
+    squad, glue, lm = (
+        suites.add_parser(name, help=text, description=SUITES[name], epilog=manual(EXAMPLES[name]))
+        for name, text in (
+            ("squad", "SQuAD v1.1: exact match and F1"),
+            ("glue", "one task of GLUE, by its own metric"),
+            ("lm", "tasks of lm-evaluation-harness"),
+        )
+    )
     for suite, function in ((squad, run_squad), (glue, run_glue), (lm, run_lm)):
         suite.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
         suite.add_argument("--run", dest="run_folder", type=Path, metavar="RUN", help="run that the score belongs to")
@@ -63,7 +100,7 @@ def settings_of(arguments, epochs: int):
 
     return FineTuning(
         lr=arguments.lr,
-        epochs=arguments.epochs or epochs,
+        epochs=epochs if arguments.epochs is None else arguments.epochs,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         seed=arguments.seed,
@@ -118,6 +155,15 @@ def run_lm(arguments: argparse.Namespace) -> int:
     from slope_megatron.evaluation import harness
 
     check_run_folder(arguments)
+    for flag, value, least in (
+        ("--limit", arguments.limit, 1),
+        ("--batch-size", arguments.batch_size, 1),
+        ("--few-shot", arguments.few_shot, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} is {value}: it must be at least {least}")
+    if arguments.include_path is not None and not arguments.include_path.is_dir():
+        raise ValueError(f"--include-path {arguments.include_path} is no folder: give one with task files (.yaml)")
     tasks = arguments.tasks.split(",") if arguments.tasks else list(harness.TASKS)
     scores = harness.evaluate(
         arguments.model,

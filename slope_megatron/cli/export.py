@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from slope_megatron.cli.parser import manual
+
 HF = """\
 Write the newest checkpoint of RUN as a `transformers` model: config.json, generation_config.json, safetensors (dense,
 with zeros where the run is 2:4), tokenizer files. The padding of the vocabulary is removed. The family (OPT, GPT-2,
@@ -13,12 +15,19 @@ PACKED = """\
 Write the newest checkpoint of RUN in packed form: kept values, pattern bitmasks and adapters in safetensors, for
 `slope generate` and `slope eval`, which need neither Megatron nor DeepSpeed to read it.
 """
-EPILOG = """\
+EXAMPLES = {
+    "hf": """\
 examples:
   slope export hf runs/quickstart/sparse exported
   slope export hf runs/opt-2.6b exported --adapters lora --max-shard-size 2GB --dry-run
+""",
+    "packed": """\
+examples:
   slope export packed runs/quickstart/sparse packed
-"""
+  slope generate packed --prompt "def "
+""",
+}
+EPILOG = EXAMPLES["hf"] + "  slope export packed runs/quickstart/sparse packed"
 
 
 def add_parser(subcommands) -> None:
@@ -26,18 +35,15 @@ def add_parser(subcommands) -> None:
         "export",
         help="a trained run as a Hugging Face model or as a packed one",
         description="Read a run's checkpoint in one process, whatever layout wrote it, and write it in another form.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=manual(EPILOG),
     )
     forms = parser.add_subparsers(dest="form", required=True, metavar="FORM")
     for name, text, function in (("hf", HF, run_hf), ("packed", PACKED, run_packed)):
         form = forms.add_parser(
             name,
-            help=text.partition(":")[0].replace("\n", " "),
+            help={"hf": "a model for transformers", "packed": "2:4 form, for slope generate and slope eval"}[name],
             description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            epilog=manual(EXAMPLES[name]),
         )
         add = form.add_argument
         add("source", type=Path, metavar="RUN", help="run folder")

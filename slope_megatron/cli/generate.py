@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import logging
 import sys
 import time
 from pathlib import Path
 
+from slope_megatron.cli.parser import manual
 from slope_megatron.config.slope import BACKENDS
 
+logger = logging.getLogger(__name__)
 EPILOG = """\
 examples:
   slope generate runs/quickstart/sparse --prompt "def "
@@ -24,9 +27,7 @@ def add_parser(subcommands) -> None:
         "generate",
         help="continue a prompt with a trained model",
         description="Continue prompts with a run's newest checkpoint or a packed export; the same seed, the same text.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=manual(EPILOG),
     )
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="run folder, or a folder that `slope export packed` wrote")
@@ -62,10 +63,17 @@ def read_prompts(arguments) -> list[str]:
         ValueError: no such file, or nothing in it.
     """
     if arguments.prompt is not None:
+        if not arguments.prompt:
+            raise ValueError("--prompt is empty: the model needs a text to go on from")
         return [arguments.prompt]
     if arguments.prompts != "-" and not Path(arguments.prompts).is_file():
         raise ValueError(f"--prompts {arguments.prompts} is no file: give one with a prompt in each line, or -")
-    text = sys.stdin.read() if arguments.prompts == "-" else Path(arguments.prompts).read_text(encoding="utf-8")
+    try:
+        text = sys.stdin.read() if arguments.prompts == "-" else Path(arguments.prompts).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompts {arguments.prompts} is not UTF-8 (byte {error.start}): save it as UTF-8 text"
+        ) from None
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {arguments.prompts} holds no prompt: put one in each line")
@@ -106,6 +114,12 @@ def stream(decoder, tokenizer, text: str, sampling) -> int:
     prompt = tokenizer.encode(text)
     pieces = TextStream(tokenizer, prompt)
     count = 0
+    room = decoder.max_positions - len(prompt)
+    if 0 < room < sampling.max_tokens:
+        logger.warning(
+            "--max-tokens is %d: the text ends after %d, where the model's %d positions end",
+            *(sampling.max_tokens, room, decoder.max_positions),
+        )
     for _, token in generate(decoder, [prompt], sampling, tokenizer.eod):
         if count == 0:
             sys.stdout.write(text)

@@ -4,12 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from slope_megatron.cli.parser import manual
+
 DESCRIPTION = """\
 Convert a dense Hugging Face model (OPT, GPT-2, LLaMA, Mistral, BERT; safetensors only, nothing is unpickled) into a
-checkpoint that `slope pretrain` prunes as it loads it:
-
-  slope import hf FOLDER OUT
-  slope pretrain --config OUT/model.yaml --init-from OUT --slope-pattern magnitude --data ... --out ...
+checkpoint that `slope pretrain` prunes as it loads it.
+"""
+EXAMPLES = """\
+example:
+  slope import hf opt-125m/ dense-opt
+  slope pretrain --config dense-opt/model.yaml --init-from dense-opt --slope-pattern magnitude --data data/mine \\
+      --out runs/pruned
 """
 
 
@@ -18,16 +23,14 @@ def add_parser(subcommands) -> None:
         "import",
         help="a dense Hugging Face model as a checkpoint to start from",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=manual(EXAMPLES),
     )
     forms = parser.add_subparsers(dest="form", required=True, metavar="FORM")
     form = forms.add_parser(
         "hf",
         help="from a folder of transformers",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=manual(EXAMPLES),
     )
     add = form.add_argument
     add("source", type=Path, metavar="FOLDER", help="config.json and safetensors of a dense model")

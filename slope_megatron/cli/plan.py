@@ -4,15 +4,26 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from slope_megatron.cli.parser import manual
 from slope_megatron.config import add_config_arguments, read_config
+from slope_megatron.config.json_file import read_json
 
+logger = logging.getLogger(__name__)
 STATED_MFU = 0.4
+USAGE = "slope plan [--cluster NAME] [--nodes INT] [--config YAML ...] [OPTION ...]"
+CODES = """\
+exit codes:
+    0  done; where no layout fits, the table says so; --check agrees
+    1  --check or --check-build: plan and measurement differ by more than 2 %
+    2  bad input, no layout is possible, or with --flags none fits: one sentence says why
+"""
 EPILOG = """\
 examples:
   slope plan --cluster narval --nodes 8 --config launch/models/opt-66b.yaml --global-batch-size 512
@@ -28,9 +39,8 @@ def add_parser(subcommands) -> None:
         "plan",
         help="memory, nodes and time of every layout on a cluster, dense and 2:4",
         description="Count memory and estimate time for every TP x PP x DP x ZeRO that divides, and recommend one.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage=USAGE,
+        epilog=manual(EPILOG, CODES),
     )
     add = parser.add_argument
     add(
@@ -89,7 +99,9 @@ def read_vocabulary(arguments, config) -> int:
         return arguments.vocabulary or config.model.vocab_size
     manifest = Path(config.data.data) / "manifest.json"
     if config.data.data and manifest.is_file():
-        return json.loads(manifest.read_text())["vocab_size"]
+        return read_json(manifest, "prepare the data again, or give --vocabulary")["vocab_size"]
+    if config.data.data:
+        logger.warning("--data %s holds no manifest.json here: OPT's 50272 tokens are assumed", config.data.data)
     return 50272
 
 
@@ -125,6 +137,8 @@ def question(arguments, config):
     for flag, path in (("--json", arguments.json), ("--png", arguments.png)):
         if path and not path.absolute().parent.is_dir():
             raise ValueError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first")
+        if path and path.is_dir():
+            raise ValueError(f"{flag} {path} is a folder: give a file in it")
     if not 1 <= arguments.nodes <= cluster.max_nodes:
         raise ValueError(
             f"--nodes is {arguments.nodes}: {cluster.name} gives a job 1 to {cluster.max_nodes} nodes "
@@ -246,7 +260,12 @@ def write_files(arguments, asked, found) -> None:
     if arguments.png:
         from slope_megatron.launch.plan_plot import draw
 
-        title = f"{asked.cluster.name}, {arguments.nodes} nodes, {asked.gradients} gradients"
+        data = asked.config.data
+        title = (
+            f"{' + '.join(map(str, arguments.config)) or 'the model of the flags'} on {asked.cluster.name}, "
+            f"{arguments.nodes} nodes, {asked.gradients} gradients, "
+            f"global batch {data.global_batch_size} x {data.seq_length} tokens"
+        )
         draw(arguments.png, found, asked.cluster.gpu_memory_gib, title)
 
 

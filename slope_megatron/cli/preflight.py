@@ -4,13 +4,18 @@ import argparse
 import os
 import sys
 
+from slope_megatron.cli.parser import manual
 from slope_megatron.config import add_config_arguments, read_config
 
 EPILOG = """\
 example (launch/pretrain.sbatch does this before each attempt):
   srun --ntasks-per-node=1 slope preflight --cluster narval --config run.yaml --data corpus --out runs/1
-
-Exit code 0: all nodes are ready; 1: some are not, with the `--exclude` to use; 2: bad input.
+"""
+CODES = """\
+exit codes:
+    0  all nodes are ready
+    1  some are not: named, with the `--exclude` to use
+    2  bad input: one sentence says what
 """
 
 
@@ -19,9 +24,8 @@ def add_parser(subcommands) -> None:
         "preflight",
         help="check the nodes of a job before the run: one task a node",
         description="Names, ports, GPUs, 2:4 units, disk, shared memory, data, versions and all-reduce of every node.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage="slope preflight --cluster NAME [--config YAML ...] [OPTION ...]",
+        epilog=manual(EPILOG, CODES),
     )
     add = parser.add_argument
     add("--cluster", required=True, help="name in launch/clusters, or path of an .env file: what the nodes should be")

@@ -26,6 +26,14 @@ rest. Values come from the defaults below, then YAML files (--config), then flag
 each value and where it came from.
 """
 EPILOG = """\
+CONFIGURATION FILES (--config)
+  YAML by section: slope, model, parallel, optimizer, data, train, watch (the groups of flags above, in this order). A
+  key is its flag with underscores, in section slope without the prefix: --slope-nm 2:4 is nm below `slope:`.
+    model: {hidden_size: 256, num_layers: 4, num_attention_heads: 4}
+    slope: {nm: 2:4, adapter_rank: 16}
+    optimizer: {lr: 6e-4}
+  launch/models and launch/recipes hold published ones.
+
 RUN FOLDER (--out)
   run.json             the configuration, its origins, versions, the command
   metrics.jsonl        one line every --log-interval steps, at validations, bad steps and jumps of the loss; a number
@@ -83,8 +91,6 @@ def add_parser(subcommands) -> None:
         usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--brief", action="store_true", help="do not print the table of all values at the start")
     add_config_arguments(parser)
@@ -106,6 +112,16 @@ def check(config: Config) -> None:
     load_manifest(config.data.data)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config.data.micro_batches(config.parallel.data_parallel(ranks))
+    if os.environ.get("RANK", "0") == "0":  # another rank may look when rank 0 has made the folder already
+        from slope_megatron.training.run_folder import check_free
+
+        check_free(config)
+    warmup = config.optimizer.warmup(config.train.steps)
+    if warmup >= config.train.steps:
+        logger.warning(
+            "warm-up takes %d steps and the run has %d: the learning rate never leaves warm-up; give --warmup-steps",
+            *(warmup, config.train.steps),
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:

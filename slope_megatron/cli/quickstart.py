@@ -5,11 +5,14 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from slope_megatron.cli.parser import Parser, manual
 
 EPILOG = """\
 examples:
@@ -26,9 +29,7 @@ def add_parser(subcommands) -> None:
         "quickstart",
         help="prepare a corpus, train a small sparse model and its dense twin, write a report",
         description="Pretrain a small 2:4 OPT-shaped model with SLoPe on 4 ranks, then its dense twin; compare them.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=manual(EPILOG),
     )
     add = parser.add_argument
     add("--out", default="runs/quickstart", help="folder of everything that is written (default: %(default)s)")
@@ -87,7 +88,7 @@ def check_flags(arguments, out: Path) -> dict[str, dict]:
     """Both runs' configurations, refused here rather than by four ranks."""
     from slope_megatron.config import add_config_arguments, read_config
 
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_config_arguments(parser)
     configs = {}
     for name in ("sparse",) if arguments.no_dense_twin else ("sparse", "dense"):
@@ -156,7 +157,8 @@ def free_port() -> int:
 def launch(flags: list[str], ranks: int, run_folder: Path) -> None:
     """One run under the `deepspeed` launcher; its progress bar is this command's."""
     if run_folder.exists():
-        flags = [*flags, "--resume"]
+        # Interrupted before its first checkpoint, it begins anew.
+        flags = [*flags, "--auto-resume"]
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"),
         *("--master_addr", "127.0.0.1", "--master_port", str(free_port())),
@@ -165,11 +167,44 @@ def launch(flags: list[str], ranks: int, run_folder: Path) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "error"}
     log = run_folder.with_suffix(".launcher.log")
     with open(log, "a") as launcher_output:
-        code = subprocess.run(command, env=environment, stdout=launcher_output).returncode
+        # A session of its own: an interruption reaches this process alone, which then ends all of theirs.
+        process = subprocess.Popen(command, env=environment, stdout=launcher_output, start_new_session=True)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            end_session(process)
+            raise KeyboardInterrupt("the same command with --resume goes on") from None
     if code:
         failure = run_folder / "ranks" / "failure.txt"
         said = failure.read_text().strip() if failure.is_file() else f"the launcher's output is in {log}"
         raise ValueError(f"the run in {run_folder} ended with exit code {code}; {said.removeprefix('slope: error: ')}")
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """End a launcher and its ranks, which would train on without it: asked first, then killed."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and session_lives(process):
+            time.sleep(0.1)
+
+
+def session_lives(process: subprocess.Popen) -> bool:
+    """Whether any process of the launcher's session is left."""
+    process.poll()  # an ended launcher that nobody has waited for would count
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def interrupt(signum, frame) -> None:
+    """TERM and HUP end a quickstart as the keyboard does, and with it the ranks that it started."""
+    raise KeyboardInterrupt
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -178,6 +213,8 @@ def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.evaluation.quickstart_report import build_summary, write_report
     from slope_megatron.versions import versions
 
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, interrupt)
     out = Path(arguments.out)
     configs = check_flags(arguments, out)
     open_folder(arguments, out)

@@ -4,15 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from slope_megatron.cli.parser import manual
+
 
 def add_parser(subcommands) -> None:
     parser = subcommands.add_parser(
         "report",
         help="compare runs: losses, speed, memory, scores, versions",
         description="Write report.md, report.png and report.json that put runs side by side.",
-        epilog="example:\n  slope report runs/quickstart/sparse runs/quickstart/dense --out reports/quickstart",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=manual("example:\n  slope report runs/quickstart/sparse runs/quickstart/dense --out reports/quickstart"),
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders; memory is compared with the last one")
@@ -24,6 +24,11 @@ def add_parser(subcommands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.evaluation.run_report import write_report
 
+    for folder in arguments.runs:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: give run folders, such as runs/quickstart/sparse")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"--out {arguments.out} is a file: give a folder")
     if (arguments.out / "report.md").exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.out} holds a report already: give --overwrite, or another --out")
     path = write_report(arguments.runs, arguments.out)

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import difflib
 import types
 import typing
 from pathlib import Path
 
-import yaml
+from slope_megatron.config.yaml_file import read_yaml
 
 AS_DEFAULT = object()
 
@@ -95,20 +96,49 @@ def load_yaml(path: Path, sections: dict[str, type]) -> dict[str, dict]:
     """One YAML file of `{section: {field: value}}`, checked against the sections' fields.
 
     Raises:
-        ValueError: no such file, not a mapping, an unknown section or an unknown key.
+        ValueError: no such file, no YAML, not a mapping, an unknown section or an unknown key.
     """
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist: give a YAML file such as launch/models/opt-125m.yaml")
-    content = yaml.safe_load(path.read_text()) or {}
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"config file {path} holds {type(content).__name__}: it must map sections to keys and values")
     for section, values in content.items():
         if section not in sections:
-            raise ValueError(f"{path}: unknown section {section!r}; the sections are {', '.join(sections)}")
+            raise ValueError(f"{path}: unknown section {section!r}{unknown_section_hint(str(section), sections)}")
         if not isinstance(values, dict):
             raise ValueError(f"{path}: section {section!r} holds {values!r}: it must map keys to values")
-        known = [field.name for field in dataclasses.fields(sections[section])]
+        known = field_names(sections[section])
         for key in values:
             if key not in known:
-                raise ValueError(f"{path}: unknown key {section}.{key}; the keys are {', '.join(known)}")
+                raise ValueError(f"{path}: unknown key {section}.{key}{unknown_key_hint(str(key), section, sections)}")
     return content
+
+
+def field_names(config_class: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(config_class)]
+
+
+def nearest(word: str, known: list[str], section: str = "") -> str | None:
+    """The key that was meant: a flag's spelling is the key's, a typing error is near it."""
+    word = word.lstrip("-").replace("-", "_").removeprefix(f"{section}_")
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.7)), None)
+
+
+def unknown_section_hint(section: str, sections: dict[str, type]) -> str:
+    """The way out for a section that does not exist: often it is a key that was written without one."""
+    for name, config_class in sections.items():
+        if section.replace("-", "_") in field_names(config_class):
+            return f": it is a key of section {name!r}; write it below a line `{name}:`"
+    near = nearest(section, list(sections))
+    hint = f": did you mean {near!r}?" if near else ";"
+    return f"{hint} the sections are {', '.join(sections)}"
+
+
+def unknown_key_hint(key: str, section: str, sections: dict[str, type]) -> str:
+    """The way out for a key that its section does not have."""
+    near = nearest(key, field_names(sections[section]), section)
+    if near:
+        return f": did you mean {near}?"
+    homes = [name for name, config_class in sections.items() if key in field_names(config_class)]
+    if homes:
+        return f": it belongs to section {homes[0]!r}"
+    return f"; the keys are {', '.join(field_names(sections[section]))}"

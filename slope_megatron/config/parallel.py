@@ -91,10 +91,11 @@ class ParallelConfig:
             ValueError: TP x PP does not divide the number of ranks.
         """
         if world_size % self.model_parallel:
+            started = "1 rank was" if world_size == 1 else f"{world_size} ranks were"
             raise ValueError(
-                f"{world_size} ranks were started with --tensor-parallel {self.tensor_parallel} and "
+                f"{started} started with --tensor-parallel {self.tensor_parallel} and "
                 f"--pipeline-parallel {self.pipeline_parallel}: TP x PP x DP must be the number of ranks; "
-                f"start a multiple of {self.model_parallel} ranks"
+                f"start a multiple of {self.model_parallel} ranks, with torchrun, deepspeed or srun"
             )
         return world_size // self.model_parallel
 

@@ -38,9 +38,9 @@ class DataConfig:
         part = self.micro_batch_size * data_parallel
         if self.global_batch_size % part:
             raise ValueError(
-                f"--global-batch-size is {self.global_batch_size}: it must be a multiple of micro-batch "
-                "x data-parallel "
-                f"= {self.micro_batch_size} x {data_parallel} = {part}"
+                f"--global-batch-size is {self.global_batch_size}: it must be a multiple of micro-batch x "
+                f"data-parallel = {self.micro_batch_size} x {data_parallel} = {part}; take "
+                f"{-(-self.global_batch_size // part) * part}, say"
             )
         return self.global_batch_size // part
 

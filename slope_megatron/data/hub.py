@@ -7,6 +7,8 @@ from pathlib import Path
 
 from slope_megatron.data.records import BadRecord, BadRecords
 
+logger = logging.getLogger(__name__)
+
 
 def hub_documents(
     name: str, config: str | None, text_key: str, bad: BadRecords, start: int = 0
@@ -71,6 +73,8 @@ def _open(datasets, name: str, config: str | None, start: int):
         elif (Path(name) / "state.json").is_file():
             rows = datasets.load_from_disk(name)
         else:
+            # Without a network the client tries for half a minute before it says so.
+            logger.info("asking for dataset %s: a local folder, or the hub's", name)
             rows = datasets.load_dataset(name, config, split="train", streaming=True)
         return rows.skip(start) if start else rows
     except Exception as failure:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 NAME = "manifest.json"
@@ -52,6 +53,8 @@ def load_manifest(folder: str | Path) -> dict:
         ValueError: no such folder, not a prepared one, another format, or a file that is missing or cut.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"data folder {folder} is a file: give a folder that `slope data prepare` wrote")
     if not folder.is_dir():
         raise ValueError(
             f"data folder {folder} does not exist: write it with `slope data prepare SOURCE --out {folder}`"
@@ -61,6 +64,8 @@ def load_manifest(folder: str | Path) -> dict:
     try:
         manifest = json.loads((folder / NAME).read_text())
         found, files = manifest["format"], manifest["files"]
+    except PermissionError as error:
+        raise ValueError(f"{folder / NAME} cannot be read ({error.strerror}): make it readable") from None
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{folder / NAME} is damaged: delete {folder} and prepare the data again") from None
     if found != FORMAT:
@@ -74,6 +79,8 @@ def load_manifest(folder: str | Path) -> dict:
         if size != expected["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes, not {expected['bytes']}"
             raise ValueError(f"{path} {state}: copy it again, or prepare the data again, with --overwrite")
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{path} cannot be read (Permission denied): make it readable")
     return manifest
 
 

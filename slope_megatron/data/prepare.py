@@ -104,6 +104,11 @@ def prepare(
         raise ValueError(f"preparing {out} did not finish: {explain(failure, out)}") from failure
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def available_cores() -> int:
     """Cores this process may use: fewer than the machine has under a job scheduler."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -195,7 +200,7 @@ def _read(texts: list[Source], work: Path, chosen: PrepareSettings) -> list[Corp
             raise ValueError(f"source {text.spec} holds no text that an earlier source does not hold: leave it out")
         passed = f"; passed over: {describe_skipped(corpus.skipped)}" if corpus.skipped else ""
         size = corpus.bytes / 1e6
-        logger.info(f"read {text.spec}: {len(corpus.keys_D):,} documents, {size:.1f} MB{passed}")
+        logger.info(f"read {text.spec}: {counted(len(corpus.keys_D), 'document')}, {size:.1f} MB{passed}")
         corpora.append(corpus)
     return corpora
 

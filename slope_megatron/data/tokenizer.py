@@ -98,14 +98,20 @@ def load_tokenizer(path: str | Path, *, eod: str | None = None, lowercase: bool 
     if path.is_dir():
         found = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), None)
         if found is None:
-            raise ValueError(f"{path} holds no tokenizer: it must hold one of {', '.join(TOKENIZER_FILES)}")
+            raise ValueError(
+                f"{path} holds no tokenizer: it must hold one of tokenizer.json, tokenizer.model, "
+                "vocab.json with merges.txt, or vocab.txt"
+            )
         path = found
     if path.name in TOKENIZER_FILES and path.name != SENTENCEPIECE_FILE:
         return load_fast_tokenizer(path, eod, lowercase)
     try:
         return Tokenizer(path.read_bytes())
     except RuntimeError as failure:
-        raise ValueError(f"tokenizer {path} is no SentencePiece model: prepare the data again") from failure
+        raise ValueError(
+            f"tokenizer {path} is no SentencePiece model: give another file, or, if it is the "
+            "prepared data's, prepare the data again"
+        ) from failure
 
 
 def training_chunks(texts: Iterable[str], share: float) -> Iterator[str]:

@@ -6,12 +6,13 @@ without bias correction in fp16; here it is torch's AdamW, in the weights' own t
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from slope_megatron.config.json_file import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def check_exported(folder: Path) -> dict:
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give a folder that `slope export hf` wrote")
-    fields = json.loads((folder / "config.json").read_text())
+    fields = read_json(folder / "config.json", "export the run again")
     if fields.get("model_type") != "bert":
         raise ValueError(
             f"{folder} is a {fields.get('model_type')} model: SQuAD and GLUE are for bert; use `slope eval lm`"

@@ -59,12 +59,28 @@ def read_split(name: str, split: str, data: Path | None) -> list[dict]:
         return hub_rows(HUB_NAME, name, split, "--data FOLDER with train.jsonl and validation.jsonl")
     path = data / f"{split}.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path} is no file: --data wants train.jsonl and {', '.join(TASKS[name].splits)} as .jsonl")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
+        wanted = " and ".join(f"{part}.jsonl" for part in ("train", *TASKS[name].splits))
+        raise ValueError(f"{path} is no file: --data wants {wanted} in one folder")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f'{path}, line {number} is no JSON object: each line is a row such as {{"label": 0, ...}}')
         missing = [key for key in (*TASKS[name].texts, "label") if key not in row]
         if missing:
             raise ValueError(f"{path}, line {number} has no {missing[0]!r}: {name} has {(*TASKS[name].texts, 'label')}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f'{path} holds no row: each line is a row such as {{"label": 0, ...}}')
     return rows
 
 

@@ -1,15 +1,16 @@
 """A trained decoder from wherever it is: a run's checkpoint or a packed export; and a folder of scores for it."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from slope_megatron.export.trained_run import TrainedRun, is_run
+from slope_megatron.export.trained_run import TrainedRun, is_run, no_run, tokenizer_size
 from slope_megatron.inference.decoder import Decoder
 from slope_megatron.inference.packed_file import SafetensorsFolder, is_packed_folder, read_config
-from slope_megatron.inference.text import TextTokenizer, load_text_tokenizer
+from slope_megatron.inference.text import TextTokenizer, find_tokenizer, load_text_tokenizer
 
 logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
@@ -38,13 +39,13 @@ def open_decoder(
         run = TrainedRun(model, step, tokenizer)
         architecture, tensors, found = run.model, run, run.tokenizer_folder
     else:
-        raise ValueError(
-            f"{model} is neither a run nor a packed model: give a run folder, or one that `slope export packed` wrote"
-        )
+        raise ValueError(f"{model} {not_a_decoder(model)}")
     if found is None:
         raise ValueError(f"{model} has no tokenizer any more: give --tokenizer FILE")
     text = load_text_tokenizer(found)
     decoder = Decoder(architecture, tensors, device=place, dtype=DTYPES[dtype], backend=backend)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, decoder.vocabulary)
     sizes = decoder.linear_bytes()
     if sizes["dense"]:
         logger.info(
@@ -56,13 +57,46 @@ def open_decoder(
     return decoder, text
 
 
+def not_a_decoder(folder: Path) -> str:
+    """Why a folder is neither a run nor a packed export, and the way out."""
+    if (folder / "config.json").is_file():
+        return "is a Hugging Face model: transformers reads it; for `slope generate` give the run or a packed export"
+    if folder.is_dir() and not any(is_run(path) for path in folder.iterdir()):
+        return "is neither a run nor a packed model: give a run folder, or one that `slope export packed` wrote"
+    return no_run(folder)
+
+
+def check_tokenizer(path: Path, vocabulary: int) -> None:
+    """A smaller one may be right (--vocab-size), and is logged.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model has entries: it is another one.
+    """
+    file = find_tokenizer(path) if path.is_dir() else path
+    assert file is not None, "load_text_tokenizer has read it"
+    size = tokenizer_size(file)
+    if size > vocabulary:
+        raise ValueError(
+            f"--tokenizer {path} has {size} tokens and the model {vocabulary} entries: it is not the model's; leave "
+            "--tokenizer out, or give the one that the data was prepared with"
+        )
+    if size < vocabulary:
+        logger.warning(
+            "--tokenizer %s has %d tokens and the model %d entries: is it the model's?", path, size, vocabulary
+        )
+
+
 def choose_device(device: str | None) -> str:
     """
     Raises:
-        ValueError: a GPU was asked for and there is none.
+        ValueError: a GPU was asked for and there is none, or something else than a CPU or a GPU.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(
+            f"--device is {device!r}: it must be cpu, cuda or cuda:N; leave it out for a GPU if there is one"
+        )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {device} and this machine has no CUDA device: leave it out")
     return device

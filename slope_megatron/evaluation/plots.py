@@ -1,8 +1,40 @@
-"""Plots of run folders."""
+"""Plots of run folders. Runs differ by colour, mark and line; colours also by brightness, for print in greyscale."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How one run is drawn."""
+
+    colour: str
+    mark: str
+    line: str
+
+    def dots(self) -> dict:
+        """What matplotlib's `plot` takes for the validation losses."""
+        return {"color": self.colour, "marker": self.mark, "linestyle": self.line, "markersize": 4.5}
+
+
+# Okabe and Ito's colours, dark and light in turn.
+STYLES = tuple(
+    Style(*parts)
+    for parts in (
+        ("#0072b2", "o", "-"),
+        ("#e69f00", "s", "--"),
+        ("#000000", "^", "-"),
+        ("#56b4e9", "D", "--"),
+        ("#d55e00", "v", "-"),
+        ("#cc79a7", "P", "--"),
+        ("#009e73", "X", "-"),
+        ("#b0b0b0", "*", "--"),
+    )
+)
+BYTE_COLOURS = {"weights": "#1b3a5c", "patterns": "#d55e00", "gradients": "#5aa0cf", "optimizer": "#cfe3f1"}
+MIB = 2**20
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -31,27 +63,27 @@ def plot_losses(runs: dict[str, Path], target: Path, *, adapter_start: int | Non
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=130)
-    for (label, run), colour in zip(runs.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+    lowest = unigram_entropy
+    for (label, run), style in zip(runs.items(), STYLES, strict=False):
         metrics = read_metrics(run)
-        axes.plot(*curve(metrics, "loss"), color=colour, linewidth=0.9, alpha=0.6)
+        steps, losses = curve(metrics, "loss")
+        axes.plot(steps, losses, color=style.colour, linestyle=style.line, linewidth=0.8, alpha=0.6)
         steps, values = curve(metrics, "val_loss")
-        axes.plot(steps, values, "o-", color=colour, markersize=4, label=f"{label}: validation {values[-1]:.3f}")
+        axes.plot(steps, values, **style.dots(), label=f"{label}: validation {values[-1]:.3f}")
+        lowest = min(lowest, *losses, *values)
+    axes.plot([], [], color="black", linewidth=0.8, alpha=0.6, label="thin: training")
     axes.axhline(unigram_entropy, color="grey", linestyle=":", label=f"unigram entropy {unigram_entropy:.3f}")
     if adapter_start is not None:
-        axes.axvline(adapter_start, color="tab:green", linestyle="--", linewidth=1, label="adapters join")
-    axes.set_xlabel("step")
+        axes.axvline(adapter_start, color="black", linestyle="-.", linewidth=1, label="adapters join")
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(top=math.ceil(unigram_entropy * 1.25))
+    top = math.ceil(unigram_entropy * 1.25)
+    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)
-
-
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
-BYTE_COLOURS = {"weights": "#4c72b0", "patterns": "#8172b3", "gradients": "#dd8452", "optimizer": "#55a868"}
-MIB = 2**20
 
 
 def plot_runs(records: list, target: Path) -> None:
@@ -65,27 +97,28 @@ def plot_runs(records: list, target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {record.label: COLOURS[index % len(COLOURS)] for index, record in enumerate(records)}
+    styles = {record.label: STYLES[index % len(STYLES)] for index, record in enumerate(records)}
     height = max(4.8, 1.6 + 0.8 * len(records))
     figure, (losses, speed, memory) = plt.subplots(
         1, 3, figsize=(14, height), dpi=120, gridspec_kw={"width_ratios": (2.2, 1, 1)}, layout="constrained"
     )
-    draw_losses(losses, records, colours)
-    draw_speed(speed, records, colours)
+    draw_losses(losses, records, styles)
+    draw_speed(speed, records, styles)
     draw_bytes(memory, records)
     figure.savefig(target)
     plt.close(figure)
 
 
-def draw_losses(axes, records, colours) -> None:
+def draw_losses(axes, records, styles) -> None:
     """Training thin, validation as dots. The first steps' high losses may leave the picture."""
     finals = []
     for record in records:
         steps, values = curve(record.metrics, "loss")
-        axes.plot(steps, values, color=colours[record.label], linewidth=0.9, alpha=0.5)
+        style = styles[record.label]
+        axes.plot(steps, values, color=style.colour, linestyle=style.line, linewidth=0.8, alpha=0.6)
         steps, values = curve(record.metrics, "val_loss")
         label = f"{record.label}: validation {values[-1]:.3f}" if values else f"{record.label}: no validation yet"
-        axes.plot(steps, values, "o-", color=colours[record.label], markersize=4, label=label)
+        axes.plot(steps, values, **style.dots(), label=label)
         finals += values
         # What training reached once validation began stays in the picture as well.
         losses = [line["loss"] for line in record.metrics if "loss" in line and steps and line["step"] >= steps[0]]
@@ -94,22 +127,22 @@ def draw_losses(axes, records, colours) -> None:
         low, high = min(finals), max(finals)
         margin = max(0.02 * low, 0.1 * (high - low))
         axes.set_ylim(max(0.0, low - margin), high + margin)
-    axes.set_xlabel("step")
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("loss: training (thin) and validation (dots)")
+    axes.set_title("loss: training (thin) and validation (marks)")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", fontsize=9)
 
 
-def draw_speed(axes, records, colours) -> None:
+def draw_speed(axes, records, styles) -> None:
     """Mean tokens/s of the whole run; the number is at the bar."""
     labels = [record.label for record in records]
     values = [record.summary.get("tokens_per_second") or 0.0 for record in records]
-    bars = axes.barh(labels, values, color=[colours[label] for label in labels])
+    bars = axes.barh(labels, values, color=[styles[label].colour for label in labels])
     axes.bar_label(bars, [f"{value:,.0f}" if value else "unknown" for value in values], padding=3, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values, default=0.0) * 1.3 or 1.0)
-    axes.set_title("tokens/s")
+    axes.set_title("speed, all ranks (tokens/s)")
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -120,13 +153,13 @@ def draw_bytes(axes, records) -> None:
     left = [0.0] * len(known)
     for kind, colour in BYTE_COLOURS.items():
         sizes = [record.summary["state_bytes"]["model"].get(kind, 0) / MIB for record in known]
-        axes.barh(labels, sizes, left=left, color=colour, label=kind)
+        axes.barh(labels, sizes, left=left, color=colour, edgecolor="white", linewidth=0.6, label=kind)
         left = [before + size for before, size in zip(left, sizes, strict=True)]
     for row, total in enumerate(left):
         axes.text(total * 1.01, row, f"{total:,.1f}", va="center", fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, max(left, default=0.0) * 1.25 or 1.0)
-    axes.set_title("state (MiB, measured)")
+    axes.set_title("memory without operands (MiB)")
     axes.grid(axis="x", alpha=0.3)
     if known:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=8, frameon=False)

@@ -36,7 +36,7 @@ def read_questions(path: Path) -> list[dict]:
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has not the form of SQuAD v1.1 ({type(error).__name__}: {error})") from None
 
 

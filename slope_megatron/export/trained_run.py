@@ -6,7 +6,6 @@ with zeros where its mask has them.
 """
 
 import dataclasses
-import json
 import logging
 import re
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.inference.text import find_tokenizer
 from slope_megatron.models.parameters import VOCABULARY_ROWS
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 STEP = re.compile(r"step_\d{8,}")
 LEFT_OUT = (".weight_column", "_extra_state")
 MASK = "_mask"
+OTHER_STEP = "take another checkpoint with --step"
 ADAPTERS = (".adapter_l", ".adapter_r")
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -40,6 +41,16 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file() or (folder / "checkpoints").is_dir()
 
 
+def no_run(folder: Path) -> str:
+    """Why a folder is no run, and the way out; the folder of a quickstart holds two."""
+    if not folder.is_dir():
+        return "does not exist: give a run folder" if not folder.exists() else "is a file: give a run folder"
+    inside = sorted(str(path) for path in folder.iterdir() if path.is_dir() and is_run(path))
+    if inside:
+        return f"holds no run itself: give one of {', '.join(inside)}"
+    return "holds no run: give a folder that `slope pretrain` wrote to, or OUT/sparse of `slope quickstart`"
+
+
 def find_checkpoint(run: Path, step: int | None = None) -> Path:
     """The checkpoint of a run: of a step, or the newest.
 
@@ -47,7 +58,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
         ValueError: no run, no complete checkpoint, or none of that step.
     """
     if not is_run(run):
-        raise ValueError(f"{run} holds no run: give a folder that `slope pretrain` or `slope quickstart` wrote to")
+        raise ValueError(f"{run} {no_run(run)}")
     sealed = (path.parent for path in (run / "checkpoints").glob("step_*/manifest.json"))
     # Others of that beginning are half-written, or were found corrupt and set aside.
     complete = sorted(folder for folder in sealed if STEP.fullmatch(folder.name))
@@ -69,7 +80,7 @@ def check_sizes(folder: Path) -> None:
     Raises:
         ValueError: a file of the checkpoint is missing or cut.
     """
-    for name, expected in json.loads((folder / "manifest.json").read_text()).items():
+    for name, expected in read_json(folder / "manifest.json", OTHER_STEP).items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != expected["bytes"]:
@@ -96,7 +107,7 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         self.run = Path(run)
         self.folder = find_checkpoint(self.run, step)
         check_sizes(self.folder)
-        state = json.loads((self.folder / "state.json").read_text())
+        state = read_json(self.folder / "state.json", OTHER_STEP)
         self.config = SavedConfig.read(state).check(self.folder, WEIGHTS).config()
         self.step = state["steps_done"]
         self.adapters_active = self.config.slope.adapters_count(self.config.train.steps, self.step)
@@ -141,9 +152,12 @@ class TrainedRun(Mapping[str, torch.Tensor]):
     def _vocabulary(self) -> int:
         if self.config.model.vocab_size:
             return self.config.model.vocab_size
-        manifest = Path(self.tokenizer_folder or self.config.data.data) / "manifest.json"
-        if manifest.is_file():
-            return json.loads(manifest.read_text())["vocab_size"]
+        # The data's own, where it is still there: a --tokenizer that was given may be another one.
+        folders = (Path(self.config.data.data), self.run.parent / "data", self.tokenizer_folder)
+        manifests = [folder / "manifest.json" for folder in folders if folder is not None]
+        manifest = next((path for path in manifests if path.is_file()), None)
+        if manifest is not None:
+            return read_json(manifest, "give --tokenizer")["vocab_size"]
         if self.tokenizer_folder is not None:
             given = self.tokenizer_folder
             file = find_tokenizer(given) if given.is_dir() else given

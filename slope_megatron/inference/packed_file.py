@@ -11,7 +11,6 @@
 The names and the fused Q, K, V (group after group) are those of the checkpoints, so that nothing is reordered.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,9 +18,11 @@ import torch
 from safetensors import safe_open
 
 from slope_megatron.config import ModelConfig
+from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
 
 FORMAT = 1
+AGAIN = "copy it again, or export the run again"
 PATTERN = "_pattern"
 
 
@@ -65,7 +66,7 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
 def is_packed_folder(folder: Path) -> bool:
     """Whether `slope export packed` wrote it."""
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "slope-packed"
+    return config.is_file() and read_json(config, AGAIN).get("model_type") == "slope-packed"
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict]:
@@ -76,7 +77,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
     """
     if not is_packed_folder(folder):
         raise ValueError(f"{folder} holds no packed model: give a folder that `slope export packed` wrote")
-    content = json.loads((folder / "config.json").read_text())
+    content = read_json(folder / "config.json", AGAIN)
     if content["format"] != FORMAT:
         raise ValueError(
             f"{folder} is of format {content['format']} and this version reads {FORMAT}: export the run again"

@@ -5,10 +5,10 @@ meta device        the model package's own build of one rank's shard, without me
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from slope_megatron.config import Config
+from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import SavedConfig
 from slope_megatron.launch.memory import precision, state_bytes
 from slope_megatron.launch.tensors import count, tensors
@@ -49,8 +49,8 @@ def read_run(run: Path) -> tuple[Config, dict]:
             raise ValueError(
                 f"--check {run} has no {name}: give the folder of a run that `slope pretrain` has finished"
             )
-    saved = SavedConfig.read(json.loads((run / "run.json").read_text())).check(run, COUNTED)
-    return saved.config(), json.loads((run / "summary.json").read_text())
+    saved = SavedConfig.read(read_json(run / "run.json", "give another run")).check(run, COUNTED)
+    return saved.config(), read_json(run / "summary.json", "give another run")
 
 
 def compare_with_run(config: Config, summary: dict, vocabulary: int) -> list[Comparison]:

@@ -34,9 +34,10 @@ class MegatronCheckpoint(Mapping):
     def __init__(self, folder: Path | str, prefix: str = "", vocabulary: int | None = None):
         self.folder = Path(folder)
         if not (self.folder / ".metadata").is_file():
+            found = "holds no Megatron checkpoint of the torch_dist format" if self.folder.is_dir() else "is no folder"
             raise ValueError(
-                f"{self.folder} holds no Megatron checkpoint of the torch_dist format (no .metadata file): give the "
-                "folder of one iteration, such as iter_0001000"
+                f"{self.folder} {found}: give a run folder, a folder that `slope import hf` wrote, or that of one "
+                "iteration of Megatron-LM, such as iter_0001000"
             )
         self.prefix, self.vocabulary = prefix, vocabulary
         entries = checkpoint.FileSystemReader(self.folder).read_metadata().state_dict_metadata

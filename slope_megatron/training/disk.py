@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from slope_megatron.config import TrainConfig
-from slope_megatron.training import checkpoint, files
+from slope_megatron.training import checkpoint
 
 GIB = 2**30
 PROBE_BYTES = 1 << 16
@@ -28,8 +28,7 @@ def probe(run: Path) -> None:
             os.fsync(stream.fileno())
     except OSError as error:
         raise ValueError(
-            f"{folder} cannot be written ({files.reason(error)}): make it writable, free some space, or give another "
-            "--out"
+            f"{folder} cannot be written ({error.strerror}): make it writable, free some space, or give another --out"
         ) from None
 
 

@@ -1,7 +1,6 @@
 """The run folder: one run's configuration, metrics and checkpoints, never two runs mixed."""
 
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -10,10 +9,13 @@ import sys
 from pathlib import Path
 
 from slope_megatron.config import Config
+from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import saved_form
 from slope_megatron.data.manifest import fingerprint
 from slope_megatron.training import checkpoint, files
 from slope_megatron.versions import versions
+
+DAMAGED_RUN = "copy it from a backup, or start anew with --overwrite or another --out"
 
 
 class RunLock:
@@ -48,6 +50,29 @@ def is_resumed(config: Config) -> bool:
     return config.train.resume
 
 
+def check_free(config: Config) -> None:
+    """Refuse a place where this run cannot be written, before anything is loaded; rank 0 calls it.
+
+    Raises:
+        ValueError: a file is there, something that is no run, a run that is not to be continued or deleted, or
+            `--resume` and no run.
+    """
+    run = Path(config.train.out)
+    file = next((path for path in (run, *run.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"--out {run}: {file} is a file; give another --out")
+    resumed = is_resumed(config)
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if not (run / "run.json").is_file():
+        raise ValueError(f"{run} is not empty and holds no run of this program: give another --out")
+    # Under --auto-resume, what is there has no checkpoint yet.
+    if not (resumed or config.train.overwrite or config.train.auto_resume):
+        raise ValueError(
+            f"{run} holds a run already: give --resume to go on, --overwrite to delete it, or another --out"
+        )
+
+
 def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
     """Create, reopen or replace the run folder; rank 0 calls it, and keeps the lock that it returns.
 
@@ -57,18 +82,12 @@ def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
         ValueError: the folder holds another run, or something that is no run.
     """
     run = Path(config.train.out)
+    check_free(config)
     if run.exists() and any(run.iterdir()):
-        if not (run / "run.json").is_file():
-            raise ValueError(f"{run} is not empty and holds no run of this program: give another --out")
         lock = RunLock(run)  # a run in progress is neither joined nor deleted
         if is_resumed(config):
             check_same_data(run, config)
             return lock
-        # Under --auto-resume, what is there has no checkpoint yet.
-        if not (config.train.overwrite or config.train.auto_resume):
-            raise ValueError(
-                f"{run} holds a run already: give --resume to go on, --overwrite to delete it, or another --out"
-            )
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     lock = RunLock(run)
@@ -87,7 +106,7 @@ def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
 
 def check_same_data(run: Path, config: Config) -> None:
     """The data may have moved, but must be what the run began with."""
-    began_with = json.loads((run / "run.json").read_text())["data_sha256"]
+    began_with = read_json(run / "run.json", DAMAGED_RUN)["data_sha256"]
     if fingerprint(config.data.data) != began_with:
         raise ValueError(
             f"{config.data.data} is not the data that {run} began with: give that --data, or another --out"
@@ -97,4 +116,4 @@ def check_same_data(run: Path, config: Config) -> None:
 def saved_dtype(run: Path) -> str | None:
     """The parameter type of the run in this folder, if there is one."""
     description = run / "run.json"
-    return json.loads(description.read_text())["dtype"] if description.is_file() else None
+    return read_json(description, DAMAGED_RUN)["dtype"] if description.is_file() else None

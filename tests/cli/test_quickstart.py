@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,36 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     result = quickstart("--out", tmp_path, "--overwrite")
     assert result.returncode == 2 and "is not empty and holds no quickstart" in result.stderr
     assert (tmp_path / "thesis.tex").read_text() == "do not lose me"
+
+
+@pytest.mark.slow
+def test_an_interrupted_quickstart_leaves_no_rank_behind_and_goes_on(texts, tmp_path):
+    """An interruption that reaches the command alone ends its launcher and ranks as well."""
+    out = tmp_path / "out"
+    flags = ["--source", texts, "--out", out, "--steps", 60, "--no-dense-twin", *SMALL]
+    command = [sys.executable, "-m", "slope_megatron", "quickstart", *map(str, flags)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        waited = time.monotonic()
+        while len(ranks_of(out)) < 6 and time.monotonic() - waited < 300:  # the launcher's two processes and four
+            time.sleep(0.2)
+        assert len(ranks_of(out)) == 6
+        process.terminate()  # as Ctrl-C, which a shell lets its background ignore
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert said.splitlines()[-1] == "slope: interrupted: the same command with --resume goes on"
+    assert not ranks_of(out)
+    assert quickstart(*flags, "--resume").returncode == 0
+    assert (out / "report.md").is_file()
+
+
+def ranks_of(out: Path) -> list[str]:
+    """Processes that train into a folder below `out`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "pretrain" in words and f"{out}/sparse" in words:
+            found.append(path.parent.name)
+    return found

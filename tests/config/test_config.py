@@ -204,7 +204,13 @@ def test_a_dense_run_may_have_widths_that_packing_could_not_cut():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("slop: {nm: '2:4'}", "unknown section 'slop'; the sections are slope, model"),
+        ("slop: {nm: '2:4'}", "unknown section 'slop': did you mean 'slope'? the sections are slope, model"),
+        ("colour: {nm: '2:4'}", "unknown section 'colour'; the sections are slope, model"),
+        ("steps: 5", "unknown section 'steps': it is a key of section 'train'; write it below a line `train:`"),
+        ("train: {stps: 5}", "unknown key train.stps: did you mean steps?"),
+        ("model: {hidden-size: 64}", "unknown key model.hidden-size: did you mean hidden_size?"),
+        ("slope: {--slope-nm: '2:4'}", "unknown key slope.--slope-nm: did you mean nm?"),
+        ("model: {global_batch_size: 8}", "unknown key model.global_batch_size: it belongs to section 'data'"),
         ("slope: {mn: '2:4'}", "unknown key slope.mn; the keys are enabled, nm"),
         ("slope: 3", "section 'slope' holds 3: it must map keys to values"),
         ("- 1", "holds list: it must map sections"),

@@ -22,6 +22,18 @@ def test_no_folder(tmp_path):
         load_manifest(tmp_path / "none")
 
 
+def test_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"data folder .*file is a file: give a folder that"):
+        load_manifest(tmp_path / "file")
+
+
+def test_a_file_that_may_not_be_read(folder, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path.name != "train.bin")
+    with pytest.raises(ValueError, match=r"train.bin cannot be read \(Permission denied\): make it readable"):
+        load_manifest(folder)
+
+
 def test_no_manifest(tmp_path):
     with pytest.raises(ValueError, match=r"holds no manifest.json: give a folder that `slope data prepare` wrote"):
         load_manifest(tmp_path)

@@ -138,7 +138,9 @@ def test_datasets_reads_local_folders(tmp_path):
         read(f"hf:{tmp_path / 'files'}", text_key="body")
 
 
-def test_an_unreachable_hub_is_one_sentence(monkeypatch):
+def test_an_unreachable_hub_is_one_sentence(monkeypatch, caplog):
+    caplog.set_level("INFO")
+
     def broken_stream(*_, **__):
         yield {"text": "first"}
         raise OSError("connection reset\nby peer")
@@ -152,6 +154,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
             read("hf:a/b:en")
         assert str(refusal.value).startswith(f"dataset a/b cannot be read ({reason}): check the name")
         assert "\n" not in str(refusal.value)
+    assert "asking for dataset a/b" in caplog.text
 
 
 def test_name_and_configuration_reach_the_library(monkeypatch):

@@ -223,11 +223,19 @@ def test_glue_shaped_tasks_are_learnt(bert, tmp_path, capsys, task):
         ("glue {fold} --task rte", "nyu-mll/glue:rte is neither in the local cache"),
         ("glue {fold} --task rte --data {fold}", "train.jsonl is no file: --data wants"),
         ("glue {fold} --task rte --lr 0", "--lr is 0.0: it must be positive"),
+        ("glue {fold} --task rte --epochs 0", "--epochs is 0: it must be positive"),
+        ("glue {fold} --task rte --data {fold}/rows", "rows/train.jsonl, line 2 is no JSON object"),
+        ("glue {fold} --task cola --data {fold}/latin", "latin/train.jsonl is not UTF-8 (byte 1)"),
+        ("lm {fold} --limit 0", "--limit is 0: it must be at least 1"),
+        ("lm {fold} --include-path nowhere", "--include-path nowhere is no folder"),
     ],
 )
 def test_bad_input_is_one_sentence(bert, capsys, monkeypatch, arguments, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     places = {name: bert / name for name in ("run", "fold")}
+    for name, content in (("rows", b'{"sentence1": "a", "sentence2": "b", "label": 0}\n[\n'), ("latin", b"{\xe9")):
+        (places["fold"] / name).mkdir(exist_ok=True)
+        (places["fold"] / name / "train.jsonl").write_bytes(content)
     assert main(["eval", *arguments.format(**places).split()]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("slope: error: ")]
     assert len(said) == 1 and message in said[0]

@@ -64,6 +64,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, content):
     assert "holds no run: it has none of" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is no folder: give run folders" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
+    assert f"--out {tmp_path}/file is a file: give a folder" in capsys.readouterr().err
 
 
 def test_damaged_files_are_named(tmp_path):

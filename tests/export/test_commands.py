@@ -129,7 +129,11 @@ def without_vocabulary(run, copy):
 def test_export_refuses(run, data, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     assert "exists already: nothing is replaced" in refused(capsys, "export", "hf", run, tmp_path / "there")
-    assert "holds no run: give a folder" in refused(capsys, "export", "hf", tmp_path, tmp_path / "out")
+    assert "holds no run: give a folder" in refused(capsys, "export", "hf", tmp_path / "there", tmp_path / "out")
+    assert "does not exist: give a run folder" in refused(capsys, "export", "hf", tmp_path / "no", tmp_path / "out")
+    (tmp_path / "both" / "sparse" / "checkpoints").mkdir(parents=True)
+    both = refused(capsys, "export", "hf", tmp_path / "both", tmp_path / "out")
+    assert f"holds no run itself: give one of {tmp_path}/both/sparse" in both
     assert "has no checkpoint of step 7: it has those of 100" in refused(
         capsys, "export", "packed", run, tmp_path / "out", "--step", 7
     )
@@ -187,8 +191,60 @@ def test_import_refuses(tmp_path, capsys):
 
 def test_generate_refuses(run, data, tmp_path, capsys):
     assert "is neither a run nor a packed model" in refused(capsys, "generate", tmp_path, "--prompt", "x")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "opt"}')
+    assert "is a Hugging Face model" in refused(capsys, "generate", tmp_path / "hf", "--prompt", "x")
+    (tmp_path / "hf" / "config.json").write_text("{")
+    damaged = refused(capsys, "generate", tmp_path / "hf", "--prompt", "x")
+    assert f"{tmp_path}/hf/config.json is damaged" in damaged and "copy it again" in damaged
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    latin = refused(capsys, "generate", run, "--prompts", tmp_path / "latin")
+    assert "latin is not UTF-8 (byte 3)" in latin
+    assert "--device is 'gpu': it must be cpu, cuda" in refused(
+        capsys, "generate", run, "--prompt", "x", "--device", "gpu"
+    )
     assert "is no file: give one with a prompt" in refused(capsys, "generate", run, "--prompts", tmp_path / "no")
     assert "--temperature is -1.0" in refused(capsys, "generate", run, "--prompt", "x", "--temperature", -1)
-    assert "prompt 0 is empty" in refused(capsys, "generate", run, "--prompt", "")
+    assert "--prompt is empty" in refused(capsys, "generate", run, "--prompt", "")
     if not torch.cuda.is_available():
         assert "has no CUDA device" in refused(capsys, "generate", run, "--prompt", "x", "--device", "cuda")
+
+
+def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys, caplog):
+    """A larger one is refused, a smaller one is logged, and neither decides how large the model is."""
+    from slope_megatron.data.tokenizer import train_tokenizer
+    from slope_megatron.export.trained_run import TrainedRun
+
+    for size in (290, 310):
+        (tmp_path / str(size)).mkdir()
+        text = ["def f(x):\n    return x + 1\n" * 20, "for i in x: i\n", "while True: break; continue\n" * 3]
+        (tmp_path / str(size) / "tokenizer.model").write_bytes(train_tokenizer(text, size))
+        (tmp_path / str(size) / "manifest.json").write_text(json.dumps({"vocab_size": size}))
+    other = refused(capsys, "generate", run, "--prompt", "x", "--tokenizer", tmp_path / "310")
+    assert "310 has 310 tokens and the model 300 entries: it is not the model's" in other
+    smaller = ["generate", str(run), "--prompt", "x", "--tokenizer", str(tmp_path / "290"), "--max-tokens", "2"]
+    assert main(smaller) == 0
+    assert "has 290 tokens and the model 300 entries: is it the model's?" in caplog.text
+
+    # Where the run's configuration leaves the vocabulary to its data.
+    copy = shutil.copytree(run, tmp_path / "copy")
+    state = next((copy / "checkpoints").glob("step_*/state.json"))
+    content = json.loads(state.read_text())
+    content["config"]["model"]["vocab_size"] = None
+    content["config"]["data"]["data"] = str(tmp_path / "own")
+    before = state.stat().st_size
+    state.write_text(json.dumps(content))
+    manifest = state.with_name("manifest.json")
+    sizes = json.loads(manifest.read_text())
+    if "state.json" in sizes:
+        assert sizes["state.json"]["bytes"] == before
+        sizes["state.json"]["bytes"] = state.stat().st_size
+        manifest.write_text(json.dumps(sizes))
+    shutil.copytree(data, tmp_path / "own")
+    (tmp_path / "own" / "manifest.json").write_text(json.dumps({"vocab_size": 300}))
+    assert TrainedRun(copy, tokenizer=tmp_path / "290").vocabulary == 300
+
+
+def test_a_text_that_the_positions_cut_short_says_so(run, caplog):
+    assert main(["generate", str(run), "--prompt", "def f", "--max-tokens", "500"]) == 0
+    assert "--max-tokens is 500: the text ends after" in caplog.text and "64 positions end" in caplog.text

@@ -46,9 +46,11 @@ def run(path, **keywords):
 
 def test_applying_twice_is_once_and_undoing_restores(made):
     path, old, new = made
-    assert run(path, check=True) == ["a.py: added (v1)"] and path.read_bytes() == old
+    assert run(path, check=True) == ["a.py: would be added (v1)"] and path.read_bytes() == old
     assert run(path) == ["a.py: added (v1)"] and path.read_bytes() == new
     assert run(path) == ["a.py: there already (v1)"] and path.read_bytes() == new
+    assert run(path, check=True) == ["a.py: there already (v1)"]
+    assert run(path, check=True, undo=True) == ["a.py: would be taken out (v1)"] and path.read_bytes() == new
     assert run(path, undo=True) == ["a.py: taken out (v1)"] and path.read_bytes() == old
     assert run(path, undo=True) == ["a.py: not there (v1)"]
 

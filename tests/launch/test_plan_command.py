@@ -43,6 +43,7 @@ def test_the_command_prints_writes_and_recommends(tmp_path, capsys):
         (["--sparse-speedup", "nan"], "--sparse-speedup is nan: it must be a positive number"),
         (["--vocabulary", -5], "--vocabulary is -5: it must be a number of tokens from 1 on"),
         (["--png", "/nowhere/plan.png"], "--png /nowhere/plan.png: there is no folder /nowhere; make it first"),
+        (["--json", "/"], "--json / is a folder: give a file in it"),
         (["--tensor-parallel", 2], "no layout of 1 x 3 = 3 GPUs has tensor 2"),
         (["--rates", "nowhere.csv"], "--rates nowhere.csv does not exist"),
         (["--check", "nowhere"], "--check nowhere has no run.json"),

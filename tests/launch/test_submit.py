@@ -132,6 +132,17 @@ def test_a_machine_without_slurm_is_named(model, tmp_path):
     assert result.returncode == 2 and "there is no sbatch on this machine: submit from a login node" in result.stderr
 
 
+def test_missing_data_is_refused_before_a_job_waits_for_it(model, tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    command = [ROOT / "launch" / "submit.sh", "narval", model, "--nodes", "1", "--account", "def-x"]
+    command += ["--data", tmp_path / "none", "--out", tmp_path / "run"]
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and f"--data {tmp_path}/none holds no prepared data: write it here" in result.stderr
+    assert not (tmp_path / "run.job").exists()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_pass_shellcheck(script):
     if not shutil.which("shellcheck"):

@@ -46,7 +46,9 @@ def test_a_read_only_place_is_refused(small_disk):
     probe(small_disk / "not" / "yet" / "there")
     assert not list(small_disk.iterdir())
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(ValueError, match=f"{small_disk} cannot be written .Read-only file system.*: make it writable"):
+    with pytest.raises(
+        ValueError, match=rf"{small_disk} cannot be written \(Read-only file system\): make it writable"
+    ):
         probe(small_disk / "not" / "yet" / "there")
 
 

@@ -85,10 +85,10 @@ def test_a_run_stops_resumes_exactly_and_sums_up(corpus, tmp_path):
 BAD = [
     (["--hidden-size", 72], "--hidden-size is 72"),
     (["--slope-nm", "5:4"], "--slope-nm is '5:4'"),
-    (["--tensor-parallel", 2], "1 ranks were started with --tensor-parallel 2 and"),
+    (["--tensor-parallel", 2], "1 rank was started with --tensor-parallel 2 and"),
     (["--global-batch-size", 7], "--global-batch-size is 7: it must be a multiple"),
     (["--architecture", "bert"], "was prepared with --kind gpt and --architecture is bert: prepare the text with"),
-    (["--init-from", "nowhere"], "nowhere holds no Megatron checkpoint"),
+    (["--init-from", "nowhere"], "nowhere is no folder: give a run folder, a folder that `slope import hf` wrote"),
     (["--data", "nowhere"], "data folder nowhere does not exist"),
     (["--seq-length", 10**7], "one sample of --seq-length 10000000 needs"),
     (["--resume"], "holds no run to resume"),
@@ -122,6 +122,8 @@ def test_the_folder_of_another_run_is_refused(corpus, tmp_path):
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.tex").write_text("do not lose me")
+    in_a_file = slope(*common[:2], "--out", stranger / "thesis.tex" / "run", *MODEL, *RUN)
+    assert in_a_file.returncode == 2 and f"{stranger}/thesis.tex is a file; give another --out" in in_a_file.stderr
     refused = slope(*common[:2], "--out", stranger, *MODEL, *RUN, "--overwrite")
     assert refused.returncode == 2 and "holds no run of this program" in refused.stderr
     assert (stranger / "thesis.tex").read_text() == "do not lose me"
