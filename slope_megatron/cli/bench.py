@@ -15,6 +15,7 @@ BENCHMARKS = {
     "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
     "fp8": "every linear of the models in e4m3, dense and 2:4, against dense bf16",
+    "fill": "how long a rank takes to draw a model's weights and patterns at its start, on a GPU or a CPU",
 }
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
