@@ -17,6 +17,7 @@ BENCHMARKS = {
     "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
     "fp8": "every linear of the models in e4m3, dense and 2:4, against dense bf16",
+    "fill": "how long a rank takes to draw a model's weights and patterns at its start, on a GPU or a CPU",
 }
 DESCRIPTION = """\
 Time 2:4 products, blocks and steps against dense ones on this machine's GPU. Dense and sparse alternate in one run;

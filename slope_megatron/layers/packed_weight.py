@@ -21,9 +21,7 @@ from slope_megatron.ops.backend import PRODUCTS, Operands, Products, TokenDraws,
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
-
-# Rows handled at once where a dense copy is needed: bounds the scratch memory of the build and of a pattern update.
-ROWS_AT_ONCE = 4096
+from slope_megatron.sparsity.pieces import pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +48,6 @@ class DoublePruning:
     dropped: int
     energy: float
     energy_dropped: float
-
-
-def chunks(rows: range, size: int = ROWS_AT_ONCE):
-    """`rows` in pieces of at most `size`, which is a multiple of every group size."""
-    return (range(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size))
 
 
 class PackedWeight(PrunedLinear):
@@ -99,7 +92,7 @@ class PackedWeight(PrunedLinear):
         n, m, device = self.slope.n, self.slope.m, self.weight.device
         columns = range(region.first_column, region.first_column + self.weight_pattern.shape[1] * 8)
         scale = std * (m / n) ** 0.5 if self.slope.init_rescale else std
-        for local in chunks(region.local_rows):
+        for local in pieces(region.local_rows, len(columns), device):
             rows = region.rows(local)
             dense = counter.normal(key, rows, columns, region.row_length, device)
             if self.slope.pattern == "random":

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from slope_megatron.config import Config
 from slope_megatron.layers.masked_weight import MaskedWeight
-from slope_megatron.layers.packed_weight import PackedWeight, Region, chunks
+from slope_megatron.layers.packed_weight import PackedWeight, Region
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
 from slope_megatron.models.fill import choose_derived, fill_dense, packed_region
@@ -24,6 +24,7 @@ from slope_megatron.models.parameters import VOCABULARY_ROWS, canonical_shapes
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
+from slope_megatron.sparsity.pieces import pieces
 
 PATTERNS = ("magnitude", "random")
 # Buffers of a pruned linear: chosen here, never read from a dense model.
@@ -151,7 +152,7 @@ def prune_into(
     n, m, device = owner.slope.n, owner.slope.m, owner.weight.device
     columns = range(region.first_column, region.first_column + owner.weight_pattern.shape[1] * 8)
     key = counter.key_of(seed, f"{region.name}_pattern")
-    for local in chunks(region.local_rows):
+    for local in pieces(region.local_rows, len(columns), device):
         rows = region.rows(local)
         dense = whole_NK[rows.start : rows.stop, columns.start : columns.stop].to(device)
         if own_mask is not None:

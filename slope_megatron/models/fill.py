@@ -7,11 +7,12 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.layers.masked_weight import MaskedWeight
-from slope_megatron.layers.packed_weight import PackedWeight, Region, chunks
+from slope_megatron.layers.packed_weight import PackedWeight, Region
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
 from slope_megatron.models.rules import ADAPTER, ONE, ZERO, initial_std
 from slope_megatron.sparsity import counter
+from slope_megatron.sparsity.pieces import pieces
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def fill_dense(shard: Shard, seed: int, std: float) -> None:
     first_row, first_column = shard.offset
     columns = range(first_column, first_column + shard.data.shape[1])
     key = counter.key_of(seed, shard.name)
-    for local in chunks(range(shard.data.shape[0])):
+    for local in pieces(range(shard.data.shape[0]), len(columns), shard.data.device):
         rows = range(first_row + local.start, first_row + local.stop)
         numbers = counter.normal(key, rows, columns, shard.shape[1], shard.data.device)
         shard.data[local.start : local.stop] = numbers * std

@@ -10,6 +10,7 @@ import torch
 from slope_megatron.ops import cusparselt, cutlass, float8, products, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
+from slope_megatron.sparsity.pieces import rows_at_once
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ class Operands(Products, Protocol):
 PRODUCTS = reference.PRODUCTS
 # In the order in which "auto" tries them. `cutlass` is for asking: its kernels are candidates of `cusparselt` too.
 BACKENDS = {"cusparselt": cusparselt, "reference": reference, "cutlass": cutlass}
-ROWS_AT_ONCE = 4096
 SAYS = {
     "cusparselt": "2:4 tensor cores, or dense where that measures faster",
     "reference": "unpack and dense product",
@@ -203,7 +203,8 @@ def choose_column_bits(values_NC: torch.Tensor, row_bits: torch.Tensor, n: int, 
     if (n, m) == (2, 4) and kernel_takes and values_NC.is_cuda and cusparselt.unsupported() is None:
         return products.choose_column(values_NC, row_bits)
     parts = []
-    for values, bits in zip(values_NC.split(ROWS_AT_ONCE), row_bits.split(ROWS_AT_ONCE), strict=True):
+    rows = rows_at_once(8 * row_bits.shape[1], row_bits.device)
+    for values, bits in zip(values_NC.split(rows), row_bits.split(rows), strict=True):
         row_NK = unpack_bits(bits)
         parts.append(pack_bits(pack(column_pattern(unpack(values, row_NK), row_NK, n, m), row_NK)))
     return torch.cat(parts)

@@ -25,10 +25,12 @@ def key_of(seed: int, name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low word of a 32 x 32 bit product: int64 wraps around, so the low 64 bits are right."""
-    product = b * a
-    return (product >> 32) & MASK32, product & MASK32
+def _multiply_(word: torch.Tensor, factor: int, high: torch.Tensor) -> None:
+    """High and low word of a 32 x 32 bit product, the low one in the place of `word`: int64 wraps around, so the low
+    64 bits are right."""
+    word.mul_(factor)
+    torch.bitwise_right_shift(word, 32, out=high).bitwise_and_(MASK32)
+    word.bitwise_and_(MASK32)
 
 
 def philox(key: tuple[Word, Word], block: torch.Tensor, stream=(0, 0)) -> torch.Tensor:
@@ -37,17 +39,21 @@ def philox(key: tuple[Word, Word], block: torch.Tensor, stream=(0, 0)) -> torch.
     Args:
         key: two 32-bit words.
         block: int64 counters >= 0, any shape: the low half of the whole counter.
-        stream: two 32-bit words, the high half; numbers, or int64 tensors that broadcast against `block`.
+        stream: two 32-bit words, the high half; numbers, or int64 tensors that broadcast to its shape.
     Returns:
         int64 `[..., 4]`, each in [0, 2^32).
     """
     c0, c1 = block & MASK32, (block >> 32) & MASK32
     c2, c3 = (torch.zeros_like(block) + word for word in stream)
+    high0, high1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key
+    # In place, in six tensors: on a CPU new memory costs more than the arithmetic.
     for _ in range(ROUNDS):
-        high0, low0 = _multiply(MULTIPLIERS[0], c0)
-        high1, low1 = _multiply(MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        _multiply_(c0, MULTIPLIERS[0], high0)
+        _multiply_(c2, MULTIPLIERS[1], high1)
+        high1.bitwise_xor_(c1).bitwise_xor_(k0)
+        high0.bitwise_xor_(c3).bitwise_xor_(k1)
+        c0, c1, c2, c3, high0, high1 = high1, c2, high0, c0, c1, c3
         k0, k1 = (k0 + WEYL[0]) & MASK32, (k1 + WEYL[1]) & MASK32
     return torch.stack((c0, c1, c2, c3), dim=-1)
 

@@ -21,13 +21,15 @@ def top_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     groups = scores.unflatten(-1, (-1, m))
     if groups.is_floating_point():
         groups = torch.nan_to_num(groups, nan=torch.finfo(groups.dtype).max)
-    position = torch.arange(m, device=scores.device)
-    rank = torch.zeros(groups.shape, dtype=torch.uint8, device=scores.device)
-    # The rank by counting who comes first: m comparisons of whole tensors, no sort.
-    for other in range(m):
-        score = groups[..., other : other + 1]
-        rank += (score > groups) | ((score == groups) & (other < position))
-    return (rank < n).flatten(-2)
+    places = [place.contiguous() for place in groups.unbind(-1)]
+    ranks = [torch.zeros(place.shape, dtype=torch.uint8, device=scores.device) for place in places]
+    # A place's rank is the number of those that come before it: one comparison for each pair of places, no sort.
+    for later in range(m):
+        for earlier in range(later):
+            earlier_is_first = places[earlier] >= places[later]
+            ranks[later] += earlier_is_first
+            ranks[earlier] += ~earlier_is_first
+    return torch.stack([rank < n for rank in ranks], dim=-1).flatten(-2)
 
 
 def magnitude_pattern(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ def parse(*words):
     return cli.parse(["bench", *words])
 
 
-@pytest.mark.parametrize("name", bench.BENCHMARKS)
+@pytest.mark.parametrize("name", [name for name in bench.BENCHMARKS if name != "fill"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can be measured")
 def test_a_machine_without_a_gpu_is_refused_with_the_reason(name):
     arguments = parse(name)
@@ -87,3 +87,14 @@ def test_a_ledger_adds_up_what_it_is_charged_with():
     ledger.charge("values", 512, 500)
     ledger.charge("values", 1024, 1000)
     assert ledger.items == {"values": (1536, 1500)} and ledger.total == 1536
+
+
+def test_filling_is_measured_on_any_device(tmp_path, capsys):
+    arguments = parse("fill", "--models", "tiny", "--device", "cpu", "--tensor-parallel", "2", "--out", str(tmp_path))
+    assert arguments.run(arguments) == 0
+    note, header, *lines = (tmp_path / "fill.csv").read_text().splitlines()
+    rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+    assert note.startswith("# on cpu, ") and [row["linear"] for row in rows] == ["qkv", "proj", "fc1", "fc2"]
+    assert [(row["rows"], row["columns"]) for row in rows] == [("96", "64"), ("64", "32"), ("128", "64"), ("64", "128")]
+    assert all(float(row["fill_s"]) > 0 and float(row["second_pruning_s"]) > 0 for row in rows)
+    assert "a block of tiny at TP 2: " in capsys.readouterr().out

@@ -18,9 +18,11 @@ def observe(plugin, tokens: int) -> None:
     refresh = plugin.refresh_operands
 
     def observed(chunks, slope, step):
-        from slope_megatron.models.fill import sparse_modules
+        # Of Megatron-DeepSpeed's megatron.core no more than the layers need is there.
+        from slope_megatron.layers.packed_weight import PackedWeight
 
-        modules = [module for chunk in chunks for module in sparse_modules(chunk)]
+        every = [module for chunk in chunks for module in chunk.modules()]
+        modules = [module for module in every if isinstance(module, PackedWeight)]
         columns = [module.weight_column.clone() for module in modules]
         before = wrong_places(modules, tokens)
         refresh(chunks, slope, step)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.machinery
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,17 @@ FLAGS = f"""
 --attention-dropout 0 --hidden-dropout 0 --num-workers 0 --transformer-impl local
 --no-persist-layer-norm --no-bias-swiglu-fusion --no-rope-fusion --slope --slope-backward-mask-interval 4
 """.split()
+# Megatron-DeepSpeed's; its parser knows fewer.
+DEEPSPEED_FLAGS = f"""
+--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --seed 7
+--micro-batch-size 1 --global-batch-size 4 --train-iters {STEPS} --lr 3e-3 --min-lr 3e-3 --lr-decay-style constant
+--log-interval 1 --eval-iters 0 --eval-interval 1000 --split 100,0,0
+--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
+--attention-dropout 0 --hidden-dropout 0 --num-workers 0 --slope --slope-backward-mask-interval 4
+--tokenizer-type NullTokenizer --vocab-size 127 --deepspeed --zero-stage 1 --no-pipeline-parallel
+""".split()
+# Of a script, until it has ended; GPUs are fast and lent by the minute.
+PATIENCE, PATIENCE_ON_GPU = 300, 150
 GPT = "--tokenizer-type NullTokenizer --vocab-size 127 --no-create-attention-mask-in-dataloader".split()
 BERT = "--tokenizer-type BertWordPieceLowerCase --legacy-tokenizer --spec local".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -59,9 +71,10 @@ def checkout_of(version: str, name: str, folder: Path) -> Path:
     # A checkout has not the wheel's compiled helpers.
     import megatron.core.datasets as datasets
 
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    suffix, target = importlib.machinery.EXTENSION_SUFFIXES[0], checkout / "megatron" / "core" / "datasets"
     for compiled in (path for place in datasets.__path__ for path in Path(place).glob(f"*{suffix}")):
-        shutil.copy(compiled, checkout / "megatron" / "core" / "datasets")
+        if target.is_dir():  # Megatron-DeepSpeed compiles its own
+            shutil.copy(compiled, target)
     return checkout / patch.file
 
 
@@ -70,8 +83,11 @@ def run(script: Path, *flags, world: int = 1, gpu: bool = False) -> subprocess.C
     common = {"LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world), "TORCHDYNAMO_DISABLE": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     common |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))}
-    starter, backend = ("upstream_on_gpu.py", "nccl") if gpu else ("cpu_for_cuda.py", "gloo")
-    command = [sys.executable, HELPERS / starter, script.parent, script, *FLAGS, *map(str, flags)]
+    starter, own, backend = "upstream_on_gpu.py" if gpu else "cpu_for_cuda.py", FLAGS, "nccl" if gpu else "gloo"
+    if "--deepspeed_config" in flags:
+        starter, own = "megatron_deepspeed.py", DEEPSPEED_FLAGS
+        common |= {} if gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "LOCAL_SIZE": str(world)}
+    command = [sys.executable, HELPERS / starter, script.parent, script, *own, *map(str, flags)]
     command += ["--distributed-backend", backend]
     with contextlib.ExitStack() as others:
         for rank in range(world - 1):
@@ -80,7 +96,21 @@ def run(script: Path, *flags, world: int = 1, gpu: bool = False) -> subprocess.C
             others.enter_context(subprocess.Popen(command, env={**os.environ, **common, **place}, **quiet))
         place = {"RANK": str(world - 1), "LOCAL_RANK": str(world - 1)}
         environment = {**os.environ, **common, **place}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        last = others.enter_context(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        return outcome(last, PATIENCE_ON_GPU if gpu else PATIENCE)
+
+
+def outcome(process: subprocess.Popen, seconds: float) -> subprocess.CompletedProcess:
+    """What a script said; one that is not done in time fails its test with that."""
+    try:
+        said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, errors = process.communicate()
+        pytest.fail(f"not done in {seconds} s; it said:\n{out[-3000:]}\n{errors[-6000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def free_port() -> int:
@@ -156,6 +186,30 @@ def test_bert_without_transformer_engine_asks_for_the_local_spec(tmp_path):
     assert "the default layer spec needs Transformer Engine, which is not installed" in result.stderr
 
 
+def deepspeed_config(folder: Path, **more) -> list:
+    """The flags that name a DeepSpeed configuration of `FLAGS`' batches, ZeRO-1."""
+    sizes = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**6}
+    path = folder / "ds.json"
+    path.write_text(json.dumps({**sizes, "zero_optimization": {"stage": 1}, **more}))
+    return ["--deepspeed_config", path]
+
+
+def test_megatron_deepspeed_trains_a_sparse_gpt(tmp_path):
+    script = checkout_of("main_4efb479d", "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    result = run(script, "--data-path", tmp_path / "corpus", *deepspeed_config(tmp_path))
+    found = losses(result)
+    assert len(found) == STEPS and found[-1] < found[0] - 1.0
+    check_operands(result, "ReferenceOperands", linears=7)
+
+
+def test_a_script_that_stands_still_fails_with_what_it_said():
+    command = [sys.executable, "-c", "import time; print('compiling', flush=True); time.sleep(60)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(pytest.fail.Exception, match="not done in 5 s; it said:\ncompiling"):
+        outcome(process, 5)
+
+
 # Tokens of a micro-batch are at least as many as the widest side, by which the operands are read.
 ON_GPU = "--hidden-size 128 --seq-length 128 --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 8"
 
@@ -176,6 +230,22 @@ def test_megatron_lm_on_a_gpu_is_as_on_the_reference_backend(version, name, tmp_
     found = losses(result)
     expected = losses(run(script, *common, "--slope-backend", "reference", gpu=True))
     # bf16, and sums in another order: near at first, on the same way later.
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-3)
+    assert found == pytest.approx(expected, rel=0.05) and found[-1] < found[0] - 0.3
+    check_operands(result, "CusparseltOperands", linears=7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_megatron_deepspeed_on_a_gpu_is_as_on_the_reference_backend(tmp_path):
+    """Where it stands still, every thread's stack is on standard error, each 30 s."""
+    script = checkout_of("main_4efb479d", "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}}
+    common = [*ON_GPU.split(), "--bf16", "--data-path", tmp_path / "corpus", *deepspeed_config(tmp_path, **sizes)]
+    result = run(script, *common, "--slope-backend", "cusparselt", gpu=True)
+    found = losses(result)
+    expected = losses(run(script, *common, "--slope-backend", "reference", gpu=True))
     assert found[:3] == pytest.approx(expected[:3], rel=1e-3)
     assert found == pytest.approx(expected, rel=0.05) and found[-1] < found[0] - 0.3
     check_operands(result, "CusparseltOperands", linears=7)

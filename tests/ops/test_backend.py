@@ -8,6 +8,7 @@ from helpers.packed import packed_weight
 from slope_kernels import cusparselt_library
 from slope_megatron.ops import backend, cusparselt, cutlass, reference
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.sparsity import pieces
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +103,8 @@ def test_bitmasks_and_bools_build_the_same(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_second_pruning_is_the_same_on_every_backend(dtype, device, monkeypatch):
-    monkeypatch.setattr(backend, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(pieces, "ELEMENTS_ON_CPU", 32 * 64)
+    monkeypatch.setattr(pieces, "ROWS_ON_GPU", 32)
     weight = packed_weight(128, 64, dtype, device)
     assert torch.equal(backend.choose_column_bits(weight.values, weight.row_bits, 2, 4), weight.column_bits)
 
