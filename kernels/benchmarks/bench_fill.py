@@ -33,10 +33,9 @@ def packed_weight(rows: int, columns: int, device: str):
         def __init__(self):
             torch.nn.Module.__init__(self)
             self.slope = SlopeConfig()
-            like = {"device": device}
-            self.weight = torch.nn.Parameter(torch.zeros(rows, columns // 2, dtype=torch.bfloat16, **like))
-            self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, **like))
-            self.register_buffer("weight_column", torch.zeros(rows, columns // 16, dtype=torch.uint8, **like))
+            self.weight = torch.nn.Parameter(torch.zeros(rows, columns // 2, dtype=torch.bfloat16, device=device))
+            self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device))
+            self.register_buffer("weight_column", torch.zeros(rows, columns // 16, dtype=torch.uint8, device=device))
             self._operands = None
 
     return Weight()
@@ -59,9 +58,10 @@ def measured(model: Model, linear: str, tensor_parallel: int, device: str) -> di
         return time.perf_counter() - started
 
     fill = timed(weight.fill_weight, 1234, Region(linear, range(rows), 0, 0, columns), 0.02)
+    pruning = timed(weight.update_column_pattern)
     row = {"model": model.name, "tp": tensor_parallel, "linear": linear, "rows": rows, "columns": columns}
-    row |= {"fill_s": fill, "second_pruning_s": timed(weight.update_column_pattern)}
-    return rounded(row | {"ns_per_weight": (fill + row["second_pruning_s"]) / rows / columns * 1e9})
+    times = {"fill_s": fill, "second_pruning_s": pruning, "ns_per_weight": (fill + pruning) / rows / columns * 1e9}
+    return rounded(row | times)
 
 
 def main(arguments) -> int:

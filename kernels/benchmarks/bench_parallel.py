@@ -21,8 +21,9 @@ from pathlib import Path
 from common import RESULTS, machine, print_table, rounded, write_csv
 from models import MODELS, TINY
 from progress import Clock, add_budget
-from ranks import Work, run_ranks
+from ranks import run_ranks
 from torch.multiprocessing.spawn import ProcessException
+from work import Work
 
 MEASURED = ("step", "forward_backward", "reduce", "update")
 KNOWN = {**MODELS, TINY.name: TINY}

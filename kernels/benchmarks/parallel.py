@@ -18,7 +18,7 @@ import torch.distributed as dist
 from collectives import Counted
 from megatron.core import parallel_state
 from progress import Clock
-from ranks import ROWS, Work
+from work import ROWS, Work
 
 from slope_megatron.config import (
     Config,

@@ -164,12 +164,13 @@ def test_ranks_that_hang_past_the_budget_say_where(tmp_path):
 import sys, time, types
 sys.path[:0] = [{str(bench.FOLDER)!r}]
 import ranks
+from work import Work
 from models import TINY
 ranks.GRACE = 0
 def stuck_in_a_collective(work):
     time.sleep(60)
 sys.modules["parallel"] = types.SimpleNamespace(play=stuck_in_a_collective)
-ranks.play_rank(0, 1, 0, ranks.Work(TINY, ("dense",), 1, 1, 64, 32, 1, 100, 3, False, "", seconds=0.0, started=0.0))
+ranks.play_rank(0, 1, 0, Work(TINY, ("dense",), 1, 1, 64, 32, 1, 100, 3, False, "", seconds=0.0, started=0.0))
 """
     found = subprocess.run([sys.executable, "-c", hung], capture_output=True, text=True, timeout=50)
     assert found.returncode == 1 and "in stuck_in_a_collective" in found.stderr
