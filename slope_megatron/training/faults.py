@@ -110,12 +110,12 @@ class RankWatch:
             self._end(f"{names(dead)} died; the run stops.", Verdict([]))
         # Told twice to end, a rank that is stuck ends; first it says whom it has lost.
         if signal.SIGTERM in signals and self.stop_requested.is_set():
-            print(f"slope: rank {self.rank} was told twice to end", file=sys.stderr, flush=True)
+            say(f"slope: rank {self.rank} was told twice to end")
             os._exit(128 + signal.SIGTERM)
         if signals and not self.stop_requested.is_set():
             self.stop_requested.set()
             name = signal.Signals(signals[0]).name
-            print(f"slope: rank {self.rank} got {name}: saving after this step", file=sys.stderr, flush=True)
+            say(f"slope: rank {self.rank} got {name}: saving after this step")
         if self.hang_timeout and self.pulse.still() > self.hang_timeout and self.is_judge():
             beats = self.beats()
             hung = suspects(beats, self.silence())
@@ -162,11 +162,11 @@ class RankWatch:
         try:
             with open(self.folder / "failure.txt", "x") as stream:
                 stream.write(message + "\n")
-            print(message, file=sys.stderr, flush=True)
+            say(message)
         except FileExistsError:
             pass
         except OSError:
-            print(message, file=sys.stderr, flush=True)
+            say(message)
         with contextlib.suppress(OSError):  # they will find out by themselves
             heartbeat.write_verdict(self.folder, verdict)
         self._leave(verdict)
@@ -178,6 +178,11 @@ class RankWatch:
             if silent is not None and silent > self.silence() and not place.is_gone:
                 os.kill(place.pid, signal.SIGKILL)
         os._exit(DEAD_PEER_EXIT_CODE)
+
+
+def say(message: str) -> None:
+    """On a line of its own: a progress bar leaves its line open, and the main thread may never close it."""
+    print(f"\n{message}", file=sys.stderr, flush=True)
 
 
 def names(places: list[Place]) -> str:

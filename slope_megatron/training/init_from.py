@@ -55,7 +55,7 @@ def check_init(config: Config, samples: int) -> None:
         raise ValueError(
             f"{folder} is of another model ({'; '.join(differences)}): give the same settings, or another --init-from"
         )
-    _check_adapters(folder, config, state)
+    _check_adapters(folder, config, saved, state["steps_done"])
 
 
 def _form(config: Config):
@@ -75,20 +75,20 @@ def _positions(values: dict) -> int | None:
     return values["model"]["max_positions"] or values["data"]["seq_length"]
 
 
-def _check_adapters(folder: Path, config: Config, state: dict) -> None:
-    rank = state["config"]["slope"]["adapter_rank"]
-    if _adapters_count(state) and (config.slope.adapter_rank != rank or config.adapter_start):
+def _check_adapters(folder: Path, config: Config, saved: dict, steps_done: int) -> None:
+    rank = saved["slope"]["adapter_rank"]
+    if _adapters_count(saved, steps_done) and (config.slope.adapter_rank != rank or config.adapter_start):
         raise ValueError(
             f"the adapters of {folder} have joined its model: go on with them from the first step "
             f"(--slope-adapter-rank {rank} --slope-lazy-fraction 1.0), or start from a checkpoint of before"
         )
 
 
-def _adapters_count(state: dict) -> bool:
-    """Whether the weights of a checkpoint, given its state.json, are nothing without its adapters."""
-    saved = state["config"]["slope"]
-    slope = SlopeConfig(adapter_rank=saved["adapter_rank"], lazy_fraction=saved["lazy_fraction"])
-    return slope.adapters_count(state["config"]["train"]["steps"], state["steps_done"])
+def _adapters_count(saved: dict, steps_done: int) -> bool:
+    """Whether the weights of a checkpoint, given its configuration's values, are nothing without its adapters."""
+    rank, fraction = saved["slope"]["adapter_rank"], saved["slope"]["lazy_fraction"]
+    slope = SlopeConfig(adapter_rank=rank, lazy_fraction=fraction)
+    return slope.adapters_count(saved["train"]["steps"], steps_done)
 
 
 def resolve(path: str | Path) -> Path:
@@ -147,7 +147,8 @@ def load_packed(model: torch.nn.Module, folder: Path) -> None:
 
     The optimizer starts anew, from masters that are these weights.
     """
-    kept = _adapters_count(json.loads((folder / "state.json").read_text()))
+    written = json.loads((folder / "state.json").read_text())
+    kept = _adapters_count(SavedConfig.read(written).values, written["steps_done"])
     state = {name: entry for name, entry in sharded_state_dict(model).items() if kept or not name.endswith(ADAPTERS)}
     fresh = not kept and any(name.endswith(ADAPTERS) for name in model.state_dict())
     loaded = dist_checkpointing.load(state, str(folder))

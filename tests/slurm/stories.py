@@ -97,7 +97,11 @@ def preempted(site: Site) -> Story:
 
 
 def hopeless(site: Site) -> Story:
-    return told(site, "hopeless", site.submit("hopeless", *STEPS, "--data", site.folder / "nowhere"))
+    """Of data that only the ranks see to be damaged."""
+    data = site.folder / "damaged"
+    data.mkdir()
+    (data / "manifest.json").write_text("{")
+    return told(site, "hopeless", site.submit("hopeless", *STEPS, "--data", data))
 
 
 def asked_then_cancelled(site: Site) -> Story:
