@@ -12,6 +12,7 @@ from slope_megatron.sparsity.pattern import extra_zeros
 from slope_megatron.training import nvme, zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import ADAPTERS, SPARSE, is_adapter, model_parameters
+from slope_megatron.training.parallel import is_counted_here
 
 KINDS = ("weights", "patterns", "operands", "gradients", "optimizer")
 
@@ -207,12 +208,10 @@ def double_pruning(engine: Engine) -> dict[str, float] | None:
 
 def parameter_count(engine: Engine) -> int:
     """Parameters held by one replica of the model: shards added up, replicated ones and tied copies once."""
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     here = sum(
         elements(parameter)
         for _, parameter in model_parameters(engine.model)
-        if (tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
-        and not getattr(parameter, "ds_pipe_replicated", False)
+        if is_counted_here(parameter) and not getattr(parameter, "ds_pipe_replicated", False)
     )
     total = torch.tensor([here], device=engine.device)
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
@@ -223,7 +222,7 @@ def checkpoint_bytes(engine: Engine) -> int:
     """Bytes of one checkpoint: the weights, their fp32 masters and two moments, and the patterns."""
     weights, patterns = 0, 0
     for _, parameter in model_parameters(engine.model):
-        if getattr(parameter, "tensor_model_parallel", False) or parallel_state.get_tensor_model_parallel_rank() == 0:
+        if is_counted_here(parameter):
             weights += getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + 12)
     for module in sparse_modules(engine.model):
         patterns += module.weight_pattern.nbytes + module.weight_column.nbytes

@@ -19,6 +19,7 @@ from slope_megatron.models.fill import sparse_modules
 from slope_megatron.training import zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import model_parameters
+from slope_megatron.training.parallel import is_counted_here
 
 # A prime: with a power of two, even spreading would meet few columns only.
 SAMPLES = 4093
@@ -83,14 +84,10 @@ class LayerStats:
             start = self.start[name]
             row = [self.squares.get(name, 0.0), float((now - start).square().sum()), float(start.square().sum())]
             row += [pruning.energy, pruning.energy_dropped] if pruning else [0.0, 0.0]
-            if not getattr(parameter, "tensor_model_parallel", False) and tensor_rank() > 0:
+            if not is_counted_here(parameter):
                 row = [0.0] * len(row)  # replicated: counted once
             rows[self.names[name]] = (row, pruning is not None)
         return merge(rows)
-
-
-def tensor_rank() -> int:
-    return parallel_state.get_tensor_model_parallel_rank()
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:

@@ -13,6 +13,7 @@ from slope_megatron.models.layer_spec import twin_weights
 from slope_megatron.training import zero
 from slope_megatron.training.adam import build_adamw
 from slope_megatron.training.lamb import Lamb
+from slope_megatron.training.parallel import is_counted_here
 
 SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
 
@@ -85,13 +86,11 @@ def attach_lamb(zero_optimizer, members: dict[str, list[torch.nn.Parameter]]) ->
     Args:
         members: the parameters of each group by its name, as they were before `deepspeed.initialize`.
     """
-    first = parallel_state.get_tensor_model_parallel_rank() == 0
     group = parallel_state.get_tensor_and_data_parallel_group()
     device = torch.device(torch.cuda.current_device())
 
     def piece(segment: zero.Segment) -> tuple[slice, bool]:
-        counted = first or getattr(segment.parameter, "tensor_model_parallel", False)
-        return slice(segment.start, segment.start + segment.numel), counted
+        return slice(segment.start, segment.start + segment.numel), is_counted_here(segment.parameter)
 
     def sum_over_ranks(squares: torch.Tensor) -> None:
         # Offloaded state is on the CPU, where NCCL cannot reach.

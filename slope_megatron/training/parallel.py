@@ -34,6 +34,13 @@ class ModelParallelUnit:
         return dist.get_world_size(parallel_state.get_model_parallel_group())
 
 
+def is_counted_here(parameter: torch.nn.Parameter) -> bool:
+    """Whether this rank's part of a parameter counts in sums over tensor-parallel ranks: its shard, or what all of them
+    hold, on the first."""
+    first = parallel_state.get_tensor_model_parallel_rank() == 0
+    return first or getattr(parameter, "tensor_model_parallel", False)
+
+
 def initialize(config: Config) -> None:
     """Join the other ranks, as the launcher's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say, and form the groups.
 

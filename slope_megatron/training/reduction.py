@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 
 from slope_megatron.layers.marks import mark
 from slope_megatron.training import zero
+from slope_megatron.training.parallel import is_counted_here
 
 # Elements that are converted and sent at once, and again as many while the ones before travel.
 ELEMENTS_AT_ONCE = 2**26
@@ -83,10 +84,8 @@ class Bf16Gradients:
 
 
 def is_measured_here(parameter: torch.nn.Parameter) -> bool:
-    """What every tensor-parallel rank holds is measured on the first; a tied copy where its original is."""
-    first = parallel_state.get_tensor_model_parallel_rank() == 0
-    replicated = getattr(parameter, "ds_pipe_replicated", False)
-    return not replicated and (first or getattr(parameter, "tensor_model_parallel", False))
+    """Once over all stages, too: a tied copy where its original is."""
+    return is_counted_here(parameter) and not getattr(parameter, "ds_pipe_replicated", False)
 
 
 def reduce_converted(own: torch.Tensor, whole: torch.Tensor, sent: torch.dtype, group: dist.ProcessGroup) -> None:
