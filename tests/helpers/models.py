@@ -109,3 +109,19 @@ def build_engine(config: Config, dtype=torch.float32):
     from slope_megatron.training.engine import Engine
 
     return Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+
+
+def go_on(engine, until: int, save_at=(), run=None) -> list[tuple[float, float]]:
+    """Losses and gradient norms up to step `until`; after the steps of `save_at` a checkpoint is saved in `run`."""
+    from megatron.core import parallel_state
+
+    from slope_megatron.training import checkpoint
+
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    results = []
+    while engine.steps_done < until:
+        result = engine.train_step(step_batches(engine.config, engine.steps_done, replica, replicas))
+        results.append((result.loss, result.grad_norm))
+        if engine.steps_done in save_at:
+            checkpoint.save(engine, run)
+    return results

@@ -2,24 +2,9 @@
 
 import torch
 
-from helpers.models import build_engine, step_batches
+from helpers.models import build_engine, go_on
 
 SLOPE = {"adapter_rank": 4, "lazy_fraction": 0.5, "backward_mask_interval": 4}
-
-
-def train(engine, config, until, save_at=(), run=None):
-    from megatron.core import parallel_state
-
-    from slope_megatron.training import checkpoint
-
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    results = []
-    while engine.steps_done < until:
-        result = engine.train_step(step_batches(config, engine.steps_done, replica, replicas))
-        results.append((result.loss, result.grad_norm))
-        if engine.steps_done in save_at:
-            checkpoint.save(engine, run)
-    return results
 
 
 def state_of(engine):
@@ -40,7 +25,7 @@ def state_of(engine):
 
 def uninterrupted(config, dtype, run, save_at):
     engine = build_engine(config, dtype)
-    results = train(engine, config, 10, save_at, run)
+    results = go_on(engine, 10, save_at, run)
     return results, state_of(engine)
 
 
@@ -58,7 +43,7 @@ def resumed(config, dtype, run, step):
             if name.endswith(("_pattern", "_column")):
                 buffer.fill_(255)
     checkpoint.load(engine, folder)
-    return train(engine, config, 10), state_of(engine)
+    return go_on(engine, 10), state_of(engine)
 
 
 def assert_same(found, expected):
@@ -69,3 +54,12 @@ def assert_same(found, expected):
         assert torch.equal(partition, expected_partition), f"masters of {name}"
         for key, value in expected_state.items():
             assert torch.equal(state[key], value), f"{key} of {name}"
+
+
+def check_resumed(ranks, config, dtype, run, steps, expected, **layout):
+    """Resumed at each of `steps`, the run does and becomes what it did without interruption."""
+    for step in steps:
+        found = ranks.run(resumed, config, dtype, run, step, **layout)
+        for (results, state), (expected_results, expected_state) in zip(found, expected, strict=True):
+            assert results == expected_results[step:]
+            assert_same(state, expected_state)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import build_engine, small_config, step_batches
+from helpers.models import build_engine, go_on, small_config, step_batches
 from helpers.numerics import relative_error
 from helpers.plain_training import FAMILIES, SLOPE, SLOPE_ON_GPUS, reference
 from slope_megatron.config import Config
@@ -23,18 +23,6 @@ def config_of(stage=1, *, family="opt", parallel=None, optimizer=None, slope=SLO
         parallel=dataclasses.replace(config.parallel, zero_stage=stage, **(parallel or {})),
         optimizer=dataclasses.replace(config.optimizer, adam_backend="torch", **(optimizer or {})),
     )
-
-
-def go_on(engine, until) -> list[tuple[float, float]]:
-    """Losses and gradient norms up to step `until`."""
-    from megatron.core import parallel_state
-
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    found = []
-    while engine.steps_done < until:
-        result = engine.train_step(step_batches(engine.config, engine.steps_done, replica, replicas))
-        found.append((result.loss, result.grad_norm))
-    return found
 
 
 def canonical_state(engine):

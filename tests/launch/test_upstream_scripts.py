@@ -214,6 +214,17 @@ def test_a_script_that_stands_still_fails_with_what_it_said():
 ON_GPU = "--hidden-size 128 --seq-length 128 --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 8"
 
 
+def check_like_reference(script, common):
+    """A script on 2:4 units against the same on the reference backend."""
+    result = run(script, *common, "--slope-backend", "cusparselt", gpu=True)
+    found = losses(result)
+    expected = losses(run(script, *common, "--slope-backend", "reference", gpu=True))
+    # bf16, and sums in another order: near at first, on the same way later.
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-3)
+    assert found == pytest.approx(expected, rel=0.05) and found[-1] < found[0] - 0.3
+    check_operands(result, "CusparseltOperands", linears=7)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 @pytest.mark.parametrize(
@@ -226,13 +237,7 @@ def test_megatron_lm_on_a_gpu_is_as_on_the_reference_backend(version, name, tmp_
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{index}" for index in range(123))]))
     own = GPT if name == "pretrain_gpt" else [*BERT, "--vocab-file", tmp_path / "vocab.txt"]
     common = [*own, *ON_GPU.split(), "--bf16", "--data-path", tmp_path / "corpus"]
-    result = run(script, *common, "--slope-backend", "cusparselt", gpu=True)
-    found = losses(result)
-    expected = losses(run(script, *common, "--slope-backend", "reference", gpu=True))
-    # bf16, and sums in another order: near at first, on the same way later.
-    assert found[:3] == pytest.approx(expected[:3], rel=1e-3)
-    assert found == pytest.approx(expected, rel=0.05) and found[-1] < found[0] - 0.3
-    check_operands(result, "CusparseltOperands", linears=7)
+    check_like_reference(script, common)
 
 
 @pytest.mark.gpu
@@ -243,9 +248,4 @@ def test_megatron_deepspeed_on_a_gpu_is_as_on_the_reference_backend(tmp_path):
     corpus(tmp_path / "corpus")
     sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}}
     common = [*ON_GPU.split(), "--bf16", "--data-path", tmp_path / "corpus", *deepspeed_config(tmp_path, **sizes)]
-    result = run(script, *common, "--slope-backend", "cusparselt", gpu=True)
-    found = losses(result)
-    expected = losses(run(script, *common, "--slope-backend", "reference", gpu=True))
-    assert found[:3] == pytest.approx(expected[:3], rel=1e-3)
-    assert found == pytest.approx(expected, rel=0.05) and found[-1] < found[0] - 0.3
-    check_operands(result, "CusparseltOperands", linears=7)
+    check_like_reference(script, common)

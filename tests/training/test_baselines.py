@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, build_engine, small_config, step_batches
+from helpers.models import VOCABULARY, build_engine, go_on, small_config, step_batches
 from helpers.numerics import relative_error
 from helpers.plain_baselines import plain_training
 
@@ -33,7 +33,6 @@ def whole_parts(engine):
 
 def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
     """Losses and gradient norms, and the final shards of this rank."""
-    from megatron.core import parallel_state
 
     from slope_megatron.training import checkpoint
 
@@ -45,14 +44,7 @@ def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
         folder = checkpoint.folder_of(run, resume_at)
         checkpoint.read_state(folder, config)
         checkpoint.load(engine, folder)
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    results = []
-    while engine.steps_done < until:
-        result = engine.train_step(step_batches(config, engine.steps_done, replica, replicas))
-        results.append((result.loss, result.grad_norm))
-        if engine.steps_done in save_at:
-            checkpoint.save(engine, run)
-    return results, whole_parts(engine)
+    return go_on(engine, until, save_at, run), whole_parts(engine)
 
 
 def config_of(method, family="opt", zero_stage=1, **more):

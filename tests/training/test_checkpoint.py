@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from helpers.models import build_engine, small_config
-from helpers.resumed_runs import SLOPE, assert_same, resumed, train, uninterrupted
+from helpers.models import build_engine, go_on, small_config
+from helpers.resumed_runs import SLOPE, check_resumed, uninterrupted
 
 
 # Step 3: in the middle of a column-pattern interval; 5: the step before the adapters' first; 7: adapters trained.
@@ -20,16 +20,12 @@ def test_resume_is_exact(ranks, tmp_path, dtype, dropout):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=dropout))
     layout = {"world": 4, "tensor_parallel": 2}
     expected = ranks.run(uninterrupted, config, dtype, tmp_path, (3, 5, 7), **layout)
-    for step in (3, 5, 7):
-        found = ranks.run(resumed, config, dtype, tmp_path, step, **layout)
-        for (results, state), (expected_results, expected_state) in zip(found, expected, strict=True):
-            assert results == expected_results[step:]
-            assert_same(state, expected_state)
+    check_resumed(ranks, config, dtype, tmp_path, (3, 5, 7), expected, **layout)
 
 
 def saved_run(config, run):
     engine = build_engine(config, torch.float32)
-    train(engine, config, 3, (1, 2, 3), run)
+    go_on(engine, 3, (1, 2, 3), run)
 
 
 @pytest.fixture(scope="module")

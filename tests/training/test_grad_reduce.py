@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from helpers.models import build_engine, small_config, step_batches
+from helpers.models import build_engine, go_on, small_config, step_batches
 from helpers.numerics import relative_error
 from helpers.resumed_runs import assert_same, resumed, uninterrupted
-from helpers.zero_runs import OFFLOAD, check_exact_resume, config_of, go_on
+from helpers.zero_runs import OFFLOAD, check_exact_resume, config_of
 from slope_megatron.cli import bench
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, build_engine, step_batches
-from helpers.zero_runs import config_of, go_on
+from helpers.models import VOCABULARY, build_engine, go_on, step_batches
+from helpers.zero_runs import config_of
 from slope_megatron.config import OptimizerConfig
 
 STEPS = 6

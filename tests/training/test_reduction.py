@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, go_on, small_config
 from helpers.numerics import relative_error
 
 # tensor, pipeline and data parallel sizes, and more of the configuration. PP 2: tied copies of the embedding.
@@ -19,19 +19,7 @@ SLOPE = {"adapter_rank": 4, "lazy_fraction": 1.0}
 
 
 def build(config):
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    return Engine(build_model(config, VOCABULARY, torch.bfloat16), config, torch.bfloat16)
-
-
-def steps(engine, count):
-    from megatron.core import parallel_state
-
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    for _ in range(count):
-        result = engine.train_step(step_batches(engine.config, engine.steps_done, replica, replicas))
-        yield result.loss, result.grad_norm
+    return build_engine(config, torch.bfloat16)
 
 
 def as_deepspeed_reduces(engine) -> None:
@@ -48,9 +36,9 @@ def both_ways(config):
     as_deepspeed_reduces(theirs)
     found = []
     for engine in (ours, theirs):
-        first = list(steps(engine, 1))
+        first = go_on(engine, 1)
         masters = [part.detach().clone() for part in engine.optimizer.fp32_groups_flat_partition]
-        found.append((first, masters, list(steps(engine, 3))))
+        found.append((first, masters, go_on(engine, 4)))
     return found
 
 
@@ -92,7 +80,7 @@ def reduced(config, sent, at_once):
             errors.append((relative_error(own.double(), mean), float(mean.norm())))
 
     engine.accumulation.bf16.reduce = compared
-    list(steps(engine, 2))
+    go_on(engine, 2)
     return errors
 
 
@@ -121,7 +109,7 @@ def one_bad_replica(config):
         reduce()
 
     engine.accumulation.bf16.reduce = spoiled
-    list(steps(engine, 1))
+    go_on(engine, 1)
     after = engine.optimizer.fp32_groups_flat_partition
     return engine.skipped_steps, all(map(torch.equal, before, after))
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, go_on, small_config
+from helpers.zero_runs import canonical_state
 
 SLOPE = {"adapter_rank": 4, "lazy_fraction": 0.5, "backward_mask_interval": 4}
 STEPS, SAVED, END = 10, 6, 9
@@ -16,48 +17,14 @@ def config_of(family, sizes, slope=SLOPE, **more):
     return small_config(**FAMILIES[family], slope=slope, steps=STEPS, layers=4, **sizes, **more)
 
 
-def build_engine(config, dtype):
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    return Engine(build_model(config, VOCABULARY, dtype), config, dtype)
-
-
-def train(engine, config, until):
-    from megatron.core import parallel_state
-
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    losses = []
-    while engine.steps_done < until:
-        losses.append(engine.train_step(step_batches(config, engine.steps_done, replica, replicas)).loss)
-    return losses
-
-
-def canonical_state(engine):
-    """This rank's shards of model, masters and moments by canonical name, and the optimizer's step counters."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    from slope_megatron.training import engine_state
-
-    engine_state.link_optimizer_state(engine)
-    found = []
-    for entries in engine_state.sharded_engine_state(engine, filled=True).values():
-        for entry in entries.values():
-            parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-            for part in parts:
-                if isinstance(part, ShardedTensor):
-                    found.append((part.key, part.global_offset, part.global_shape, part.data.detach().clone()))
-    return found, engine_state.optimizer_steps(engine)
-
-
 def save_and_go_on(config, dtype, run):
     from slope_megatron.training import checkpoint
 
     engine = build_engine(config, dtype)
-    train(engine, config, SAVED)
+    go_on(engine, SAVED)
     checkpoint.save(engine, run)
     state = canonical_state(engine)
-    return state, train(engine, config, END)
+    return state, [loss for loss, _ in go_on(engine, END)]
 
 
 def load_and_go_on(config, dtype, run):
@@ -71,7 +38,7 @@ def load_and_go_on(config, dtype, run):
     checkpoint.read_state(folder, config)
     checkpoint.load(engine, folder)
     state = canonical_state(engine)
-    return state, train(engine, config, END)
+    return state, [loss for loss, _ in go_on(engine, END)]
 
 
 def assemble(results):

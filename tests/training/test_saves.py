@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from helpers.models import build_engine, small_config
-from helpers.resumed_runs import SLOPE, assert_same, resumed, state_of, train
+from helpers.models import build_engine, go_on, small_config
+from helpers.resumed_runs import SLOPE, check_resumed, state_of
 
 
 def saved_in_the_background(config, run, dtype):
@@ -19,15 +19,15 @@ def saved_in_the_background(config, run, dtype):
     Snapshot.write = lambda self, folder: (gate.wait(), original(self, folder))[1]
     results = []
     for until in (2, 4):
-        results += train(engine, config, until)
+        results += go_on(engine, until)
         gate.clear()
         saver.save()
-        results += train(engine, config, until + 1)
+        results += go_on(engine, until + 1)
         assert saver.busy() and not (run / "checkpoints" / f"step_{until:08d}").exists()
         gate.set()
     saver.finish()
     assert saver.failure is None and not saver.pending
-    return results + train(engine, config, 10), state_of(engine)
+    return results + go_on(engine, 10), state_of(engine)
 
 
 @pytest.mark.parametrize(
@@ -37,18 +37,14 @@ def test_steps_do_not_leak_into_a_save_that_is_still_being_written(ranks, tmp_pa
     config = small_config(slope=SLOPE, steps=10, tensor_parallel=2)
     layout = {"world": 2, "tensor_parallel": 2}
     expected = ranks.run(saved_in_the_background, config, tmp_path, dtype, **layout)
-    for step in (2, 4):
-        found = ranks.run(resumed, config, dtype, tmp_path, step, **layout)
-        for (results, state), (expected_results, expected_state) in zip(found, expected, strict=True):
-            assert results == expected_results[step:]
-            assert_same(state, expected_state)
+    check_resumed(ranks, config, dtype, tmp_path, (2, 4), expected, **layout)
 
 
 def save_a_state_that_is_not_finite(config, run):
     from slope_megatron.training import checkpoint
 
     engine = build_engine(config, torch.float32)
-    train(engine, config, 1, (1,), run)
+    go_on(engine, 1, (1,), run)
     with torch.no_grad():
         engine.optimizer.optimizer.param_groups[0]["params"][0].view(-1)[7] = torch.nan
     engine.steps_done = 2
