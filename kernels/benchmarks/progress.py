@@ -1,7 +1,7 @@
 """Progress of a benchmark on stderr, a line a phase with the seconds so far; and its budget of seconds.
 
-Machines with GPUs are lent by the minute: whoever reads the log of a benchmark that was stopped must see what it was
-doing, and its rows so far must be in the CSV.
+A job's time on GPUs may end before the benchmark does: whoever reads its log then must see what it was doing, and its
+rows so far must be in the CSV.
 """
 
 import logging
