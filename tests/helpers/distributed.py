@@ -23,7 +23,7 @@ from pathlib import Path
 
 from helpers.servers import fork_server, gpu_context
 
-# For an answer, and of a collective. GPUs are fast and lent by the minute.
+# For an answer, and of a collective. GPUs are fast, and hours on them dear.
 TIMEOUT_SECONDS = {"cpu": 600, "cuda": 180}
 PR_SET_PDEATHSIG = 1
 

@@ -38,7 +38,7 @@ DEEPSPEED_FLAGS = f"""
 --attention-dropout 0 --hidden-dropout 0 --num-workers 0 --slope --slope-backward-mask-interval 4
 --tokenizer-type NullTokenizer --vocab-size 127 --deepspeed --zero-stage 1 --no-pipeline-parallel
 """.split()
-# Of a script, until it has ended; GPUs are fast and lent by the minute.
+# Of a script, until it has ended; GPUs are fast, and hours on them dear.
 PATIENCE, PATIENCE_ON_GPU = 300, 150
 GPT = "--tokenizer-type NullTokenizer --vocab-size 127 --no-create-attention-mask-in-dataloader".split()
 BERT = "--tokenizer-type BertWordPieceLowerCase --legacy-tokenizer --spec local".split()
