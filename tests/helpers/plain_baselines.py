@@ -130,16 +130,15 @@ def plain_training(config):
 
 def estimate_of(name, config, place):
     """dY and micro-batch -> its estimate, with words asked for one by one at their place."""
-    from slope_megatron.sparsity import counter
+    from slope_megatron.sparsity import counter, token_draws
     from slope_megatron.sparsity.mvue import mvue
 
     def estimate(dy_TN, micro_batch):
         tokens, out = dy_TN.shape
         key = counter.key_of(config.train.seed, f"mvue:{place.step}:{micro_batch}")
         index = torch.arange(out * (tokens // 4))
-        words = counter.philox(key, index // 4, counter.key_of(config.train.seed, name))[
-            torch.arange(len(index)), index % 4
-        ]
+        blocks = counter.philox(key, index // 4, counter.key_of(config.train.seed, name), token_draws.ROUNDS)
+        words = blocks[torch.arange(len(index)), index % 4]
         return mvue(dy_TN.t(), words.view(out, -1), 2, 4).t()
 
     return estimate

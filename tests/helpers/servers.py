@@ -25,10 +25,6 @@ GPU_ENVIRONMENT = {
 }
 
 
-# Compiling costs more than these tests gain. Not for the process of the tests itself, some of which compile.
-WITHOUT_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
-
-
 def start_server(server, **environment: str) -> None:
     # A server sees the environment, not this process's import path.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -6,6 +6,7 @@ import torch
 from helpers.numerics import integers
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.mvue import mvue
+from slope_megatron.sparsity.token_draws import ROUNDS
 
 IN, OUT, TOKENS, SEED = 64, 32, 12, 3
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -66,7 +67,7 @@ def estimate(dy_TN, step, micro_batch):
     for row in range(OUT):
         for group in range(groups):
             index = row * groups + group
-            words[row, group] = counter.philox(key, torch.tensor(index // 4), stream)[index % 4]
+            words[row, group] = counter.philox(key, torch.tensor(index // 4), stream, ROUNDS)[index % 4]
     return mvue(dy_TN.t(), words, 2, 4).t()
 
 

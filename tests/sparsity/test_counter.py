@@ -9,25 +9,26 @@ from hypothesis import strategies as st
 
 from slope_megatron.sparsity import counter
 
-# Known answers of Philox4x32-10 (Random123's kat_vectors): counter, key -> output.
+# Known answers of Philox4x32 (Random123's kat_vectors): rounds, counter and key -> output.
 ONES = 0xFFFFFFFF
+ZEROS, FULL = ((0, 0, 0, 0), (0, 0)), ((ONES, ONES, ONES, ONES), (ONES, ONES))
+PI = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
 KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
+    (7, *ZEROS, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (7, *FULL, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (7, *PI, (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)),
+    (10, *ZEROS, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (10, *FULL, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (10, *PI, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 
 
-@pytest.mark.parametrize(("words", "key", "expected"), KNOWN)
-def test_philox_gives_the_published_words(words, key, expected):
+@pytest.mark.parametrize(("rounds", "words", "key", "expected"), KNOWN)
+def test_philox_gives_the_published_words(rounds, words, key, expected):
     block = words[0] | words[1] << 32
     # The int64 of the same bits.
     block = torch.tensor([block - 2**64 if block >= 2**63 else block])
-    assert tuple(counter.philox(key, block, words[2:])[0].tolist()) == expected
+    assert tuple(counter.philox(key, block, words[2:], rounds)[0].tolist()) == expected
 
 
 def python_philox(key, block, stream):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slope_megatron.sparsity import counter
-from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
+from slope_megatron.sparsity.token_draws import ROUNDS, TokenDraws, as_int32, stream_table
 
 NAMES = [(0xFFFFFFFF, 1), (2, 0x80000000)]
 
@@ -29,7 +29,7 @@ def test_a_word_is_that_of_its_row_in_the_whole_weight(groups):
     places = [(NAMES[0], row) for row in range(10, 14)] + [(NAMES[1], row) for row in range(20, 22)]
     for found, (name, row) in zip(words, places, strict=True):
         index = row * groups + torch.arange(groups)
-        blocks = counter.philox((0xDEADBEEF, 3), index // 4, name)
+        blocks = counter.philox((0xDEADBEEF, 3), index // 4, name, ROUNDS)
         assert torch.equal(found, blocks[torch.arange(groups), index % 4])
 
 

@@ -15,6 +15,7 @@ LAYOUTS = [
     pytest.param((1, 2, 2, {}), marks=pytest.mark.slow),
     pytest.param((1, 1, 4, {"gated": True}), marks=pytest.mark.slow),
 ]
+ON_GPUS = [(1, 1, 2, {}), (2, 1, 2, {"sequence_parallel": True}), (1, 2, 2, {})]
 SLOPE = {"adapter_rank": 4, "lazy_fraction": 1.0}
 
 
@@ -42,8 +43,22 @@ def both_ways(config):
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout[:3])))
+def name(layout) -> str:
+    return "x".join(map(str, layout[:3]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_what_deepspeed_computes_from_all_gradients(ranks, layout):
+    check_both_ways(ranks, layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ON_GPUS, ids=name)
+def test_what_deepspeed_computes_over_nccl(gpu_ranks, layout):
+    check_both_ways(gpu_ranks, layout)
+
+
+def check_both_ways(ranks, layout):
     tensor, pipeline, data, more = layout
     sizes = {"tensor_parallel": tensor, "pipeline_parallel": pipeline}
     config = small_config(**sizes, **more, slope=SLOPE)
@@ -84,9 +99,22 @@ def reduced(config, sent, at_once):
     return errors
 
 
+SENT = [(torch.float32, 0, 1e-7), (torch.bfloat16, 5e-4, 4e-3)]
+
+
 @pytest.mark.parametrize("at_once", [2**26, 1000], ids=["whole", "pieces"])
-@pytest.mark.parametrize(("sent", "least", "most"), [(torch.float32, 0, 1e-7), (torch.bfloat16, 5e-4, 4e-3)])
+@pytest.mark.parametrize(("sent", "least", "most"), SENT)
 def test_each_replica_gets_the_mean_of_its_partition(ranks, sent, least, most, at_once):
+    check_partitions(ranks, sent, least, most, at_once)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sent", "least", "most"), SENT)
+def test_each_replica_gets_the_mean_of_its_partition_over_nccl(gpu_ranks, sent, least, most):
+    check_partitions(gpu_ranks, sent, least, most, at_once=1000)
+
+
+def check_partitions(ranks, sent, least, most, at_once):
     config = small_config(slope=SLOPE)
     asked = "bf16" if sent == torch.bfloat16 else "auto"
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, grad_reduce_dtype=asked))

@@ -16,6 +16,9 @@ from slope_kernels.triton.mvue24 import two_of_four
 from slope_kernels.triton.philox import philox
 from slope_kernels.triton.places import permute_bytes
 
+# Of the generator, as `slope_megatron.sparsity.token_draws` has it.
+ROUNDS = tl.constexpr(7)
+
 
 @triton.jit
 def _load(place, token, tokens, EVEN: tl.constexpr):
@@ -29,7 +32,7 @@ def _load(place, token, tokens, EVEN: tl.constexpr):
 def _words_from(index, s0, s1, k0, k1):
     """The four words of the block in which word `index` lies."""
     block = index >> 2
-    return philox(block.to(tl.uint32), (block >> 32).to(tl.uint32), s0, s1, k0, k1)
+    return philox(block.to(tl.uint32), (block >> 32).to(tl.uint32), s0, s1, k0, k1, ROUNDS)
 
 
 @triton.jit
