@@ -11,7 +11,8 @@ from common import copy_bandwidth, print_table, rounded, write_csv
 from progress import add_budget, begin
 
 TOKENS = 8192
-MVUE_BLOCKS = ((8, 4), (4, 4), (4, 2), (8, 8), (16, 8), (8, 2))
+# Quads, warps and registers.
+MVUE_SETTINGS = ((8, 4, 64), (8, 4, 56), (8, 4, 80), (8, 4, 128), (4, 2, 64), (4, 2, 80), (4, 4, 64), (8, 2, 128))
 SHAPES = ((7680, 2560), (5120, 20480), (20480, 5120), (36864, 9216))
 
 
@@ -74,6 +75,9 @@ def variants(case: Case) -> dict[str, dict]:
         return {str(sets): {"sets": sets} for sets in (4, 8, 16, 32)}
     if case.name in ("choose_column", "column_metadata"):
         return {str(threads): {"threads": threads} for threads in (32, 64, 128)}
+    if case.name == "mvue_operand":
+        names = ("quads", "warps", "registers")
+        return {" ".join(map(str, tried)): dict(zip(names, tried, strict=True)) for tried in MVUE_SETTINGS}
     return {"": {}}
 
 

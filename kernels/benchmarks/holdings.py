@@ -77,10 +77,27 @@ def tensors_of(operands) -> list[str]:
     return [name for name, value in vars(operands).items() if isinstance(value, torch.Tensor)]
 
 
+NAMES = {"forward": "forward_operand", "dgrad": "backward_operand"}
+
+
+def charge_apart(ledger: Ledger, operands, weights: int, storages: set[int]) -> None:
+    """Operands of our own kernels, whose values and metadata are tensors of their own."""
+    apart = {**getattr(operands, "operands", {}), **getattr(operands, "handed_over", {})}
+    for kind, operand in apart.items():
+        for part, attribute, counted in (("values", "values_RC", weights), ("metadata", "metadata", weights / 8)):
+            if getattr(operand, attribute).data_ptr() in storages:
+                continue
+            before = torch.cuda.memory_allocated()
+            setattr(operand, attribute, None)
+            label = f"{NAMES[kind].replace('_', ' ')}: {part}"
+            ledger.charge(label, before - torch.cuda.memory_allocated(), counted)
+
+
 def charge_operands(ledger: Ledger, operands, weights: int, shared: tuple[torch.Tensor, ...] = ()) -> None:
     """Let an operands object go, part by part. `shared` tensors are charged elsewhere."""
     known = {"forward_operand": (weights, weights / 8), "backward_operand": (weights, weights / 8)}
     storages = {tensor.data_ptr() for tensor in shared}
+    charge_apart(ledger, operands, weights, storages)
     for name in tensors_of(operands):
         tensor = getattr(operands, name)
         if tensor.data_ptr() in storages or not tensor.numel():
@@ -91,7 +108,7 @@ def charge_operands(ledger: Ledger, operands, weights: int, shared: tuple[torch.
         setattr(operands, name, None)
         charge_operand(ledger, name, before - torch.cuda.memory_allocated(), counted)
     joined = getattr(operands, "joined", {})
-    for kind, name in (("forward", "forward_operand"), ("dgrad", "backward_operand")):
+    for kind, name in NAMES.items():
         if kind in joined:
             # With room for a factor in it: that much more of both.
             outer = joined[kind].outer_rows * joined[kind].outer_columns

@@ -51,7 +51,7 @@ def join_input(
     from slope_kernels.triton import low_rank
 
     rank = down_PS.shape[0]
-    if not suits_kernel(x_TS.shape[0], rank) or padded > low_rank.MOST_RANK_JOINED:
+    if not suits_kernel(x_TS.shape[0], rank):
         hidden_TP = low_rank_hidden(x_TS, down_PS, scale)
         return hidden_TP, _joined_parts(x_TS, hidden_TP, padded)
     x_TS = x_TS if x_TS.stride(1) == 1 else x_TS.contiguous()

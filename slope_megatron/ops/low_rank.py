@@ -78,7 +78,7 @@ def _way(operands, kind: str, x_TS: torch.Tensor, up_RP: torch.Tensor) -> str:
     in_place = getattr(inner, "joined", {}).get(kind)
     if in_place is not None:
         return in_place.form if in_place.rank == rank else "last"
-    if not hasattr(operands, "forward_add"):
+    if not hasattr(inner, "forward_add"):
         return "last"
     key = Key(f"{kind}+{rank}", rows, x_TS.shape[1], x_TS.shape[0], x_TS.dtype)
     found = choices.find_order(key)

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slope_kernels.triton import choose, gather, metadata, refresh
+from slope_kernels.triton import choose, gather, low_rank, metadata, refresh
 
 REFRESH = {"values": "*i32", "row_bits": "*u16", "column_bits": "*u8", "forward": "*i32", "backward": "*i32"}
 REFRESH |= {name: "i32" for name in ("groups", "chunks", "forward_tile_rows", "forward_tile_stride")}
@@ -22,6 +22,9 @@ REFRESH |= {name: "i32" for name in ("backward_tile_rows", "backward_tile_stride
 BOTH = {"WRITE_FORWARD": True, "WRITE_BACKWARD": True, "FORWARD_TILED": True, "BACKWARD_TILED": True}
 MASKS = {"row_masks": "*i32", "column_masks": "*u16"}
 GATHER = {"dense": "*i64", "row_bits": "*u8", "packed": "*i32", "groups": "i32"}
+DOWN = dict.fromkeys(("x", "again", "factor", "hidden", "joined"), "*bf16") | {"scale": "fp32"}
+DOWN |= {name: "i32" for name in ("tokens", "x_stride", "factor_row", "joined_stride")}
+RANK = {"factor_column": 1, "COLUMNS": 2560, "RANK": 80, "PADDED": 96, "BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_P": 128}
 # name: (kernel, types of its arguments, its constants, warps).
 KERNELS = {
     "refresh": (
@@ -61,6 +64,8 @@ KERNELS = {
         {"IS_BF16": True, "BLOCK": gather.BLOCK},
         4,
     ),
+    "down": (low_rank._down_kernel, DOWN, {**RANK, "JOIN": False}, 4),
+    "down_joined": (low_rank._down_kernel, DOWN, {**RANK, "JOIN": True}, 4),
     "unpack": (gather._unpack_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
 }
 

@@ -40,9 +40,8 @@ def test_products_equal_the_reference_s(device, dtype, fresh_choices):
 @pytest.mark.parametrize("dense", [False, True])
 def test_operands_for_some_products_alone(device, dense, fresh_choices):
     """As ZeRO-3 builds them for each use: what is not asked for takes no memory."""
-    if dense:
-        for kind, shape in (("forward", (128, 192)), ("dgrad", (192, 128))):
-            fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(False))
+    for kind, shape in (("forward", (128, 192)), ("dgrad", (192, 128))):
+        fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(not dense))
     weight, _, theirs = both(device)
     arguments = (weight.values, weight.row_bits, weight.column_bits)
     x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)

@@ -14,14 +14,12 @@ import triton.language as tl
 
 # A program of `down` holds the whole rank in registers.
 MOST_RANK = 256
-# With X' beside it. On an H200 products that read X' were off by 5e-2 at rank 160 and right at rank 40; all else that
-# they read is right at 160 too, and so is this program in Triton's interpreter. Not understood, so not used.
-MOST_RANK_JOINED = 128
 
 
 @triton.jit
 def _down_kernel(
     x,
+    again,
     factor,
     hidden,
     joined,
@@ -39,7 +37,11 @@ def _down_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """BLOCK_T tokens of H, all of the rank; walks along S."""
+    """BLOCK_T tokens of H, all of the rank; walks along S. `again` is `x`.
+
+    The copy has a load of its own, from the cache. Triton 3.6 keeps a buffer too few for one that both a product and a
+    store read: the next tile's copy overwrites what other warps still multiply.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     place = tl.arange(0, BLOCK_P)
     here = (token < tokens)[:, None]
@@ -52,7 +54,8 @@ def _down_kernel(
         weight = tl.load(factor + place[None, :] * factor_row + column[:, None] * factor_column, mask=below, other=0.0)
         total += tl.dot(part, weight)
         if JOIN:
-            tl.store(joined + token[:, None] * joined_stride + column[None, :], part, mask=inside)
+            copied = tl.load(again + token[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+            tl.store(joined + token[:, None] * joined_stride + column[None, :], copied, mask=inside)
     found = (total * scale).to(hidden.dtype.element_ty)
     tl.store(hidden + token[:, None] * RANK + place[None, :], found, mask=here & (place < RANK)[None, :])
     if JOIN:
@@ -108,13 +111,14 @@ def down(
     """Write H, and X' where `joined` `[T, S + 2 padded]` is given.
 
     Args:
-        x_TS: rows contiguous; `factor_PS` in any order; P at most MOST_RANK, with X' MOST_RANK_JOINED.
+        x_TS: rows contiguous; `factor_PS` in any order; P at most MOST_RANK.
         blocks: tokens and columns a step, stages and warps.
     """
     tokens, columns = x_TS.shape
     rank = factor_PS.shape[0]
     block_t, block_s, stages, warps = blocks
     _down_kernel[(triton.cdiv(tokens, block_t),)](
+        x_TS,
         x_TS,
         factor_PS,
         hidden_TP,

@@ -168,6 +168,7 @@ def mvue_operand(
     *,
     quads: int = 8,
     warps: int = 4,
+    registers: int = 64,
 ) -> None:
     """Write the operand of P(dY)^T `[N, S]`, S the operand's columns: T filled up to a multiple of 64.
 
@@ -177,7 +178,8 @@ def mvue_operand(
         streams: int32 `[3, 2, N/2]`: the two words of each output's weight's name, and its row in the whole weight;
             of the even outputs, then of the odd ones.
         operand: uint8 `[9/8 N S]`, values, then metadata.
-        quads: times 16 tokens a program; warps of a program. The defaults were the fastest of seven on an H200.
+        quads: times 16 tokens a program; warps of a program; registers of a thread at most, without which the compiler
+            takes so many that too few programs share a processor. The defaults were the fastest on an H200.
     """
     tokens, rows = dy_TN.shape
     columns = operand.numel() * 8 // 9 // rows
@@ -201,4 +203,5 @@ def mvue_operand(
         Q=quads,
         num_warps=warps,
         enable_fp_fusion=False,
+        maxnreg=registers,
     )
