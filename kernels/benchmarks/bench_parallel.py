@@ -8,6 +8,7 @@
 One command: it starts a process a GPU itself. Dense and 2:4 engines alternate step by step in the same processes. The
 CSV is written anew after every round; what is under way, and which kernels are chosen, is said on stderr.
 
+`--share-gpus 4` measures memory and bytes sent of a layout for which there are too few GPUs (parallel_shared.csv).
 `--cpu-ranks 2 --sequence 32 --tokens 128 --rounds 3` tries it on a CPU, with a tiny model: such times say nothing.
 """
 
@@ -28,12 +29,14 @@ from work import Work
 MEASURED = ("step", "forward_backward", "reduce", "update")
 KNOWN = {**MODELS, TINY.name: TINY}
 ON_CPU = "ranks on a CPU over gloo: these times say nothing"
+SHARED = "ranks share GPUs: memory and bytes are as on GPUs of their own, these times say nothing"
 
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
     add("--gpus", type=int, help="GPUs to use; default: all of this machine")
     add("--cpu-ranks", type=int, help="so many ranks on the CPU instead, to try the command: its times say nothing")
+    add("--share-gpus", type=int, help="so many ranks, several on a GPU: for memory and bytes sent; no times")
     add("--parts", nargs="+", default=["tensor", "data"], choices=("tensor", "data"), help="what to measure")
     add("--models", nargs="+", choices=list(KNOWN), help="of the part `tensor`; default: opt-13b opt-30b opt-66b")
     add("--data-model", choices=list(KNOWN), help="of the part `data`; default: opt-13b")
@@ -90,7 +93,7 @@ def starts(arguments, gpus: int) -> list[Start]:
     tiny = [TINY.name] if arguments.cpu_ranks else None
     found = []
     if "tensor" in arguments.parts and gpus > 1:
-        own = {"blocks": arguments.blocks, "tensor_parallel": gpus, "waiting": True}
+        own = {"blocks": arguments.blocks, "tensor_parallel": gpus, "waiting": not arguments.share_gpus}
         names = arguments.models or tiny or ["opt-13b", "opt-30b", "opt-66b"]
         found += [Start(gpus, common | own | {"model": KNOWN[name]}) for name in names]
     if "data" in arguments.parts:
@@ -139,6 +142,11 @@ def spread(values: list[float]) -> float:
     """Half the distance between the quartiles, relative to the median."""
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / 2 / middle
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    """CSV rows of ranks that share GPUs."""
+    return [rounded({name: value for name, value in row.items() if name != "samples"}) for row in rows]
 
 
 def finish(rows: list[dict]) -> list[dict]:
@@ -205,21 +213,26 @@ def ranks_wanted(arguments) -> int:
         )
     if arguments.rounds < 2:
         raise ValueError(f"--rounds is {arguments.rounds}: a spread needs 2 at least")
+    asked = {"--gpus": arguments.gpus, "--share-gpus": arguments.share_gpus, "--cpu-ranks": arguments.cpu_ranks}
+    given = [f"{flag} is {count}" for flag, count in asked.items() if count]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: give one of them")
     if arguments.cpu_ranks:
-        if arguments.gpus:
-            raise ValueError(f"--gpus is {arguments.gpus} and --cpu-ranks {arguments.cpu_ranks}: give one of them")
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the ranks
         return arguments.cpu_ranks
     require_gpu()
     found = torch.cuda.device_count()
     if arguments.gpus and arguments.gpus > found:
         raise ValueError(f"--gpus is {arguments.gpus} and this machine has {found}: give at most {found}")
-    return arguments.gpus or found
+    if arguments.share_gpus:
+        os.environ["SLOPE_SHARE_GPUS"] = "1"  # for the ranks
+    return arguments.share_gpus or arguments.gpus or found
 
 
 def main(arguments) -> int:
     count = ranks_wanted(arguments)
-    clock, note = Clock(arguments.seconds), ON_CPU if arguments.cpu_ranks else ""
+    clock, note = Clock(arguments.seconds), ON_CPU if arguments.cpu_ranks else SHARED if arguments.share_gpus else ""
+    name, table = ("parallel_shared", untimed) if arguments.share_gpus else ("parallel", finish)
     title = f"{note}{'; ' if note else ''}{machine()}"
     clock.say(f"{title} ranks={count}")
     if not arguments.cpu_ranks:
@@ -231,7 +244,7 @@ def main(arguments) -> int:
 
     def keep(news: list[dict]) -> None:
         rows[:] = [*before, *news]
-        write_csv("parallel", finish(rows), folder, note)
+        write_csv(name, table(rows), folder, note)
 
     with tempfile.TemporaryDirectory() as shared:
         for start in clock.within(starts(arguments, count)):
@@ -241,11 +254,12 @@ def main(arguments) -> int:
             except ProcessException as error:
                 clock.say(f"{start}: failed: {error}")
                 failed.append(str(start))
-            for row in finish(rows)[len(before) :]:
+            for row in table(rows)[len(before) :]:
                 waits = "" if row["overlap"] else ", waiting"
-                clock.say(f"  {row['mode']}{waits}: {row['step_ms']} ms a step, {row['ratio']} times dense")
+                found = f"{row['step_ms']} ms a step, {row['ratio']} times dense" if "ratio" in row else "measured"
+                clock.say(f"  {row['mode']}{waits}: {found}")
             before = list(rows)
-    report(finish(rows), folder, title)
+    report(table(rows), folder / f"{name}.csv", title)
     if note:
         print(note)
     if failed:
@@ -253,16 +267,21 @@ def main(arguments) -> int:
     return 1 if failed or not rows else 0
 
 
-def report(done: list[dict], folder: Path, title: str) -> None:
-    """Tables on stdout, and the chart."""
+def report(done: list[dict], path: Path, title: str) -> None:
+    """Tables on stdout, and the chart beside the CSV."""
     if not done:
         print("nothing was measured")
         return
-    columns = "model mode overlap tensor_parallel data_parallel rounds step_ms spread ratio ratio_spread"
-    print_table(done, columns.split())
-    columns = "model mode tensor_parallel data_parallel forward_backward_ms reduce_ms update_ms efficiency"
-    print_table(done, columns.split())
-    columns = "mode data_parallel state_gib peak_gib planned_gib tensor_sent_gib tensor_formula_gib"
+    timed = "ratio" in done[0]
+    if timed:
+        columns = "model mode overlap tensor_parallel data_parallel rounds step_ms spread ratio ratio_spread"
+        print_table(done, columns.split())
+        columns = "model mode tensor_parallel data_parallel forward_backward_ms reduce_ms update_ms efficiency"
+        print_table(done, columns.split())
+    columns = (
+        "model mode tensor_parallel data_parallel state_gib peak_gib planned_gib tensor_sent_gib tensor_formula_gib"
+    )
     print_table(done, [*columns.split(), "data_sent_gib", "data_formula_gib"])
-    chart(done, folder, title)
-    print(f"wrote {folder / 'parallel.csv'}")
+    if timed:
+        chart(done, path.parent, title)
+    print(f"wrote {path}")

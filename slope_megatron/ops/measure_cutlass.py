@@ -35,17 +35,22 @@ class Candidate:
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> tuple[str, ...]:
-    """The kernels that compile here; why all or one do not is said once, with the compiler's last lines."""
+    """The kernels that compile here; why all or one do not is said once, with the compiler's last lines.
+
+    Each with both epilogues at once: the one that adds is wanted when adapters join, and a run would wait for it then.
+    """
     reason = cutlass.unsupported()
     if reason:
         logger.info("our own kernels are not among the candidates: %s", reason)
         return ()
-    sources = {name: cutlass.source(kernel, dtype) for name, kernel in cutlass.KERNELS.items()}
-    built = load_cuda.build_all(list(sources.values()))
-    for name, source in sources.items():
-        if isinstance(built[source], RuntimeError):
-            logger.warning("CUTLASS's kernel %s is left out: %s", name, built[source])
-    return tuple(name for name, source in sources.items() if not isinstance(built[source], RuntimeError))
+    sources = {
+        cutlass.source(kernel, dtype, adds): name for name, kernel in cutlass.KERNELS.items() for adds in (False, True)
+    }
+    built = load_cuda.build_all(list(sources))
+    refused = {sources[source]: error for source, error in built.items() if isinstance(error, RuntimeError)}
+    for name, error in refused.items():
+        logger.warning("CUTLASS's kernel %s is left out: %s", name, error)
+    return tuple(name for name in cutlass.KERNELS if name not in refused)
 
 
 def _ranked(candidates: list[Candidate]) -> list[Candidate]:

@@ -10,6 +10,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from slope_megatron.config import Config
 from slope_megatron.sparsity import counter
 
+SHARE_GPUS = "SLOPE_SHARE_GPUS"
+
 
 class ModelParallelUnit:
     """The `mpu` argument of `deepspeed.initialize`: DeepSpeed's model-parallel group is Megatron's TP x PP."""
@@ -41,6 +43,29 @@ def is_counted_here(parameter: torch.nn.Parameter) -> bool:
     return first or getattr(parameter, "tensor_model_parallel", False)
 
 
+def take_gpu() -> None:
+    """Make the GPU that LOCAL_RANK names this process's own.
+
+    With SLOPE_SHARE_GPUS=1 ranks share GPUs where there are too few, to try a layout: NCCL, which refuses two ranks of
+    one machine on one GPU, then takes each rank for a machine of its own and goes through sockets. Results are those of
+    more GPUs, times are not.
+
+    Raises:
+        ValueError: there is no such GPU, and ranks are not told to share.
+    """
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if os.environ.get(SHARE_GPUS) == "1" and int(os.environ["WORLD_SIZE"]) > gpus:
+        # DeepSpeed reads the number of the GPU there.
+        local_rank %= gpus
+        os.environ.update(LOCAL_RANK=str(local_rank), NCCL_HOSTID=f"rank{os.environ['RANK']}")
+    if local_rank >= gpus:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank} and this machine has {gpus} GPUs: start at most {gpus} ranks on it, "
+            f"or set {SHARE_GPUS}=1 to try a layout with ranks that share GPUs, slowly"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def initialize(config: Config) -> None:
     """Join the other ranks, as the launcher's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say, and form the groups.
 
@@ -51,7 +76,7 @@ def initialize(config: Config) -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        take_gpu()
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

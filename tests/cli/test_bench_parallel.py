@@ -75,6 +75,14 @@ def test_rows_are_compared_with_the_dense_one_of_their_layout_and_with_one_gpu()
     assert done[3]["tokens_per_second"] == 8000.0 and done[1]["step_ms"] == 2.0
 
 
+def test_ranks_that_share_gpus_have_no_times():
+    module = bench.load("parallel")
+    (row,) = module.untimed([{"model": "m", "state_gib": 1.23456, "samples": samples(4.0, 4.0)}])
+    assert row == {"model": "m", "state_gib": 1.235}
+    shared = module.starts(parsed(module, "--share-gpus", "4", "--parts", "tensor"), 4)
+    assert [(start.world, start.settings["waiting"]) for start in shared] == [(4, False)] * 3
+
+
 def parsed(module, *words):
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
@@ -100,7 +108,8 @@ def test_what_is_started():
     [
         ("--modes paper --cpu-ranks 2", "--modes is paper: dense must be among them"),
         ("--rounds 1 --cpu-ranks 2", "--rounds is 1: a spread needs 2"),
-        ("--gpus 2 --cpu-ranks 2", "--gpus is 2 and --cpu-ranks 2: give one of them"),
+        ("--share-gpus 4 --gpus 2", "--gpus is 2 and --share-gpus is 4: give one of them"),
+        ("--gpus 2 --cpu-ranks 2", "--gpus is 2 and --cpu-ranks is 2: give one of them"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words, message):

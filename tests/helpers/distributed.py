@@ -4,8 +4,7 @@ Threads of process groups outlive the groups, thousands of them after some dozen
 crawl: so no process plays a rank twice.
 
     CPU    gloo
-    CUDA   NCCL, a GPU a rank; with SLOPE_TEST_SHARE_GPUS=1 ranks share GPUs where there are too few. NCCL then takes
-           each rank for a machine of its own and goes through sockets: results are as real, times say nothing
+    CUDA   NCCL, a GPU a rank; with SLOPE_SHARE_GPUS=1 ranks share GPUs where there are too few, through sockets
 """
 
 import contextlib
@@ -42,19 +41,15 @@ class Place:
 
 
 def _start_groups(place: Place) -> None:
-    import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    local_rank = place.rank
+    from slope_megatron.training import parallel
+
+    os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
     if place.device == "cuda":
-        local_rank %= torch.cuda.device_count()
-        torch.cuda.set_device(local_rank)
-        if torch.cuda.device_count() < place.world:
-            # NCCL refuses two ranks of one machine on one GPU.
-            os.environ["NCCL_HOSTID"] = f"rank{place.rank}"
-    os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(place.world))
+        parallel.take_gpu()
     dist.init_process_group(
         "nccl" if place.device == "cuda" else "gloo",
         init_method=f"file://{place.rendezvous}",
@@ -157,8 +152,10 @@ class RankPool:
         import pytest
         import torch
 
+        from slope_megatron.training.parallel import SHARE_GPUS
+
         found = torch.cuda.device_count()
-        if found < world and not (found and os.environ.get("SLOPE_TEST_SHARE_GPUS") == "1"):
+        if found < world and not (found and os.environ.get(SHARE_GPUS) == "1"):
             pytest.skip(f"{world} ranks over NCCL need {world} GPUs, and this machine has {found}")
 
     def _answer(self, pipe, process):
