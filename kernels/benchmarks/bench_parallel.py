@@ -187,6 +187,7 @@ def chart(rows: list[dict], folder: Path, title: str) -> Path:
         )
     if lines:
         right.legend(fontsize=8)
+        right.set_xticks(sorted({row["data_parallel"] for row in lines}))
     right.set_xlabel("replicas (dotted: linear)")
     right.set_ylabel("tokens/s")
     right.set_title("data parallel, ZeRO-1", fontsize=9)

@@ -79,7 +79,7 @@ def bar_chart(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(max(8, 0.32 * len(labels) * len(series)), 4.5))
+    figure, axes = plt.subplots(figsize=(max(8, 0.32 * len(labels) * len(series)), 4.5), layout="constrained")
     width = 0.8 / len(series)
     for index, (label, values) in enumerate(series.items()):
         places = [place + index * width for place in range(len(labels))]
@@ -88,9 +88,8 @@ def bar_chart(
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylabel(measure)
     # Above the picture: inside it would cover bars. Hatches tell the series apart in greyscale.
-    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False)
-    axes.set_title(title, fontsize=9, loc="right")
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="outside upper center", ncols=min(len(series), 5), frameon=False)
+    axes.set_title(title, fontsize=8)
     path = Path(folder or RESULTS) / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
