@@ -15,6 +15,7 @@ BENCHMARKS = {
     "memory": "what a block and a model hold in memory, training and inference, dense and 2:4",
     "peers": "blocks of torch's own 2:4 tensors, of an FST-style MLP and of this project's modes, in one run",
     "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
+    "decode": "prefill and decoding of a few blocks at inference",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
     "fp8": "every linear of the models in e4m3, dense and 2:4, against dense bf16",
     "fill": "how long a rank takes to draw a model's weights and patterns at its start, on a GPU or a CPU",

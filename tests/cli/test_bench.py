@@ -98,3 +98,16 @@ def test_filling_is_measured_on_any_device(tmp_path, capsys):
     assert [(row["rows"], row["columns"]) for row in rows] == [("96", "64"), ("64", "32"), ("128", "64"), ("64", "128")]
     assert all(float(row["fill_s"]) > 0 and float(row["second_pruning_s"]) > 0 for row in rows)
     assert "a block of tiny at TP 2: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("sparse", "rank"), [(False, 0), (True, 0), (True, 4)])
+def test_decoders_are_built_from_random_tensors(gated, sparse, rank):
+    from slope_megatron.inference.decoder import Decoder
+
+    benchmark = bench.load("decode")
+    model = benchmark.Model("m", 64, 128, 4, 2 if gated else 4, gated)
+    config = benchmark.architecture(model, 2, positions=16)
+    decoder = Decoder(config, benchmark.random_tensors(model, config, sparse, rank, "cpu"))
+    assert decoder(torch.randint(benchmark.VOCABULARY, (3, 5))).isfinite().all()
+    assert (decoder.linear_bytes()["packed"] > 0) == sparse

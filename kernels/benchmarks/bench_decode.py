@@ -1,0 +1,159 @@
+"""Prefill and decoding of a few blocks as `slope generate` runs them, dense and 2:4, with adapters and without.
+
+    prefill   one prompt
+    decode    one token for each sequence of a batch, which attends to a cache that is as long
+Embedding and output layer are left out (a vocabulary of VOCABULARY entries): times are per block. All forms alternate,
+each replayed from a CUDA graph. `byte_bound` is the ratio if nothing took time but reading the linears' weights, dense
+ones and packed values with their metadata: what a small batch can reach at most.
+"""
+
+import gc
+
+from bench_adapters import rank_of
+from common import bar_chart, machine, print_table, rounded, write_csv
+from models import MODELS, Model
+from progress import add_budget, begin
+
+VOCABULARY = 128
+LINEARS = {
+    "qkv": "self_attention.linear_qkv",
+    "proj": "self_attention.linear_proj",
+    "fc1": "mlp.linear_fc1",
+    "fc2": "mlp.linear_fc2",
+}
+NORMS = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
+# Bytes of a dense weight: kept values and metadata.
+PACKED_SHARE = 0.5 + 1 / 16
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--models", nargs="+", default=["opt-13b", "llama-3-8b"], choices=list(MODELS))
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of the decoder; times are per block")
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt, and of the cache")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 256], help="sequences that are decoded")
+    parser.add_argument("--share", type=float, default=1.56, help="rank of the adapters, %% of the hidden size")
+    parser.add_argument("--backend", default="auto", help="backend of the 2:4 products (--slope-backend)")
+    parser.add_argument("--rounds", type=int, default=11, help="samples of each")
+    add_budget(parser)
+    parser.add_argument("--out", help="folder for the CSV and the chart; default: kernels/benchmarks/results")
+
+
+def architecture(model: Model, blocks: int, positions: int):
+    """OPT's or LLaMA's."""
+    from slope_megatron.config import ModelConfig
+
+    own = {"activation": "relu", "position": "learned"}
+    if model.gated:
+        own = {"activation": "silu", "gated_mlp": True, "normalization": "RMSNorm", "linear_bias": False}
+        own |= {"position": "rope", "rotary_base": 500000}
+    return ModelConfig(
+        num_layers=blocks,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        num_query_groups=model.groups,
+        max_positions=positions,
+        vocab_size=VOCABULARY,
+        **own,
+    )
+
+
+def random_tensors(model: Model, config, sparse: bool, rank: int, device: str = "cuda"):
+    """Canonical name -> tensor, as a packed or a dense export has them."""
+    import torch
+
+    from slope_megatron.ops.trials import random_bits
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16).mul_(0.02)
+
+    found = {"embedding.word_embeddings.weight": randn(VOCABULARY, model.hidden)}
+    if config.position == "learned":
+        found["embedding.position_embeddings.weight"] = randn(config.max_positions, model.hidden)
+    norms = ["decoder.final_layernorm."]
+    for block in range(config.num_layers):
+        prefix = f"decoder.layers.{block}."
+        norms += [f"{prefix}{norm}" for norm in NORMS]
+        for linear, (rows, columns) in model.linears().items():
+            name = prefix + LINEARS[linear]
+            found[f"{name}.weight"] = randn(rows, columns // 2 if sparse else columns)
+            if config.linear_bias:
+                found[f"{name}.bias"] = randn(rows)
+            if sparse:
+                found[f"{name}.weight_pattern"] = random_bits(rows, columns, torch.device(device))
+            if rank:
+                found |= {f"{name}.adapter_l": randn(rank, columns), f"{name}.adapter_r": randn(rows, rank)}
+    for norm in norms:
+        found[f"{norm}weight"] = randn(model.hidden) + 1
+        if config.normalization == "LayerNorm":
+            found[f"{norm}bias"] = randn(model.hidden)
+    return found
+
+
+def captured(decoder, batch: int, new: int, length: int):
+    """A CUDA graph of `new` tokens for each of `batch` sequences, the last of `length`."""
+    import torch
+
+    cache = decoder.new_cache(batch, length)
+    tokens = torch.randint(VOCABULARY, (batch, new), device="cuda")
+    positions = torch.arange(length - new, length, device="cuda").expand(batch, new).contiguous()
+    # It chooses kernels, which a capture must not.
+    decoder(tokens, positions, cache)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decoder(tokens, positions, cache)
+    # The graph reads them.
+    return lambda kept=(cache, tokens, positions): graph.replay()
+
+
+def model_rows(model: Model, arguments, clock) -> list[dict]:
+    import torch
+
+    from slope_megatron.inference.decoder import Decoder
+    from slope_megatron.ops import timing
+
+    config, rank = architecture(model, arguments.blocks, arguments.prompt), rank_of(model, arguments.share)
+    rank += -rank % 4
+    forms = {"dense": (False, 0), "2:4": (True, 0), f"2:4 + {arguments.share} %": (True, rank)}
+    decoders = {
+        form: Decoder(config, random_tensors(model, config, *how), device="cuda", backend=arguments.backend)
+        for form, how in forms.items()
+    }
+    rows = []
+    for phase, batch, new in [("prefill", 1, arguments.prompt), *(("decode", batch, 1) for batch in arguments.batches)]:
+        clock.say(f"{model.name}: {phase}, {batch} sequences")
+        graphs = {form: captured(decoder, batch, new, arguments.prompt) for form, decoder in decoders.items()}
+        rough = timing.median(timing.interleaved({"": graphs["dense"]}, rounds=3, calls=1)[""])
+        samples = timing.interleaved(graphs, rounds=arguments.rounds, calls=timing.calls_for(rough))
+        for form, values in samples.items():
+            ratios = [dense / mine for dense, mine in zip(samples["dense"], values, strict=True)]
+            ms = timing.median(values) / arguments.blocks
+            row = {"model": model.name, "phase": phase, "form": form, "batch": batch, "prompt": arguments.prompt}
+            row |= {"block_ms": ms, "block_tokens_per_second": batch * new / ms * 1e3}
+            row |= {"ratio": timing.median(ratios), "spread": timing.spread(ratios)}
+            rows.append(rounded(row | {"byte_bound": 1.0 if form == "dense" else 1 / PACKED_SHARE}))
+        del graphs
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main(arguments) -> int:
+    clock = begin(arguments)
+    import torch
+
+    rows: list[dict] = []
+    for name in clock.within(arguments.models):
+        rows += model_rows(MODELS[name], arguments, clock)
+        path = write_csv("decode", rows, arguments.out)
+        gc.collect()
+        torch.cuda.empty_cache()
+    print_table(rows, list(rows[0]))
+    labels = list(dict.fromkeys(f"{row['model']} {row['phase']} {row['batch']}" for row in rows))
+    forms = [form for form in dict.fromkeys(row["form"] for row in rows) if form != "dense"]
+    ratios = {(f"{row['model']} {row['phase']} {row['batch']}", row["form"]): row["ratio"] for row in rows}
+    series = {form: [ratios[label, form] for label in labels] for form in forms}
+    bar_chart("decode", labels, series, f"speed of a block at inference; {machine()}", arguments.out)
+    print(f"wrote {path}")
+    return 0
