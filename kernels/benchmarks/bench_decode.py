@@ -42,7 +42,7 @@ def architecture(model: Model, blocks: int, positions: int):
     """OPT's or LLaMA's."""
     from slope_megatron.config import ModelConfig
 
-    own = {"activation": "relu", "position": "learned"}
+    own: dict = {"activation": "relu", "position": "learned"}
     if model.gated:
         own = {"activation": "silu", "gated_mlp": True, "normalization": "RMSNorm", "linear_bias": False}
         own |= {"position": "rope", "rotary_base": 500000}

@@ -7,11 +7,14 @@ Attention is torch's scaled_dot_product_attention; norms, biases, activations an
 """
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from linears import DTYPE, LinearMaker
 from models import Model
 
 SEQUENCE = 2048
+# A variant for each model and pass; past dynamo's own limit of 8 a function would run unfused.
+torch._dynamo.config.recompile_limit = 64
 
 
 @torch.compile

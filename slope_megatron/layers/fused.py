@@ -13,6 +13,9 @@ import torch
 from torch.nn import functional
 
 logger = logging.getLogger(__name__)
+# Of one function: a variant for each shape, with and without gradients. Past dynamo's own limit of 8 it would run
+# unfused.
+MOST_VARIANTS = 64
 
 
 @functools.cache
@@ -29,6 +32,9 @@ def fused(function: Callable) -> Callable:
 
     @functools.cache
     def compiled() -> Callable:
+        from torch._dynamo import config
+
+        config.recompile_limit = max(config.recompile_limit, MOST_VARIANTS)
         # Shapes are few and stay: training, validation.
         return torch.compile(function, dynamic=False)
 

@@ -89,3 +89,14 @@ def test_token_losses(device):
         return token_losses(logits, labels)
 
     compare(device, ours, plain, [(TOKENS, VOCABULARY)], (TOKENS,))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_many_shapes_stay_fused():
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    for tokens in range(1, 13):
+        layer_norm(torch.randn(tokens, WIDTH, device="cuda"), *torch.ones(2, WIDTH, device="cuda"), 1e-5)
+    assert counters["stats"]["unique_graphs"] - before == 12
