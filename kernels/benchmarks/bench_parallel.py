@@ -108,14 +108,14 @@ def compile_kernels(clock: Clock) -> None:
     """Our own kernels, which the first product would wait for, while ranks start and dense engines are built."""
     import torch
 
-    from slope_kernels import cutlass
+    from slope_kernels import cutlass, packed_wgrad
     from slope_megatron.ops import measure_cutlass
 
     reason = cutlass.unsupported()
     clock.say(f"our own kernels: {reason or 'compiled beside all else, a minute or two unless they are there already'}")
     if reason is None:
-        found = measure_cutlass.kernels(torch.bfloat16)
-        clock.say(f"our own kernels: {len(found)} of {len(cutlass.KERNELS)} are there")
+        found = measure_cutlass.kernels(torch.bfloat16) + measure_cutlass.packing_kernels(torch.bfloat16)
+        clock.say(f"our own kernels: {len(found)} of {len(cutlass.KERNELS) + len(packed_wgrad.KERNELS)} are there")
 
 
 def finished(row: dict, dense: dict, one: dict | None) -> dict:

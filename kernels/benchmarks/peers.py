@@ -12,6 +12,8 @@ FST (Hu et al., arXiv 2404.01847), our re-implementation on this repository's ke
 Every peer multiplies right or is refused: `wrong` compares with the dense product.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from linears import DTYPE, fixed_draws
@@ -21,10 +23,12 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
+from slope_kernels import cusparselt
+from slope_megatron.ops import measure, mvue
 from slope_megatron.ops.backend import build_operands
+from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.products import choose_column, gather_kept, unpack_kept
 from slope_megatron.ops.trials import random_bits
-from slope_megatron.ops.wgrad import product as estimated_wgrad
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.transposable import patterns
 
@@ -149,6 +153,27 @@ def transposable_bits(rows: int, columns: int) -> torch.Tensor:
     return torch.cat([pack_bits(tile.flatten(0, 1).flatten(1)) for tile in tiles])
 
 
+@functools.cache
+def _wgrad_choice(key: Key, device: torch.device) -> Choice:
+    """cuSPARSELt's or the dense product: our own kernels give no dense gradient."""
+    return measure.measure(key, device, libraries=("cusparselt",))
+
+
+def estimated_wgrad(dy, x, draws):
+    """P(dY)^T X, or dY^T X where that is faster: dense `[N, K]`; whole blocks of 64 tokens."""
+    (tokens, rows), columns = dy.shape, x.shape[1]
+    choice = _wgrad_choice(Key("wgrad", rows, columns, tokens, dy.dtype), dy.device)
+    if not choice.sparse:
+        return dy.t() @ x
+    assert isinstance(choice.algorithm, cusparselt.Algorithm)
+    operand = mvue.mvue_operand(dy, draws.key, draws.streams, False)
+    dw = x.new_empty((rows, columns))
+    product = cusparselt.Product(rows, tokens, columns, x.dtype, x.device.index, columns, straight=True)
+    stream = torch.cuda.current_stream().cuda_stream
+    cusparselt.plan(product, choice.algorithm).run(operand.data_ptr(), x.data_ptr(), dw.data_ptr(), stream)
+    return dw
+
+
 class Fst(torch.nn.Module):
     """A linear of an FST-style MLP; see the file's docstring."""
 
@@ -176,7 +201,7 @@ class Fst(torch.nn.Module):
         return self.operands.dgrad(dy)
 
     def wgrad(self, dy, x):
-        return estimated_wgrad(dy, x, self.draws, dense_allowed=True)
+        return estimated_wgrad(dy, x, self.draws)
 
     def effective_weight(self) -> torch.Tensor:
         return unpack_kept(gather_kept(self.weight.detach(), self.row_bits), self.row_bits)

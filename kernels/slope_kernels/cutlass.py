@@ -104,7 +104,7 @@ def unsupported() -> str | None:
 @functools.cache
 def version() -> str:
     """Of the headers and of our sources: what an algorithm's name depends on; "none" where nothing can be compiled."""
-    return "none" if unsupported() else load_cuda.version("sparse_gemm_sm90.cu")
+    return "none" if unsupported() else load_cuda.version()
 
 
 def unsupported_shape(rows: int, columns: int, dtype: torch.dtype) -> str | None:

@@ -100,12 +100,18 @@ def unsupported() -> str | None:
     return None
 
 
-def version(file: str) -> str:
-    """CUTLASS's version and a digest of one of our sources."""
+def _texts(file: str) -> bytes:
+    """A source and all our headers: which of them it includes is the compiler's affair."""
+    return b"\0".join(path.read_bytes() for path in (SOURCES / file, *sorted(SOURCES.glob("*.h"))))
+
+
+def version() -> str:
+    """CUTLASS's version and a digest of all our sources."""
     text = (headers() / "cutlass" / "version.h").read_text()
     numbers = dict(re.findall(r"#define CUTLASS_(MAJOR|MINOR|PATCH) (\d+)", text))
     parts = [numbers[part] for part in ("MAJOR", "MINOR", "PATCH")]
-    return f"{'.'.join(parts)}+{hashlib.sha256((SOURCES / file).read_bytes()).hexdigest()[:8]}"
+    texts = b"\0".join(_texts(path.name) for path in sorted(SOURCES.glob("*.cu")))
+    return f"{'.'.join(parts)}+{hashlib.sha256(texts).hexdigest()[:8]}"
 
 
 @functools.cache
@@ -117,7 +123,7 @@ def _versions() -> str:
 
 def library_path(source: Source) -> Path:
     """Where the library of a source is, or will be."""
-    parts = [(SOURCES / source.file).read_bytes(), repr(source).encode(), repr(FLAGS).encode(), _versions().encode()]
+    parts = [_texts(source.file), repr(source).encode(), repr(FLAGS).encode(), _versions().encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     return CACHE / f"{Path(source.file).stem}-{digest}.so"
 

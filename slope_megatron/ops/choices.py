@@ -57,7 +57,7 @@ class Choice:
 
     @property
     def by_cutlass(self) -> bool:
-        """Whether our own kernels run it, on operands that are not cuSPARSELt's."""
+        """Whether our own kernels run it, on operands that are not cuSPARSELt's; wgrad with the packing epilogue."""
         return isinstance(self.algorithm, cutlass.Algorithm)
 
     def __str__(self) -> str:
@@ -94,6 +94,7 @@ _table: dict[Key, Choice] = {}
 _orders: dict[Key, Order] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
 _cutlass_algorithms: dict[tuple, cutlass.Algorithm] = {}
+_packed_algorithms: dict[tuple, cutlass.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
@@ -133,12 +134,18 @@ def cutlass_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) 
     return _cutlass_algorithms.get((rows, columns, tokens, dtype))
 
 
+def packed_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> cutlass.Algorithm | None:
+    """The measured kernel of a wgrad with the packing epilogue; None: not measured, or it lost."""
+    return _packed_algorithms.get((rows, columns, tokens, dtype))
+
+
 def record(key: Key, choice: Choice) -> None:
     """Adopt a choice and log it."""
     _table[key] = choice
     algorithm = choice.algorithm
     if isinstance(algorithm, cutlass.Algorithm):
-        _cutlass_algorithms[(key.rows, key.columns, key.tokens, key.dtype)] = algorithm
+        table = _packed_algorithms if key.kind == "wgrad" else _cutlass_algorithms
+        table[(key.rows, key.columns, key.tokens, key.dtype)] = algorithm
     elif choice.sparse and algorithm is not None:
         if key.kind == "wgrad":
             shape = (key.rows, cusparselt.padded_columns(key.tokens), key.columns, key.dtype, True)
@@ -167,6 +174,7 @@ def clear() -> None:
     _orders.clear()
     _algorithms.clear()
     _cutlass_algorithms.clear()
+    _packed_algorithms.clear()
 
 
 def refuse_while_capturing(key, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 N out, K in, C = K/2 kept per row, T tokens.
     forward   Y  = X (W^R)^T           operand W^R [N, K]
     dgrad     dX = dY W^{R,C}          operand (W^{R,C})^T [K, N]
-    wgrad     dW = (dY^T X) gathered; with draws (P(dY)^T X) gathered, see `ops.wgrad`
+    wgrad     dW = (dY^T X) gathered; with draws that of P(dY)^T X, see `ops.wgrad`
 Operands are a copy of the values and metadata that depends on the patterns alone: a refresh moves values only. Where a
 measurement favours the dense product, a dense copy of that operand is kept beside it. Where it favours one of our own
 kernels (under `auto` alone), the operand is handed over to it: the forward one is let go, since that kernel reads the
@@ -277,10 +277,10 @@ class CusparseltOperands:
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X, or the exact one where that is faster."""
         if draws is None:
-            dense_NK = dy_TN.t() @ x_TK
-        else:
-            dense_NK = wgrad.product(dy_TN, x_TK, draws, dense_allowed=self.dense_allowed)
-        return products.gather_kept(dense_NK, self.row_bits)
+            return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+        allowed = self.dense_allowed
+        libraries = measure.LIBRARIES if allowed else ("cusparselt",)
+        return wgrad.packed(dy_TN, x_TK, self.row_bits, draws, dense_allowed=allowed, libraries=libraries)
 
     def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
         """These operands with a bias added by the forward product's epilogue."""

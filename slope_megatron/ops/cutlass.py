@@ -1,9 +1,9 @@
-"""The `cutlass` backend: both sparse products by our own kernels, the forward one on the parameter's own memory.
+"""The `cutlass` backend: every sparse product by our own kernels, the forward one on the parameter's own memory.
 
 N out, K in, C = K/2 kept per row, T tokens.
     forward   Y  = X (W^R)^T           values: the packed parameter [N, C] itself; beside it metadata alone
     dgrad     dX = dY W^{R,C}          values: the transposed W^{R,C} [K, N/2], a copy, rewritten by each refresh
-    wgrad     dW = (dY^T X) gathered; with draws (P(dY)^T X) gathered, by cuSPARSELt, see `ops.wgrad`
+    wgrad     dW = (dY^T X) gathered; with draws that of P(dY)^T X, packed by the product's epilogue
 So a weight has no forward operand: 1 byte a dense weight less than with cuSPARSELt. The price is that the forward
 product reads what the parameter holds when it runs, and that it must know where the parameter is now: see `rebind`.
 """
@@ -126,9 +126,11 @@ class CutlassOperands:
         return self._ready("dgrad", dy_TN.shape[0]).add(dy_TN, dx_TK)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X, or the exact one where that is faster."""
-        dense_NK = dy_TN.t() @ x_TK if draws is None else wgrad.product(dy_TN, x_TK, draws, dense_allowed=True)
-        return products.gather_kept(dense_NK, self.row_bits)
+        """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X."""
+        if draws is None:
+            return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+        row_bits = held(self.row_bits, "wgrad")
+        return wgrad.packed(dy_TN, x_TK, row_bits, draws, dense_allowed=False, libraries=("cutlass",))
 
     def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
         """These operands with a bias added by the forward product's epilogue."""

@@ -7,14 +7,14 @@ several times on poisoned outputs, before its time counts.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from slope_kernels import cusparselt
 from slope_megatron.ops import choices, layout, measure_cutlass, measure_weight, timing
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.trials import ROWS_AT_ONCE, Candidate, PlannedCandidate, Trial
+from slope_megatron.ops.trials import ROWS_AT_ONCE, Candidate, OwnTrial, PlannedCandidate, Trial
 from slope_megatron.sparsity.float8 import E4M3
 
 logger = logging.getLogger(__name__)
@@ -125,13 +125,8 @@ def tilings(key: Key, device: torch.device) -> list[int]:
 
 
 def libraries_for(key: Key) -> tuple[str, ...]:
-    """Whose candidates are tried: a shape that has been measured for other tokens keeps its library, as its tiles.
-
-    Our own kernels have the two products whose sparse operand is a weight.
-    """
-    if key.kind not in ("forward", "dgrad"):
-        return ("cusparselt",)
-    earlier = choices.earlier(key)
+    """Whose candidates are tried: a weight that has been measured for other tokens keeps its library, as its tiles."""
+    earlier = choices.earlier(key) if key.kind != "wgrad" else None
     return LIBRARIES if earlier is None else (("cutlass",) if earlier.by_cutlass else ("cusparselt",))
 
 
@@ -146,13 +141,21 @@ def cusparselt_finalists(trial: Trial, tilings: list[int]) -> list[PlannedCandid
     return found
 
 
-def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple[str, ...] = ()) -> dict:
+def contest(
+    key: Key,
+    device: torch.device,
+    *,
+    rounds: int = 9,
+    libraries: tuple[str, ...] = (),
+    beside: Callable[[Trial], dict[str, Callable]] | None = None,
+) -> dict:
     """Times (ms, one a round) of the dense product, "dense", and of each sparse finalist, (tiles, algorithm).
 
     Synchronizes; takes about a second for a large product.
 
     Args:
         libraries: whose candidates; none: those that the shape's operands allow.
+        beside: what else of the trial is timed in turn with them, by name.
     """
     libraries = libraries or libraries_for(key)
     trial = prepare(key, device)
@@ -160,8 +163,9 @@ def contest(key: Key, device: torch.device, *, rounds: int = 9, libraries: tuple
     candidates: list[Candidate] = []
     if "cusparselt" in libraries:
         candidates += cusparselt_finalists(trial, tilings(key, device))
-    if "cutlass" in libraries and isinstance(trial, measure_weight.WeightTrial):
+    if "cutlass" in libraries and isinstance(trial, OwnTrial):
         candidates += measure_cutlass.finalists(trial, wrong)
+    functions |= beside(trial) if beside else {}
     functions |= {(candidate.tiles, candidate.algorithm): candidate for candidate in candidates}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
     return timing.interleaved(functions, rounds=rounds, calls=timing.calls_for(rough))

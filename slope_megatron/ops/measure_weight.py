@@ -4,12 +4,14 @@ T tokens, R rows and S columns of the operand.
 """
 
 import dataclasses
+import functools
 
 import torch
 
-from slope_kernels import cusparselt, cusparselt_library
-from slope_megatron.ops import layout, products
+from slope_kernels import cusparselt, cusparselt_library, cutlass
+from slope_megatron.ops import layout, measure_cutlass, products
 from slope_megatron.ops.choices import Key
+from slope_megatron.ops.cutlass_operand import row_metadata
 from slope_megatron.ops.trials import random_bits
 from slope_megatron.sparsity.operand import slot_places
 from slope_megatron.sparsity.packing import unpack_bits
@@ -34,6 +36,17 @@ class WeightTrial:
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WeightCandidate":
         return WeightCandidate(self, algorithm, tiles)
+
+    def own_kernels(self) -> tuple[str, ...]:
+        return measure_cutlass.kernels(self.key.dtype)
+
+    def own_candidate(self, algorithm: cutlass.Algorithm) -> "OwnCandidate":
+        return OwnCandidate(self, algorithm)
+
+    @functools.cached_property
+    def own_metadata(self) -> torch.Tensor:
+        """The operand's metadata in CUTLASS's order."""
+        return row_metadata(self.row_bits)
 
     def operand(self, tiles: int) -> torch.Tensor:
         if tiles not in self.operands:
@@ -83,3 +96,17 @@ class WeightCandidate:
         for tile in range(self.tiles):
             start = self.operand.data_ptr() + tile * self.operand.numel() // self.tiles
             self.plan.run(start, trial.x_TS.data_ptr(), trial.y_TR.data_ptr() + tile * step, stream)
+
+
+class OwnCandidate:
+    """A sparse product of a trial by one of our own kernels and one walk."""
+
+    tiles = 1
+
+    def __init__(self, trial: WeightTrial, algorithm: cutlass.Algorithm):
+        key = trial.key
+        self.trial, self.algorithm, self.metadata = trial, algorithm, trial.own_metadata
+        self.values_RC = layout.values_of(trial.operand(1), key.rows, key.columns, 1, key.dtype)[0]
+
+    def __call__(self) -> None:
+        cutlass.run(self.algorithm, self.values_RC, self.metadata, self.trial.x_TS, self.trial.y_TR)

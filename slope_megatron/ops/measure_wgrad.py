@@ -1,15 +1,17 @@
-"""Measuring wgrad of `full` mode: writing the operand of P(dY)^T and multiplying it, against the dense dY^T X.
+"""Measuring wgrad of `full` mode: from dY and X to the packed gradient, by each way of `ops.wgrad`.
 
-T tokens, N out, K in; S is T filled up to whole operand columns. The gate compares with the dense product of the
-operand decoded, so it judges the kernel's metadata with the library's algorithm.
+T tokens, N out, K in, C = K/2 kept per row; S is T filled up to whole operand columns. The gate compares with the dense
+product of the operand decoded, so it judges the kernel's metadata with the product's algorithm.
 """
 
 import torch
 
-from slope_kernels import cusparselt
+from slope_kernels import cusparselt, cutlass, packed_wgrad
+from slope_kernels.triton.gather import gather
 from slope_kernels.triton.mvue import mvue_operand
-from slope_megatron.ops import layout
+from slope_megatron.ops import layout, measure_cutlass
 from slope_megatron.ops.choices import Key
+from slope_megatron.ops.trials import random_bits
 from slope_megatron.sparsity.operand import places_sm90, scatter_slots
 from slope_megatron.sparsity.token_draws import as_int32, stream_table
 
@@ -18,7 +20,7 @@ ROWS_AT_ONCE = 4096
 
 
 class WgradTrial:
-    """Random data of one product, a `trials.Trial`."""
+    """Random data of one product, a `trials.OwnTrial`; its Y is the packed gradient `[N, C]`."""
 
     def __init__(self, key: Key, device: torch.device):
         self.key = key
@@ -29,13 +31,21 @@ class WgradTrial:
         self.x_SK[key.tokens :] = 0
         self.draws_key = as_int32([1, 2]).to(device)
         self.streams = stream_table([(3, 4)], [range(key.rows)]).to(device)
+        self.row_bits = random_bits(key.rows, key.columns, device)
         self.operand = torch.empty(layout.operand_bytes(key.rows, columns), dtype=torch.uint8, device=device)
-        self.y_TR = torch.empty(key.rows, key.columns, device=device, dtype=key.dtype)
+        self.dw_NK = torch.empty(key.rows, key.columns, device=device, dtype=key.dtype)
+        self.y_TR = torch.empty(key.rows, key.columns // 2, device=device, dtype=key.dtype)
         self.write_operand()
-        self.expected_TR = torch.mm(self._decoded(columns), self.x_SK)
+        torch.mm(self._decoded(columns), self.x_SK, out=self.dw_NK)
+        self.keep_half()
+        self.expected_TR = self.y_TR.clone()
 
-    def write_operand(self) -> None:
-        mvue_operand(self.dy_TN, self.draws_key, self.streams, self.operand)
+    def write_operand(self, for_cutlass: bool = False) -> None:
+        mvue_operand(self.dy_TN, self.draws_key, self.streams, self.operand, for_cutlass=for_cutlass)
+
+    def keep_half(self) -> None:
+        """Of the dense gradient, into the packed one."""
+        gather(self.dw_NK, self.row_bits, self.y_TR)
 
     def _decoded(self, columns: int) -> torch.Tensor:
         """P(dY)^T `[N, S]`, read from the operand."""
@@ -46,17 +56,29 @@ class WgradTrial:
             parts.append(scatter_slots(part, places_sm90(bits.flatten(), part.shape[0], columns // 4)))
         return torch.cat(parts)
 
+    def dense_gradient(self) -> None:
+        """The exact product, of dY as it is; a dense layer needs no more."""
+        torch.mm(self.dy_TN.t(), self.x_SK[: self.key.tokens], out=self.dw_NK)
+
     def dense_product(self) -> torch.Tensor:
-        """The exact product, of dY as it is."""
-        return torch.mm(self.dy_TN.t(), self.x_SK[: self.key.tokens], out=self.y_TR)
+        """Its kept half."""
+        self.dense_gradient()
+        self.keep_half()
+        return self.y_TR
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WgradCandidate":
         assert tiles == 1, "wgrad's operand lives for one product and is not cut"
         return WgradCandidate(self, algorithm)
 
+    def own_kernels(self) -> tuple[str, ...]:
+        return measure_cutlass.packing_kernels(self.key.dtype)
+
+    def own_candidate(self, algorithm: cutlass.Algorithm) -> "PackingCandidate":
+        return PackingCandidate(self, algorithm)
+
 
 class WgradCandidate:
-    """The sparse product with one algorithm; a call writes the operand too, as every micro-batch must."""
+    """cuSPARSELt's product with one algorithm; a call writes the operand too, as every micro-batch must."""
 
     def __init__(self, trial: WgradTrial, algorithm: cusparselt.Algorithm | None):
         self.trial, self.algorithm, self.tiles = trial, algorithm, 1
@@ -69,4 +91,20 @@ class WgradCandidate:
         trial = self.trial
         trial.write_operand()
         stream = torch.cuda.current_stream(trial.x_SK.device).cuda_stream
-        self.plan.run(trial.operand.data_ptr(), trial.x_SK.data_ptr(), trial.y_TR.data_ptr(), stream)
+        self.plan.run(trial.operand.data_ptr(), trial.x_SK.data_ptr(), trial.dw_NK.data_ptr(), stream)
+        trial.keep_half()
+
+
+class PackingCandidate:
+    """One of our own kernels with one walk; it takes X as it lies, and there is no dense gradient."""
+
+    tiles = 1
+
+    def __init__(self, trial: WgradTrial, algorithm: cutlass.Algorithm):
+        self.trial, self.algorithm = trial, algorithm
+
+    def __call__(self) -> None:
+        trial = self.trial
+        trial.write_operand(for_cutlass=True)
+        x_TK = trial.x_SK[: trial.key.tokens]
+        packed_wgrad.run(self.algorithm, trial.operand, x_TK, trial.row_bits, trial.y_TR)

@@ -2,26 +2,34 @@
 
 T tokens, N out, K in; P the unbiased 2:4 estimate along the tokens; S is T filled up with zeros to whole columns.
     slope::mvue_operand   dY [T, N] -> operand of P(dY)^T [N, S]
-    slope::sparse_wgrad   dense dW [N, K] = P(dY)^T X, from that operand
+    slope::sparse_wgrad   dense dW [N, K] = P(dY)^T X, from that operand; by cuSPARSELt
+    slope::packed_wgrad   its kept half alone, packed [N, C]: by our own kernels, from the operand in CUTLASS's order
 """
 
 import torch
 
 from slope_kernels import cusparselt
+from slope_kernels import packed_wgrad as packing
 from slope_megatron.ops import choices, layout
+from slope_megatron.ops.cutlass_mm import lined_up
 from slope_megatron.ops.products import aligned, padded
 from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots
+from slope_megatron.sparsity.operand_cutlass import metadata_cutlass, places_cutlass
+from slope_megatron.sparsity.packing import pack, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 
 @torch.library.custom_op("slope::mvue_operand", mutates_args=(), device_types="cuda")
-def mvue_operand(dy_TN: torch.Tensor, key: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
-    """Operand, uint8 `[9/8 N S]`, of the estimate that `TokenDraws(key, streams, 2, 4)` draws; N a multiple of 64."""
+def mvue_operand(dy_TN: torch.Tensor, key: torch.Tensor, streams: torch.Tensor, for_cutlass: bool) -> torch.Tensor:
+    """Operand, uint8 `[9/8 N S]`, of the estimate that `TokenDraws(key, streams, 2, 4)` draws; N a multiple of 64.
+
+    Its metadata is in CUTLASS's order, or in cuSPARSELt's.
+    """
     from slope_kernels.triton.mvue import mvue_operand as write
 
     operand = _new_wgrad_operand(dy_TN)
-    write(aligned(dy_TN), key, streams, operand)
+    write(aligned(dy_TN), key, streams, operand, for_cutlass=for_cutlass)
     return operand
 
 
@@ -31,18 +39,19 @@ def _new_wgrad_operand(dy_TN: torch.Tensor) -> torch.Tensor:
 
 
 @mvue_operand.register_kernel("cpu")
-def _(dy_TN, key, streams):
+def _(dy_TN, key, streams, for_cutlass):
     groups = cusparselt.padded_columns(dy_TN.shape[0]) // 4
     words = TokenDraws(key, streams, 2, 4).words(-(-dy_TN.shape[0] // 4))
     # Groups of zeros alone: any word does.
     words = torch.nn.functional.pad(words, (0, groups - words.shape[1]))
     dy_NS = torch.nn.functional.pad(dy_TN.t(), (0, groups * 4 - dy_TN.shape[0]))
     values, places = two_of_four(dy_NS, words)
-    return torch.cat((values.contiguous().view(torch.uint8).flatten(), metadata_sm90(places)))
+    metadata = metadata_cutlass(places) if for_cutlass else metadata_sm90(places)
+    return torch.cat((values.contiguous().view(torch.uint8).flatten(), metadata))
 
 
 @mvue_operand.register_fake
-def _(dy_TN, key, streams):
+def _(dy_TN, key, streams, for_cutlass):
     return _new_wgrad_operand(dy_TN)
 
 
@@ -62,12 +71,37 @@ def sparse_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, rows: int) -> torch.
 
 @sparse_wgrad.register_kernel("cpu")
 def _(operand, x_TK, rows):
+    return _estimate(operand, x_TK, rows, places_sm90) @ x_TK
+
+
+def _estimate(operand, x_TK, rows: int, places_of) -> torch.Tensor:
+    """P(dY)^T `[N, T]` that an operand stands for, whose places `places_of` reads off its metadata."""
     columns = cusparselt.padded_columns(x_TK.shape[0])
     values = operand[: rows * columns].view(x_TK.dtype).view(rows, columns // 2)
-    places = places_sm90(operand[rows * columns :], rows, columns // 4)
-    return scatter_slots(values, places)[:, : x_TK.shape[0]] @ x_TK
+    places = places_of(operand[rows * columns :], rows, columns // 4)
+    return scatter_slots(values, places)[:, : x_TK.shape[0]]
 
 
 @sparse_wgrad.register_fake
 def _(operand, x_TK, rows):
     return x_TK.new_empty((rows, x_TK.shape[1]))
+
+
+@torch.library.custom_op("slope::packed_wgrad", mutates_args=(), device_types="cuda")
+def packed_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
+    """Packed dW `[N, C]`, rounded once; runs the kernel that was measured for this product, else the first one."""
+    rows, (tokens, columns) = row_bits.shape[0], x_TK.shape
+    packed_NC = x_TK.new_empty((rows, columns // 2))
+    algorithm = choices.packed_algorithm(rows, columns, tokens, x_TK.dtype) or packing.DEFAULT
+    packing.run(algorithm, operand, lined_up(x_TK), lined_up(row_bits), packed_NC)
+    return packed_NC
+
+
+@packed_wgrad.register_kernel("cpu")
+def _(operand, x_TK, row_bits):
+    return pack(_estimate(operand, x_TK, row_bits.shape[0], places_cutlass) @ x_TK, unpack_bits(row_bits))
+
+
+@packed_wgrad.register_fake
+def _(operand, x_TK, row_bits):
+    return x_TK.new_empty((row_bits.shape[0], x_TK.shape[1] // 2))

@@ -1,10 +1,10 @@
 """What a measurement works on: a trial of one product, and the candidates for it. T tokens, R rows of the operand."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from slope_kernels import cusparselt
+from slope_kernels import cusparselt, cutlass
 from slope_megatron.ops.choices import Algorithm, Key
 from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.pattern import random_pattern
@@ -25,6 +25,17 @@ class Trial(Protocol):
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "PlannedCandidate":
         """The sparse one with an algorithm of cuSPARSELt's; None: its default."""
+
+
+@runtime_checkable
+class OwnTrial(Trial, Protocol):
+    """One of a product that our own kernels have too."""
+
+    def own_kernels(self) -> tuple[str, ...]:
+        """Names of those that compile here."""
+
+    def own_candidate(self, algorithm: cutlass.Algorithm) -> "KernelCandidate":
+        """The sparse one with one of them."""
 
 
 class Candidate(Protocol):
@@ -50,6 +61,13 @@ class PlannedCandidate(Candidate, Protocol):
 
     @property
     def plan(self) -> cusparselt.Plan: ...
+
+
+class KernelCandidate(Candidate, Protocol):
+    """One of our own kernels'."""
+
+    @property
+    def algorithm(self) -> cutlass.Algorithm: ...
 
 
 def random_bits(rows: int, columns: int, device) -> torch.Tensor:

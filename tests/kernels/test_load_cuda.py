@@ -64,7 +64,18 @@ def test_another_macro_or_compiler_is_another_library(toolkit):
     nvcc.write_text(NVCC.replace("13.0", "13.1"))
     load_cuda._versions.cache_clear()
     assert load_cuda.library_path(SOURCE) != first
-    assert load_cuda.version(SOURCE.file).startswith("4.2.1+")
+    assert load_cuda.version().startswith("4.2.1+")
+
+
+def test_another_header_of_ours_is_another_library(toolkit, monkeypatch):
+    sources = toolkit / "csrc"
+    sources.mkdir()
+    (sources / SOURCE.file).write_text('#include "ours.h"')
+    (sources / "ours.h").write_text("one")
+    monkeypatch.setattr(load_cuda, "SOURCES", sources)
+    path, version = load_cuda.library_path(SOURCE), load_cuda.version()
+    (sources / "ours.h").write_text("another")
+    assert load_cuda.library_path(SOURCE) != path and load_cuda.version() != version
 
 
 def test_processes_that_race_compile_once(toolkit):

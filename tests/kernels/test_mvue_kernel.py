@@ -5,6 +5,7 @@ import torch
 
 from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.operand import metadata_sm90
+from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
 from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
 POISON = 0xAB
@@ -32,20 +33,20 @@ def draws_of(rows, device, seed):
     return TokenDraws(key.to(device), streams.to(device), 2, 4)
 
 
-def twin(dy, draws, columns):
+def twin(dy, draws, columns, order=metadata_sm90):
     """Values [N, S/2] and metadata."""
     groups = -(-dy.shape[0] // 4)
     words = torch.nn.functional.pad(draws.words(groups), (0, columns // 4 - groups))
     values, places = two_of_four(torch.nn.functional.pad(dy.t(), (0, columns - dy.shape[0])), words)
-    return values, metadata_sm90(places)
+    return values, order(places)
 
 
-def written(dy, draws, columns):
+def written(dy, draws, columns, order=metadata_sm90):
     from slope_kernels.triton.mvue import mvue_operand
 
     rows = dy.shape[1]
     operand = torch.full((rows * columns * 9 // 8,), POISON, dtype=torch.uint8, device=dy.device)
-    mvue_operand(dy, draws.key, draws.streams, operand)
+    mvue_operand(dy, draws.key, draws.streams, operand, for_cutlass=order is metadata_cutlass)
     return operand[: rows * columns].view(dy.dtype).view(rows, -1), operand[rows * columns :]
 
 
@@ -54,28 +55,33 @@ def same(found, expected):
     return bool(((found.view(torch.int16) == expected.view(torch.int16)) | (found.isnan() & expected.isnan())).all())
 
 
+ORDERS = pytest.mark.parametrize("order", [metadata_sm90, metadata_cutlass])
+
+
+@ORDERS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "rows"), [(128, 64), (37, 64)])
+@pytest.mark.parametrize(("tokens", "rows"), [(128, 128), (37, 64)])
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_operand_equals_its_twin(tokens, rows, dtype, device):
+def test_operand_equals_its_twin(tokens, rows, dtype, order, device):
     """Tokens that fill the programs, and 37, which do not and whose words do not come in whole blocks of four."""
     dy, draws = gradient(tokens, rows, dtype, seed=tokens).to(device), draws_of(rows, device, seed=rows)
     columns = tokens + -tokens % 64
-    values, metadata = written(dy, draws, columns)
-    expected, expected_metadata = twin(dy, draws, columns)
+    values, metadata = written(dy, draws, columns, order)
+    expected, expected_metadata = twin(dy, draws, columns, order)
     assert same(values, expected) and values.isnan().any()
     assert torch.equal(metadata, expected_metadata)
 
 
 @pytest.mark.gpu
+@ORDERS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "rows"), [(4096, 2560), (777, 192), (8192, 7680), (2048, 64), (16, 4096), (3, 64)])
-def test_operand_equals_its_twin_on_the_gpu(tokens, rows, dtype, device):
+def test_operand_equals_its_twin_on_the_gpu(tokens, rows, dtype, order, device):
     dy, draws = gradient(max(tokens, 16), rows, dtype, seed=tokens)[:tokens].to(device), draws_of(rows, device, seed=1)
     columns = tokens + -tokens % 64
-    values, metadata = written(dy, draws, columns)
-    expected, expected_metadata = twin(dy, draws, columns)
+    values, metadata = written(dy, draws, columns, order)
+    expected, expected_metadata = twin(dy, draws, columns, order)
     assert same(values, expected)
     assert torch.equal(metadata, expected_metadata)
 

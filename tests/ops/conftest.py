@@ -17,6 +17,17 @@ def device():
 
 
 @pytest.fixture
+def kernels_here(device):
+    """A GPU that our own kernels run on; on a CPU the ops' twins."""
+    if device.type == "cuda":
+        from slope_megatron.ops.cutlass import unsupported
+
+        if unsupported():
+            pytest.skip(unsupported())
+    return device
+
+
+@pytest.fixture
 def fresh_choices():
     """No choice made before; none left behind."""
     from slope_megatron.ops import choices

@@ -12,19 +12,11 @@ from slope_megatron.linear import slope_linear
 from slope_megatron.ops import choices, cutlass_mm, measure_cutlass, reference
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import CusparseltOperands
-from slope_megatron.ops.cutlass import CutlassOperands, unsupported, unsupported_weight
+from slope_megatron.ops.cutlass import CutlassOperands, unsupported_weight
 from slope_megatron.ops.cutlass_operand import row_metadata
 
 DTYPE = torch.bfloat16
 SHAPES = [(64, 64, 16), (128, 192, 48), (192, 320, 7)]
-
-
-@pytest.fixture
-def kernels_here(device):
-    """A GPU that our kernels run on."""
-    if device.type == "cuda" and unsupported():
-        pytest.skip(unsupported())
-    return device
 
 
 def both(device, rows=128, columns=192, dtype=DTYPE):

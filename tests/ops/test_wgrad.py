@@ -1,64 +1,65 @@
-"""wgrad of `full` mode: the sparse product, its choice, and that its mean is the dense gradient."""
+"""wgrad of `full` mode: the sparse products, their choice, and that their mean is the dense gradient."""
+
+import dataclasses
 
 import pytest
 import torch
 
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
+from helpers.wgrad import DTYPE, draws_of, is_near_fp64, problem
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import mvue, reference, wgrad
+from slope_megatron.ops import cutlass, measure, measure_cutlass, mvue, reference, wgrad
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.cusparselt import CusparseltOperands
-from slope_megatron.sparsity.packing import pack
-from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
-
-DTYPE = torch.bfloat16
+from slope_megatron.sparsity.packing import pack, unpack_bits
+from slope_megatron.sparsity.token_draws import as_int32
 
 
-def draws_of(rows, device, seed=0):
-    streams = stream_table([(11, 12)], [range(rows)])
-    return TokenDraws(as_int32([seed, 99]).to(device), streams.to(device), 2, 4)
-
-
-def problem(tokens, rows, columns, device, dtype=DTYPE, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    dy = torch.randn(tokens, rows, generator=generator).to(dtype)
-    x = torch.randn(tokens, columns, generator=generator).to(dtype)
-    return dy.to(device), x.to(device)
-
-
-def operands_of(weight, **more):
-    return CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, **more)
+@pytest.fixture(params=["cusparselt", "cutlass"])
+def by_name(request, device):
+    """Whose sparse product it is, asked for by name; on a CPU each op's plain-torch twin stands in."""
+    if device.type == "cuda" and request.param == "cutlass" and cutlass.unsupported():
+        pytest.skip(cutlass.unsupported())
+    return {"libraries": (request.param,), "dense_allowed": False}
 
 
 @pytest.mark.parametrize("tokens", [64, 40, 7])
-def test_the_sparse_product_is_that_of_the_estimate(tokens, device, fresh_choices):
-    """Against fp64: no further off than twice the dense product of the same matrices, which rounds as often."""
-    dy, x = problem(tokens, 64, 128, device)
+def test_the_sparse_product_is_that_of_the_estimate(tokens, by_name, device, fresh_choices):
+    dy, x, row_bits = problem(tokens, 64, 128, device)
     draws = draws_of(64, device)
-    found = wgrad.product(dy, x, draws, dense_allowed=False)
-    estimate = draws.estimate(dy)
-    assert not torch.equal(estimate, dy)
-    exact = estimate.double().t() @ x.double()
-    assert relative_error(found, exact) <= 2 * relative_error(estimate.t() @ x, exact)
+    found = wgrad.packed(dy, x, row_bits, draws, **by_name)
+    assert is_near_fp64(found, dy, x, row_bits, draws)
 
 
 def test_a_dense_choice_multiplies_the_gradient_itself(device, fresh_choices, caplog):
-    dy, x = problem(64, 64, 128, device)
+    dy, x, row_bits = problem(64, 64, 128, device)
     with caplog.at_level("INFO"):
         fresh_choices.record(Key("wgrad", 64, 128, 64, DTYPE), Choice(False, sparse_ms=2.0, dense_ms=1.0))
     assert caplog.messages == [
         "wgrad 64x128 T64 bfloat16: dense (2:4 2.000 ms, dense 1.000 ms); the exact gradient, unpruned"
     ]
-    found = wgrad.product(dy, x, draws_of(64, device), dense_allowed=True)
-    assert torch.equal(found, dy.t() @ x)
+    found = wgrad.packed(dy, x, row_bits, draws_of(64, device))
+    assert torch.equal(found, pack(dy.t() @ x, unpack_bits(row_bits)))
 
 
-def test_operands_read_the_estimate_in_wgrad_alone(device, fresh_choices):
-    weight = packed_weight(64, 128, DTYPE, device)
-    ours, theirs = operands_of(weight, dense_allowed=False), reference.build(weight.values, weight.row, weight.column)
-    dy, x = problem(64, 64, 128, device)
-    draws, results = draws_of(64, device), []
+def test_wgrad_tries_both_libraries_whatever_other_tokens_chose(fresh_choices):
+    """Its operand is written anew for each product: nothing has a form to keep."""
+    key = Key("wgrad", 128, 192, 48, DTYPE)
+    fresh_choices.record(key, Choice(True))
+    assert measure.libraries_for(dataclasses.replace(key, tokens=96)) == ("cusparselt", "cutlass")
+
+
+@pytest.mark.parametrize("backend", [CusparseltOperands, cutlass.CutlassOperands])
+def test_operands_read_the_estimate_in_wgrad_alone(backend, kernels_here, fresh_choices):
+    weight = packed_weight(64, 128, DTYPE, kernels_here)
+    ours = backend(weight.values, weight.row_bits, weight.column_bits)
+    if kernels_here.type == "cuda":
+        # Of these small products a dense one may be the fastest.
+        fresh_choices.record(Key("wgrad", 64, 128, 64, DTYPE), Choice(True))
+    theirs = reference.build(weight.values, weight.row, weight.column)
+    dy, x, _ = problem(64, 64, 128, kernels_here)
+    draws, results = draws_of(64, kernels_here), []
     for operands in (ours, theirs):
         leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
         slope_linear(leaf, values, operands, draws=draws).backward(dy)
@@ -71,70 +72,72 @@ def test_operands_read_the_estimate_in_wgrad_alone(device, fresh_choices):
 
 @pytest.mark.gpu
 def test_a_layout_that_is_not_known_is_dense_or_refused(device, fresh_choices, monkeypatch):
-    dy, x = problem(64, 64, 128, device)
+    dy, x, row_bits = problem(64, 64, 128, device)
+    draws = draws_of(64, device)
     monkeypatch.setattr(wgrad.layout, "probe", lambda *_: wgrad.layout.Layout(False))
     with pytest.raises(ValueError, match=r"written in sm_90's layout and cuda:0 has another; use --slope-backend auto"):
-        wgrad.product(dy, x, draws_of(64, device), dense_allowed=False)
-    assert torch.equal(wgrad.product(dy, x, draws_of(64, device), dense_allowed=True), dy.t() @ x)
+        wgrad.packed(dy, x, row_bits, draws, dense_allowed=False, libraries=("cusparselt",))
+    monkeypatch.setattr(measure_cutlass, "packing_kernels", lambda dtype: ())
+    assert torch.equal(wgrad.packed(dy, x, row_bits, draws), pack(dy.t() @ x, unpack_bits(row_bits)))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(2048, 1024, 512), (1000, 320, 2048), (777, 512, 192)])
-def test_random_products_are_as_near_fp64_as_dense_ones(tokens, rows, columns, dtype, device, fresh_choices):
-    dy, x = problem(tokens, rows, columns, device, dtype)
+def test_random_products_are_as_near_fp64_as_dense_ones(
+    tokens, rows, columns, dtype, by_name, device, fresh_choices
+):  # fmt: skip
+    dy, x, row_bits = problem(tokens, rows, columns, device, dtype)
     draws = draws_of(rows, device)
-    found = wgrad.product(dy, x, draws, dense_allowed=False)
-    estimate = draws.estimate(dy)
-    exact = estimate.double().t() @ x.double()
-    assert relative_error(found, exact) <= 2 * relative_error(estimate.t() @ x, exact)
+    assert is_near_fp64(wgrad.packed(dy, x, row_bits, draws, **by_name), dy, x, row_bits, draws)
 
 
 @pytest.mark.gpu
-def test_the_mean_over_draws_is_the_dense_gradient(device, fresh_choices):
+def test_the_mean_over_draws_is_the_dense_gradient(by_name, device, fresh_choices):
     """400 micro-batches with one dY: z-scores of the mean, and the same key gives the same bits."""
-    dy, x = problem(256, 256, 256, device)
+    dy, x, row_bits = problem(256, 256, 512, device)
     draws, samples = draws_of(256, device), []
     for micro_batch in range(400):
         draws.key.copy_(as_int32([micro_batch, 7]))
-        samples.append(wgrad.product(dy, x, draws, dense_allowed=False))
-    again = wgrad.product(dy, x, draws, dense_allowed=False)
+        samples.append(wgrad.packed(dy, x, row_bits, draws, **by_name))
+    again = wgrad.packed(dy, x, row_bits, draws, **by_name)
     assert torch.equal(again, samples[-1]) and not torch.equal(samples[0], samples[1])
     samples = torch.stack(samples).double()
-    z = (samples.mean(0) - dy.double().t() @ x.double()) / (samples.std(0) / len(samples) ** 0.5)
+    exact = pack(dy.double().t() @ x.double(), unpack_bits(row_bits))
+    z = (samples.mean(0) - exact) / (samples.std(0) / len(samples) ** 0.5)
     # 65,536 scores, rounding of each product to bf16 included: the largest of so many normals is near 4.5.
     assert float(z.abs().max()) < 6.0 and 0.9 < float(z.square().mean()) < 1.1
     assert abs(float(z.mean())) < 0.05
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_draws_anew_for_each_key(device, fresh_choices):
-    dy, x = problem(512, 256, 128, device)
+def test_a_captured_graph_draws_anew_for_each_key(by_name, device, fresh_choices):
+    dy, x, row_bits = problem(512, 256, 128, device)
     draws = draws_of(256, device)
     with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        wgrad.product(dy, x, draws, dense_allowed=False)
-    wgrad.product(dy, x, draws, dense_allowed=False)
+        wgrad.packed(dy, x, row_bits, draws, **by_name)
+    wgrad.packed(dy, x, row_bits, draws, **by_name)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = wgrad.product(dy, x, draws, dense_allowed=False)
+        found = wgrad.packed(dy, x, row_bits, draws, **by_name)
     for seed in (5, 6):
         draws.key.copy_(as_int32([seed, 1]))
         graph.replay()
-        assert torch.equal(found, wgrad.product(dy, x, draws, dense_allowed=False))
+        assert torch.equal(found, wgrad.packed(dy, x, row_bits, draws, **by_name))
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_synchronize(device, fresh_choices):
+def test_a_step_does_not_synchronize(by_name, device, fresh_choices):
     from slope_megatron.layers.draws import Draws, RowDraws
 
-    dy, x = problem(512, 256, 128, device)
+    dy, x, row_bits = problem(512, 256, 128, device)
     draws = Draws(3)
     rows = RowDraws(draws, ("weight",), (range(256),))
-    wgrad.product(dy, x, rows.present(2, 4, device), dense_allowed=False)
+    wgrad.packed(dy, x, row_bits, rows.present(2, 4, device), **by_name)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for draws.micro_batch in range(3):
-            wgrad.product(dy, x, rows.present(2, 4, device), dense_allowed=False)
+            wgrad.packed(dy, x, row_bits, rows.present(2, 4, device), **by_name)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -142,16 +145,20 @@ def test_a_step_does_not_synchronize(device, fresh_choices):
 @pytest.mark.gpu
 def test_measured_choices(device, fresh_choices):
     """A large product is worth pruning for; one that is all pruning is not."""
-    large = wgrad._choose(Key("wgrad", 4096, 4096, 4096, DTYPE), device, True)
-    small = wgrad._choose(Key("wgrad", 8192, 64, 8192, DTYPE), device, True)
+    large = wgrad._choose(Key("wgrad", 4096, 4096, 4096, DTYPE), device, True, measure.LIBRARIES)
+    small = wgrad._choose(Key("wgrad", 8192, 64, 8192, DTYPE), device, True, measure.LIBRARIES)
     assert large.sparse and large.algorithm is not None and large.sparse_ms < large.dense_ms
     assert not small.sparse and small.dense_ms < small.sparse_ms
 
 
-def test_operand_and_product_are_registered(device):
-    dy, x = problem(40, 64, 128, device)
-    draws = draws_of(64, device)
-    arguments = (dy, draws.key, draws.streams)
-    torch.library.opcheck(torch.ops.slope.mvue_operand.default, arguments)
-    operand = mvue.mvue_operand(*arguments)
-    torch.library.opcheck(torch.ops.slope.sparse_wgrad.default, (operand, x, 64))
+def test_operand_and_products_are_registered(kernels_here):
+    dy, x, row_bits = problem(40, 64, 128, kernels_here)
+    draws = draws_of(64, kernels_here)
+    for for_cutlass in (False, True):
+        arguments = (dy, draws.key, draws.streams, for_cutlass)
+        torch.library.opcheck(torch.ops.slope.mvue_operand.default, arguments)
+        operand = mvue.mvue_operand(*arguments)
+        if for_cutlass:
+            torch.library.opcheck(torch.ops.slope.packed_wgrad.default, (operand, x, row_bits))
+        else:
+            torch.library.opcheck(torch.ops.slope.sparse_wgrad.default, (operand, x, 64))

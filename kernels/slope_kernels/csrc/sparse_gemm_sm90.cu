@@ -7,20 +7,14 @@
 // CUTLASS wants the sparse matrix on the left: it computes Y^T = W X^T, and with Y^T column-major memory holds Y row-major.
 // Every extent may be odd in tiles; R must be a multiple of 8 and S of 16 (lines of 16 bytes for TMA).
 //
-// One shared library for each kernel: the macros say which. Nothing here waits or takes device memory. What a shape needs
-// on the host (tensor maps, the walk over its tiles) is made once and kept; a call puts its addresses in.
+// One shared library for each kernel: the macros say which. Nothing here waits or takes device memory; `launch_sm90.h` has
+// the host's side.
 
 #include <array>
 #include <cstdint>
 #include <limits>
-#include <map>
-#include <mutex>
-
-#include <cuda.h>
-#include <cuda_runtime.h>
 
 #include "cutlass/cutlass.h"
-#include "cutlass/device_kernel.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
 #include "cutlass/epilogue/thread/activation.h"
@@ -31,6 +25,8 @@
 #include "cutlass/gemm/kernel/gemm_universal_decl.h"
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp"
 #include "cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp"
+
+#include "launch_sm90.h"
 
 #ifndef SLOPE_ELEMENT
 #define SLOPE_ELEMENT cutlass::bfloat16_t
@@ -94,7 +90,7 @@ struct Product {
   int32_t device;
   float beta;
   int32_t relu;
-  // How many tiles a swizzled group is wide (1, 2, 4, 8), and along what tiles are walked: 0 heuristic, 1 rows, 2 tokens.
+  // As `set_walk` takes them; its columns are tokens here.
   int32_t swizzle;
   int32_t raster;
 };
@@ -114,52 +110,15 @@ typename Kernel::Arguments arguments_of(Product const& p) {
   auto shape = shape_of(p);
   auto ldx = make_stride(int64_t(p.columns), _1{}, int64_t(0));
   auto ldy = make_stride(_1{}, p.stride, int64_t(0));
-  cutlass::KernelHardwareInfo hardware;
-  hardware.device_id = p.device;
-  hardware.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(p.device);
   typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       shape,
       {static_cast<Element const*>(p.values), SparseConfig::fill_layoutA(shape), static_cast<Element const*>(p.x), ldx,
        static_cast<typename Collective::ElementE const*>(p.metadata), SparseConfig::fill_layoutE(shape)},
       {fusion_of(p), static_cast<typename Epilogue::ElementC const*>(p.source), ldy, static_cast<Element*>(p.y), ldy},
-      hardware};
-  using Raster = decltype(arguments.scheduler.raster_order);
-  arguments.scheduler.max_swizzle_size = p.swizzle;
-  arguments.scheduler.raster_order = p.raster == 1 ? Raster::AlongM : p.raster == 2 ? Raster::AlongN : Raster::Heuristic;
+      hardware_of(p.device)};
+  set_walk(arguments.scheduler, p.swizzle, p.raster);
   return arguments;
-}
-
-// A shape's parameters, with the addresses of the call that first asked; null where the kernel cannot run it.
-Params const* kept_params(Product const& p, void const* kernel) {
-  static std::mutex mutex;
-  static std::map<std::array<int64_t, 7>, Params> kept;
-  std::lock_guard<std::mutex> lock(mutex);
-  std::array<int64_t, 7> key{p.rows, p.columns, p.tokens, p.stride, p.device, p.swizzle, p.raster};
-  auto found = kept.find(key);
-  if (found == kept.end()) {
-    auto arguments = arguments_of(p);
-    auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (!Kernel::can_implement(arguments) || cudaFuncSetAttribute(kernel, attribute, Kernel::SharedStorageSize)) {
-      return nullptr;
-    }
-    found = kept.emplace(key, Kernel::to_underlying_arguments(arguments, nullptr)).first;
-  }
-  return &found->second;
-}
-
-// The tensor map of a copy, moved to another address.
-template <class Copy>
-bool move(Copy const& copy, void const* address) {
-  using Replace = CUresult (*)(CUtensorMap*, void*);
-  static Replace const replace = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    cudaGetDriverEntryPointByVersion("cuTensorMapReplaceAddress", &entry, 12000, cudaEnableDefault, &found);
-    return reinterpret_cast<Replace>(entry);
-  }();
-  auto map = const_cast<CUtensorMap*>(copy.get_tma_descriptor());
-  return replace && replace(map, const_cast<void*>(address)) == CUDA_SUCCESS;
 }
 
 bool move(Params& params, Product const& p) {
@@ -173,43 +132,19 @@ bool move(Params& params, Product const& p) {
   return moved;
 }
 
-cudaError_t launch(Params& params, void const* kernel, cudaStream_t stream) {
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {SLOPE_CLUSTER_R, SLOPE_CLUSTER_T, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = Kernel::get_grid_shape(params);
-  launch.blockDim = Kernel::get_block_shape();
-  launch.dynamicSmemBytes = Kernel::SharedStorageSize;
-  launch.stream = stream;
-  launch.attrs = &cluster;
-  launch.numAttrs = 1;
-  void* parameters[] = {&params};
-  return cudaLaunchKernelExC(&launch, kernel, parameters);
-}
-
 extern "C" {
 
 // Enqueues the product; 0, or a cudaError_t: invalid value where the kernel cannot run the shape.
 int slope_sparse_gemm(Product const* p, void* stream) {
-  int before = p->device;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != p->device) {
-    error = cudaSetDevice(p->device);
-  }
-  if (error != cudaSuccess) {
-    return error;
-  }
-  auto kernel = reinterpret_cast<void const*>(&cutlass::device_kernel<Kernel>);
-  error = cudaErrorInvalidValue;
-  if (Params const* kept = kept_params(*p, kernel)) {
+  return on_device(p->device, [&] {
+    std::array<int64_t, 7> key{p->rows, p->columns, p->tokens, p->stride, p->device, p->swizzle, p->raster};
+    Params const* kept = kept_params<Kernel>(key, [&] { return arguments_of(*p); }, [](Params&) {});
+    if (!kept) {
+      return cudaErrorInvalidValue;
+    }
     Params params = *kept;
-    error = move(params, *p) ? launch(params, kernel, static_cast<cudaStream_t>(stream)) : error;
-  }
-  if (before != p->device) {
-    cudaSetDevice(before);
-  }
-  return error;
+    return move(params, *p) ? launch<Kernel>(params, static_cast<cudaStream_t>(stream)) : cudaErrorInvalidValue;
+  });
 }
 
 // Bytes of an operand's metadata.

@@ -2,10 +2,11 @@
 
 T tokens, N out. A group is four tokens of one output, a quad four groups: the words of one Philox block.
     values     [N, S/2]     two kept values a group, 32 bits; S is T filled up with zeros
-    metadata   [N S / 8]    where they belong, in cuSPARSELt's sm_90 layout (see `metadata`)
+    metadata   [N S / 8]    where they belong, in cuSPARSELt's sm_90 layout (see `metadata`) or in CUTLASS's
 Traffic: 2 B read, 1 + 1/8 B written an element. A program's loads are issued in three waves, between which it computes:
 the assembler decides so, whatever their order here.
-Oracle: `slope_megatron.sparsity.mvue24`, to the bit: fp32 in the same order, no contracted multiply-adds.
+Oracle: `slope_megatron.sparsity.mvue24`, to the bit: fp32 in the same order, no contracted multiply-adds; for the
+metadata `slope_megatron.sparsity.operand` and `operand_cutlass`.
 """
 
 import torch
@@ -122,6 +123,40 @@ def _store_metadata(
 
 
 @triton.jit
+def _store_metadata_cutlass(
+    metadata,
+    nibbles,
+    row_block,
+    row_blocks,
+    quad_start,
+    quads,
+    EVEN: tl.constexpr,
+    NATIVE: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """The same in CUTLASS's order: a word has a quad's groups of row r, then those of r + 8.
+
+    Of a group's number in a block, bits 3 and 2 are the quad's lowest two; blocks of one group number come row by row.
+    """
+    rows = tl.permute(tl.reshape(nibbles, (Q, 4, 2, 8)), (0, 1, 3, 2))
+    low, high = tl.split(rows)
+    # Byte j has group j of both rows: bring each row's four nibbles together.
+    both = low | (high << 4)
+    moved = (both ^ (both >> 4)) & 0x00F000F0
+    both = both ^ (moved | (moved << 4))
+    both = permute_bytes(both, both & 0, (both & 0) + 0x3120, NATIVE)
+    # Axes: block, g3, g2, r54, r210 -> block, r54, g2, r210, g3.
+    ordered = tl.permute(tl.reshape(both, (Q // 4, 2, 2, 4, 8)), (0, 3, 2, 4, 1))
+    words = tl.reshape(ordered, (Q // 4, 128))
+    block = quad_start // 4 + tl.arange(0, Q // 4)[:, None]
+    place = (block.to(tl.int64) * row_blocks + row_block) * 128 + tl.arange(0, 128)[None, :]
+    if EVEN:
+        tl.store(metadata + place, words)
+    else:
+        tl.store(metadata + place, words, mask=block < quads // 4)
+
+
+@triton.jit
 def _mvue_kernel(
     dy,
     key,
@@ -136,6 +171,7 @@ def _mvue_kernel(
     EVEN: tl.constexpr,
     IS_BF16: tl.constexpr,
     NATIVE: tl.constexpr,
+    CUTLASS: tl.constexpr,
     Q: tl.constexpr,
 ):
     """64 outputs x Q quads of tokens; values and metadata are 32-bit words."""
@@ -157,7 +193,11 @@ def _mvue_kernel(
     p3, n3 = _group(place + 3 * four, token + 12, tokens, stride, l3, r3, 24, EVEN, IS_BF16, NATIVE, Q)
     _store_values(values, p0, p1, p2, p3, row_block, quad_start, quads, EVEN, Q)
     nibbles = permute_bytes(n0 | n1, n2 | n3, (n0 & 0) + 0x7632, NATIVE)
-    _store_metadata(metadata, nibbles, row_block, quad_start, quads, EVEN, NATIVE, Q)
+    if CUTLASS:
+        row_blocks = tl.num_programs(0)
+        _store_metadata_cutlass(metadata, nibbles, row_block, row_blocks, quad_start, quads, EVEN, NATIVE, Q)
+    else:
+        _store_metadata(metadata, nibbles, row_block, quad_start, quads, EVEN, NATIVE, Q)
 
 
 def mvue_operand(
@@ -166,6 +206,7 @@ def mvue_operand(
     streams: torch.Tensor,
     operand: torch.Tensor,
     *,
+    for_cutlass: bool = False,
     quads: int = 8,
     warps: int = 4,
     registers: int = 64,
@@ -178,8 +219,10 @@ def mvue_operand(
         streams: int32 `[3, 2, N/2]`: the two words of each output's weight's name, and its row in the whole weight;
             of the even outputs, then of the odd ones.
         operand: uint8 `[9/8 N S]`, values, then metadata.
-        quads: times 16 tokens a program; warps of a program; registers of a thread at most, without which the compiler
-            takes so many that too few programs share a processor. The defaults were the fastest on an H200.
+        for_cutlass: the metadata in CUTLASS's order, else in cuSPARSELt's.
+        quads: times 16 tokens a program, a multiple of 4; warps of a program; registers of a thread at most, without
+            which the compiler takes so many that too few programs share a processor. The defaults were the fastest on
+            an H200, with cuSPARSELt's metadata.
     """
     tokens, rows = dy_TN.shape
     columns = operand.numel() * 8 // 9 // rows
@@ -200,6 +243,7 @@ def mvue_operand(
         EVEN=tokens % (16 * quads) == 0,
         IS_BF16=dy_TN.dtype == torch.bfloat16,
         NATIVE=dy_TN.is_cuda,
+        CUTLASS=for_cutlass,
         Q=quads,
         num_warps=warps,
         enable_fp_fusion=False,
