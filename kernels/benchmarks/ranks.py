@@ -3,10 +3,11 @@
 import faulthandler
 import json
 import os
-import socket
 from pathlib import Path
 
 from work import ROWS
+
+from slope_megatron.launch.ports import free_port
 
 # Seconds past the budget after which ranks print where they stand and leave.
 GRACE = 60
@@ -35,9 +36,7 @@ def run_ranks(world: int, work, keep) -> None:
     """
     import torch.multiprocessing
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     path = Path(work.folder, ROWS)
     path.unlink(missing_ok=True)
     context = torch.multiprocessing.spawn(play_rank, args=(world, port, work), nprocs=world, join=False)

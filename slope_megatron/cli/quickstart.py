@@ -6,13 +6,13 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from slope_megatron.cli.parser import Parser, manual
+from slope_megatron.launch.ports import free_port
 
 EPILOG = """\
 examples:
@@ -146,12 +146,6 @@ def choose_dtype(arguments) -> tuple[str, str]:
     chosen = min(seconds, key=seconds.__getitem__)
     milliseconds = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
     return chosen, f"the faster one here, on an MLP of this size and one core: {milliseconds}"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launch(flags: list[str], ranks: int, run_folder: Path) -> None:

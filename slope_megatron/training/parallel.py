@@ -55,9 +55,11 @@ def take_gpu() -> None:
     """
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if os.environ.get(SHARE_GPUS) == "1" and int(os.environ["WORLD_SIZE"]) > gpus:
-        # DeepSpeed reads the number of the GPU there.
         local_rank %= gpus
-        os.environ.update(LOCAL_RANK=str(local_rank), NCCL_HOSTID=f"rank{os.environ['RANK']}")
+        os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"
+        # DeepSpeed reads the number of the GPU there, and under mpirun wants both to say the same.
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = str(local_rank)
     if local_rank >= gpus:
         raise ValueError(
             f"LOCAL_RANK is {local_rank} and this machine has {gpus} GPUs: start at most {gpus} ranks on it, "

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from slope_megatron.config import Config, DataConfig, TrainConfig
 from slope_megatron.launch import bandwidth, node_checks
 from slope_megatron.launch.cluster import read_cluster
 from slope_megatron.launch.node_checks import Finding
+from slope_megatron.launch.ports import free_port
 from slope_megatron.launch.preflight import Report, compare, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,12 +141,6 @@ def start(flags, rank, world, port, **variables):
         **variables,
     }
     return subprocess.Popen([sys.executable, "-c", PROGRAM, *flags], env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_two_sound_nodes_are_ready(flags):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from launch.test_patches import CHECKOUTS, PATCHES, apply
+
+from slope_megatron.launch.ports import free_port
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,12 +112,6 @@ def outcome(process: subprocess.Popen, seconds: float) -> subprocess.CompletedPr
         out, errors = process.communicate()
         pytest.fail(f"not done in {seconds} s; it said:\n{out[-3000:]}\n{errors[-6000:]}")
     return subprocess.CompletedProcess(process.args, process.returncode, *said)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def losses(result: subprocess.CompletedProcess) -> list[float]:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from slope_megatron.launch.ports import free_port
 from slope_megatron.training.parallel import SHARE_GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +79,6 @@ def machine(request) -> Machine:
     if found < 2 and not (found and os.environ.get(SHARE_GPUS) == "1"):
         pytest.skip(f"2 ranks over NCCL need 2 GPUs, and this machine has {found}")
     return Machine("cuda", 4, 2) if found >= 4 else Machine("cuda", 2, 1)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def settings(machine: Machine, corpus, run: Path, *more) -> list:

@@ -51,8 +51,10 @@ def test_ranks_that_share_are_machines_of_their_own_to_nccl(two_gpus, monkeypatc
     monkeypatch.setenv(parallel.SHARE_GPUS, "1")
     for rank in range(4):
         be_rank(monkeypatch, rank, 4)
+        monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", str(rank))
         parallel.take_gpu()
-        assert os.environ["NCCL_HOSTID"] == f"rank{rank}" and os.environ["LOCAL_RANK"] == str(rank % 2)
+        assert os.environ["NCCL_HOSTID"] == f"rank{rank}"
+        assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(rank % 2)
     assert two_gpus == [0, 1, 0, 1]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import commands
+from slope_megatron.launch.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -35,14 +36,6 @@ def launched(ranks, *arguments):
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank", "--master_port", "0"]
     port = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return [sys.executable, *launcher[:-2], *port, "--module", "slope_megatron", "pretrain", *map(str, arguments)]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def metrics(run):

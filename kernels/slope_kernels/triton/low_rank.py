@@ -106,16 +106,20 @@ def down(
     *,
     padded: int = 0,
     scale: float = 1.0,
-    blocks: tuple[int, int, int, int] = (64, 64, 4, 4),
+    blocks: tuple[int, int, int, int] | None = None,
 ) -> None:
     """Write H, and X' where `joined` `[T, S + 2 padded]` is given.
 
     Args:
         x_TS: rows contiguous; `factor_PS` in any order; P at most MOST_RANK.
-        blocks: tokens and columns a step, stages and warps.
+        blocks: tokens and columns a step, stages and warps; None: the fastest of twelve on an H200.
     """
     tokens, columns = x_TS.shape
     rank = factor_PS.shape[0]
+    block_p = max(16, triton.next_power_of_2(max(rank, padded)))
+    if blocks is None:
+        # 128 columns of a higher rank overflow shared memory.
+        blocks = (64, 64, 4, 4) if joined is None else (64, 128, 3, 8) if block_p <= 128 else (64, 64, 4, 8)
     block_t, block_s, stages, warps = blocks
     _down_kernel[(triton.cdiv(tokens, block_t),)](
         x_TS,
@@ -135,7 +139,7 @@ def down(
         JOIN=joined is not None,
         BLOCK_T=block_t,
         BLOCK_S=block_s,
-        BLOCK_P=max(16, triton.next_power_of_2(max(rank, padded))),
+        BLOCK_P=block_p,
         num_stages=stages,
         num_warps=warps,
     )
