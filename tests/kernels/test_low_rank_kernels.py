@@ -54,3 +54,27 @@ def test_up_adds_to_rows_that_lie_apart(tokens, rows, rank, apart, transposed, d
     out = poisoned(tokens, rows, device=device)
     up(y, hidden, factor, out)
     assert torch.equal(out, (y.double() + hidden.double() @ factor.double().t()).to(DTYPE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [40, 80, 144, 256])
+def test_down_is_right_with_many_tiles_in_flight(rank, transposed, device):
+    """A tile that is overwritten too early shows on a whole device alone, and not each time."""
+    from slope_kernels.triton.low_rank import down
+
+    tokens, columns, padded = 8192, 2560, rank + -rank % 32
+    x = torch.randn(tokens, columns, device=device, dtype=DTYPE)
+    factor = torch.randn(rank, columns, device=device, dtype=DTYPE)
+    factor = factor.t().contiguous().t() if transposed else factor
+    expected = x.double() @ factor.double().t() / 64
+    for _ in range(5):
+        hidden, joined = poisoned(tokens, rank, device=device), poisoned(tokens, columns + 2 * padded, device=device)
+        down(x, factor, hidden, joined, padded=padded, scale=1 / 64)
+        assert torch.equal(joined[:, :columns], x)
+        for found in (
+            hidden,
+            joined[:, columns : columns + rank],
+            joined[:, columns + padded : columns + padded + rank],
+        ):
+            assert (found.double() - expected).norm() < 3e-3 * expected.norm()
