@@ -3,11 +3,12 @@
     prefill   one prompt
     decode    one token for each sequence of a batch, which attends to a cache that is as long
 Embedding and output layer are left out (a vocabulary of VOCABULARY entries): times are per block. All forms alternate,
-each replayed from a CUDA graph. `byte_bound` is the ratio if nothing took time but reading the linears' weights, dense
-ones and packed values with their metadata: what a small batch can reach at most.
+each replayed from a CUDA graph. `byte_bound` is the ratio if decoding took no time but for reading the linears'
+weights, dense ones and packed values with their metadata and the adapters' factors: what a small batch can reach.
 """
 
 import gc
+from collections.abc import Iterator
 
 from bench_adapters import rank_of
 from common import bar_chart, machine, print_table, rounded, write_csv
@@ -90,13 +91,12 @@ def random_tensors(model: Model, config, sparse: bool, rank: int, device: str = 
     return found
 
 
-def captured(decoder, batch: int, new: int, length: int):
-    """A CUDA graph of `new` tokens for each of `batch` sequences, the last of `length`."""
+def captured(decoder, cache, batch: int, new: int):
+    """A CUDA graph of `new` tokens for each of `batch` sequences, the last ones that the cache has room for."""
     import torch
 
-    cache = decoder.new_cache(batch, length)
     tokens = torch.randint(VOCABULARY, (batch, new), device="cuda")
-    positions = torch.arange(length - new, length, device="cuda").expand(batch, new).contiguous()
+    positions = torch.arange(cache.slots - new, cache.slots, device="cuda").expand(batch, new).contiguous()
     # It chooses kernels, which a capture must not.
     decoder(tokens, positions, cache)
     torch.cuda.synchronize()
@@ -107,36 +107,56 @@ def captured(decoder, batch: int, new: int, length: int):
     return lambda kept=(cache, tokens, positions): graph.replay()
 
 
-def model_rows(model: Model, arguments, clock) -> list[dict]:
+def byte_bound(model: Model, rank: int) -> float:
+    """Dense weights' bytes over those of packed values, metadata and factors."""
+    weights = sum(rows * columns for rows, columns in model.linears().values())
+    factors = sum(rank * (rows + columns) for rows, columns in model.linears().values())
+    return weights / (PACKED_SHARE * weights + factors)
+
+
+def phase_rows(model: Model, decoders: dict, phase: str, batch: int, new: int, arguments) -> list[dict]:
+    """A row for each form; all write into one cache, whose contents no time depends on."""
+    from slope_megatron.ops import timing
+
+    cache = decoders["dense", 0].new_cache(batch, arguments.prompt)
+    graphs = {form: captured(decoder, cache, batch, new) for form, decoder in decoders.items()}
+    rough = timing.median(timing.interleaved({"": graphs["dense", 0]}, rounds=3, calls=1)[""])
+    samples = timing.interleaved(graphs, rounds=arguments.rounds, calls=timing.calls_for(rough))
+    rows = []
+    for (form, rank), values in samples.items():
+        ratios = [dense / mine for dense, mine in zip(samples["dense", 0], values, strict=True)]
+        ms = timing.median(values) / arguments.blocks
+        row = {"model": model.name, "phase": phase, "form": form, "rank": rank, "batch": batch}
+        row |= {"prompt": arguments.prompt, "block_ms": ms, "block_tokens_per_second": batch * new / ms * 1e3}
+        row |= {"ratio": timing.median(ratios), "spread": timing.spread(ratios)}
+        # A prompt's products are bound by arithmetic.
+        bound = "" if phase == "prefill" or form == "dense" else byte_bound(model, rank)
+        rows.append(rounded(row | {"byte_bound": bound}))
+    return rows
+
+
+def model_rows(model: Model, arguments, clock) -> Iterator[list[dict]]:
+    """The rows of one phase and batch after the other, as far as they fit the GPU."""
     import torch
 
     from slope_megatron.inference.decoder import Decoder
-    from slope_megatron.ops import timing
 
     config, rank = architecture(model, arguments.blocks, arguments.prompt), rank_of(model, arguments.share)
     rank += -rank % 4
-    forms = {"dense": (False, 0), "2:4": (True, 0), f"2:4 + {arguments.share} %": (True, rank)}
     decoders = {
-        form: Decoder(config, random_tensors(model, config, *how), device="cuda", backend=arguments.backend)
-        for form, how in forms.items()
+        (form, own_rank): Decoder(
+            config, random_tensors(model, config, sparse, own_rank), device="cuda", backend=arguments.backend
+        )
+        for form, sparse, own_rank in (("dense", False, 0), ("2:4", True, 0), ("2:4 + adapters", True, rank))
     }
-    rows = []
     for phase, batch, new in [("prefill", 1, arguments.prompt), *(("decode", batch, 1) for batch in arguments.batches)]:
         clock.say(f"{model.name}: {phase}, {batch} sequences")
-        graphs = {form: captured(decoder, batch, new, arguments.prompt) for form, decoder in decoders.items()}
-        rough = timing.median(timing.interleaved({"": graphs["dense"]}, rounds=3, calls=1)[""])
-        samples = timing.interleaved(graphs, rounds=arguments.rounds, calls=timing.calls_for(rough))
-        for form, values in samples.items():
-            ratios = [dense / mine for dense, mine in zip(samples["dense"], values, strict=True)]
-            ms = timing.median(values) / arguments.blocks
-            row = {"model": model.name, "phase": phase, "form": form, "batch": batch, "prompt": arguments.prompt}
-            row |= {"block_ms": ms, "block_tokens_per_second": batch * new / ms * 1e3}
-            row |= {"ratio": timing.median(ratios), "spread": timing.spread(ratios)}
-            rows.append(rounded(row | {"byte_bound": 1.0 if form == "dense" else 1 / PACKED_SHARE}))
-        del graphs
+        try:
+            yield phase_rows(model, decoders, phase, batch, new, arguments)
+        except torch.OutOfMemoryError as error:
+            clock.say(f"{model.name}: {phase} of {batch} sequences does not fit: {str(error).splitlines()[0]}")
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
 def main(arguments) -> int:
@@ -145,10 +165,14 @@ def main(arguments) -> int:
 
     rows: list[dict] = []
     for name in clock.within(arguments.models):
-        rows += model_rows(MODELS[name], arguments, clock)
-        path = write_csv("decode", rows, arguments.out)
+        for news in model_rows(MODELS[name], arguments, clock):
+            rows += news
+            path = write_csv("decode", rows, arguments.out)
         gc.collect()
         torch.cuda.empty_cache()
+    if not rows:
+        print("nothing fitted this GPU")
+        return 1
     print_table(rows, list(rows[0]))
     labels = list(dict.fromkeys(f"{row['model']} {row['phase']} {row['batch']}" for row in rows))
     forms = [form for form in dict.fromkeys(row["form"] for row in rows) if form != "dense"]

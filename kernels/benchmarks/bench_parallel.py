@@ -208,6 +208,8 @@ def ranks_wanted(arguments) -> int:
     import torch
     from common import require_gpu
 
+    from slope_megatron.training.parallel import SHARE_GPUS
+
     if "dense" not in arguments.modes:
         raise ValueError(
             f"--modes is {' '.join(arguments.modes)}: dense must be among them, the others are compared with it"
@@ -226,14 +228,19 @@ def ranks_wanted(arguments) -> int:
     if arguments.gpus and arguments.gpus > found:
         raise ValueError(f"--gpus is {arguments.gpus} and this machine has {found}: give at most {found}")
     if arguments.share_gpus:
-        os.environ["SLOPE_SHARE_GPUS"] = "1"  # for the ranks
+        if arguments.share_gpus <= found:
+            raise ValueError(f"--share-gpus is {arguments.share_gpus} and this machine has {found}: use --gpus")
+        os.environ[SHARE_GPUS] = "1"  # for the ranks
     return arguments.share_gpus or arguments.gpus or found
 
 
 def main(arguments) -> int:
     count = ranks_wanted(arguments)
-    clock, note = Clock(arguments.seconds), ON_CPU if arguments.cpu_ranks else SHARED if arguments.share_gpus else ""
-    name, table = ("parallel_shared", untimed) if arguments.share_gpus else ("parallel", finish)
+    clock, note, name, table = Clock(arguments.seconds), "", "parallel", finish
+    if arguments.cpu_ranks:
+        note = ON_CPU
+    if arguments.share_gpus:
+        note, name, table = SHARED, "parallel_shared", untimed
     title = f"{note}{'; ' if note else ''}{machine()}"
     clock.say(f"{title} ranks={count}")
     if not arguments.cpu_ranks:

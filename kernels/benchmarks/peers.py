@@ -162,6 +162,7 @@ def _wgrad_choice(key: Key, device: torch.device) -> Choice:
 def estimated_wgrad(dy, x, draws):
     """P(dY)^T X, or dY^T X where that is faster: dense `[N, K]`; whole blocks of 64 tokens."""
     (tokens, rows), columns = dy.shape, x.shape[1]
+    assert tokens == cusparselt.padded_columns(tokens)
     choice = _wgrad_choice(Key("wgrad", rows, columns, tokens, dy.dtype), dy.device)
     if not choice.sparse:
         return dy.t() @ x

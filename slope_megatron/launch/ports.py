@@ -18,7 +18,8 @@ def free_port() -> int:
     """
     for port in random.SystemRandom().sample(CANDIDATES, ATTEMPTS):
         with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
+            # On every address, as a rendezvous will be.
+            listener.bind(("", port))
             return port
     raise RuntimeError(
         f"none of {ATTEMPTS} ports from {CANDIDATES.start} to {CANDIDATES.stop - 1} is free: see `ss -ltn`"

@@ -27,22 +27,29 @@ def can_compile() -> bool:
     return True
 
 
+def allow_variants() -> None:
+    """Raise dynamo's limit in this thread: settings are a thread's own, and backward, which recomputes, has another."""
+    from torch._dynamo import config
+
+    if config.recompile_limit < MOST_VARIANTS:
+        config.recompile_limit = MOST_VARIANTS
+
+
 def fused(function: Callable) -> Callable:
     """`function`, compiled when it first meets a GPU tensor: nothing compiles at import."""
 
     @functools.cache
     def compiled() -> Callable:
-        from torch._dynamo import config
-
-        config.recompile_limit = max(config.recompile_limit, MOST_VARIANTS)
         # Shapes are few and stay: training, validation.
         return torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
     def call(x: torch.Tensor, *arguments):
         # Within another compiled region the compiler sees through the function itself.
-        fuses = x.is_cuda and not torch.compiler.is_compiling() and can_compile()
-        return (compiled() if fuses else function)(x, *arguments)
+        if not x.is_cuda or torch.compiler.is_compiling() or not can_compile():
+            return function(x, *arguments)
+        allow_variants()
+        return compiled()(x, *arguments)
 
     return call
 

@@ -189,10 +189,14 @@ def refuse_while_capturing(key, device: torch.device) -> None:
         )
 
 
-def decide(key: Key, measure: Callable[[], Choice]) -> Choice:
-    """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several."""
+def decide(key: Key, measure: Callable[[], Choice], fits: Callable[[Choice], bool] = lambda _: True) -> Choice:
+    """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several.
+
+    Args:
+        fits: whether an earlier choice will do; one that does not is made anew.
+    """
     choice = find(key)
-    if choice is None:
+    if choice is None or not fits(choice):
         choice = _agreed(measure, _choice_of)
         record(key, choice)
     return choice
@@ -228,13 +232,13 @@ def agree_over(broadcast: Callable[[dict | None], dict] | None, decides: bool) -
 
 def machine() -> dict[str, str]:
     """What the numbers of a table depend on."""
-    if cusparselt_library.unsupported():
+    if not torch.cuda.is_available():
         return {"torch": torch.__version__}
     major, minor = torch.cuda.get_device_capability()
     return {
         "gpu": torch.cuda.get_device_name(),
         "architecture": f"sm_{major}{minor}",
-        "cusparselt": ".".join(map(str, cusparselt_library.version())),
+        "cusparselt": "none" if cusparselt_library.unsupported() else ".".join(map(str, cusparselt_library.version())),
         "cutlass": cutlass.version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),

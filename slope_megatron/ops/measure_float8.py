@@ -46,6 +46,9 @@ class Float8Trial:
         self.w_RS = dense.to(E4M3)
         self.y_TR = torch.empty_like(self.expected_TR)
 
+    def poison(self) -> None:
+        self.y_TR.fill_(float("nan"))
+
     def dense_product(self) -> torch.Tensor:
         return float8_products.dense_mm(self.q_TS, self.w_RS, self.scale, self.scale, None, OUTPUT)
 

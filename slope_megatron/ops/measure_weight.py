@@ -29,6 +29,9 @@ class WeightTrial:
     dense: torch.Tensor
     expected_TR: torch.Tensor
 
+    def poison(self) -> None:
+        self.y_TR.fill_(float("nan"))
+
     def dense_product(self) -> torch.Tensor:
         """Dgrad keeps the dense weight as [S, R], the others as [R, S]: how each reads its own."""
         weight = self.dense if self.key.kind == "dgrad" else self.dense.t()

@@ -40,6 +40,11 @@ class WgradTrial:
         self.keep_half()
         self.expected_TR = self.y_TR.clone()
 
+    def poison(self) -> None:
+        """The dense gradient too: half of it becomes the packed one."""
+        self.dw_NK.fill_(float("nan"))
+        self.y_TR.fill_(float("nan"))
+
     def write_operand(self, for_cutlass: bool = False) -> None:
         mvue_operand(self.dy_TN, self.draws_key, self.streams, self.operand, for_cutlass=for_cutlass)
 

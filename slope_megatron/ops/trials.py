@@ -20,6 +20,9 @@ class Trial(Protocol):
     y_TR: torch.Tensor
     expected_TR: torch.Tensor
 
+    def poison(self) -> None:
+        """NaNs into all that a candidate writes on its way to Y: what it leaves out then shows."""
+
     def dense_product(self) -> torch.Tensor:
         """The dense candidate."""
 

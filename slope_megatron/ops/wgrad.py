@@ -14,6 +14,7 @@ import logging
 
 import torch
 
+from slope_kernels import cutlass
 from slope_megatron.ops import choices, layout, measure, mvue
 from slope_megatron.ops.choices import Choice, Key
 from slope_megatron.ops.products import gather_kept
@@ -35,7 +36,8 @@ def packed(
 
     Args:
         row_bits: bitmask uint8 `[N, K/8]` of the kept places.
-        libraries: whose sparse product it may be; one that was asked for by name runs whatever was chosen earlier.
+        libraries: whose sparse product it may be. A choice of another one, made in this process for another backend,
+            is made anew.
     Raises:
         ValueError: the sparse product was asked for by name, and nothing here can write its operand or compute it.
     """
@@ -44,13 +46,14 @@ def packed(
         return gather_kept(draws.estimate(dy_TN).t() @ x_TK, row_bits)
     key = Key("wgrad", dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype)
     choice = choices.find(key)
-    if choice is None:
+    if choice is None or not _fits(choice, dense_allowed, libraries):
         # As for the other products: measuring is not for torch.compile to trace.
         choose = torch.compiler.disable(_choose) if torch.compiler.is_compiling() else _choose
         choice = choose(key, dy_TN.device, dense_allowed, libraries)
-    if dense_allowed and not choice.sparse:
+    if not choice.sparse:
         return gather_kept(dy_TN.t() @ x_TK, row_bits)
-    ours = "cutlass" in libraries and (choice.by_cutlass or "cusparselt" not in libraries)
+    # A CPU's choice names no library.
+    ours = choice.by_cutlass or "cusparselt" not in libraries
     operand = mvue.mvue_operand(dy_TN, draws.key, draws.streams, ours)
     if ours:
         return mvue.packed_wgrad(operand, x_TK, row_bits)
@@ -62,17 +65,36 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
+def _fits(choice: Choice, dense_allowed: bool, libraries: tuple[str, ...]) -> bool:
+    """Whether a choice that was made before is one of those that are allowed now."""
+    if not choice.sparse:
+        return dense_allowed
+    return choice.algorithm is None or ("cutlass" if choice.by_cutlass else "cusparselt") in libraries
+
+
 @torch.no_grad()
 def _choose(key: Key, device: torch.device, dense_allowed: bool, libraries: tuple[str, ...]) -> Choice:
+    fits = functools.partial(_fits, dense_allowed=dense_allowed, libraries=libraries)
     if device.type == "cpu":
-        return choices.decide(key, lambda: Choice(True))
+        return choices.decide(key, lambda: Choice(True), fits)
     choices.refuse_while_capturing(key, device)
-    if "cusparselt" in libraries and not layout.probe(device, key.dtype).known_metadata:
-        libraries = tuple(library for library in libraries if library != "cusparselt")
-        if not libraries and not dense_allowed:
-            raise ValueError(
-                f"--slope-mode full with --slope-backend cusparselt: the operand of {key} is written in sm_90's layout "
-                f"and {device} has another; use --slope-backend auto, whose wgrad is then dense and exact"
-            )
-    measured = functools.partial(measure.measure, key, device, dense_allowed=dense_allowed, libraries=libraries)
-    return choices.decide(key, measured if libraries else lambda: Choice(False))
+    reasons = {library: _unusable(library, key, device) for library in libraries}
+    usable = tuple(library for library, reason in reasons.items() if reason is None)
+    if usable:
+        measured = functools.partial(measure.measure, key, device, dense_allowed=dense_allowed, libraries=usable)
+        return choices.decide(key, measured, fits)
+    if dense_allowed:
+        return choices.decide(key, lambda: Choice(False), fits)
+    raise ValueError(
+        f"--slope-mode full has no 2:4 product for {key}: {'; '.join(map(str, reasons.values()))}; "
+        "use --slope-backend auto, whose wgrad is then dense and exact"
+    )
+
+
+def _unusable(library: str, key: Key, device: torch.device) -> str | None:
+    """Why a library cannot compute this wgrad here; None: it can."""
+    if library == "cutlass":
+        return cutlass.unsupported() or cutlass.unsupported_shape(key.rows, key.columns, key.dtype)
+    if layout.probe(device, key.dtype).known_metadata:
+        return None
+    return f"cuSPARSELt's operand is written in sm_90's layout and {device} has another"

@@ -1,5 +1,6 @@
 """Ranks and groups: torch.distributed, Megatron's parallel state, and that state as DeepSpeed wants to see it."""
 
+import logging
 import os
 
 import torch
@@ -10,6 +11,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from slope_megatron.config import Config
 from slope_megatron.sparsity import counter
 
+logger = logging.getLogger(__name__)
 SHARE_GPUS = "SLOPE_SHARE_GPUS"
 
 
@@ -43,6 +45,14 @@ def is_counted_here(parameter: torch.nn.Parameter) -> bool:
     return first or getattr(parameter, "tensor_model_parallel", False)
 
 
+def ranks_here() -> int:
+    """Ranks of this machine, as the launcher says; all of them where it does not."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return int(os.environ["WORLD_SIZE"])
+
+
 def take_gpu() -> None:
     """Make the GPU that LOCAL_RANK names this process's own.
 
@@ -54,12 +64,14 @@ def take_gpu() -> None:
         ValueError: there is no such GPU, and ranks are not told to share.
     """
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if os.environ.get(SHARE_GPUS) == "1" and int(os.environ["WORLD_SIZE"]) > gpus:
+    if os.environ.get(SHARE_GPUS) == "1" and ranks_here() > gpus:
+        logger.warning("%s: %d ranks share %d GPUs; steps are slow", SHARE_GPUS, ranks_here(), gpus)
         local_rank %= gpus
         os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"
         # DeepSpeed reads the number of the GPU there, and under mpirun wants both to say the same.
-        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
-            os.environ[name] = str(local_rank)
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+            if name in os.environ:
+                os.environ[name] = str(local_rank)
     if local_rank >= gpus:
         raise ValueError(
             f"LOCAL_RANK is {local_rank} and this machine has {gpus} GPUs: start at most {gpus} ranks on it, "

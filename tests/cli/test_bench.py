@@ -111,3 +111,11 @@ def test_decoders_are_built_from_random_tensors(gated, sparse, rank):
     decoder = Decoder(config, benchmark.random_tensors(model, config, sparse, rank, "cpu"))
     assert decoder(torch.randint(benchmark.VOCABULARY, (3, 5))).isfinite().all()
     assert (decoder.linear_bytes()["packed"] > 0) == sparse
+
+
+def test_what_decoding_can_gain_by_bytes():
+    benchmark = bench.load("decode")
+    model = benchmark.Model("m", 64, 256, 4, 4, False)
+    assert benchmark.byte_bound(model, 0) == pytest.approx(16 / 9)
+    # 12 x 64^2 weights; factors of rank 4: qkv 4 x 4 x 64, proj 2, fc1 and fc2 5 each.
+    assert benchmark.byte_bound(model, 4) == pytest.approx(12 * 64 / (12 * 64 * 9 / 16 + 4 * 16))

@@ -24,8 +24,18 @@ MASKS = {"row_masks": "*i32", "column_masks": "*u16"}
 GATHER = {"dense": "*i64", "row_bits": "*u8", "packed": "*i32", "groups": "i32"}
 DOWN = dict.fromkeys(("x", "again", "factor", "hidden", "joined"), "*bf16") | {"scale": "fp32"}
 DOWN |= {name: "i32" for name in ("tokens", "x_stride", "factor_row", "joined_stride")}
-RANK = {"factor_column": 1, "COLUMNS": 2560, "RANK": 80, "PADDED": 96, "BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_P": 128}
-# name: (kernel, types of its arguments, its constants, warps).
+
+
+def down(block_p: int, joined: bool, form: bool) -> tuple:
+    """`down` at a rank that fills `block_p`, compiled as it is with X' (`joined`) or without; `form`: whether it writes
+    X' when it is."""
+    tokens, columns, stages, warps = low_rank.down_blocks(block_p, joined)
+    constants = {"factor_column": 1, "COLUMNS": 2560, "RANK": block_p, "PADDED": block_p, "JOIN": form}
+    constants |= {"BLOCK_T": tokens, "BLOCK_S": columns, "BLOCK_P": block_p}
+    return low_rank._down_kernel, DOWN, constants, warps, stages
+
+
+# name: (kernel, types of its arguments, its constants, warps, perhaps stages).
 KERNELS = {
     "refresh": (
         refresh._refresh_kernel,
@@ -64,13 +74,15 @@ KERNELS = {
         {"IS_BF16": True, "BLOCK": gather.BLOCK},
         4,
     ),
-    "down": (low_rank._down_kernel, DOWN, {**RANK, "JOIN": False}, 4),
-    "down_joined": (low_rank._down_kernel, DOWN, {**RANK, "JOIN": True}, 4),
+    "down": down(128, False, False),
+    **{
+        f"down_{rank}_{'joined' if form else 'alone'}": down(rank, True, form) for rank in (128, 256) for form in (0, 1)
+    },
     "unpack": (gather._unpack_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
 }
 
 
-def compiled(kernel, arguments: dict, constants: dict, warps: int, architecture: int) -> dict:
+def compiled(architecture: int, kernel, arguments: dict, constants: dict, warps: int, stages: int = 3) -> dict:
     """Shared memory (bytes), stack (bytes, spills among them) and registers of one kernel."""
     if "NATIVE" in kernel.arg_names:
         constants = {**constants, "NATIVE": True}
@@ -78,7 +90,9 @@ def compiled(kernel, arguments: dict, constants: dict, warps: int, architecture:
     types = {name: arguments.get(name, "constexpr") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in arguments}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    built = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "num_stages": stages}
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(built.asm["cubin"])
@@ -90,4 +104,4 @@ def compiled(kernel, arguments: dict, constants: dict, warps: int, architecture:
 
 if __name__ == "__main__":
     for name, parts in KERNELS.items():
-        print(json.dumps({"kernel": name, **compiled(*parts, int(sys.argv[1]))}), flush=True)
+        print(json.dumps({"kernel": name, **compiled(int(sys.argv[1]), *parts)}), flush=True)

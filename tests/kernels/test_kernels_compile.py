@@ -27,4 +27,5 @@ def test_kernels_compile_without_spills_or_layout_conversions(architecture, tmp_
     assert {name: row["stack"] for name, row in found.items()} == dict.fromkeys(found, 0)
     assert {name: found[name]["shared"] for name in OWN_THEIR_WORDS} == dict.fromkeys(OWN_THEIR_WORDS, 0)
     # As many tiles in flight with a copy beside: with one less, a tile is overwritten while others multiply it.
-    assert found["down_joined"]["shared"] == found["down"]["shared"] > 0
+    for rank in (128, 256):
+        assert found[f"down_{rank}_joined"]["shared"] == found[f"down_{rank}_alone"]["shared"] > 0

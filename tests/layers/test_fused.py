@@ -1,5 +1,7 @@
 """Fused functions against torch's own, gradients too; on a GPU they are compiled."""
 
+import threading
+
 import pytest
 import torch
 from torch.nn import functional
@@ -96,7 +98,32 @@ def test_token_losses(device):
 def test_many_shapes_stay_fused():
     from torch._dynamo.utils import counters
 
+    def norms(shapes):
+        for tokens in shapes:
+            layer_norm(torch.randn(tokens, WIDTH, device="cuda"), *torch.ones(2, WIDTH, device="cuda"), 1e-5)
+
     before = counters["stats"]["unique_graphs"]
-    for tokens in range(1, 13):
-        layer_norm(torch.randn(tokens, WIDTH, device="cuda"), *torch.ones(2, WIDTH, device="cuda"), 1e-5)
+    norms(range(1, 11))
+    # As backward does where it recomputes.
+    thread = threading.Thread(target=norms, args=(range(11, 13),))
+    thread.start()
+    thread.join()
     assert counters["stats"]["unique_graphs"] - before == 12
+
+
+def test_the_limit_of_variants_is_raised_in_each_thread():
+    from torch._dynamo import config
+
+    from slope_megatron.layers import fused
+
+    seen = []
+
+    def look():
+        fused.allow_variants()
+        seen.append(config.recompile_limit)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert seen == [fused.MOST_VARIANTS] * 2

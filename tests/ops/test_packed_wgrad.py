@@ -1,5 +1,6 @@
 """Our own kernels whose epilogue packs wgrad: against exact sums, and as candidates of the choice."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -35,7 +36,7 @@ from slope_megatron.sparsity.pattern import random_pattern
 def test_the_choice_says_which_product_runs_unless_one_is_asked_for(
     choice, asked, expected, kernels_here, fresh_choices, monkeypatch
 ):
-    """A run that goes on may have another backend's choices."""
+    """Two backends in one process: what was chosen for the other one does not serve."""
     dy, x, row_bits = problem(64, 64, 128, kernels_here)
     fresh_choices.record(Key("wgrad", 64, 128, 64, DTYPE), choice)
     ran = []
@@ -96,6 +97,25 @@ def test_the_gate_judges_the_packed_gradient(tokens, kernels_here, monkeypatch):
     assert relative_error(trial.dense_product(), exact) < 1e-2
 
 
+def test_the_gate_sees_a_dense_gradient_that_was_not_written(kernels_here, monkeypatch):
+    """cuSPARSELt's product goes into a buffer that half of is kept: right results of before must not lie there."""
+    from slope_kernels import cusparselt
+    from slope_megatron.ops.measure_wgrad import WgradTrial
+
+    class NoPlan:
+        def __init__(self, *_):
+            pass
+
+        def run(self, *_):
+            pass
+
+    monkeypatch.setattr(cusparselt, "Plan", NoPlan)
+    if kernels_here.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: argparse.Namespace(cuda_stream=0))
+    trial = WgradTrial(Key("wgrad", 64, 128, 64, DTYPE), kernels_here)
+    assert "relative error nan" in measure.wrong(trial.candidate(None, 1))
+
+
 def whole_operand(rows, tokens, dtype, device):
     """An operand of whole numbers and its matrix `[N, T]`; past the last token zeros, at any places."""
     columns = tokens + -tokens % 64
@@ -132,7 +152,8 @@ def test_every_packing_kernel_rounds_the_exact_sums_once(tokens, rows, columns, 
 @pytest.mark.gpu
 def test_tensors_off_the_line_are_copied(kernels_here, fresh_choices):
     dy, x, row_bits = problem(200, 192, 320, kernels_here)
-    operand = mvue.mvue_operand(dy, *(getattr(draws_of(192, kernels_here), part) for part in ("key", "streams")), True)
+    draws = draws_of(192, kernels_here)
+    operand = mvue.mvue_operand(dy, draws.key, draws.streams, True)
     expected = mvue.packed_wgrad(operand, x, row_bits)
     moved = [
         torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=kernels_here)[1:].view_as(tensor).copy_(tensor)

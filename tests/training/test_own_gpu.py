@@ -15,6 +15,8 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.delenv(parallel.SHARE_GPUS, raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_HOSTID", "this")
     return taken
 
@@ -58,8 +60,13 @@ def test_ranks_that_share_are_machines_of_their_own_to_nccl(two_gpus, monkeypatc
     assert two_gpus == [0, 1, 0, 1]
 
 
-def test_ranks_that_need_not_share_do_not(two_gpus, monkeypatch):
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_ranks_that_need_not_share_do_not(two_gpus, monkeypatch, name):
     monkeypatch.setenv(parallel.SHARE_GPUS, "1")
     be_rank(monkeypatch, 1, 2)
     parallel.take_gpu()
-    assert two_gpus == [1] and os.environ["NCCL_HOSTID"] == "this"
+    # The last of two machines with two ranks each.
+    be_rank(monkeypatch, 3, 4, local_rank=1)
+    monkeypatch.setenv(name, "2")
+    parallel.take_gpu()
+    assert two_gpus == [1, 1] and os.environ["NCCL_HOSTID"] == "this"

@@ -98,6 +98,19 @@ def _up_kernel(
     tl.store(out + token[:, None] * rows + row[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
+def down_blocks(block_p: int, joined: bool) -> tuple[int, int, int, int]:
+    """Tokens and columns a step of `down`, stages and warps: the fastest of twelve on an H200.
+
+    Args:
+        block_p: the rank that a program holds.
+        joined: whether it writes X' too.
+    """
+    if not joined:
+        return 64, 64, 4, 4
+    # 128 columns of a higher rank overflow shared memory.
+    return (64, 128, 3, 8) if block_p <= 128 else (64, 64, 4, 8)
+
+
 def down(
     x_TS: torch.Tensor,
     factor_PS: torch.Tensor,
@@ -112,15 +125,12 @@ def down(
 
     Args:
         x_TS: rows contiguous; `factor_PS` in any order; P at most MOST_RANK.
-        blocks: tokens and columns a step, stages and warps; None: the fastest of twelve on an H200.
+        blocks: tokens and columns a step, stages and warps; None: `down_blocks`.
     """
     tokens, columns = x_TS.shape
     rank = factor_PS.shape[0]
     block_p = max(16, triton.next_power_of_2(max(rank, padded)))
-    if blocks is None:
-        # 128 columns of a higher rank overflow shared memory.
-        blocks = (64, 64, 4, 4) if joined is None else (64, 128, 3, 8) if block_p <= 128 else (64, 64, 4, 8)
-    block_t, block_s, stages, warps = blocks
+    block_t, block_s, stages, warps = blocks or down_blocks(block_p, joined is not None)
     _down_kernel[(triton.cdiv(tokens, block_t),)](
         x_TS,
         x_TS,
