@@ -208,8 +208,6 @@ def ranks_wanted(arguments) -> int:
     import torch
     from common import require_gpu
 
-    from slope_megatron.training.parallel import SHARE_GPUS
-
     if "dense" not in arguments.modes:
         raise ValueError(
             f"--modes is {' '.join(arguments.modes)}: dense must be among them, the others are compared with it"
@@ -230,6 +228,9 @@ def ranks_wanted(arguments) -> int:
     if arguments.share_gpus:
         if arguments.share_gpus <= found:
             raise ValueError(f"--share-gpus is {arguments.share_gpus} and this machine has {found}: use --gpus")
+        # Imported late: it brings Megatron with it.
+        from slope_megatron.training.parallel import SHARE_GPUS
+
         os.environ[SHARE_GPUS] = "1"  # for the ranks
     return arguments.share_gpus or arguments.gpus or found
 

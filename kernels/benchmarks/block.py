@@ -7,14 +7,15 @@ Attention is torch's scaled_dot_product_attention; norms, biases, activations an
 """
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from linears import DTYPE, LinearMaker
 from models import Model
 
+from slope_megatron.layers.fused import allow_variants
+
 SEQUENCE = 2048
-# A variant for each model and pass; past dynamo's own limit of 8 a function would run unfused.
-torch._dynamo.config.recompile_limit = 64
+# A variant of the functions below for each model and pass.
+allow_variants()
 
 
 @torch.compile

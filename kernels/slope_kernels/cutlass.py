@@ -116,6 +116,25 @@ def unsupported_shape(rows: int, columns: int, dtype: torch.dtype) -> str | None
     return None
 
 
+def hopper_source(file: str, **macros) -> load_cuda.Source:
+    """One of our sources, for sm_90."""
+    return load_cuda.Source(file, "90a", tuple((name, str(value)) for name, value in macros.items()))
+
+
+def enqueue(function, arguments: ctypes.Structure, device: int, error_text, what: str) -> None:
+    """Call a library's function on the current stream.
+
+    Args:
+        error_text: the library's own, from its error codes.
+        what: the product, for the message.
+    Raises:
+        RuntimeError: CUTLASS refused, with its reason.
+    """
+    error = function(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
+    if error:
+        raise RuntimeError(f"CUTLASS refused {what}: {error_text(error).decode()}")
+
+
 def source(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> load_cuda.Source:
     """What to compile for a kernel; `with_source`: with the epilogue that adds beta C."""
     macros = {
@@ -128,7 +147,7 @@ def source(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> loa
         "SLOPE_SCHEDULE": kernel.schedule,
         "SLOPE_SOURCE": int(with_source),
     }
-    return load_cuda.Source("sparse_gemm_sm90.cu", "90a", tuple((name, str(value)) for name, value in macros.items()))
+    return hopper_source("sparse_gemm_sm90.cu", **macros)
 
 
 @functools.cache
@@ -189,12 +208,8 @@ def run(
         algorithm.swizzle,
         algorithm.raster,
     )
-    error = opened.slope_sparse_gemm(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
-    if error:
-        raise RuntimeError(
-            f"CUTLASS refused the product {rows} x {columns}, {tokens} tokens, with {algorithm.kernel}: "
-            f"{opened.slope_error(error).decode()}"
-        )
+    what = f"the product {rows} x {columns}, {tokens} tokens, with {algorithm.kernel}"
+    enqueue(opened.slope_sparse_gemm, arguments, device, opened.slope_error, what)
 
 
 def metadata_places(kernel: Kernel, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import functools
 import torch
 
 from slope_kernels import load_cuda
-from slope_kernels.cutlass import ELEMENTS, TILE_COLUMNS, Algorithm
+from slope_kernels.cutlass import ELEMENTS, TILE_COLUMNS, Algorithm, enqueue, hopper_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def source(kernel: Kernel, dtype: torch.dtype) -> load_cuda.Source:
         "SLOPE_CLUSTER_R": kernel.cluster[0],
         "SLOPE_CLUSTER_C": kernel.cluster[1],
     }
-    return load_cuda.Source("packed_wgrad_sm90.cu", "90a", tuple((name, str(value)) for name, value in macros.items()))
+    return hopper_source("packed_wgrad_sm90.cu", **macros)
 
 
 @functools.cache
@@ -108,9 +108,5 @@ def run(
         algorithm.raster,
     )
     opened = library(algorithm.kernel, x_TK.dtype)
-    error = opened.slope_packed_wgrad(ctypes.byref(arguments), torch.cuda.current_stream(device).cuda_stream)
-    if error:
-        raise RuntimeError(
-            f"CUTLASS refused the wgrad {rows} x {columns}, {tokens} tokens, with {algorithm.kernel}: "
-            f"{opened.slope_error(error).decode()}"
-        )
+    what = f"the wgrad {rows} x {columns}, {tokens} tokens, with {algorithm.kernel}"
+    enqueue(opened.slope_packed_wgrad, arguments, device, opened.slope_error, what)

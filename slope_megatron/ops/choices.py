@@ -94,7 +94,6 @@ _table: dict[Key, Choice] = {}
 _orders: dict[Key, Order] = {}
 _algorithms: dict[tuple, cusparselt.Algorithm] = {}
 _cutlass_algorithms: dict[tuple, cutlass.Algorithm] = {}
-_packed_algorithms: dict[tuple, cutlass.Algorithm] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
@@ -136,7 +135,8 @@ def cutlass_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) 
 
 def packed_algorithm(rows: int, columns: int, tokens: int, dtype: torch.dtype) -> cutlass.Algorithm | None:
     """The measured kernel of a wgrad with the packing epilogue; None: not measured, or it lost."""
-    return _packed_algorithms.get((rows, columns, tokens, dtype))
+    choice = find(Key("wgrad", rows, columns, tokens, dtype))
+    return choice.algorithm if choice and isinstance(choice.algorithm, cutlass.Algorithm) else None
 
 
 def record(key: Key, choice: Choice) -> None:
@@ -144,8 +144,8 @@ def record(key: Key, choice: Choice) -> None:
     _table[key] = choice
     algorithm = choice.algorithm
     if isinstance(algorithm, cutlass.Algorithm):
-        table = _packed_algorithms if key.kind == "wgrad" else _cutlass_algorithms
-        table[(key.rows, key.columns, key.tokens, key.dtype)] = algorithm
+        if key.kind != "wgrad":  # `packed_algorithm` finds those
+            _cutlass_algorithms[(key.rows, key.columns, key.tokens, key.dtype)] = algorithm
     elif choice.sparse and algorithm is not None:
         if key.kind == "wgrad":
             shape = (key.rows, cusparselt.padded_columns(key.tokens), key.columns, key.dtype, True)
@@ -174,7 +174,6 @@ def clear() -> None:
     _orders.clear()
     _algorithms.clear()
     _cutlass_algorithms.clear()
-    _packed_algorithms.clear()
 
 
 def refuse_while_capturing(key, device: torch.device) -> None:

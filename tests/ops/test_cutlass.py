@@ -1,5 +1,6 @@
 """The `cutlass` backend against the reference; on a CPU the op's plain-torch twin stands in for the kernels."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -275,3 +276,13 @@ def test_under_a_cuda_graph_and_without_a_sync(kernels_here, fresh_choices):
     graph.replay()
     expected = (theirs.forward(x), theirs.dgrad(dy), theirs.wgrad(dy, x))
     assert all(torch.equal(found, wanted) for found, wanted in zip(outputs, expected, strict=True))
+
+
+def test_a_refusal_says_what_was_refused_and_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: argparse.Namespace(cuda_stream=7))
+    texts = {1: b"invalid value"}.__getitem__
+    streams = []
+    kernels.enqueue(lambda _, stream: streams.append(stream), kernels.Arguments(), 0, texts, "the product 64 x 64")
+    assert streams == [7]
+    with pytest.raises(RuntimeError, match="CUTLASS refused the product 64 x 64: invalid value"):
+        kernels.enqueue(lambda *_: 1, kernels.Arguments(), 0, texts, "the product 64 x 64")

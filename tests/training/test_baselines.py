@@ -15,6 +15,9 @@ METHODS = {
     "srste": {"method": "srste", "srste_decay": 0.05},
     "fst": {"method": "fst", "fst_decay": 0.05, "fst_mask_interval": 3, "fst_dense_tail": 0.25},
 }
+# Where draws decide, a rounding may turn one that falls on the edge between two tokens, and what follows with it: at
+# these seeds none does, so that layouts can be held to rounding alone.
+SEEDS = {"opt": 1234, "llama": 2, "bert": 1234}
 # TP, PP, DP, and what else differs from one process.
 LAYOUTS = [
     (2, 1, 1, {"sequence_parallel": True, "recompute": "full"}),
@@ -50,7 +53,7 @@ def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
 def config_of(method, family="opt", zero_stage=1, **more):
     slope = {**METHODS[method], **({"adapter_rank": 4, "lazy_fraction": 0.4} if method == "srste" else {})}
     shape = {"gated": family == "llama", "bert": family == "bert"}
-    config = small_config(slope=slope, steps=STEPS, keep_checkpoints=9, **shape, **more)
+    config = small_config(slope=slope, steps=STEPS, keep_checkpoints=9, seed=SEEDS[family], **shape, **more)
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=zero_stage))
 
 
@@ -78,7 +81,10 @@ def test_layouts_are_equal(ranks, method, family):
         world = tensor_parallel * pipeline_parallel * data_parallel
         results = ranks.run(train, config_of(method, family, **sizes, **more), world=world, **sizes)
         for steps, _ in results:
-            check_steps(steps, losses, norms, draws=method != "srste")
+            # fp32: the order of sums differs (DESIGN section 2); a rounding also turns a draw that falls on the edge
+            # between two tokens, which moves one row's gradient, not the loss.
+            assert [loss for loss, _ in steps] == pytest.approx(losses, rel=1e-5)
+            assert [norm for _, norm in steps] == pytest.approx(norms, rel=1e-3 if method == "full" else 1e-4)
         found = assemble(results)
         assert found.keys() == whole.keys()
         for name, tensor in whole.items():
@@ -86,23 +92,7 @@ def test_layouts_are_equal(ranks, method, family):
                 same = (found[name] == tensor).float().mean()
                 assert same == 1.0 or name.endswith("weight_column"), name
             else:
-                assert relative_error(found[name], tensor) < (1e-3 if method == "srste" else TURNED), name
-
-
-# A rounding turns a draw that falls on the edge between two tokens, in a few of a step's many groups or in none. That
-# moves a row's gradient, and what follows, by more than rounding does; draws of another place would move all from the
-# first step on.
-EXACT_STEPS, TURNED = 4, 5e-3
-
-
-def check_steps(steps, losses, norms, draws: bool):
-    """fp32: the order of sums differs (DESIGN section 2)."""
-    found_losses, found_norms = zip(*steps, strict=True)
-    exact = EXACT_STEPS if draws else STEPS
-    assert found_losses[:exact] == pytest.approx(losses[:exact], rel=1e-5)
-    assert found_norms[:exact] == pytest.approx(norms[:exact], rel=1e-3 if draws else 1e-4)
-    assert found_losses == pytest.approx(losses, rel=TURNED)
-    assert found_norms == pytest.approx(norms, rel=10 * TURNED)
+                assert relative_error(found[name], tensor) < 1e-3, name
 
 
 def trained_masks(config):
