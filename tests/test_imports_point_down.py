@@ -10,19 +10,23 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "slope_kernels": set(),
     "config": set(),
+    "storage": set(),
     "versions": set(),
     "sparsity": set(),
-    "ops": {"slope_kernels", "sparsity", "config"},
+    "ops": {"slope_kernels", "sparsity", "config", "storage"},
     "linear": {"ops", "config"},
     "layers": {"linear", "ops", "sparsity", "config"},
     "models": {"layers", "sparsity", "config"},
     "inference": {"ops", "sparsity", "config"},
-    "export": {"models", "inference", "sparsity", "config"},
-    "data": {"config"},
-    "evaluation": {"models", "layers", "data", "export", "inference", "config"},
-    "training": {"models", "layers", "ops", "data", "sparsity", "config", "versions"},
-    "launch": {"models", "layers", "config", "versions"},
-    "cli": {"training", "data", "evaluation", "export", "inference", "launch", "models", "ops", "config", "versions"},
+    "export": {"models", "inference", "sparsity", "config", "storage"},
+    "data": {"config", "storage"},
+    "evaluation": {"models", "layers", "data", "export", "inference", "config", "storage"},
+    "training": {"models", "layers", "ops", "data", "sparsity", "config", "storage", "versions"},
+    "launch": {"models", "layers", "config", "storage", "versions"},
+    "cli": {
+        *("training", "data", "evaluation", "export", "inference", "launch"),
+        *("models", "ops", "config", "storage", "versions"),
+    },
 }
 FILES = [*(ROOT / "slope_megatron").rglob("*.py"), *(ROOT / "kernels/slope_kernels").rglob("*.py")]
 

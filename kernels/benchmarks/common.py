@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 
 from slope_megatron.ops import choices, timing
+from slope_megatron.storage import earlier
 
 RESULTS = Path(__file__).parent / "results"
 HATCHES = ("", "//", "..", "\\\\", "xx", "--")
 # Dense-equivalent bf16 rate of 2:4 tensor cores by the vendor's datasheets, TFLOP/s.
 SPARSE_PEAK = {"H200": 1979, "H100": 1979, "A100": 624}
+# Files of this process: what else is in a file of that name was another's.
+_written: set[Path] = set()
 
 
 def machine() -> str:
@@ -36,14 +39,18 @@ def copy_bandwidth() -> float:
 def write_csv(name: str, rows: list[dict], folder: Path | None = None, note: str = "") -> Path:
     """`results/<name>.csv`, all of it in one step; the first line, a comment, is the machine.
 
-    Called after every row or few: a benchmark that is stopped leaves those it has.
+    Called after every row or few: a benchmark that is stopped leaves those it has. An earlier benchmark's rows are kept
+    in the folder `earlier`.
 
     Args:
         note: what else the first line says.
     """
     folder = Path(folder or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.csv"
+    path = Path(os.path.realpath(folder / f"{name}.csv"))
+    if path not in _written:
+        earlier.set_aside(path, "these rows are of an earlier benchmark")
+        _written.add(path)
     partial = path.with_suffix(".csv.partial")
     with partial.open("w", newline="") as file:
         file.write(f"# {note}{'; ' if note else ''}{machine()}\n")

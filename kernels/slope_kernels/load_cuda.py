@@ -143,8 +143,10 @@ def _command(source: Source, target: Path) -> list[str]:
 def _lock(path: Path):
     """Held by one process at a time; where the file system has no locks, by nobody: a rename is atomic anyway."""
     with path.open("w") as file:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.info("%s: no lock (%s): processes that start together may each compile", path, error.strerror)
         yield
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from slope_megatron.cli.parser import manual
 from slope_megatron.config import add_config_arguments, read_config
 from slope_megatron.config.json_file import read_json
+from slope_megatron.storage import whole
 
 logger = logging.getLogger(__name__)
 STATED_MFU = 0.4
@@ -99,7 +99,7 @@ def read_vocabulary(arguments, config) -> int:
         return arguments.vocabulary or config.model.vocab_size
     manifest = Path(config.data.data) / "manifest.json"
     if config.data.data and manifest.is_file():
-        return read_json(manifest, "prepare the data again, or give --vocabulary")["vocab_size"]
+        return read_json(manifest, "prepare the data again, or give --vocabulary", holds=("vocab_size",))["vocab_size"]
     if config.data.data:
         logger.warning("--data %s holds no manifest.json here: OPT's 50272 tokens are assumed", config.data.data)
     return 50272
@@ -254,9 +254,7 @@ def show(arguments, asked, found, only) -> None:
 def write_files(arguments, asked, found) -> None:
     if arguments.json:
         rows = [{**dataclasses.asdict(row), "gib": row.gib, "tokens_per_step": tokens_of(asked)} for row in found]
-        partial = arguments.json.with_name(f"{arguments.json.name}.partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(partial, arguments.json)
+        whole.write_json(arguments.json, rows)
     if arguments.png:
         from slope_megatron.launch.plan_plot import draw
 

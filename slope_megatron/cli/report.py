@@ -23,12 +23,12 @@ def add_parser(subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.evaluation.run_report import write_report
+    from slope_megatron.storage.folders import output_folder
 
     for folder in arguments.runs:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: give run folders, such as runs/quickstart/sparse")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out} is a file: give a folder")
+    output_folder(arguments.out, "--out")
     if (arguments.out / "report.md").exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.out} holds a report already: give --overwrite, or another --out")
     path = write_report(arguments.runs, arguments.out)

@@ -1,22 +1,28 @@
 """JSON files, and what to say of one that is damaged."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 
-def read_json(path: Path, way_out: str) -> Any:
+def read_json(path: Path, way_out: str, holds: Collection[str] = ()) -> Any:
     """What a JSON file holds.
 
     Args:
         way_out: what to do about a file that is damaged.
+        holds: keys that it must have.
     Raises:
-        ValueError: it is not readable, not UTF-8, or no JSON; names the file.
+        ValueError: it is not readable, not UTF-8, no JSON, or lacks a key; names the file.
         FileNotFoundError: it does not exist.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): make it readable") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
         raise ValueError(f"{path} is damaged: it is no JSON ({error}); {way_out}") from None
+    missing = [key for key in holds if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}; {way_out}")
+    return content

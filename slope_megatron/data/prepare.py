@@ -29,11 +29,12 @@ from slope_megatron.data.encode import Task, encode_parts
 from slope_megatron.data.fast_tokenizer import FastTokenizer, train_fast_tokenizer
 from slope_megatron.data.figures import command_of, figures_of
 from slope_megatron.data.indexed import join_parts, token_dtype
-from slope_megatron.data.scratch import explain, move_into_place, sealed_folder, workspace_beside
+from slope_megatron.data.scratch import explain, sealed_folder, workspace_beside
 from slope_megatron.data.settings import TRAINED, PrepareSettings
 from slope_megatron.data.sources import Source, describe_skipped, open_source, parse_specs
 from slope_megatron.data.splits import SPLITS, assign_splits, published_splits
 from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer, training_chunks
+from slope_megatron.storage import folders
 
 # Bytes of training text that a tokenizer learns from, and for each of its tokens: seconds of work, and more would
 # hardly change it.
@@ -71,7 +72,7 @@ def prepare(
     workers = workers if workers is not None else available_cores()
     if workers < 1:
         raise ValueError(f"--workers is {workers}: it must be at least 1; leave it out to use every core")
-    out = Path(out).absolute()
+    out = folders.output_folder(out, "--out")
     specs, weights = parse_specs([source] if isinstance(source, str) else source)
     texts = [
         open_source(
@@ -98,7 +99,7 @@ def prepare(
                 logger.info(f"{out} already holds this corpus prepared with these settings: nothing to do")
                 return finished
             folder = _write(work, corpora, specs, weights, chosen, given, workers)
-            move_into_place(folder, out)
+            folders.put(folder, out, manifests.NAME)
             return manifests.load_manifest(out)
     except OSError as failure:
         raise ValueError(f"preparing {out} did not finish: {explain(failure, out)}") from failure
@@ -140,9 +141,7 @@ def _check_target(out: Path, texts: list[Source], chosen: PrepareSettings, overw
     for text in texts:
         if text.folder is not None and out.resolve().is_relative_to(text.folder.resolve()):
             raise ValueError(f"--out {out} lies inside the source folder {text.folder}: choose a folder outside of it")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: choose a folder")
-    if not out.exists() or not any(out.iterdir()):
+    if folders.is_free(out):
         return
     if foreign := manifests.foreign_entries(out):
         # Not even with --overwrite: a mistyped path must not delete somebody's files.

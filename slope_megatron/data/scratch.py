@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -10,6 +9,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from slope_megatron.storage import locks
 
 logger = logging.getLogger(__name__)
 IDENTITY = "identity.json"
@@ -46,10 +47,8 @@ def workspace_beside(target: Path, identity: dict) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is preparing {target}: wait for it, or choose another folder") from None
+        if not locks.take(lock, f"nothing keeps a second prepare from writing {target} too; start only one"):
+            raise ValueError(f"another process is preparing {target}: wait for it, or choose another folder")
         _begin_or_continue(folder, identity)
         try:
             yield folder
@@ -112,17 +111,3 @@ def _needs_writable(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder} cannot be written to ({failure.strerror}): choose a folder you may write to"
         ) from failure
-
-
-def move_into_place(finished: Path, target: Path) -> None:
-    """Rename `finished`, a folder in the scratch folder, to `target`; what was there goes with the scratch folder."""
-    old = finished.parent / "replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(finished, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise

@@ -1,9 +1,14 @@
 """Plots of run folders. Runs differ by colour, mark and line; colours also by brightness, for print in greyscale."""
 
 import dataclasses
-import json
+import logging
 import math
+import os
 from pathlib import Path
+
+from slope_megatron.storage.metrics_file import read_metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +42,17 @@ BYTE_COLOURS = {"weights": "#1b3a5c", "patterns": "#d55e00", "gradients": "#5aa0
 MIB = 2**20
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """All complete lines of a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+def save(figure, target: Path) -> None:
+    """Replace a picture by the finished one; a link is followed."""
+    target = Path(os.path.realpath(target))
+    partial = target.with_name(f"{target.name}.partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, target)
 
 
 def curve(metrics: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric."""
-    points = [(line["step"], line[key]) for line in metrics if key in line]
+    """Steps and values of one metric; those that were not finite are null in the file, and left out."""
+    points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -65,11 +72,14 @@ def plot_losses(runs: dict[str, Path], target: Path, *, adapter_start: int | Non
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=130)
     lowest = unigram_entropy
     for (label, run), style in zip(runs.items(), STYLES, strict=False):
-        metrics = read_metrics(run)
+        metrics, damaged = read_metrics(run / "metrics.jsonl")
+        if damaged:
+            logger.warning("%s: %d damaged lines are passed over", run / "metrics.jsonl", len(damaged))
         steps, losses = curve(metrics, "loss")
         axes.plot(steps, losses, color=style.colour, linestyle=style.line, linewidth=0.8, alpha=0.6)
         steps, values = curve(metrics, "val_loss")
-        axes.plot(steps, values, **style.dots(), label=f"{label}: validation {values[-1]:.3f}")
+        last = f"validation {values[-1]:.3f}" if values else "no validation"
+        axes.plot(steps, values, **style.dots(), label=f"{label}: {last}")
         lowest = min(lowest, *losses, *values)
     axes.plot([], [], color="black", linewidth=0.8, alpha=0.6, label="thin: training")
     axes.axhline(unigram_entropy, color="grey", linestyle=":", label=f"unigram entropy {unigram_entropy:.3f}")
@@ -82,7 +92,7 @@ def plot_losses(runs: dict[str, Path], target: Path, *, adapter_start: int | Non
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(target)
+    save(figure, target)
     plt.close(figure)
 
 
@@ -105,7 +115,7 @@ def plot_runs(records: list, target: Path) -> None:
     draw_losses(losses, records, styles)
     draw_speed(speed, records, styles)
     draw_bytes(memory, records)
-    figure.savefig(target)
+    save(figure, target)
     plt.close(figure)
 
 
@@ -121,8 +131,8 @@ def draw_losses(axes, records, styles) -> None:
         axes.plot(steps, values, **style.dots(), label=label)
         finals += values
         # What training reached once validation began stays in the picture as well.
-        losses = [line["loss"] for line in record.metrics if "loss" in line and steps and line["step"] >= steps[0]]
-        finals += losses
+        training = zip(*curve(record.metrics, "loss"), strict=True)
+        finals += [loss for step, loss in training if steps and step >= steps[0]]
     if finals:
         low, high = min(finals), max(finals)
         margin = max(0.02 * low, 0.1 * (high - low))

@@ -1,12 +1,12 @@
 """The report of `slope quickstart`: the sparse run beside its dense twin, in words, figures and one plot."""
 
-import json
 import math
 import os
 import platform
 from pathlib import Path
 
 from slope_megatron.evaluation.plots import plot_losses
+from slope_megatron.storage import whole
 
 MIB = 2**20
 
@@ -51,7 +51,7 @@ def write_report(
     sparse_config = configs["sparse"]
     start = int((1.0 - sparse_config["slope"]["lazy_fraction"]) * sparse_config["train"]["steps"] + 1e-9)
     plot_losses(runs, out / "loss.png", adapter_start=start, unigram_entropy=summary["unigram_entropy"])
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    whole.write_json(out / "summary.json", summary)
     sections = (
         headline(summary),
         "![loss](loss.png)",
@@ -60,7 +60,7 @@ def write_report(
         pruning_paragraph(summary),
         set_up(summary, configs, manifest, versions, dtype_reason, start),
     )
-    (out / "report.md").write_text("# Quickstart report\n\n" + "\n\n".join(sections) + "\n")
+    whole.write_text(out / "report.md", "# Quickstart report\n\n" + "\n\n".join(sections) + "\n")
 
 
 def headline(summary: dict) -> str:

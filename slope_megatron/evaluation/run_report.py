@@ -9,8 +9,11 @@ import math
 from pathlib import Path
 
 from slope_megatron.config.saved import SavedConfig
-from slope_megatron.evaluation.plots import plot_runs, read_metrics
+from slope_megatron.evaluation.plots import plot_runs
 from slope_megatron.evaluation.scores import read_scores
+from slope_megatron.storage import whole
+from slope_megatron.storage.folders import output_folder
+from slope_megatron.storage.metrics_file import read_metrics
 
 MIB = 2**20
 BYTES = ("weights", "patterns", "operands", "gradients", "optimizer")
@@ -31,7 +34,7 @@ class RunRecord:
     @property
     def val_loss(self) -> float | None:
         """The last one measured."""
-        last = next((line["val_loss"] for line in reversed(self.metrics) if "val_loss" in line), None)
+        last = next((line["val_loss"] for line in reversed(self.metrics) if line.get("val_loss") is not None), None)
         return self.summary.get("val_loss", last)
 
 
@@ -46,21 +49,28 @@ def read_run(folder: Path, label: str) -> RunRecord:
 
     def read(name: str) -> dict:
         try:
-            return json.loads((folder / name).read_text())
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                return content
+            missing.append(f"{name} (damaged)")
         except FileNotFoundError:
             missing.append(name)
         except ValueError:
             missing.append(f"{name} (damaged)")
+        except OSError as error:
+            missing.append(f"{name} ({error.strerror})")
         return {}
 
     description, summary = read("run.json"), read("summary.json")
     metrics: list[dict] = []
     try:
-        metrics = read_metrics(folder)
+        metrics, damaged = read_metrics(folder / "metrics.jsonl")
+        if damaged:
+            missing.append(f"{len(damaged)} lines of metrics.jsonl (damaged, passed over)")
     except FileNotFoundError:
         missing.append("metrics.jsonl")
-    except ValueError:
-        missing.append("metrics.jsonl (damaged)")
+    except OSError as error:
+        missing.append(f"metrics.jsonl ({error.strerror})")
     if not (description or summary or metrics):
         raise ValueError(f"{folder} holds no run: it has none of run.json, summary.json and metrics.jsonl")
     return RunRecord(label, folder, description, metrics, summary, read_scores(folder), tuple(missing))
@@ -80,6 +90,7 @@ def labels_of(folders: list[Path]) -> list[str]:
 def write_report(folders: list[Path], out: Path) -> Path:
     """report.md, report.png and report.json in `out`; returns the Markdown's path."""
     records = [read_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
+    out = output_folder(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     plot_runs(records, out / "report.png")
     sections = (
@@ -93,9 +104,9 @@ def write_report(folders: list[Path], out: Path) -> Path:
         missing(records),
     )
     path = out / "report.md"
-    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    whole.write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     figures = {record.label: {"summary": record.summary, "scores": record.scores} for record in records}
-    (out / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    whole.write_json(out / "report.json", figures)
     return path
 
 

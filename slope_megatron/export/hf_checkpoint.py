@@ -81,7 +81,7 @@ def import_hf(folder: Path, target: Path, dtype: torch.dtype = torch.float32) ->
     from torch.distributed import checkpoint
 
     _, weights = open_folder(folder)
-    with new_folder(target, total_bytes(weights, dtype)) as partial:
+    with new_folder(target, total_bytes(weights, dtype), ".metadata") as partial:
         state = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
         with warnings.catch_warnings():
             # That one process writes is the intent.

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from slope_megatron.storage import folders
+
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Configuration, tokenizer, headers of the files.
 SMALL_FILES = 64 * 2**20
@@ -92,9 +94,9 @@ def write_json(path: Path, content) -> None:
 def check_target(target: Path, size: int) -> None:
     """
     Raises:
-        ValueError: the folder exists, or the disk has no room for `size` bytes.
+        ValueError: something is in the folder, its path leads nowhere, or the disk has no room for `size` bytes.
     """
-    if target.exists():
+    if not folders.is_free(folders.output_folder(target, "OUT")):
         raise ValueError(f"{target} exists already: nothing is replaced; give another folder, or remove it")
     parent = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
@@ -106,9 +108,14 @@ def check_target(target: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder to write `size` bytes into, which gets its name when the block ends; nothing is left if it fails."""
+def new_folder(target: Path, size: int, seal: str = "config.json") -> Iterator[Path]:
+    """A folder to write `size` bytes into, which gets its name when the block ends; nothing is left if it fails.
+
+    Args:
+        seal: the file without which no reader takes the folder for complete.
+    """
     check_target(target, size)
+    target = folders.output_folder(target, "OUT")
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -117,7 +124,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         for path in sorted(partial.rglob("*")):
             flush(path)
         flush(partial)
-        os.rename(partial, target)
+        folders.put(partial, target, seal)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

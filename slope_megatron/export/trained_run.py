@@ -19,6 +19,7 @@ from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.inference.text import find_tokenizer
 from slope_megatron.models.parameters import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack, unpack_bits
+from slope_megatron.storage import latest
 
 logger = logging.getLogger(__name__)
 STEP = re.compile(r"step_\d{8,}")
@@ -70,9 +71,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
             steps = ", ".join(str(int(folder.name.removeprefix("step_"))) for folder in complete)
             raise ValueError(f"{run} has no checkpoint of step {step}: it has those of {steps}")
         return wanted
-    pointer = run / "checkpoints" / "latest"
-    named = run / "checkpoints" / pointer.read_text().strip() if pointer.is_file() else complete[-1]
-    return named if named in complete else complete[-1]
+    return latest.find(complete)
 
 
 def check_sizes(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The planner's picture: what fills the fullest GPU, and the time of a step, layout by layout."""
 
 import functools
+import os
 from pathlib import Path
 
 from slope_megatron.launch.memory import GIB
@@ -59,6 +60,7 @@ def draw(path: Path, rows: list[Row], capacity_gib: float, title: str) -> None:
     time.set_xticks(range(len(chosen)), [str(layout) for layout in chosen], rotation=60, ha="right", fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
+    path = Path(os.path.realpath(path))  # a link is followed, not replaced
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)

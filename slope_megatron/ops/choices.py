@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from slope_kernels import cusparselt, cusparselt_library, cutlass
+from slope_megatron.storage import whole
 
 logger = logging.getLogger(__name__)
 Algorithm = cusparselt.Algorithm | cutlass.Algorithm
@@ -255,24 +256,34 @@ def _order_of(fields: dict) -> Order:
     return Order(**fields)
 
 
+def _decision_of(fields: dict) -> Choice | Order:
+    return _order_of(fields) if "order" in fields else _choice_of(fields)
+
+
 def save(path: Path) -> None:
     """Write the table."""
     table = {str(key): dataclasses.asdict(choice) for key, choice in (_table | _orders).items()}
     content = {"machine": machine(), "choices": dict(sorted(table.items()))}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    whole.write_json(Path(path), content)
 
 
 def load(path: Path) -> bool:
-    """Adopt a saved table; False, with a log line, when it was made on another machine."""
-    saved = json.loads(Path(path).read_text())
+    """Adopt a saved table; False, with a log line, when it was made on another machine or cannot be read."""
     here = machine()
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = {Key.parse(text): _decision_of(fields) for text, fields in saved["choices"].items()}
+        dict(saved["machine"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s): products are measured anew", path, " ".join(str(error).split()))
+        return False
     if saved["machine"] != here:
         different = sorted(name for name in here if saved["machine"].get(name) != here[name])
         logger.info("%s was measured with another %s: products are measured anew", path, ", ".join(different))
         return False
-    for text, fields in saved["choices"].items():
-        if "order" in fields:
-            record_order(Key.parse(text), _order_of(fields))
+    for key, decision in table.items():
+        if isinstance(decision, Order):
+            record_order(key, decision)
         else:
-            record(Key.parse(text), _choice_of(fields))
+            record(key, decision)
     return True

@@ -21,6 +21,7 @@ from megatron.core import dist_checkpointing
 
 from slope_megatron.config import Config
 from slope_megatron.config.saved import FIXED_ON_RESUME, SavedConfig, saved_form
+from slope_megatron.storage import latest
 from slope_megatron.training import files
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.engine_state import (
@@ -138,7 +139,7 @@ def publish(partial: Path, target: Path, manifest: dict[str, dict]) -> None:
         os.rename(target, target.with_name(f"{target.name}.old.partial"))
     os.rename(partial, target)
     files.sync_folder(target.parent)
-    files.write_text(target.parent / "latest", f"{target.name}\n")
+    latest.point_at(target)
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -174,7 +175,7 @@ def remove_partial(run: Path) -> None:
 
 
 def newest(run: Path) -> Path:
-    """The checkpoint to go on from: the one `latest` names, or the newest there is when that folder is gone.
+    """The checkpoint to go on from: the one that `latest` names, or the newest there is when it names none.
 
     Raises:
         ValueError: there is none.
@@ -182,12 +183,7 @@ def newest(run: Path) -> Path:
     complete = complete_checkpoints(run)
     if not complete:
         raise ValueError(f"{run} has no complete checkpoint to resume from: start anew with --overwrite")
-    pointer = run / "checkpoints" / "latest"
-    named = run / "checkpoints" / pointer.read_text().strip() if pointer.is_file() else complete[-1]
-    if named not in complete:
-        logger.warning("%s is gone: resuming from %s", named.name, complete[-1].name)
-        return complete[-1]
-    return named
+    return latest.find(complete)
 
 
 class CorruptCheckpoint(ValueError):

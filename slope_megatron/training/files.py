@@ -1,23 +1,12 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Files of a run: written whole (`storage.whole`), sealed by checksums, and what went wrong with one in words."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
+from slope_megatron.storage.whole import write_json, write_text
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` in one step: a sibling is written, flushed to disk and renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
+__all__ = ["reason", "seal", "sha256", "sync_folder", "write_json", "write_text"]
 
 
 def sha256(path: Path) -> str:

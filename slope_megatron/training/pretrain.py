@@ -1,7 +1,6 @@
 """`slope pretrain`: the run from its first line to its summary."""
 
 import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from slope_megatron.config import Config
 from slope_megatron.data.batches import datasets_for, load_manifest
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.table import sparsity_table
+from slope_megatron.storage import folders
 from slope_megatron.training import (
     accounting,
     checkpoint,
@@ -109,7 +109,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     except ValueError:
         leave(watch)
         if not resume_from and locks:
-            shutil.rmtree(run)  # nothing but its description is there yet
+            folders.remove(run)  # nothing but its description is there yet
         raise
     kernel_choices.share(run, resumed=resume_from is not None)
     writers: list = []

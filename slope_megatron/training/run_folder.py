@@ -1,9 +1,7 @@
 """The run folder: one run's configuration, metrics and checkpoints, never two runs mixed."""
 
-import fcntl
 import os
 import platform
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -12,9 +10,11 @@ from slope_megatron.config import Config
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import saved_form
 from slope_megatron.data.manifest import fingerprint
+from slope_megatron.storage import folders, locks
 from slope_megatron.training import checkpoint, files
 from slope_megatron.versions import versions
 
+LOCK = "lock"
 DAMAGED_RUN = "copy it from a backup, or start anew with --overwrite or another --out"
 
 
@@ -23,14 +23,13 @@ class RunLock:
 
     def __init__(self, run: Path):
         """Raises ValueError if another process holds it."""
-        self.stream = open(run / "lock", "a+")  # noqa: SIM115 - open as long as the lock is held
-        try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        self.stream = open(run / LOCK, "a+", errors="replace")  # noqa: SIM115 - open as long as the lock is held
+        risk = f"nothing keeps a second process from writing {run} too, which would spoil it; start only one"
+        if not locks.take(self.stream, risk):
             self.stream.seek(0)
             holder = self.stream.read().strip() or "another process"
             self.stream.close()
-            raise ValueError(f"{run} is being written by {holder}: wait for it to end, or give another --out") from None
+            raise ValueError(f"{run} is being written by {holder}: wait for it to end, or give another --out")
         self.stream.truncate(0)
         self.stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.stream.flush()
@@ -54,15 +53,13 @@ def check_free(config: Config) -> None:
     """Refuse a place where this run cannot be written, before anything is loaded; rank 0 calls it.
 
     Raises:
-        ValueError: a file is there, something that is no run, a run that is not to be continued or deleted, or
-            `--resume` and no run.
+        ValueError: a file or a link to nowhere is there, something that is no run, a run that is not to be continued
+            or deleted, or `--resume` and no run.
     """
     run = Path(config.train.out)
-    file = next((path for path in (run, *run.parents) if path.exists() and not path.is_dir()), None)
-    if file is not None:
-        raise ValueError(f"--out {run}: {file} is a file; give another --out")
+    folders.output_folder(run, "--out")
     resumed = is_resumed(config)
-    if not run.exists() or not any(run.iterdir()):
+    if folders.is_free(run, apart_from=(LOCK,)):
         return
     if not (run / "run.json").is_file():
         raise ValueError(f"{run} is not empty and holds no run of this program: give another --out")
@@ -83,14 +80,14 @@ def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
     """
     run = Path(config.train.out)
     check_free(config)
-    if run.exists() and any(run.iterdir()):
-        lock = RunLock(run)  # a run in progress is neither joined nor deleted
+    replaces = not folders.is_free(run, apart_from=(LOCK,))
+    run.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run)  # a run in progress is neither joined nor deleted
+    if replaces:
         if is_resumed(config):
             check_same_data(run, config)
             return lock
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(run)
+        folders.empty(run, keep=(LOCK,), last="run.json", follow=("checkpoints",))
     content = {
         **saved_form(config.to_dict()),
         "origins": origins,
@@ -106,7 +103,7 @@ def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
 
 def check_same_data(run: Path, config: Config) -> None:
     """The data may have moved, but must be what the run began with."""
-    began_with = read_json(run / "run.json", DAMAGED_RUN)["data_sha256"]
+    began_with = read_json(run / "run.json", DAMAGED_RUN, holds=("data_sha256",))["data_sha256"]
     if fingerprint(config.data.data) != began_with:
         raise ValueError(
             f"{config.data.data} is not the data that {run} began with: give that --data, or another --out"
@@ -116,4 +113,4 @@ def check_same_data(run: Path, config: Config) -> None:
 def saved_dtype(run: Path) -> str | None:
     """The parameter type of the run in this folder, if there is one."""
     description = run / "run.json"
-    return read_json(description, DAMAGED_RUN)["dtype"] if description.is_file() else None
+    return read_json(description, DAMAGED_RUN, holds=("dtype",))["dtype"] if description.is_file() else None

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from slope_megatron.config import Config
+from slope_megatron.storage import earlier
+from slope_megatron.storage.metrics_file import read_metrics
 from slope_megatron.training import files
 
 logger = logging.getLogger(__name__)
@@ -97,13 +99,32 @@ def scalars(values: dict, prefix: str = "") -> dict[str, float]:
 
 
 class JsonLines:
-    """One JSON line a record; on resume, lines of steps that will be done again are dropped."""
+    """One JSON line a record; on resume, lines of steps that will be done again are dropped.
+
+    Lines that cannot be read move to `metrics.jsonl.damaged`, a whole file that cannot be read to `earlier`.
+    """
 
     def __init__(self, path: Path, steps_done: int):
         self.path = path
-        kept = [line for line in read_lines(path) if line["step"] <= steps_done]
+        lines, damaged = self.read()
+        if damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            with open(aside, "ab") as stream:
+                stream.writelines(line + b"\n" for line in damaged)
+            logger.warning("%s: %d damaged lines are kept in %s, the others stay", path, len(damaged), aside.name)
+        kept = [line for line in lines if line["step"] <= steps_done]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.size = path.stat().st_size
+
+    def read(self) -> tuple[list[dict], list[bytes]]:
+        """Records and damaged lines; none of a file that cannot be read, which is set aside."""
+        try:
+            return read_metrics(self.path)
+        except FileNotFoundError:
+            return [], []
+        except OSError as error:
+            earlier.set_aside(self.path, f"it cannot be read ({error.strerror})")
+            return [], []
 
     def write(self, values: dict) -> None:
         """Append one line. What an earlier failure left of half a line is cut off first."""
@@ -116,14 +137,6 @@ class JsonLines:
 
     def close(self) -> None:
         pass
-
-
-def read_lines(path: Path) -> list[dict]:
-    """All complete lines; a last line that a crash cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 class TensorBoard:

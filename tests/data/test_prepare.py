@@ -151,7 +151,7 @@ def test_what_prepare_did_not_write_is_never_replaced(prepared, corpus_folder, t
         with pytest.raises(ValueError, match=rf"did not write \({name}\): choose another folder"):
             prepare(str(corpus_folder), out, overwrite=True, **SETTINGS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file is a file: choose a folder"):
+    with pytest.raises(ValueError, match="file is a file; give the path of a folder"):
         prepare(str(corpus_folder), tmp_path / "file", overwrite=True, **SETTINGS)
 
 
@@ -180,7 +180,7 @@ def test_a_failed_rename_puts_the_old_folder_back(prepared, corpus_folder, tmp_p
 
 def test_an_unwritable_place_is_refused(corpus_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file cannot be written to \(.*\): choose a folder you may write to"):
+    with pytest.raises(ValueError, match=r"--out .*/data: .*/file is a file; give the path of a folder"):
         prepare(str(corpus_folder), tmp_path / "file" / "data", **SETTINGS)
 
 

@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, content):
     assert "is no folder: give run folders" in capsys.readouterr().err
     (tmp_path / "file").write_text("x")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
-    assert f"--out {tmp_path}/file is a file: give a folder" in capsys.readouterr().err
+    assert f"--out {tmp_path}/file is a file; give the path of a folder" in capsys.readouterr().err
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -75,9 +75,10 @@ def test_damaged_files_are_named(tmp_path):
 
     write_run(tmp_path / "run", 2.0)
     (tmp_path / "run" / "summary.json").write_text("{")
-    (tmp_path / "run" / "metrics.jsonl").write_text("not json\n")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b'not json\n{"step": 3, "val_loss": 2.5}\n\xff\n')
     record = read_run(tmp_path / "run", "run")
-    assert record.missing == ("summary.json (damaged)", "metrics.jsonl (damaged)") and record.val_loss is None
+    damaged = "2 lines of metrics.jsonl (damaged, passed over)"
+    assert record.missing == ("summary.json (damaged)", damaged) and record.val_loss == 2.5
     write_scores(tmp_path / "run", "squad", tmp_path, {"lr": 1}, {"f1": 1.5, "deep": {"acc": 2}})
     (tmp_path / "run" / "scores" / "bad.json").write_text("[]")
     assert read_scores(tmp_path / "run") == {"squad": {"f1": 1.5, "deep/acc": 2.0}}

@@ -116,7 +116,7 @@ def test_the_folder_of_another_run_is_refused(corpus, tmp_path):
     stranger.mkdir()
     (stranger / "thesis.tex").write_text("do not lose me")
     in_a_file = slope(*common[:2], "--out", stranger / "thesis.tex" / "run", *MODEL, *RUN)
-    assert in_a_file.returncode == 2 and f"{stranger}/thesis.tex is a file; give another --out" in in_a_file.stderr
+    assert in_a_file.returncode == 2 and f"{stranger}/thesis.tex is a file; give the path" in in_a_file.stderr
     refused = slope(*common[:2], "--out", stranger, *MODEL, *RUN, "--overwrite")
     assert refused.returncode == 2 and "holds no run of this program" in refused.stderr
     assert (stranger / "thesis.tex").read_text() == "do not lose me"

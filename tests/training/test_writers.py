@@ -11,6 +11,7 @@ import pytest
 
 from helpers.models import small_config
 from slope_megatron.config import WatchConfig
+from slope_megatron.storage.metrics_file import read_metrics
 
 
 def configured(**watch):
@@ -18,7 +19,7 @@ def configured(**watch):
 
 
 def test_lines_of_steps_to_be_done_again_are_dropped(tmp_path):
-    from slope_megatron.training.writers import open_writers, read_lines
+    from slope_megatron.training.writers import open_writers
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 3, "lo')
@@ -33,7 +34,7 @@ def test_lines_of_steps_to_be_done_again_are_dropped(tmp_path):
         "layers": {"fc1": {"drift": None}},
         "bad": True,
     }
-    assert read_lines(path)[0] == {"step": 1, "loss": 3.0}
+    assert read_metrics(path)[0][0] == {"step": 1, "loss": 3.0}
 
 
 def test_a_full_disk_costs_lines_and_is_said_once(tmp_path, monkeypatch, caplog):
@@ -53,7 +54,7 @@ def test_a_full_disk_costs_lines_and_is_said_once(tmp_path, monkeypatch, caplog)
     writer.write({"step": 3})
     monkeypatch.setattr(writers.json, "dumps", original)
     writer.write({"step": 4})
-    assert [line["step"] for line in writers.read_lines(tmp_path / "metrics.jsonl")] == [1, 4]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")[0]] == [1, 4]
     said = [record.message for record in caplog.records]
     assert said == ["metrics: JsonLines failed (No space left on device); the run goes on"]
 
@@ -111,3 +112,42 @@ def test_a_writer_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(writers, "WeightsAndBiases", broken)
     assert len(writers.open_writers(configured(wandb="project"), tmp_path, 0)) == 1
     assert "one writer could not be opened (no route); the run goes on" in caplog.text
+
+
+DAMAGE = {
+    "bad bytes": (b'{"step": 2, "loss": \xff\xfe}', 1),
+    "half a line": (b'{"step": 2, "lo', 1),
+    "a NUL block before the next line": (bytes(512) + b'{"step": 2, "loss": 2.5}', 0),
+    "a NUL block": (bytes(512), 1),
+    "no object": (b"[2, 2.5]", 1),
+    "no step": (b'{"loss": 2.5}', 1),
+    "empty": (b"", 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_one_unreadable_line_costs_itself_alone(tmp_path, caplog, damage):
+    """A resumed run keeps the others and goes on writing; the damaged one is kept beside them."""
+    from slope_megatron.training.writers import open_writers
+
+    line, lost = DAMAGE[damage]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n' + line + b'\n{"step": 3, "loss": 2.0}\n{"step": 4, "loss": 1.9}\n')
+    [writer] = open_writers(configured(), tmp_path, 3)
+    writer.write({"step": 4, "loss": 1.5})
+    records, damaged = read_metrics(path)
+    assert [record["step"] for record in records] == ([1, 3, 4] if lost else [1, 2, 3, 4]) and not damaged
+    assert records[-1]["loss"] == 1.5
+    said = f"{path}: 1 damaged lines are kept in metrics.jsonl.damaged, the others stay"
+    assert [record.getMessage() for record in caplog.records] == [said] * lost
+    assert not lost or (tmp_path / "metrics.jsonl.damaged").read_bytes() == line + b"\n"
+
+
+def test_metrics_that_cannot_be_read_at_all_are_set_aside(tmp_path, caplog):
+    from slope_megatron.training.writers import open_writers
+
+    (tmp_path / "metrics.jsonl").mkdir()
+    [writer] = open_writers(configured(), tmp_path, 3)
+    writer.write({"step": 4})
+    assert read_metrics(tmp_path / "metrics.jsonl")[0] == [{"step": 4}]
+    assert (tmp_path / "earlier" / "metrics-1.jsonl").is_dir() and "Is a directory" in caplog.text
