@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "ops": {"slope_kernels", "sparsity", "config", "storage"},
     "linear": {"ops", "config"},
     "layers": {"linear", "ops", "sparsity", "config"},
-    "models": {"layers", "sparsity", "config"},
+    "models": {"layers", "sparsity", "config", "versions"},
     "inference": {"ops", "sparsity", "config"},
     "export": {"models", "inference", "sparsity", "config", "storage"},
     "data": {"config", "storage"},

@@ -47,7 +47,7 @@ def examine() -> dict:
     import torch
 
     from slope_megatron.ops.backend import available, choose
-    from slope_megatron.versions import versions
+    from slope_megatron.versions import unsupported_core, versions
 
     chosen = choose("auto")
     reasons = available()
@@ -55,6 +55,7 @@ def examine() -> dict:
     why = {name: reason or "available" for name, reason in reasons.items()}
     return {
         "versions": versions(),
+        "models": unsupported_core() or "available",
         "system": platform.platform(),
         "cpu": {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpu": device,
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("versions")
     for package, version in found["versions"].items():
         print(f"  {package:16} {version}")
+    print(f"slope pretrain\n  {found['models']}")
     print(f"system\n  {found['system']}, {found['cpu']['cores']} cores ({found['cpu']['capability']})")
     device = found["gpu"]
     if device:

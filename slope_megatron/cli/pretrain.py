@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from slope_megatron.config import Config, add_config_arguments, read_config
+from slope_megatron.versions import check_core
 
 logger = logging.getLogger(__name__)
 # As in sysexits.h. EX_TEMPFAIL: told to stop, the checkpoint is saved, start me again. EX_IOERR: the last checkpoint
@@ -40,7 +41,8 @@ RUN FOLDER (--out)
                        that is not finite is null
   checkpoints/         step_00000500/ and so on; `latest` names the newest complete one
   ranks/               heartbeats; failure.txt names the rank that died or hung
-  summary.json, DONE   the run in figures, at its end; DONE once all --steps are done and saved
+  summary.json, DONE   the run in figures, at its end; seconds and tokens/s over all `attempts`, which it lists; DONE
+                       once all --steps are done and saved
 
   A folder that holds a run already is refused unless --resume, --auto-resume or --overwrite says what to do with it.
 
@@ -62,7 +64,7 @@ SIGNALS
   USR1 or TERM to any rank: all ranks save after the same step and end with code 75. TERM twice: end at once.
 
 EXIT CODES
-   0  done, or stopped by --stop-at
+   0  done, or stopped by --stop-at; a finished run that is resumed stays as it is
    2  bad input or configuration: one sentence says what; nothing was written
   65  --max-bad-steps in a row: the loss or gradients were not finite; the last good checkpoint is kept
   70  a rank died, or hung for --hang-timeout: named; go on with --resume
@@ -125,6 +127,7 @@ def check(config: Config) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_core()
     config, origins = read_config(arguments)
     check(config)
     # Chatter of the libraries that says nothing about this run (missing optional packages, deprecations).
@@ -145,12 +148,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(config: Config, origins: dict[str, str]) -> int:
     """Train; returns the exit code, and says on the first rank how it went."""
+    from slope_megatron.training.finished import Finished
     from slope_megatron.training.memory import OutOfMemory
     from slope_megatron.training.pretrain import pretrain
     from slope_megatron.training.watch import Diverged
 
     try:
         summary = pretrain(config, origins)
+    except Finished as done:
+        say(f"slope: {done}")
+        return 0
     except Diverged as error:
         say(f"slope: error: {error}")
         return DIVERGED

@@ -1,10 +1,9 @@
 """`slope quickstart`: corpus, sparse run, dense twin, report, in one command on any machine."""
 
 import argparse
-import json
+import logging
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,10 @@ import time
 from pathlib import Path
 
 from slope_megatron.cli.parser import Parser, manual
+from slope_megatron.config.json_file import read_json
 from slope_megatron.launch.ports import free_port
+from slope_megatron.storage import folders, whole
+from slope_megatron.versions import check_core
 
 EPILOG = """\
 examples:
@@ -22,6 +24,10 @@ examples:
 
 Writes OUT/data (tokenizer, tokens), OUT/sparse and OUT/dense (runs), OUT/report.md, OUT/loss.png, OUT/summary.json.
 """
+logger = logging.getLogger(__name__)
+# Says whose folder it is; what a resumed quickstart goes on with.
+MARK, PROGRESS = "quickstart.json", "progress.json"
+DAMAGED_SUMMARY = "remove it and DONE beside it, and give --resume"
 
 
 def add_parser(subcommands) -> None:
@@ -99,29 +105,52 @@ def check_flags(arguments, out: Path) -> dict[str, dict]:
     return configs
 
 
-def open_folder(arguments, out: Path) -> None:
+def open_folder(arguments, out: Path) -> dict:
     """The rules of a run folder, for the folder of both runs.
 
+    Returns:
+        what an earlier start of this quickstart found out (`keep_progress`); empty: it starts.
     Raises:
         ValueError: something else is there, or a quickstart that was not to be continued or deleted.
     """
-    mark = out / "quickstart.json"
+    folders.output_folder(out, "--out")
+    mark = out / MARK
     settings = {
         k: v
         for k, v in vars(arguments).items()
         if k not in ("run", "rest", "resume", "overwrite", "verbose", "command")
     }
-    if out.exists() and any(out.iterdir()):
+    if not folders.is_free(out):
         if not mark.is_file():
             raise ValueError(f"{out} is not empty and holds no quickstart: give another --out")
         if arguments.overwrite:
-            shutil.rmtree(out)
+            folders.empty(out, last=MARK)
         elif not arguments.resume:
             raise ValueError(f"{out} holds a quickstart already: give --resume, --overwrite or another --out")
-        elif json.loads(mark.read_text()) != settings:
+        elif read_json(mark, "give --overwrite, or another --out") != settings:
             raise ValueError(f"{out} was started with other flags: give the same ones to --resume, or another --out")
+        else:
+            return read_progress(out)
     out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(settings, indent=1) + "\n")
+    whole.write_json(mark, settings)
+    return {}
+
+
+def read_progress(out: Path) -> dict:
+    """What `keep_progress` kept; where that cannot be read, a line says what it costs."""
+    path = out / PROGRESS
+    try:
+        return read_json(path, "seconds are counted, and the parameter type chosen, anew", holds=("dtype", "seconds"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning("%s", error)
+        return {}
+
+
+def keep_progress(out: Path, dtype: list[str] | None, seconds: dict[str, float]) -> None:
+    """The parameter type, its reason, and the seconds of each stage so far: a resumed quickstart goes on with them."""
+    whole.write_json(out / PROGRESS, {"dtype": dtype, "seconds": seconds})
 
 
 def choose_dtype(arguments) -> tuple[str, str]:
@@ -170,7 +199,8 @@ def launch(flags: list[str], ranks: int, run_folder: Path) -> None:
             raise KeyboardInterrupt("the same command with --resume goes on") from None
     if code:
         failure = run_folder / "ranks" / "failure.txt"
-        said = failure.read_text().strip() if failure.is_file() else f"the launcher's output is in {log}"
+        log_is = f"the launcher's output is in {log}"
+        said = failure.read_text(errors="replace").strip() if failure.is_file() else log_is
         raise ValueError(f"the run in {run_folder} ended with exit code {code}; {said.removeprefix('slope: error: ')}")
 
 
@@ -207,40 +237,53 @@ def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.evaluation.quickstart_report import build_summary, write_report
     from slope_megatron.versions import versions
 
+    check_core()
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, interrupt)
     out = Path(arguments.out)
     configs = check_flags(arguments, out)
-    open_folder(arguments, out)
+    before = open_folder(arguments, out)
+    if (out / "report.md").is_file():
+        print(f"{out} is finished: nothing was changed. Its report: {out / 'report.md'}", file=sys.stderr)
+        return 0
     started = time.perf_counter()
-    seconds = {}
+    seconds: dict[str, float] = before.get("seconds", {})
+    chosen = before.get("dtype")
+    begun = 0.0
 
-    def stage(name: str, text: str):
-        print(f"[{time.perf_counter() - started:5.0f} s] {text}", file=sys.stderr, flush=True)
-        seconds[name] = time.perf_counter()
+    def stage(text: str):
+        nonlocal begun
+        begun = time.perf_counter()
+        print(f"[{begun - started:5.0f} s] {text}", file=sys.stderr, flush=True)
 
     def finish(name: str):
-        seconds[name] = time.perf_counter() - seconds[name]
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
+        keep_progress(out, chosen, seconds)
 
-    stage("data", f"data: {arguments.source} -> {out / 'data'}")
+    stage(f"data: {arguments.source} -> {out / 'data'}")
     try:
         manifest = prepare(arguments.source, out / "data", vocab_size=arguments.vocab_size)
     except ValueError:
         if not (out / "data").exists():
-            shutil.rmtree(out)  # an unusable corpus leaves nothing behind
+            folders.remove(out)  # an unusable corpus leaves nothing behind
         raise
     finish("data")
-    dtype, dtype_reason = choose_dtype(arguments)
+    # Measured once: a run that goes on keeps its type.
+    chosen = chosen or list(choose_dtype(arguments))
+    dtype, dtype_reason = chosen
     print(f"parameter type: {dtype}, {dtype_reason}", file=sys.stderr)
     summaries = {}
     for name in configs:
         flags = pretrain_flags(arguments, out, dtype, dense=name == "dense")
-        stage(name, f"{name} run: slope pretrain {shlex.join(flags)}")
-        if not (out / name / "summary.json").is_file():
-            launch(flags, arguments.ranks, out / name)
-        summaries[name] = json.loads((out / name / "summary.json").read_text())
-        finish(name)
-    seconds["total"] = time.perf_counter() - started
+        stage(f"{name} run: slope pretrain {shlex.join(flags)}")
+        # A run that was told to stop has a summary too, and is not done.
+        if not (out / name / "DONE").is_file():
+            try:
+                launch(flags, arguments.ranks, out / name)
+            finally:
+                finish(name)
+        summaries[name] = read_json(out / name / "summary.json", DAMAGED_SUMMARY)
+    seconds["total"] = sum(seconds.values())
     summary = build_summary(summaries["sparse"], summaries.get("dense"), manifest, seconds)
     write_report(out, summary, configs, manifest, versions(), dtype_reason)
     print(f"[{seconds['total']:5.0f} s] report: {out / 'report.md'}, plot: {out / 'loss.png'}", file=sys.stderr)

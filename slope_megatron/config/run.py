@@ -113,3 +113,8 @@ class TrainConfig:
             raise ValueError(
                 f"{first} and {second} are both given: each says what to do with a run that is there; give one"
             )
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this start ends."""
+        return self.steps if self.stop_at is None else min(self.steps, self.stop_at)

@@ -202,6 +202,8 @@ def provenance(records: list[RunRecord]) -> str:
                 f"{run['ranks']} ranks (TP {run.get('tensor_parallel')}, PP {run.get('pipeline_parallel')}, "
                 f"DP {run.get('data_parallel')}), "
             )
+        before = run.get("attempts", [])[:-1]
+        layout += "".join(f"to step {part['to_step']} {part['ranks']} ranks, " for part in before)
         kind = said.get("dtype", run.get("dtype", "unknown type"))
         lines.append(f"- {record.label}: {layout}{kind}, backend {run.get('backend', 'unknown')}; {versions}")
     return "## What they ran on\n\n" + "\n".join(lines)

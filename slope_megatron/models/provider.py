@@ -2,6 +2,7 @@
 
 import functools
 
+import megatron.core
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -14,6 +15,7 @@ from slope_megatron.models.bert import build_bert
 from slope_megatron.models.fill import fill_model
 from slope_megatron.models.layer_spec import block_spec
 from slope_megatron.models.loss import FusedLoss
+from slope_megatron.versions import check_core
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 ACTIVATIONS = {
@@ -93,7 +95,12 @@ def padded_vocabulary(model: ModelConfig, tokenizer_size: int) -> int:
 
 
 def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:
-    """This rank's shard of the model, with memory but without numbers; on the `meta` device not even that."""
+    """This rank's shard of the model, with memory but without numbers; on the `meta` device not even that.
+
+    Raises:
+        ValueError: what `padded_vocabulary` refuses, or this version of megatron-core.
+    """
+    check_core(megatron.core.__version__)
     blocks = transformer_config(config, dtype)
     ends = {
         "vocab_size": padded_vocabulary(config.model, tokenizer_size),

@@ -9,6 +9,7 @@ A checkpoint appears by one rename when all of it is on disk, and disappears by 
 are functions of the step, so nothing of them is saved.
 """
 
+import copy
 import json
 import logging
 import os
@@ -71,6 +72,7 @@ class Saving:
             "steps_done": engine.steps_done,
             "optimizer_steps": optimizer_steps(engine),
             "loss_scaler": loss_scaler_state(engine),
+            "attempts": copy.deepcopy(engine.attempts),
             **saved_form(engine.config.to_dict()),
         }
         self.snapshot = Snapshot(sharded_engine_state(engine, filled=True))
@@ -277,4 +279,5 @@ def load(engine: Engine, folder: Path) -> None:
     install_engine_state(engine, loaded, state["optimizer_steps"])
     install_loss_scaler(engine, state.get("loss_scaler"))
     engine.steps_done = state["steps_done"]
+    engine.attempts = state.get("attempts", [])
     engine.enter_phase()

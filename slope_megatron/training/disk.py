@@ -41,7 +41,7 @@ def check_space(run: Path, checkpoint_bytes: int, train: TrainConfig, steps_done
     Raises:
         ValueError: says what is needed, what is free, and the way out.
     """
-    last = train.steps if train.stop_at is None else min(train.steps, train.stop_at)
+    last = train.last_step
     steps_left = max(0, last - steps_done)
     saves = -(-steps_left // train.save_interval)
     there = len(checkpoint.complete_checkpoints(run))

@@ -59,6 +59,8 @@ class Engine:
         self.objective = OBJECTIVES[config.model.architecture]
         self.steps_done = 0
         self.skipped_steps = 0
+        # What each start of this run trained and took (`attempts`).
+        self.attempts: list[dict] = []
         self.device = next(model.parameters()).device
         self.held_gradients: HeldGradients | None = None
         # Whoever looks on: told the part of a step that begins, and the loss when the gradients are ready to be used.

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from slope_megatron.data.batches import MicroBatches, ValidationBatches
 from slope_megatron.ops.backend import choose
-from slope_megatron.training import accounting, checkpoint, flops, kernel_choices, memory
+from slope_megatron.training import accounting, attempts, checkpoint, flops, kernel_choices, memory
 from slope_megatron.training.engine import Engine, StepResult
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.layer_stats import LayerStats
@@ -57,8 +57,8 @@ class Run:
         engine.before_step = self.before_step
         self.tokens = config.data.global_batch_size * config.data.seq_length
         self.peak = flops.peak_tflops(config)
-        stop_at = config.train.steps if config.train.stop_at is None else config.train.stop_at
-        self.last_step = min(config.train.steps, stop_at)
+        self.last_step = config.train.last_step
+        self.attempt = attempts.begin(engine)
         self.val_loss: float | None = None
         self.step_seconds: list[float] = []
         self.stopped = False
@@ -84,6 +84,7 @@ class Run:
                     self.before_adapters()
                 result = self.engine.train_step(self.batches.step(self.engine.steps_done))
                 self.step_seconds.append(result.seconds)
+                attempts.note_step(self.engine, self.attempt, result.seconds, time.perf_counter() - started)
                 if len(self.step_seconds) == 1:
                     kernel_choices.save(self.run)
                     # The first step may compile and search kernels, each rank its own: watched from here on.
@@ -145,6 +146,7 @@ class Run:
         news = {}
         try:
             news = self.steps.look(result, done)
+            self.attempt["bad_steps"] = self.steps.bad_steps
         except Diverged:
             self.write(done, result, {"bad": True})
             raise
@@ -212,29 +214,25 @@ class Run:
         return entropy(counts)
 
     def summary(self, wall_seconds: float) -> dict:
-        """The run in figures. A run that was already complete is validated once more."""
+        """The run in figures; seconds, tokens/s and counts of steps are those of all its attempts."""
         if self.val_loss is None:
             self.validate(self.engine.steps_done)
-        train_seconds = sum(self.step_seconds)
+        self.attempt["wall_seconds"] = wall_seconds
         return {
             "steps": self.engine.steps_done,
             "stopped_early": self.stopped and self.engine.steps_done < self.config.train.steps,
             "unsaved": self.saver.failure,
-            "bad_steps": self.steps.bad_steps,
             "tokens": self.engine.steps_done * self.tokens,
             "val_loss": self.val_loss,
             "unigram_entropy": self.unigram_entropy(),
             "parameters": accounting.parameter_count(self.engine),
-            "tokens_per_second": len(self.step_seconds) * self.tokens / train_seconds if train_seconds else None,
             "speed": self.speed(),
             "device": accounting.device_name(self.engine),
             "peak_memory_bytes": accounting.peak_memory_bytes(self.engine),
-            "train_seconds": train_seconds,
-            "wall_seconds": wall_seconds,
+            **attempts.totals(self.engine.attempts, self.tokens),
             "state_bytes": accounting.state_bytes(self.engine),
             "state_bytes_per_rank": accounting.state_bytes_per_rank(self.engine),
             "zero_stage": self.config.parallel.zero_stage,
-            "skipped_steps": self.engine.skipped_steps,
             "double_pruning": accounting.double_pruning(self.engine),
             "ranks": dist.get_world_size(),
             "pipeline_parallel": self.config.parallel.pipeline_parallel,

@@ -26,6 +26,7 @@ from slope_megatron.training import (
 )
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
+from slope_megatron.training.finished import Finished, finished
 from slope_megatron.training.init_from import check_init, load_init
 from slope_megatron.training.loop import Run, what_is_safe
 from slope_megatron.training.places import Place
@@ -76,12 +77,17 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     Returns:
         the summary that is also written to RUN/summary.json.
     Raises:
+        Finished: a run to be resumed has reached its last step before; nothing was written.
         ValueError: bad input, the same sentence on every rank, before anything is written.
     """
     if config.train.deterministic:
         deterministic.switch_on()
     parallel.initialize(config)
     run = Path(config.train.out)
+    nothing_left = on_first_rank(lambda: finished(config))
+    if nothing_left:
+        parallel.finish()
+        raise Finished(nothing_left)
     on_first_rank(lambda: check_installed(config))
     on_first_rank(lambda: disk.probe(run))
     manifest = on_first_rank(lambda: load_manifest(config.data.data))
