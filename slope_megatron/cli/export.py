@@ -47,7 +47,7 @@ def add_parser(subcommands) -> None:
         )
         add = form.add_argument
         add("source", type=Path, metavar="RUN", help="run folder")
-        add("target", type=Path, metavar="OUT", help="folder to write; must not exist, appears when complete")
+        add("target", type=Path, metavar="OUT", help="folder to write; must be new or empty, appears when complete")
         add("--step", type=int, help="checkpoint of this step (default: the newest)")
         add("--tokenizer", type=Path, metavar="PATH", help="tokenizer's file or folder (default: the run's data's)")
         add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights (default: %(default)s)")

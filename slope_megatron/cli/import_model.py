@@ -34,7 +34,7 @@ def add_parser(subcommands) -> None:
     )
     add = form.add_argument
     add("source", type=Path, metavar="FOLDER", help="config.json and safetensors of a dense model")
-    add("target", type=Path, metavar="OUT", help="folder to write; must not exist, appears when complete")
+    add("target", type=Path, metavar="OUT", help="folder to write; must be new or empty, appears when complete")
     add("--dtype", choices=("bf16", "fp32"), default="fp32", help="of the written tensors (default: %(default)s)")
     add("--dry-run", action="store_true", help="check the model, say what would be written, and write nothing")
     form.set_defaults(run=run)

@@ -270,6 +270,7 @@ def run(arguments: argparse.Namespace) -> int:
     finish("data")
     # Measured once: a run that goes on keeps its type.
     chosen = chosen or list(choose_dtype(arguments))
+    keep_progress(out, chosen, seconds)
     dtype, dtype_reason = chosen
     print(f"parameter type: {dtype}, {dtype_reason}", file=sys.stderr)
     summaries = {}

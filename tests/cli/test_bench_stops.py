@@ -114,6 +114,22 @@ def test_models_after_the_budget_are_named(name, loaded, monkeypatch, tmp_path, 
     assert rows_in(tmp_path / f"{name}.csv")
 
 
+def test_an_earlier_benchmark_keeps_its_rows(tmp_path, caplog):
+    """Run again with fewer models, or stopped after its first row, a benchmark replaces nothing."""
+    bench.load("gemm")
+    import common
+
+    for number, rows in enumerate(([{"ms": 1}, {"ms": 2}], [{"ms": 3}], [{"ms": 4}])):
+        common._written.clear()  # what a process of its own begins with
+        for count in range(len(rows)):
+            common.write_csv("gemm", rows[: count + 1], tmp_path)
+        assert len(list((tmp_path / "earlier").glob("*"))) == number if number else not caplog.records
+    assert [row["ms"] for row in rows_in(tmp_path / "gemm.csv")] == ["4"]
+    assert [row["ms"] for row in rows_in(tmp_path / "earlier" / "gemm-1.csv")] == ["1", "2"]
+    assert [row["ms"] for row in rows_in(tmp_path / "earlier" / "gemm-2.csv")] == ["3"]
+    assert "these rows are of an earlier benchmark; it is kept as" in caplog.text
+
+
 class Later:
     """A clock that is far ahead."""
 

@@ -121,3 +121,55 @@ def ranks_of(out: Path) -> list[str]:
         if "pretrain" in words and f"{out}/sparse" in words:
             found.append(path.parent.name)
     return found
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A quickstart whose runs end at once; the list of those that were launched."""
+    from slope_megatron.cli import quickstart
+    from slope_megatron.evaluation import quickstart_report
+
+    launched = []
+
+    def launch(flags, ranks, run_folder):
+        launched.append((run_folder.name, flags[flags.index("--dtype") + 1]))
+        run_folder.mkdir(exist_ok=True)
+        (run_folder / "summary.json").write_text("{}")
+        if len(launched) == 1:
+            raise ValueError("told to stop, and saved: exit code 75")
+        (run_folder / "DONE").write_text("")
+
+    def write_report(out, summary, *_):
+        (out / "report.md").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(quickstart, "launch", launch)
+    monkeypatch.setattr(quickstart, "choose_dtype", lambda arguments: (f"bf16-{len(launched)}", "measured"))
+    monkeypatch.setattr(quickstart_report, "build_summary", lambda sparse, dense, manifest, seconds: seconds)
+    monkeypatch.setattr(quickstart_report, "write_report", write_report)
+    return launched
+
+
+def test_a_resumed_quickstart_keeps_what_it_knew_and_a_finished_one_is_left_alone(played, texts, tmp_path, capsys):
+    from slope_megatron.cli import main
+
+    (tmp_path / "large").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "large")
+    flags = ["quickstart", "--source", str(texts), "--out", str(out), "--steps", "20", *SMALL]
+    assert main(flags) == 2 and "exit code 75" in capsys.readouterr().err
+    began = json.loads((out / "progress.json").read_text())
+    assert main([*flags, "--resume"]) == 0
+    # The run that was stopped has a summary, too, and goes on, with the type that it began with.
+    assert played == [("sparse", "bf16-0"), ("sparse", "bf16-0"), ("dense", "bf16-0")]
+    seconds = json.loads((out / "report.md").read_text())
+    assert seconds["data"] > began["seconds"]["data"] > 0
+    assert seconds["total"] == pytest.approx(seconds["data"] + seconds["sparse"] + seconds["dense"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "large").rglob("*")}
+    assert main([*flags, "--resume"]) == 0
+    assert f"{out} is finished: nothing was changed. Its report: {out}/report.md" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "large").rglob("*")}
+    (out / "quickstart.json").write_bytes(b"\xff")
+    assert main([*flags, "--resume"]) == 2
+    assert "quickstart.json is damaged: it is no JSON" in capsys.readouterr().err
+    assert main([*flags, "--overwrite"]) == 0
+    assert out.is_symlink() and played[3:] == [("sparse", "bf16-3"), ("dense", "bf16-3")]

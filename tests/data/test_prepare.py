@@ -1,10 +1,12 @@
 """A prepared folder is what its manifest says, the same every time, and never half there."""
 
+import errno
 import json
 import logging
 import math
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,3 +238,33 @@ def test_long_documents_are_encoded_in_pieces_and_stay_one_document(corpus_folde
         documents = documents_of(tmp_path / "data", split)
         assert len(documents) == manifest["splits"][split]["documents"]
         assert {tokenizer.decode(ids) for ids in documents} <= texts
+
+
+def test_a_link_is_followed_and_stays(corpus_folder, tmp_path):
+    """Home's quota is small, the data belongs on another disk."""
+    large, link = tmp_path / "scratch" / "data", tmp_path / "home" / "data"
+    large.mkdir(parents=True)
+    link.parent.mkdir()
+    link.symlink_to(large)
+    for overwrite in (False, True):
+        prepare(str(corpus_folder), link, overwrite=overwrite, **SETTINGS)
+        assert link.is_symlink() and (large / "manifest.json").is_file()
+        assert [path.name for path in link.parent.iterdir()] == ["data"], "nothing is written on the small disk"
+
+
+def test_a_mounted_disk_is_filled(prepared, corpus_folder, tmp_path, monkeypatch, caplog):
+    """It can be neither renamed nor replaced."""
+    from slope_megatron.storage import folders
+
+    out = tmp_path / "data"
+    out.mkdir()
+    rename = folders.os.rename
+
+    def busy(source, target):
+        if out in (Path(source), Path(target)):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(folders.os, "rename", busy)
+    prepare(str(corpus_folder), out, **SETTINGS)
+    assert content(out) == content(prepared) and "it is filled file by file" in caplog.text

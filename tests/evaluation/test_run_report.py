@@ -82,3 +82,25 @@ def test_damaged_files_are_named(tmp_path):
     write_scores(tmp_path / "run", "squad", tmp_path, {"lr": 1}, {"f1": 1.5, "deep": {"acc": 2}})
     (tmp_path / "run" / "scores" / "bad.json").write_text("[]")
     assert read_scores(tmp_path / "run") == {"squad": {"f1": 1.5, "deep/acc": 2.0}}
+
+
+def test_a_score_of_other_settings_is_kept(tmp_path, caplog):
+    """A quick look with --limit costs nobody the whole evaluation."""
+    from slope_megatron.evaluation.scores import read_scores, write_scores
+
+    for settings, score in (({"limit": None}, 0.75), ({"limit": None}, 0.5), ({"limit": 10}, 0.25)):
+        write_scores(tmp_path, "lm", tmp_path, settings, {"acc": score})
+    assert read_scores(tmp_path) == {"lm": {"acc": 0.25}}
+    [kept] = (tmp_path / "scores" / "earlier").iterdir()
+    assert kept.name == "lm-1.json" and json.loads(kept.read_text())["scores"] == {"acc": 0.5}
+    assert "it was measured on another model or with other settings; it is kept as" in caplog.text
+
+
+def test_a_loss_that_was_not_finite_leaves_a_gap_in_the_plot(tmp_path):
+    from slope_megatron.evaluation.plots import plot_losses
+
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 3, "val_loss": None}]
+    (tmp_path / "metrics.jsonl").write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode() + b"\xff\n")
+    plot_losses({"run": tmp_path}, tmp_path / "loss.png", adapter_start=None, unigram_entropy=4.0)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]

@@ -1,6 +1,7 @@
 """`slope export`, `import` and `generate` as they are called, and what they refuse."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -126,8 +127,31 @@ def without_vocabulary(run, copy):
     return copy
 
 
+@pytest.mark.parametrize("form", ["hf", "packed"])
+def test_a_link_to_an_empty_folder_is_filled_and_stays(run, tmp_path, form):
+    large, link = tmp_path / "scratch" / "model", tmp_path / "home" / "model"
+    large.mkdir(parents=True)
+    link.parent.mkdir()
+    link.symlink_to(large)
+    assert main(["export", form, str(run), str(link)]) == 0
+    assert link.is_symlink() and (large / "config.json").is_file()
+    assert [path.name for path in link.parent.iterdir()] == ["model"], "nothing is written on the small disk"
+    assert [path.name for path in large.parent.iterdir()] == ["model"]
+
+
+def test_an_export_again_loses_nothing(run, tmp_path, capsys):
+    assert main(["export", "packed", str(run), str(tmp_path / "out")]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "exists already: nothing is replaced" in refused(capsys, "export", "packed", run, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    said = "is a link to .*gone, which does not exist"
+    assert re.search(said, refused(capsys, "export", "packed", run, tmp_path / "link"))
+
+
 def test_export_refuses(run, data, tmp_path, capsys):
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.tex").write_text("do not lose me")
     assert "exists already: nothing is replaced" in refused(capsys, "export", "hf", run, tmp_path / "there")
     assert "holds no run: give a folder" in refused(capsys, "export", "hf", tmp_path / "there", tmp_path / "out")
     assert "does not exist: give a run folder" in refused(capsys, "export", "hf", tmp_path / "no", tmp_path / "out")

@@ -97,3 +97,13 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
     choices.refuse_while_capturing(KEY, torch.device("cpu"))
     with pytest.raises(RuntimeError, match=f"{KEY} has not run yet .*: run it once before capturing"):
         choices.refuse_while_capturing(KEY, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b'{"machine": {}, "choi', b"[]", b'{"machine": {}, "choices": {"x": {}}}']
+)
+def test_a_damaged_table_is_measured_anew(fresh_choices, tmp_path, caplog, content):
+    (tmp_path / "choices.json").write_bytes(content)
+    assert not choices.load(tmp_path / "choices.json") and choices.is_empty()
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path}/choices.json cannot be read (") and said.endswith("products are measured anew")
