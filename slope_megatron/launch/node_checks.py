@@ -11,6 +11,8 @@ from pathlib import Path
 from slope_megatron.config import Config
 from slope_megatron.launch.cluster import Cluster
 from slope_megatron.launch.tensors import count, tensors
+from slope_megatron.storage.folders import output_folder
+from slope_megatron.versions import unsupported_core
 
 GIB = 2**30
 QUERY = ("name", "compute_cap", "memory.used", "ecc.errors.uncorrected.volatile.total")
@@ -39,7 +41,14 @@ def check_node(cluster: Cluster, config: Config, master: str, vocabulary: int) -
         *check_disk(config, vocabulary),
         *check_shared_memory(),
         *check_data(config),
+        *check_megatron(),
     ]
+
+
+def check_megatron() -> list[Finding]:
+    """Whether `slope pretrain` builds models with the megatron-core that is installed here."""
+    reason = unsupported_core()
+    return [Finding("megatron-core", False, reason)] if reason else []
 
 
 def check_names(master: str) -> list[Finding]:
@@ -106,7 +115,10 @@ def check_disk(config: Config, vocabulary: int) -> list[Finding]:
     counts = count(list(tensors(config, vocabulary)), 1)
     kept = config.train.keep_checkpoints + 1
     needed = CHECKPOINT_BYTES * counts.trained * kept
-    folder = existing(Path(config.train.out or ".").absolute())
+    try:
+        folder = existing(output_folder(config.train.out or ".", "--out"))
+    except ValueError as error:
+        return [Finding("disk", False, str(error))]
     free = shutil.disk_usage(folder).free
     found = []
     try:

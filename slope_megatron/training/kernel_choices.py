@@ -1,11 +1,15 @@
 """The measured kernel choices as run state: the first rank of each stage decides, a resumed run takes them over."""
 
+import logging
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.ops import choices
+from slope_megatron.training import files
+
+logger = logging.getLogger(__name__)
 
 
 def file_of(run: Path) -> Path:
@@ -29,7 +33,15 @@ def share(run: Path, *, resumed: bool) -> None:
 
 
 def save(run: Path) -> None:
-    """Write this stage's choices, once the first step has made them; nothing on machines without a choice."""
+    """Write this stage's choices, once the first step has made them; nothing on machines without a choice.
+
+    A disk that refuses them costs a resumed run their measuring, not this run its life.
+    """
     group = parallel_state.get_tensor_and_data_parallel_group()
     if dist.get_rank() == dist.get_global_rank(group, 0) and not choices.is_empty():
-        choices.save(file_of(run))
+        try:
+            choices.save(file_of(run))
+        except OSError as error:
+            logger.warning(
+                "%s could not be written (%s): a resumed run measures anew", file_of(run), files.reason(error)
+            )

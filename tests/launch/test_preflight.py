@@ -254,3 +254,16 @@ def test_a_gpu_that_somebody_else_uses_is_named(gpu_flags):
         finally:
             other.kill()
     assert code == 1 and f"GPU {last} has" in said and "MiB in use by somebody else" in said, said
+
+
+def test_a_link_to_nowhere_and_a_later_megatron_core_are_named(tmp_path, monkeypatch):
+    from slope_megatron import versions
+
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    config = Config(train=TrainConfig(out=str(tmp_path / "runs" / "1")))
+    [text] = failures(node_checks.check_disk(config, 50272))
+    assert f"{tmp_path}/runs is a link to {tmp_path}/gone, which does not exist" in text
+    assert not node_checks.check_megatron()
+    monkeypatch.setattr(versions, "versions", lambda: {"megatron-core": "0.17.0"})
+    [text] = failures(node_checks.check_megatron())
+    assert text.startswith("megatron-core 0.17.0 is installed")
