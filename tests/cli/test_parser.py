@@ -74,10 +74,12 @@ def test_what_the_file_system_refuses_is_one_sentence(tmp_path, capsys):
     command = ["report", str(run), "--out", str(tmp_path / "file" / "x")]
     assert cli.main(command) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"slope: error: {tmp_path}/file/x: Not a directory; a part of that path is a file: give another one"
+        f"slope: error: --out {tmp_path}/file/x: {tmp_path}/file is a file; give the path of a folder"
     ]
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(ValueError, match="is a file; give the path of a folder"):
         cli.main(["--verbose", *command])
+    refused = cli.refusal(NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"))
+    assert refused == "a/b: Not a directory; a part of that path is a file: give another one"
 
 
 def test_an_error_that_is_no_paths_keeps_its_traceback():
