@@ -7,6 +7,8 @@ ThroughHooks      stages 2 and 3: DeepSpeed's forward and backward, whose hooks 
                   as it is there, in every micro-batch; sums within the model happen before, in autograd
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -28,10 +30,14 @@ class ThroughSchedule:
             # The schedule scales the loss where it is born: on the last stage.
             engine.model.config.grad_scale_func = lambda loss: loss * engine.optimizer.loss_scale
 
-    def run(self, batches: list[dict]) -> torch.Tensor:
-        """Reduced gradients of all micro-batches; this rank's mean loss (zero but on the last stage)."""
+    def run(self, batches: list[dict], count: torch.Tensor) -> torch.Tensor:
+        """Reduced gradients of all micro-batches; this rank's mean loss (zero but on the last stage).
+
+        Args:
+            count: what each one's loss is divided by, see `objectives`.
+        """
         engine = self.engine
-        results = engine.schedule(batches, engine.training_loss, forward_only=False)
+        results = engine.schedule(batches, functools.partial(engine.training_loss, count), forward_only=False)
         engine.on_part("gradients")
         gradients.sum_sequence_parallel(engine.model)
         gradients.sum_tied_copies(engine.model)
@@ -51,14 +57,14 @@ class ThroughHooks:
         self.engine = engine
         sum_in_autograd(engine.model)
 
-    def run(self, batches: list[dict]) -> torch.Tensor:
-        """Reduced and cut gradients of all micro-batches; this rank's mean loss."""
+    def run(self, batches: list[dict], count: torch.Tensor) -> torch.Tensor:
+        """Reduced and cut gradients of all micro-batches; this rank's mean loss. `count`: as above."""
         engine = self.engine
         losses = []
         for index, batch in enumerate(batches):
             engine.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             batch = engine.to_device(batch)
-            loss = engine.objective.loss(batch, engine.forward(engine.deepspeed, index, batch))
+            loss = engine.objective.loss(batch, engine.forward(engine.deepspeed, index, batch), count)
             losses.append(loss.detach().clone())
             engine.deepspeed.backward(loss)
         engine.note_gradients(gradients.held_cut(engine.optimizer))

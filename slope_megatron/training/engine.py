@@ -19,7 +19,7 @@ from slope_megatron.models.draws import attach_draws
 from slope_megatron.models.fill import pruned_modules, sparse_modules
 from slope_megatron.training import accumulation, baselines, gradients, zero
 from slope_megatron.training import optimizer as optim
-from slope_megatron.training.objectives import OBJECTIVES
+from slope_megatron.training.objectives import OBJECTIVES, counts
 from slope_megatron.training.parallel import ModelParallelUnit, seed_step
 from slope_megatron.training.phases import Phases
 
@@ -138,9 +138,18 @@ class Engine:
 
     def forward_backward_reduce(self, batches: list[dict]) -> float:
         """Reduced gradients of all micro-batches; returns the mean loss over the global batch."""
-        loss = self.accumulation.run(batches)
+        loss = self.accumulation.run(batches, self.mean_counts(batches))
         total = self.sum_over_ranks(loss.double().to(self.device))
         return float(total) / parallel_state.get_data_parallel_world_size()
+
+    def mean_counts(self, batches: list[dict]) -> torch.Tensor:
+        """What the losses of this step are divided by, from its batches alone: see `objectives`; on the device.
+
+        Of a global batch in which no token counts the loss is 0: 0 / 1.
+        """
+        total = torch.stack([counts(batch) for batch in batches]).sum(0).to(self.device)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return total.clamp_(min=1) / (len(batches) * parallel_state.get_data_parallel_world_size())
 
     def note_gradients(self, tensors) -> None:
         """Keep what this rank's gradients take, for the accounting; once, in the first step."""
@@ -178,9 +187,9 @@ class Engine:
             forward_only=forward_only,
         )
 
-    def training_loss(self, batch: dict, output):
+    def training_loss(self, count: torch.Tensor, batch: dict, output):
         """A micro-batch's loss for the schedule, and a copy for the log: the schedule divides the loss in place."""
-        loss = self.objective.loss(batch, output)
+        loss = self.objective.loss(batch, output, count)
         return loss, {"loss": loss.detach().clone()}
 
     def summed_loss(self, batch: dict, output):
@@ -213,7 +222,7 @@ class Engine:
         for result in results:
             sums += result["sums"]
         loss, tokens = self.sum_over_ranks(sums).tolist()
-        return loss / tokens
+        return loss / max(tokens, 1.0)
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         """Over pipeline stages (all but the last hold zero) and replicas; tensor-parallel ranks hold the same."""

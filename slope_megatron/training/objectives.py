@@ -1,6 +1,14 @@
 """What a model is trained for: how it is called on a micro-batch, and the loss of what it returns.
 
 Batches are dicts of tensors `[b, s]` unless said otherwise, on the model's device.
+
+The loss of a step is a sum over the tokens (for sentence pairs: samples) that count in its global batch, divided by
+their number N there. Schedules and ZeRO average over the M micro-batches of each of D replicas; so a micro-batch's loss
+is its own sum divided by what a micro-batch counts on average, n = N / (M D):
+
+    1 / (M D)  sum_micro-batches (sum_tokens loss / n)  =  sum_tokens loss / N
+
+whatever the micro-batches' size is, and however unevenly the tokens that count fall on them.
 """
 
 import torch
@@ -8,9 +16,21 @@ import torch
 Batch = dict[str, torch.Tensor]
 
 
-def masked_mean(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of per-token losses over the tokens that count; 0 where none does (a very short BERT sample)."""
-    return (losses.float() * mask).sum() / mask.sum().clamp(min=1)
+def counts(batch: Batch) -> torch.Tensor:
+    """How many tokens count in a batch, and its samples: `[2]`, fp64."""
+    mask = batch["loss_mask"]
+    tokens = mask.sum(dtype=torch.float64)
+    return torch.stack([tokens, torch.full_like(tokens, len(mask))])
+
+
+def masked_sum(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum of per-token losses over the tokens that count, in the mask's fp32 at least."""
+    return (losses * mask).sum()
+
+
+def divided(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """`total / count`, in the type of `total`."""
+    return total / count.to(total.dtype)
 
 
 class CausalLanguageModel:
@@ -22,9 +42,9 @@ class CausalLanguageModel:
         return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     @staticmethod
-    def loss(batch: Batch, output) -> torch.Tensor:
-        """Mean cross-entropy in nats per token."""
-        return masked_mean(output, batch["loss_mask"])
+    def loss(batch: Batch, output, count: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats per token; `count` `[2]`: the mean `counts` of a micro-batch of this step."""
+        return divided(masked_sum(output, batch["loss_mask"]), count[0])
 
     @staticmethod
     def token_losses(output) -> torch.Tensor:
@@ -45,11 +65,13 @@ class MaskedLanguageModel:
         return model(batch["tokens"], batch["padding_mask"], batch["types"], lm_labels=batch["labels"])
 
     @staticmethod
-    def loss(batch: Batch, output) -> torch.Tensor:
-        """Mean cross-entropy of the hidden tokens plus that of the next-sentence choice (BERT, section 3.1)."""
+    def loss(batch: Batch, output, count: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the hidden tokens plus that of the next-sentence choice (BERT, section 3.1), each a mean of
+        its own; `count` as above."""
         losses, next_logits = output
-        follows = torch.nn.functional.cross_entropy(next_logits.float(), batch["is_next"])
-        return masked_mean(losses, batch["loss_mask"]) + follows
+        logits = next_logits.to(torch.promote_types(next_logits.dtype, torch.float32))
+        follows = torch.nn.functional.cross_entropy(logits, batch["is_next"], reduction="sum")
+        return divided(masked_sum(losses, batch["loss_mask"]), count[0]) + divided(follows, count[1])
 
     @staticmethod
     def token_losses(output) -> torch.Tensor:

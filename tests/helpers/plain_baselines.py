@@ -9,6 +9,7 @@ import itertools
 import torch
 
 from helpers.models import VOCABULARY, step_batches
+from helpers.plain_training import parts_of_loss
 
 
 def largest(groups, count):
@@ -83,7 +84,6 @@ def plain_training(config):
     """SR-STE and FST in a dense model of one process: losses and gradient norms, and the final weights and masks."""
     from slope_megatron.models.layer_spec import block_linears, sparse_linears
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.objectives import OBJECTIVES
     from slope_megatron.training.optimizer import parameter_groups
 
     slope, settings, steps = config.slope, config.optimizer, config.train.steps
@@ -102,7 +102,7 @@ def plain_training(config):
     optimizer = torch.optim.AdamW(
         parameter_groups(model, dense), betas=(settings.beta1, settings.beta2), eps=settings.eps
     )
-    objective, results = OBJECTIVES["gpt"], []
+    results = []
     dense_from = round(steps * (1 - slope.fst_dense_tail)) if slope.method == "fst" else steps
     for step in range(steps):
         place.step = step
@@ -114,7 +114,8 @@ def plain_training(config):
         optimizer.zero_grad()
         total = 0.0
         for place.micro_batch, batch in enumerate(batches):
-            loss = objective.loss(batch, objective.forward(model, batch)) / len(batches)
+            # Every token counts: the mean of the micro-batches' means is the mean.
+            loss = next(parts_of_loss(config, model, [batch])) / len(batches)
             loss.backward()
             total += loss.item()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad))

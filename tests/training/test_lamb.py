@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.models import VOCABULARY, build_engine, go_on, step_batches
+from helpers.plain_training import parts_of_loss
 from helpers.zero_runs import config_of
 from slope_megatron.config import OptimizerConfig
 
@@ -23,19 +24,17 @@ def one_process(config):
     """The published update, parameter by parameter; the adapters' moments begin when they join."""
     from slope_megatron.models.fill import sparse_modules
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.objectives import OBJECTIVES
     from slope_megatron.training.optimizer import parameter_groups
     from slope_megatron.training.phases import Phases
 
     model, phases, settings = build_model(config, VOCABULARY, torch.float32), Phases(config), config.optimizer
-    groups, objective = parameter_groups(model, config), OBJECTIVES["gpt"]
+    groups = parameter_groups(model, config)
     moments, losses, ratios = {}, [], []
     for step in range(STEPS):
         for module in sparse_modules(model):
             module.adapters_active = phases.adapters_on(step)
         model.zero_grad()
-        batches = step_batches(config, step, 0, 1)
-        total = sum(objective.loss(batch, objective.forward(model, batch)) for batch in batches) / len(batches)
+        total = sum(parts_of_loss(config, model, step_batches(config, step, 0, 1)))
         total.backward()
         losses.append(total.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.models import build_engine
 from helpers.plain_training import SLOPE_ON_GPUS
 from helpers.zero_runs import OFFLOAD, RESIDENT, STEPS, check_against_oracle, config_of, train
 
@@ -45,6 +46,21 @@ def test_what_describes_the_model_does_not_depend_on_the_stage(ranks):
 def test_bytes_in_bf16_are_the_formulas(ranks, stage, replicas):
     for _, _, (measured, formula), *_ in ranks.run(train, config_of(stage), torch.bfloat16, world=replicas):
         assert measured == formula
+
+
+def masters_of(configs, dtype):
+    from slope_megatron.training import zero
+
+    engines = [build_engine(config, dtype) for config in configs]
+    parameters = {parameter.dtype for engine in engines for parameter in engine.model.parameters()}
+    return parameters, {part.masters.dtype for engine in engines for part in zero.partitions(engine.optimizer)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_the_optimizer_updates_is_fp32(ranks, dtype):
+    """In 16 bits most updates of a small learning rate round away."""
+    configs = [config_of(stage, parallel=parallel) for stage in (1, 2, 3) for parallel in ({}, OFFLOAD)]
+    assert ranks.run(masters_of, configs, dtype, world=1) == [({dtype}, {torch.float32})]
 
 
 @pytest.mark.slow
