@@ -2,10 +2,15 @@
 
 Published settings (SLoPe, section 4 and its released scripts): SQuAD lr 3e-5, 2 epochs, length 384, stride 128; GLUE
 lr 2.4e-6, batch 4, 3 epochs (CoLA and MRPC 5), length 128; warm-up over a tenth, weight decay 0.01. Theirs is Adam
-without bias correction in fp16; here it is torch's AdamW, in the weights' own type.
+without bias correction in fp16; here it is torch's AdamW.
+
+Parameters, gradients and moments are fp32 whatever type the export has: an update of 2.4e-6 is far below what 16 bits
+can add to a weight of 0.02. Products are in the export's type, by autocast. That takes 16 bytes a parameter, as 16-bit
+parameters beside fp32 masters would (2 + 2 + 4 + 8), and needs no second copy to keep in step.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +18,8 @@ import torch
 from tqdm import tqdm
 
 from slope_megatron.config.json_file import read_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +71,15 @@ def check_exported(folder: Path) -> dict:
 
 
 def open_model(folder: Path, auto, **options) -> torch.nn.Module:
-    """The exported encoder under a new head; its adapters, if it has any beside its weights, are trained along.
+    """The exported encoder under a new head, in fp32 at least; its adapters, if it has any beside its weights, are
+    trained along.
 
     Args:
         auto: a class of transformers, such as AutoModelForQuestionAnswering.
     Raises:
         ValueError: adapters, and `peft` is not installed.
     """
-    model = auto.from_pretrained(folder, **options)
+    model = in_full_precision(auto.from_pretrained(folder, **options))
     if not (folder / "adapter").is_dir():
         return model
     try:
@@ -83,7 +91,25 @@ def open_model(folder: Path, auto, **options) -> torch.nn.Module:
     model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model
+    return in_full_precision(model)
+
+
+def in_full_precision(model: torch.nn.Module) -> torch.nn.Module:
+    """The same numbers, where they were 16 bits long in fp32."""
+    return model.float() if any(is_short(parameter) for parameter in model.parameters()) else model
+
+
+def is_short(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
+
+
+def product_type(fields: dict) -> torch.dtype | None:
+    """The 16-bit type in which an export's products are computed, by its config.json; None: in its parameters' own."""
+    name = str(fields.get("dtype", fields.get("torch_dtype")))
+    found = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
+    if found:
+        logger.info("fine-tuning: parameters and AdamW's state in fp32, products in %s as the export", name)
+    return found
 
 
 def sparse_masks(model: torch.nn.Module, nm: str | None) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -116,19 +142,26 @@ def fine_tune(
     settings: FineTuning,
     nm: str | None,
     device: str = "cpu",
-) -> list[float]:
-    """Train in place; returns the loss of every step.
+    products: torch.dtype | None = None,
+) -> list[tuple[float, int]]:
+    """Train in place; returns for every step the mean loss of its samples, and their number.
 
     Args:
+        model: as `open_model` gives it.
         samples: one dict a sample; `collate` makes a batch of them, labels included.
         nm: the sparsity of the weights that stay sparse; None: all of them may change.
+        products: as `product_type` gives it.
     """
+    short = [name for name, one in model.named_parameters() if one.requires_grad and is_short(one)]
+    assert not short, f"AdamW on 16-bit parameters would round its updates away: {short[:3]}"
     model.to(device).train()
     masks = sparse_masks(model, nm)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
+    # bf16 has fp32's range, fp16 has not.
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=products == torch.float16)
     per_epoch = -(-len(samples) // settings.batch_size)
     steps = min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
-    losses: list[float] = []
+    losses: list[tuple[float, int]] = []
     torch.manual_seed(settings.seed)
     with tqdm(total=steps, desc="fine-tuning", unit="step") as bar:
         for step in range(steps):
@@ -140,24 +173,41 @@ def fine_tune(
             batch = {key: value.to(device) for key, value in collate([samples[i] for i in chosen]).items()}
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * settings.lr_at(step, steps)
-            loss = model(**batch).loss
-            loss.backward()
+            with computing_in(products, device):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             for weight, mask in masks.items():
                 if weight.grad is not None:
                     weight.grad.mul_(mask)
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
-            losses.append(loss.item())
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+            losses.append((loss.item(), len(chosen)))
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             bar.update()
     return losses
 
 
+def computing_in(products: torch.dtype | None, device: str) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, products, enabled=products is not None)
+
+
+def final_loss(losses: list[tuple[float, int]]) -> float:
+    """Mean over the samples of the last tenth of the steps; the last step of an epoch may have fewer than others."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(loss * samples for loss, samples in tail) / sum(samples for _, samples in tail)
+
+
 @torch.no_grad()
-def predict(model, samples: list[dict], collate, batch_size: int, device: str = "cpu"):
+def predict(
+    model, samples: list[dict], collate, batch_size: int, device: str = "cpu", products: torch.dtype | None = None
+):
     """The model's outputs for all samples, batch by batch: `(samples of the batch, output)`."""
     model.eval()
     for first in tqdm(range(0, len(samples), batch_size), desc="predicting", unit="batch"):
         part = samples[first : first + batch_size]
-        yield part, model(**{key: value.to(device) for key, value in collate(part).items()})
+        with computing_in(products, device):
+            output = model(**{key: value.to(device) for key, value in collate(part).items()})
+        yield part, output

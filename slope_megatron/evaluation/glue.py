@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 
 from slope_megatron.evaluation import metrics
-from slope_megatron.evaluation.fine_tuning import FineTuning, check_exported, fine_tune, open_model, predict
+from slope_megatron.evaluation.fine_tuning import (
+    FineTuning,
+    check_exported,
+    final_loss,
+    fine_tune,
+    open_model,
+    predict,
+    product_type,
+)
 from slope_megatron.evaluation.hub import hub_rows
 
 HUB_NAME = "nyu-mll/glue"
@@ -115,7 +123,7 @@ def evaluate(
     """Fine-tune an exported encoder on one task and score it.
 
     Returns:
-        the task's metrics in percent (MNLI's mismatched ones end in `_mismatched`); the mean loss of the last tenth.
+        the task's metrics in percent (MNLI's mismatched ones end in `_mismatched`); "loss" as `final_loss` has it.
     Raises:
         ValueError: what `check_exported` and `read_split` raise, or an unknown task.
     """
@@ -133,17 +141,17 @@ def evaluate(
     }
     torch.manual_seed(settings.seed)
     model = open_model(folder, transformers.AutoModelForSequenceClassification, num_labels=task.labels)
-    losses = fine_tune(model, samples["train"], collate, settings, nm, device)
+    products = product_type(fields)
+    losses = fine_tune(model, samples["train"], collate, settings, nm, device, products)
     scores: dict[str, float] = {}
     for split in task.splits:
         predictions: list = []
         for _, output in predict(
-            model, samples[split], lambda p: collate(p, labels=False), settings.batch_size, device
+            model, samples[split], lambda p: collate(p, labels=False), settings.batch_size, device, products
         ):
             found = output.logits[:, 0] if task.labels == 1 else output.logits.argmax(-1)
             predictions += found.float().tolist() if task.labels == 1 else found.tolist()
         suffix = "_mismatched" if split.endswith("_mismatched") else ""
         labels = [sample["label"] for sample in samples[split]]
         scores.update({key + suffix: value for key, value in task.metric(predictions, labels).items()})
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {**scores, "loss": sum(tail) / len(tail)}
+    return {**scores, "loss": final_loss(losses)}

@@ -4,6 +4,7 @@ A paragraph that is too long is cut into windows that start `stride` tokens apar
 highest start + end score over all windows of its question.
 """
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,15 @@ from pathlib import Path
 import torch
 
 from slope_megatron.evaluation import metrics
-from slope_megatron.evaluation.fine_tuning import FineTuning, check_exported, fine_tune, open_model, predict
+from slope_megatron.evaluation.fine_tuning import (
+    FineTuning,
+    check_exported,
+    final_loss,
+    fine_tune,
+    open_model,
+    predict,
+    product_type,
+)
 from slope_megatron.evaluation.hub import hub_rows
 
 HUB_NAME = "rajpurkar/squad"
@@ -141,7 +150,7 @@ def evaluate(
     """Fine-tune an exported encoder on SQuAD and score it on the development questions.
 
     Returns:
-        {"exact_match", "f1", "loss"}: percent; the mean loss of the last tenth of the steps.
+        {"exact_match", "f1", "loss"}: percent; the loss as `final_loss` has it.
     """
     import transformers
 
@@ -158,8 +167,9 @@ def evaluate(
     }
     torch.manual_seed(settings.seed)
     model = open_model(folder, transformers.AutoModelForQuestionAnswering)
-    losses = fine_tune(model, samples["train"], collate, settings, nm, device)
-    outputs = predict(model, samples["dev"], lambda part: collate(part, labels=False), settings.batch_size, device)
+    products = product_type(fields)
+    losses = fine_tune(model, samples["train"], collate, settings, nm, device, products)
+    unlabelled = functools.partial(collate, labels=False)
+    outputs = predict(model, samples["dev"], unlabelled, settings.batch_size, device, products)
     truths = {question["id"]: [answer["text"] for answer in question["answers"]] for question in questions["dev"]}
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {**metrics.squad(answers_of(outputs), truths), "loss": sum(tail) / len(tail)}
+    return {**metrics.squad(answers_of(outputs), truths), "loss": final_loss(losses)}

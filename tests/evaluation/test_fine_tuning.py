@@ -1,5 +1,6 @@
 """Fine-tuning of an exported encoder on files of SQuAD's and GLUE's form: it learns, zeros stay, adapters move."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 
 from helpers.runs import made_run
 from slope_megatron.cli import main
+from slope_megatron.evaluation import fine_tuning
 
 WORDS = "red green blue cat dog cow who what has the ? .".split()
 
@@ -23,9 +25,11 @@ def bert(ranks, tmp_path_factory):
     data.mkdir()
     write_tokenizer(data / "tokenizer.json")
     made_run(ranks, folder / "run", "bert", max_position_embeddings=48, data=data, std=0.05)
-    for adapters in ("lora", "fold"):
-        planned = hf_export.plan(TrainedRun(folder / "run"), adapters=adapters, dtype="fp32")
-        hf_export.export(planned, folder / adapters)
+    for name, adapters, dtype in (
+        *(("lora", "lora", "fp32"), ("fold", "fold", "fp32")),
+        *(("bf16", "lora", "bf16"), ("fp16", "lora", "fp16")),
+    ):
+        hf_export.export(hf_export.plan(TrainedRun(folder / "run"), adapters=adapters, dtype=dtype), folder / name)
     return folder
 
 
@@ -118,6 +122,71 @@ def test_zeros_stay_and_adapters_train(bert):
             adapters += not torch.equal(parameter, before[name])
     # Two blocks of six linears; the first block's Q, K and V are dense and have no adapter.
     assert (sparse, adapters) == (9, 18)
+
+
+def sentences(path):
+    """SST-2's form, with fewer rows in the last batch of an epoch than in the others."""
+    for split, count in (("train", 10), ("validation", 4)):
+        rows = [{"sentence": f"{WORDS[i % 3]} {WORDS[3 + i % 4]} ?", "label": i % 2} for i in range(count)]
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def moved(bert, tmp_path, monkeypatch):
+    """Folder's name, learning rate -> shares of adapters and of kept block weights that GLUE moves; the loss."""
+    from slope_megatron.evaluation import glue
+
+    sentences(tmp_path)
+
+    def run(name, lr):
+        opened = []
+
+        def spy(*arguments, **options):
+            model = open_model(*arguments, **options)
+            opened.append((model, {name: one.detach().clone() for name, one in model.named_parameters()}))
+            return model
+
+        open_model = fine_tuning.open_model
+        with monkeypatch.context() as patch:
+            patch.setattr(glue, "open_model", spy)
+            scores = glue.evaluate(bert / name, "sst2", tmp_path, dataclasses.replace(glue.PUBLISHED, lr=lr))
+        ((model, before),) = opened
+        counts = {True: [0, 0], False: [0, 0]}
+        for name, parameter in model.named_parameters():
+            if "encoder." in name and parameter.dim() == 2:
+                kept = before[name] != 0
+                count = counts["lora_" in name]
+                count[0] += int((parameter != before[name])[kept].sum())
+                count[1] += int(kept.sum())
+        return [changed / whole for changed, whole in counts.values()], scores["loss"]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_small_updates_move_as_many_weights_of_a_16_bit_export(moved, kind):
+    from slope_megatron.evaluation.glue import PUBLISHED
+
+    expected, loss = moved("lora", PUBLISHED.lr)
+    found, found_loss = moved(kind, PUBLISHED.lr)
+    assert min(expected) > 0.99
+    # A handful of weights may move by less than fp32 can add, in one or in the other.
+    assert found == pytest.approx(expected, abs=1e-3)
+    # The products are 16-bit: 8 bits of mantissa at least.
+    assert found_loss == pytest.approx(loss, rel=2e-2) and found_loss != loss
+
+
+def test_an_optimizer_over_16_bits_is_refused():
+    from slope_megatron.evaluation.fine_tuning import FineTuning, fine_tune
+
+    with pytest.raises(AssertionError, match="16-bit parameters would round its updates away"):
+        fine_tune(torch.nn.Linear(2, 2, dtype=torch.bfloat16), [{}], dict, FineTuning(1e-3, 1, 1, 1), None)
+
+
+def test_the_loss_reported_is_a_mean_over_samples():
+    from slope_megatron.evaluation.fine_tuning import final_loss
+
+    assert final_loss([(9.0, 4)] * 18 + [(2.0, 4), (1.0, 1)]) == pytest.approx((4 * 2 + 1) / 5)
 
 
 @pytest.mark.parametrize("whole", ["2:8", "2:4"])
