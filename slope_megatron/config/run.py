@@ -12,7 +12,9 @@ class DataConfig:
     data: str = option("", "required: folder that `slope data prepare` wrote")
     cache: str | None = option(None, "folder for Megatron's sample index; unset: a folder in the prepared data")
     seq_length: int = option(1024, "tokens of one sample")
-    micro_batch_size: int = option(1, "samples of one forward pass on one replica")
+    micro_batch_size: int = option(
+        1, "samples of one forward pass on one replica; loss and gradient are those of the global batch, whatever it is"
+    )
     global_batch_size: int = option(8, "samples of one optimizer step over all replicas")
     mlm_probability: float = option(0.15, "bert: share of the tokens that are asked for")
     mlm_whole_words: bool = option(False, "bert: hide all pieces of a word together")

@@ -152,6 +152,7 @@ def step_loss(config):
     return (build_engine(config).forward_backward_reduce(own_batches(config)),)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_micro_batch(ranks, tmp_path):
     """And with another number of replicas; the saved settings say that both may change."""
     whole = ranks.run(go_on_from, config_of(True, micro=8), tmp_path, 0, 4, world=1)[0]
