@@ -21,8 +21,8 @@ from typing import Protocol
 
 import torch
 
-from slope_megatron.ops import low_rank
 from slope_megatron.ops.backend import Products, TokenDraws
+from slope_megatron.ops.operands import low_rank
 
 
 class Pending(Protocol):

@@ -60,7 +60,7 @@ def model_rows(model: Model, arguments, bandwidth: float) -> list[dict]:
     from block import Stack
     from linears import MODES, WithAdapters
 
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     def stack(linear):
         return Stack(model, linear, arguments.blocks, arguments.tokens, arguments.accumulate)

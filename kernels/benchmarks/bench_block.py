@@ -68,7 +68,7 @@ def timed_stacks(stacks: dict, name: str, arguments) -> dict[str, list[float]]:
     """Samples (ms a block) of each stack's method `name`; "dense" is among the stacks."""
     from block import captured
 
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     functions = {}
     for label, stack in stacks.items():
@@ -84,7 +84,7 @@ def timed_stacks(stacks: dict, name: str, arguments) -> dict[str, list[float]]:
 def row(model: Model, mode: str, accumulate: str, name: str, samples: dict, arguments, bandwidth, peak) -> dict:
     from linears import E4M3_MODES
 
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     dense_ms, sparse_ms = timing.median(samples["dense"]), timing.median(samples[mode])
     gain, flops = gemm_gain(model, mode, arguments.tokens, name == "train")

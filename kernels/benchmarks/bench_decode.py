@@ -63,7 +63,7 @@ def random_tensors(model: Model, config, sparse: bool, rank: int, device: str = 
     """Canonical name -> tensor, as a packed or a dense export has them."""
     import torch
 
-    from slope_megatron.ops.trials import random_bits
+    from slope_megatron.ops.autotune.trials import random_bits
 
     def randn(*shape):
         return torch.randn(*shape, device=device, dtype=torch.bfloat16).mul_(0.02)
@@ -116,7 +116,7 @@ def byte_bound(model: Model, rank: int) -> float:
 
 def phase_rows(model: Model, decoders: dict, phase: str, batch: int, new: int, arguments) -> list[dict]:
     """A row for each form; all write into one cache, whose contents no time depends on."""
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     cache = decoders["dense", 0].new_cache(batch, arguments.prompt)
     graphs = {form: captured(decoder, cache, batch, new) for form, decoder in decoders.items()}

@@ -14,8 +14,9 @@ def forward_like(key) -> dict:
     """Times (ms) of one forward or dgrad product."""
     import torch
 
-    from slope_megatron.ops import float8_products, measure, timing
-    from slope_megatron.ops.measure_float8 import Float8Trial
+    from slope_megatron.ops.autotune import measure, timing
+    from slope_megatron.ops.autotune.measure_float8 import Float8Trial
+    from slope_megatron.ops.custom_ops import float8 as float8_products
 
     device = torch.device("cuda", torch.cuda.current_device())
     trial = Float8Trial(key, device)
@@ -35,7 +36,8 @@ def weight_gradient(rows: int, columns: int, tokens: int) -> dict:
     """Times (ms) of one wgrad product."""
     import torch
 
-    from slope_megatron.ops import float8_products, timing
+    from slope_megatron.ops.autotune import timing
+    from slope_megatron.ops.custom_ops import float8 as float8_products
 
     dy = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
@@ -51,7 +53,7 @@ def weight_gradient(rows: int, columns: int, tokens: int) -> dict:
 
 def measured(kind: str, rows: int, columns: int, tokens: int) -> dict:
     """One product's row, without the names of model and linear; `rows` x `columns` is the operand, for wgrad W."""
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
     from slope_megatron.ops.choices import Key
     from slope_megatron.sparsity.float8 import E4M3
 
@@ -93,7 +95,7 @@ def add_arguments(parser) -> None:
 
 def main(arguments) -> int:
     clock = begin(arguments)
-    from slope_megatron.ops import float8
+    from slope_megatron.ops.operands import float8
 
     if reason := float8.unsupported():
         raise ValueError(f"slope bench fp8 measures e4m3 products, and this machine cannot: {reason}")

@@ -32,7 +32,7 @@ def moved_bytes(key) -> int:
 
     Its output is packed, and which half it holds is read too.
     """
-    from slope_megatron.ops import layout
+    from slope_megatron.ops.custom_ops import layout
 
     if key.kind == "wgrad":
         operand = layout.operand_bytes(key.rows, key.tokens)
@@ -43,8 +43,8 @@ def moved_bytes(key) -> int:
 
 def prune_ms(key, device) -> float | str:
     """Writing wgrad's operand, alone."""
-    from slope_megatron.ops import timing
-    from slope_megatron.ops.measure_wgrad import WgradTrial
+    from slope_megatron.ops.autotune import timing
+    from slope_megatron.ops.autotune.measure_wgrad import WgradTrial
 
     if key.kind != "wgrad":
         return ""
@@ -57,7 +57,7 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
     import torch
 
     from slope_kernels import cutlass
-    from slope_megatron.ops import measure, timing
+    from slope_megatron.ops.autotune import measure, timing
 
     device = torch.device("cuda", torch.cuda.current_device())
     beside = (lambda trial: {"alone": trial.dense_gradient}) if key.kind == "wgrad" else None

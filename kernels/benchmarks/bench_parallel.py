@@ -109,7 +109,7 @@ def compile_kernels(clock: Clock) -> None:
     import torch
 
     from slope_kernels import cutlass, packed_wgrad
-    from slope_megatron.ops import measure_cutlass
+    from slope_megatron.ops.autotune import measure_cutlass
 
     reason = cutlass.unsupported()
     clock.say(f"our own kernels: {reason or 'compiled beside all else, a minute or two unless they are there already'}")

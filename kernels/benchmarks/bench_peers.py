@@ -63,7 +63,7 @@ def timed_pair(dense, stack, name: str, arguments, eager: bool) -> tuple[list[fl
     """Samples (ms a block) of the dense stack and of a peer's, in turn."""
     from block import captured
 
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     functions = {}
     for label, one in (("dense", dense), ("peer", stack)):
@@ -79,7 +79,7 @@ def timed_pair(dense, stack, name: str, arguments, eager: bool) -> tuple[list[fl
 def peer_rows(model: Model, peer: str, linear, dense, arguments) -> list[dict]:
     from block import Stack
 
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     stack = Stack(model, linear, arguments.blocks, arguments.tokens, arguments.accumulate)
     rows = []

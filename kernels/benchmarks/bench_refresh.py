@@ -31,10 +31,10 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     import torch
 
     from slope_kernels.triton import choose, gather, metadata, mvue, refresh
-    from slope_megatron.ops import layout
+    from slope_megatron.ops.autotune.measure_wgrad import WgradTrial
+    from slope_megatron.ops.autotune.trials import random_bits
     from slope_megatron.ops.choices import Key
-    from slope_megatron.ops.measure_wgrad import WgradTrial
-    from slope_megatron.ops.trials import random_bits
+    from slope_megatron.ops.custom_ops import layout
 
     device, weights = torch.device("cuda"), rows * columns
     row_bits = random_bits(rows, columns, device)
@@ -99,7 +99,7 @@ def graph(case: Case, **settings):
 
 def timed(found: list[Case], bandwidth: float, rows: int, columns: int, *, sweep: bool) -> list[dict]:
     """A row for each kernel, or for each setting of it."""
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     results = []
     for case in found:

@@ -60,7 +60,7 @@ def measured(name: str, arguments) -> dict:
     """One model's row."""
     from linears import Dense, Sparse
 
-    from slope_megatron.ops import timing
+    from slope_megatron.ops.autotune import timing
 
     steps = {kind: Step(MODELS[name], linear, arguments) for kind, linear in (("dense", Dense), ("sparse", Sparse))}
     parts: dict = {**steps, "refresh": steps["sparse"].refresh}

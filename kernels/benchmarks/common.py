@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from slope_megatron.ops import choices, timing
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import timing
 from slope_megatron.storage import earlier
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,7 +110,7 @@ def require_gpu() -> None:
     Raises:
         ValueError: with the reason.
     """
-    from slope_megatron.ops.cusparselt import unsupported
+    from slope_megatron.ops.operands.cusparselt import unsupported
 
     reason = unsupported()
     if reason:

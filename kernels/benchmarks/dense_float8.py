@@ -7,7 +7,7 @@ The weight is rounded once a step, in both orders, as the sparse operands are.
 
 import torch
 
-from slope_megatron.ops.float8_products import dense_mm, quantize
+from slope_megatron.ops.custom_ops.float8 import dense_mm, quantize
 
 
 class DenseFloat8Function(torch.autograd.Function):

@@ -129,7 +129,7 @@ def charge_operand(ledger: Ledger, name: str, freed: int, counted: tuple[float, 
 
 def run_products(operands, factors: list, rows: int, columns: int, tokens: int, train: bool) -> None:
     """Each product once: a choice may want a dense copy beside an operand, or adapters in it, which is then held."""
-    from slope_megatron.ops import low_rank
+    from slope_megatron.ops.operands import low_rank
 
     x, dy = randn(tokens, columns), randn(tokens, rows)
     if not factors:
@@ -152,8 +152,8 @@ def dense_linear(ledger: Ledger, rows: int, columns: int, train: bool) -> None:
 def sparse_linear(ledger, rows: int, columns: int, rank: int, train: bool, backend: str, tokens: int) -> None:
     """In training what `layers/packed_weight.py` holds; for inference what `inference/linear.py` does."""
     from slope_megatron.inference.linear import SparseLinear
+    from slope_megatron.ops.autotune.trials import random_bits
     from slope_megatron.ops.backend import build_operands, choose_column_bits
-    from slope_megatron.ops.trials import random_bits
 
     weights = rows * columns
     if not train:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from dense_float8 import DenseFloat8Function
 
 from slope_megatron.linear import slope_linear
+from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.backend import build_operands
-from slope_megatron.ops.bias import bias_gradient
-from slope_megatron.ops.float8_products import quantize
-from slope_megatron.ops.products import choose_column
-from slope_megatron.ops.trials import random_bits
+from slope_megatron.ops.custom_ops.float8 import quantize
+from slope_megatron.ops.custom_ops.products import choose_column
+from slope_megatron.ops.operands.bias import bias_gradient
 from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
 # (out, in, with a bias) -> a linear: one of the classes below, or one with its rank bound.

@@ -24,11 +24,12 @@ from torch.sparse import (
 )
 
 from slope_kernels import cusparselt
-from slope_megatron.ops import measure, mvue
+from slope_megatron.ops.autotune import measure
+from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.backend import build_operands
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.products import choose_column, gather_kept, unpack_kept
-from slope_megatron.ops.trials import random_bits
+from slope_megatron.ops.custom_ops import mvue
+from slope_megatron.ops.custom_ops.products import choose_column, gather_kept, unpack_kept
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.transposable import patterns
 

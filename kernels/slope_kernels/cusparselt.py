@@ -8,7 +8,7 @@ The first also with W and X in e4m3, times a factor from the host: for these the
 memory (a vector of factors is refused, pointers to scales are taken and ignored).
 
     operand   uint8 [9/8 N K], in e4m3 [5/8 N K]: the packed values [N, K/2] row-major, then the metadata [N K / 8].
-              Both facts are the library's own affair; `slope_megatron.ops.layout` verifies them before relying on them.
+              Both facts are the library's own affair; `ops.custom_ops.layout` verifies them before relying on them.
     plan      one for each (N, K, T, dtype, epilogue, algorithm, device), kept for the life of the process
     handle    one for each (process, device)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from slope_megatron.ops import low_rank
 from slope_megatron.ops.backend import ForwardProduct, build_forward
+from slope_megatron.ops.operands import low_rank
 
 
 class DenseOperands:

@@ -17,7 +17,7 @@ from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.draws import RowDraws
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import Products, TokenDraws
-from slope_megatron.ops.bias import bias_gradient
+from slope_megatron.ops.operands.bias import bias_gradient
 
 
 class PrunedLinear(torch.nn.Module):

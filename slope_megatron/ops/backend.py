@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-from slope_megatron.ops import cusparselt, cutlass, float8, products, reference
+from slope_megatron.ops.custom_ops import products
+from slope_megatron.ops.operands import cusparselt, cutlass, float8, reference
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 from slope_megatron.sparsity.pieces import rows_at_once

@@ -76,7 +76,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """How a product runs with adapters beside it (`ops.low_rank`), and the median (ms) of each candidate.
+    """How a product runs with adapters beside it (`operands.low_rank`), and the median (ms) of each candidate.
 
     Its key's kind is that of the product with the rank behind it: `forward+40`.
     """

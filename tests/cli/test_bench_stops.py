@@ -43,7 +43,7 @@ def loaded(monkeypatch):
         import common
         import progress
 
-        from slope_megatron.ops import float8
+        from slope_megatron.ops.operands import float8
 
         monkeypatch.setattr(common, "require_gpu", lambda: None)
         monkeypatch.setattr(float8, "unsupported", lambda: None)

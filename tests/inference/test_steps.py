@@ -6,7 +6,7 @@ import torch
 from slope_megatron.config import ModelConfig
 from slope_megatron.inference.decoder import Decoder
 from slope_megatron.inference.steps import Steps
-from slope_megatron.ops.trials import random_bits
+from slope_megatron.ops.autotune.trials import random_bits
 
 MODEL = ModelConfig(num_layers=2, hidden_size=128, num_attention_heads=4, max_positions=32, vocab_size=96)
 

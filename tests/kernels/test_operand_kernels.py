@@ -177,7 +177,7 @@ def test_patterns_of_more_weights_than_a_32_bit_index_holds(device):
     from slope_kernels.triton.choose import choose_column
     from slope_kernels.triton.metadata import column_metadata, row_metadata
     from slope_kernels.triton.refresh import refresh
-    from slope_megatron.ops.trials import random_bits
+    from slope_megatron.ops.autotune.trials import random_bits
 
     rows, columns = 65664, 32768
     if torch.cuda.mem_get_info()[0] < 30 << 30:

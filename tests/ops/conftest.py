@@ -20,7 +20,7 @@ def device():
 def kernels_here(device):
     """A GPU that our own kernels run on; on a CPU the ops' twins."""
     if device.type == "cuda":
-        from slope_megatron.ops.cutlass import unsupported
+        from slope_megatron.ops.operands.cutlass import unsupported
 
         if unsupported():
             pytest.skip(unsupported())
@@ -40,7 +40,7 @@ def fresh_choices():
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
-        from slope_megatron.ops.cusparselt import unsupported
+        from slope_megatron.ops.operands.cusparselt import unsupported
 
         reason = unsupported()
         if reason:

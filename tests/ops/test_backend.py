@@ -6,8 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.packed import packed_weight
 from slope_kernels import cusparselt_library
-from slope_megatron.ops import backend, cusparselt, cutlass, reference
+from slope_megatron.ops import backend
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.operands import cusparselt, cutlass, reference
 from slope_megatron.sparsity import pieces
 
 

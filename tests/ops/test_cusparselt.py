@@ -6,9 +6,10 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import layout, patterns, products, reference
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cusparselt import CusparseltOperands, unsupported_weight
+from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.operands import patterns, reference
+from slope_megatron.ops.operands.cusparselt import CusparseltOperands, unsupported_weight
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack, unpack
 from slope_megatron.sparsity.pattern import column_pattern

@@ -10,11 +10,14 @@ from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_kernels import cutlass as kernels
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import choices, cutlass_mm, measure_cutlass, reference
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure_cutlass
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cusparselt import CusparseltOperands
-from slope_megatron.ops.cutlass import CutlassOperands, unsupported_weight
-from slope_megatron.ops.cutlass_operand import row_metadata
+from slope_megatron.ops.custom_ops import cutlass as cutlass_mm
+from slope_megatron.ops.operands import reference
+from slope_megatron.ops.operands.cusparselt import CusparseltOperands
+from slope_megatron.ops.operands.cutlass import CutlassOperands, unsupported_weight
+from slope_megatron.ops.operands.cutlass_operand import row_metadata
 
 DTYPE = torch.bfloat16
 SHAPES = [(64, 64, 16), (128, 192, 48), (192, 320, 7)]
@@ -165,7 +168,7 @@ def test_cusparselt_s_operands_are_handed_over_where_a_kernel_of_ours_wins(kind,
 
 
 def test_a_shape_keeps_its_library_for_other_numbers_of_tokens(fresh_choices):
-    from slope_megatron.ops import measure
+    from slope_megatron.ops.autotune import measure
 
     key = Key("forward", 128, 192, 48, DTYPE)
     other = dataclasses.replace(key, tokens=96)

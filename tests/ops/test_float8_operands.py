@@ -6,9 +6,10 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import backend, float8_products
+from slope_megatron.ops import backend
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.float8 import EmulatedFloat8Operands, Float8Operands
+from slope_megatron.ops.custom_ops import float8 as float8_products
+from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import metadata_e4m3, metadata_sm90, places_e4m3, slot_places

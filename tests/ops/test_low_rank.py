@@ -8,11 +8,12 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import choices, low_rank, reference
-from slope_megatron.ops.bias import bias_gradient
+from slope_megatron.ops import choices
 from slope_megatron.ops.choices import Choice, Key, Order
-from slope_megatron.ops.cusparselt import CusparseltOperands
-from slope_megatron.ops.joined import joined_copy
+from slope_megatron.ops.operands import low_rank, reference
+from slope_megatron.ops.operands.augmented import joined_copy
+from slope_megatron.ops.operands.bias import bias_gradient
+from slope_megatron.ops.operands.cusparselt import CusparseltOperands
 from slope_megatron.sparsity import reference as oracle
 from slope_megatron.sparsity.packing import pack, unpack
 from slope_megatron.sparsity.pattern import column_pattern
@@ -140,7 +141,7 @@ def column_pattern_of(values, weight):
 
 @pytest.mark.parametrize("form", ["tall", "wide"])
 def test_a_joined_operand_is_the_matrix_that_its_docstring_shows(form, device, fresh_choices):
-    from slope_megatron.ops.products import _operand_matrix
+    from slope_megatron.ops.custom_ops.products import _operand_matrix
 
     weight, ours = operands_of(device, whole=False)
     joined = joined_copy(ours, "forward", form, 8)

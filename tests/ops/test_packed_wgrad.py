@@ -10,9 +10,12 @@ from helpers.numerics import relative_error
 from helpers.wgrad import DTYPE, draws_of, is_near_fp64, problem
 from slope_kernels import cutlass
 from slope_kernels import packed_wgrad as kernels
-from slope_megatron.ops import choices, measure, measure_cutlass, mvue, wgrad
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure, measure_cutlass
+from slope_megatron.ops.autotune.trials import OwnTrial
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.trials import OwnTrial
+from slope_megatron.ops.custom_ops import mvue
+from slope_megatron.ops.operands import wgrad
 from slope_megatron.sparsity.operand import scatter_slots, slot_places
 from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
 from slope_megatron.sparsity.packing import pack, unpack_bits
@@ -75,7 +78,7 @@ def test_ranks_agree_on_a_packing_kernel(fresh_choices):
 @pytest.mark.parametrize("tokens", [64, 40])
 def test_the_gate_judges_the_packed_gradient(tokens, kernels_here, monkeypatch):
     """The trial's right answer is from cuSPARSELt's order of metadata, our kernels' from CUTLASS's."""
-    from slope_megatron.ops.measure_wgrad import WgradTrial
+    from slope_megatron.ops.autotune.measure_wgrad import WgradTrial
 
     trial, factor = WgradTrial(Key("wgrad", 64, 128, tokens, DTYPE), kernels_here), 1.0
     run = kernels.run
@@ -100,7 +103,7 @@ def test_the_gate_judges_the_packed_gradient(tokens, kernels_here, monkeypatch):
 def test_the_gate_sees_a_dense_gradient_that_was_not_written(kernels_here, monkeypatch):
     """cuSPARSELt's product goes into a buffer that half of is kept: right results of before must not lie there."""
     from slope_kernels import cusparselt
-    from slope_megatron.ops.measure_wgrad import WgradTrial
+    from slope_megatron.ops.autotune.measure_wgrad import WgradTrial
 
     class NoPlan:
         def __init__(self, *_):

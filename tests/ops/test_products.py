@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.packed import packed_weight
-from slope_megatron.ops import layout, products
+from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots, slot_places, slots
 from slope_megatron.sparsity.packing import unpack
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import reference
-from slope_megatron.ops.cusparselt import CusparseltOperands
-from slope_megatron.ops.float8 import EmulatedFloat8Operands, Float8Operands
+from slope_megatron.ops.operands import reference
+from slope_megatron.ops.operands.cusparselt import CusparseltOperands
+from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.sparsity.packing import pack, unpack
 from slope_megatron.sparsity.pattern import column_pattern
 

@@ -9,9 +9,11 @@ from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from helpers.wgrad import DTYPE, draws_of, is_near_fp64, problem
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops import cutlass, measure, measure_cutlass, mvue, reference, wgrad
+from slope_megatron.ops.autotune import measure, measure_cutlass
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cusparselt import CusparseltOperands
+from slope_megatron.ops.custom_ops import mvue
+from slope_megatron.ops.operands import cutlass, reference, wgrad
+from slope_megatron.ops.operands.cusparselt import CusparseltOperands
 from slope_megatron.sparsity.packing import pack, unpack_bits
 from slope_megatron.sparsity.token_draws import as_int32
 

@@ -28,7 +28,8 @@ def train(config):
 
     from slope_megatron.models.fill import sparse_modules
     from slope_megatron.models.provider import build_model
-    from slope_megatron.ops import backend, cutlass
+    from slope_megatron.ops import backend
+    from slope_megatron.ops.operands import cutlass
     from slope_megatron.sparsity.operand_cutlass import metadata_bytes
     from slope_megatron.training import accounting
     from slope_megatron.training.engine import Engine

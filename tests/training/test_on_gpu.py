@@ -8,7 +8,8 @@ import torch
 
 from helpers.gpu import gpu_config, one_rank, trained_losses
 from slope_megatron.layers.packed_weight import PackedWeight
-from slope_megatron.ops import cusparselt, layout, products, reference
+from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.operands import cusparselt, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cusparselt.unsupported()), reason=str(cusparselt.unsupported()))]
 STEPS = 200

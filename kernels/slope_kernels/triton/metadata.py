@@ -3,7 +3,7 @@
 One nibble a group of four: first place | second place << 2. An operand of R rows and G groups a row is cut into blocks
 of 64 rows x 8 groups (256 bytes), group-major within a row block. Within a block the address of a nibble is, from the
 highest bit down, r5 r4 r2 r1 r0 g1 g0 g2 r3 (r row, g group): found by setting one group at a time and compressing.
-The layout is the library's own affair: `slope_megatron.ops.layout` verifies it against the library's compressor before
+The layout is the library's own affair: `ops.custom_ops.layout` verifies it against the library's compressor before
 it is used, and falls back to that compressor.
 
     row_metadata      of W^R from the row bitmask

@@ -9,9 +9,10 @@ import torch
 from slope_kernels import cusparselt, cutlass, packed_wgrad
 from slope_kernels.triton.gather import gather
 from slope_kernels.triton.mvue import mvue_operand
-from slope_megatron.ops import layout, measure_cutlass
+from slope_megatron.ops.autotune import measure_cutlass
+from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.choices import Key
-from slope_megatron.ops.trials import random_bits
+from slope_megatron.ops.custom_ops import layout
 from slope_megatron.sparsity.operand import places_sm90, scatter_slots
 from slope_megatron.sparsity.token_draws import as_int32, stream_table
 

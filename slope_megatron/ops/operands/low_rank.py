@@ -10,7 +10,7 @@ The products over P are small; what costs is that X and Y move once more for eac
     last          Y := X W^T, then Y += H U^T in place: X is read again, Y read and written again
     kernels       the same by kernels of our own, for small ranks
     first         Y := H U^T, then Y += X W^T in the sparse product's epilogue
-    tall, wide    one sparse product of an operand that has D or U in it (`ops.joined`)
+    tall, wide    one sparse product of an operand that has D or U in it (`operands.augmented`)
 
 "first" is for operands with `forward_add` or `dgrad_add` (X, Y -> Y + X W^T, which may overwrite Y). On a GPU the ways
 that there are are timed once for each shape behind a numerics gate, and the choice is kept like every other.
@@ -22,8 +22,11 @@ from collections.abc import Callable
 
 import torch
 
-from slope_megatron.ops import adapter_products, choices, joined, timing
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import timing
 from slope_megatron.ops.choices import Key, Order
+from slope_megatron.ops.custom_ops import adapters as adapter_products
+from slope_megatron.ops.operands import augmented as joined
 
 logger = logging.getLogger(__name__)
 FORMS = ("tall", "wide")

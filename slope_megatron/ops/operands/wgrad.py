@@ -15,9 +15,11 @@ import logging
 import torch
 
 from slope_kernels import cutlass
-from slope_megatron.ops import choices, layout, measure, mvue
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.products import gather_kept
+from slope_megatron.ops.custom_ops import layout, mvue
+from slope_megatron.ops.custom_ops.products import gather_kept
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)

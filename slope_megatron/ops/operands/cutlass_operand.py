@@ -7,8 +7,8 @@ import dataclasses
 
 import torch
 
-from slope_megatron.ops import layout, products
-from slope_megatron.ops.cutlass_mm import cutlass_mm, cutlass_mm_add_
+from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.custom_ops.cutlass import cutlass_mm, cutlass_mm_add_
 from slope_megatron.sparsity.operand_cutlass import from_sm90
 
 

@@ -9,10 +9,11 @@ import functools
 import torch
 
 from slope_kernels import cusparselt, cusparselt_library, cutlass
-from slope_megatron.ops import layout, measure_cutlass, products
+from slope_megatron.ops.autotune import measure_cutlass
+from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.choices import Key
-from slope_megatron.ops.cutlass_operand import row_metadata
-from slope_megatron.ops.trials import random_bits
+from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.operands.cutlass_operand import row_metadata
 from slope_megatron.sparsity.operand import slot_places
 from slope_megatron.sparsity.packing import unpack_bits
 

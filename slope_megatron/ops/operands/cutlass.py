@@ -13,11 +13,14 @@ import sys
 import torch
 
 from slope_kernels import cutlass
-from slope_megatron.ops import choices, measure, patterns, products, reference, wgrad
-from slope_megatron.ops.bias import BiasedOperands
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, row_metadata
-from slope_megatron.ops.reference import held
+from slope_megatron.ops.custom_ops import products
+from slope_megatron.ops.operands import patterns, reference, wgrad
+from slope_megatron.ops.operands.bias import BiasedOperands
+from slope_megatron.ops.operands.cutlass_operand import CutlassOperand, column_metadata, row_metadata
+from slope_megatron.ops.operands.reference import held
 from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 

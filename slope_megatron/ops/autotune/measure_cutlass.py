@@ -9,8 +9,8 @@ import logging
 import torch
 
 from slope_kernels import cutlass, load_cuda, packed_wgrad
-from slope_megatron.ops import timing
-from slope_megatron.ops.trials import KernelCandidate, OwnTrial
+from slope_megatron.ops.autotune import timing
+from slope_megatron.ops.autotune.trials import KernelCandidate, OwnTrial
 
 logger = logging.getLogger(__name__)
 # (swizzle, raster): the default walk first; wider swizzles never won.

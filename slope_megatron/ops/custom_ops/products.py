@@ -9,7 +9,7 @@ T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
     slope::choose_column  the second pruning by magnitude -> bitmask [N, C/8]
     slope::row_metadata_, slope::column_metadata_   the operands' metadata
 On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers. Those of
-`full` mode are in `ops.mvue`.
+`full` mode are in `custom_ops.mvue`.
 """
 
 import torch

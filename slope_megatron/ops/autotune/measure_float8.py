@@ -8,9 +8,10 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_kernels.triton.quantize import rescale
-from slope_megatron.ops import float8_products, layout, products
+from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.choices import Key
-from slope_megatron.ops.trials import random_bits
+from slope_megatron.ops.custom_ops import float8 as float8_products
+from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import metadata_e4m3, slot_places

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 import torch
 
 from slope_kernels import cusparselt
-from slope_megatron.ops import choices, layout, measure_cutlass, measure_weight, timing
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure_cutlass, measure_weight, timing
+from slope_megatron.ops.autotune.trials import ROWS_AT_ONCE, Candidate, OwnTrial, PlannedCandidate, Trial
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.trials import ROWS_AT_ONCE, Candidate, OwnTrial, PlannedCandidate, Trial
+from slope_megatron.ops.custom_ops import layout
 from slope_megatron.sparsity.float8 import E4M3
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,11 @@ def prepare(key: Key, device: torch.device) -> Trial:
     """Fresh random data."""
     if key.kind == "wgrad":
         # It compiles kernels that no machine without `full` mode needs.
-        from slope_megatron.ops.measure_wgrad import WgradTrial
+        from slope_megatron.ops.autotune.measure_wgrad import WgradTrial
 
         return WgradTrial(key, device)
     if key.dtype == E4M3:
-        from slope_megatron.ops.measure_float8 import Float8Trial
+        from slope_megatron.ops.autotune.measure_float8 import Float8Trial
 
         return Float8Trial(key, device)
     return measure_weight.trial_of(key, device)

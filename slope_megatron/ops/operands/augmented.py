@@ -20,8 +20,11 @@ import sys
 
 import torch
 
-from slope_megatron.ops import adapter_products, choices, layout, measure, products, timing
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure, timing
 from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.custom_ops import adapters as adapter_products
+from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.sparsity.operand import metadata_sm90
 
 # Rows of an operand come by 64, and so do its columns; the two halves of a factor fill them up together.

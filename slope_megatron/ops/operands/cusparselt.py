@@ -15,12 +15,15 @@ import sys
 import torch
 
 from slope_kernels import cusparselt, cusparselt_library
-from slope_megatron.ops import choices, layout, measure, patterns, products, reference, wgrad
-from slope_megatron.ops.bias import BiasedOperands
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.cutlass_operand import CutlassOperand, column_metadata, hand_over
-from slope_megatron.ops.joined import JoinedOperand
-from slope_megatron.ops.reference import held
+from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.operands import patterns, reference, wgrad
+from slope_megatron.ops.operands.augmented import JoinedOperand
+from slope_megatron.ops.operands.bias import BiasedOperands
+from slope_megatron.ops.operands.cutlass_operand import CutlassOperand, column_metadata, hand_over
+from slope_megatron.ops.operands.reference import held
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws

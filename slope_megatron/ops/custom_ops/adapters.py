@@ -1,4 +1,4 @@
-"""Registered ops of low-rank adapters: what runs beside a sparse product (`ops.low_rank`, `ops.joined`).
+"""Registered ops of low-rank adapters: what runs beside a sparse product (`operands.low_rank`, `operands.augmented`).
 
 T tokens, S in, R out, P rank, D [P, S] and U [R, P] the adapters' factors.
     slope::low_rank_hidden  H [T, P] = scale X D^T

@@ -15,10 +15,14 @@ import sys
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from slope_megatron.ops import choices, cusparselt, float8_products, layout, measure, products
-from slope_megatron.ops.bias import BiasedOperands
+from slope_megatron.ops import choices
+from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.reference import PRODUCTS, ReferenceOperands
+from slope_megatron.ops.custom_ops import float8 as float8_products
+from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.operands import cusparselt
+from slope_megatron.ops.operands.bias import BiasedOperands
+from slope_megatron.ops.operands.reference import PRODUCTS, ReferenceOperands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import backward_slots, metadata_e4m3, scatter_slots, slot_places

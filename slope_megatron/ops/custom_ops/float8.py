@@ -11,8 +11,9 @@ On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read a
 import torch
 
 from slope_kernels import cusparselt
-from slope_megatron.ops import choices, layout
-from slope_megatron.ops.products import aligned
+from slope_megatron.ops import choices
+from slope_megatron.ops.custom_ops import layout
+from slope_megatron.ops.custom_ops.products import aligned
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import backward_slots, places_e4m3, scatter_slots

@@ -1,4 +1,4 @@
-"""Registered ops of `full` mode's wgrad; see `ops.products` for what that means.
+"""Registered ops of `full` mode's wgrad; see `custom_ops.products` for what that means.
 
 T tokens, N out, K in; P the unbiased 2:4 estimate along the tokens; S is T filled up with zeros to whole columns.
     slope::mvue_operand   dY [T, N] -> operand of P(dY)^T [N, S]
@@ -10,9 +10,10 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_kernels import packed_wgrad as packing
-from slope_megatron.ops import choices, layout
-from slope_megatron.ops.cutlass_mm import lined_up
-from slope_megatron.ops.products import aligned, padded
+from slope_megatron.ops import choices
+from slope_megatron.ops.custom_ops import layout
+from slope_megatron.ops.custom_ops.cutlass import lined_up
+from slope_megatron.ops.custom_ops.products import aligned, padded
 from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots
 from slope_megatron.sparsity.operand_cutlass import metadata_cutlass, places_cutlass

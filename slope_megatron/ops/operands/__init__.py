@@ -1,0 +1,1 @@
+"""What the products read of a packed weight: one file a form."""
