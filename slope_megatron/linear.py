@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from slope_megatron.ops.backend import Products, TokenDraws
+from slope_megatron.ops.backend import Product, Products, TokenDraws
 from slope_megatron.ops.operands import low_rank
 
 
@@ -79,7 +79,7 @@ class SlopeLinearFunction(torch.autograd.Function):
             y_TN = operands.forward(x_TK)
         else:
             scale = 1.0 / adapter_l_RK.shape[0]
-            y_TN, hidden_TR = low_rank.product(operands, "forward", x_TK, adapter_l_RK, adapter_r_NR, scale)
+            y_TN, hidden_TR = low_rank.product(operands, Product.FORWARD, x_TK, adapter_l_RK, adapter_r_NR, scale)
         # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
         ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR)
         ctx.operands = operands
@@ -110,7 +110,7 @@ class SlopeLinearFunction(torch.autograd.Function):
             else:
                 down, up, scale = adapter_r_NR.t(), adapter_l_RK.t(), 1.0 / adapter_l_RK.shape[0]
                 other = pruned_TN if pruned_TN is not dy_TN else None
-                dx_TK, dhidden_TR = low_rank.product(operands, "dgrad", dy_TN, down, up, scale, other)
+                dx_TK, dhidden_TR = low_rank.product(operands, Product.DGRAD, dy_TN, down, up, scale, other)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
         adapter_gradients = dvalues_NC = None
         if gathering:

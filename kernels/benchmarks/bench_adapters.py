@@ -43,11 +43,14 @@ def dense_rate(model: Model, tokens: int) -> float:
     """Floating-point operations a ms of the run's dense forward and dgrad products."""
     from linears import DTYPE
 
-    from slope_megatron.ops.choices import Key, find
+    from slope_megatron.ops.choices import Key, Product, find
 
     flops, ms = 0.0, 0.0
     for rows, columns in model.linears().values():
-        for key in (Key("forward", rows, columns, tokens, DTYPE), Key("dgrad", columns, rows, tokens, DTYPE)):
+        for key in (
+            Key(Product.FORWARD, rows, columns, tokens, DTYPE),
+            Key(Product.DGRAD, columns, rows, tokens, DTYPE),
+        ):
             flops += 2.0 * rows * columns * tokens
             choice = find(key)
             if choice is None or choice.dense_ms is None:

@@ -37,7 +37,7 @@ def gemm_gain(model: Model, mode: str, tokens: int, train: bool) -> tuple[float,
         flops += 3 * one if train else one
         for kind in SPARSE_PRODUCTS.get(mode, ()) if train else ("forward",):
             shape = (columns, rows) if kind == "dgrad" else (rows, columns)
-            choice = choices.find(choices.Key(kind, *shape, tokens, DTYPE))
+            choice = choices.find(choices.Key(choices.Product(kind), *shape, tokens, DTYPE))
             if choice and choice.sparse and choice.dense_ms is not None and choice.sparse_ms is not None:
                 gain += choice.dense_ms - choice.sparse_ms
     return gain, flops

@@ -14,14 +14,14 @@ def forward_like(key) -> dict:
     """Times (ms) of one forward or dgrad product."""
     import torch
 
-    from slope_megatron.ops.autotune import measure, timing
+    from slope_megatron.ops.autotune import measure_cusparselt, timing
     from slope_megatron.ops.autotune.measure_float8 import Float8Trial
     from slope_megatron.ops.custom_ops import float8 as float8_products
 
     device = torch.device("cuda", torch.cuda.current_device())
     trial = Float8Trial(key, device)
     x, w, y = trial.q_TS.to(torch.bfloat16), trial.w_RS.to(torch.bfloat16), trial.y_TR
-    candidates = measure.cusparselt_finalists(trial, tilings=[1])
+    candidates = measure_cusparselt.finalists(trial, [1])
     # The candidates by number.
     functions: dict = {
         "bf16": lambda: torch.mm(x, w.t(), out=y),
@@ -54,13 +54,13 @@ def weight_gradient(rows: int, columns: int, tokens: int) -> dict:
 def measured(kind: str, rows: int, columns: int, tokens: int) -> dict:
     """One product's row, without the names of model and linear; `rows` x `columns` is the operand, for wgrad W."""
     from slope_megatron.ops.autotune import timing
-    from slope_megatron.ops.choices import Key
+    from slope_megatron.ops.choices import Key, Product
     from slope_megatron.sparsity.float8 import E4M3
 
     if kind == "wgrad":
         samples = weight_gradient(rows, columns, tokens)
     else:
-        samples = forward_like(Key(kind, rows, columns, tokens, E4M3))
+        samples = forward_like(Key(Product(kind), rows, columns, tokens, E4M3))
     times = {name: timing.median(values) for name, values in samples.items()}
     sparse = [name for name in times if isinstance(name, int)]
     best = min(sparse, key=times.__getitem__, default=None)

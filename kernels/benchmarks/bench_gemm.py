@@ -17,13 +17,13 @@ KINDS = ("forward", "dgrad", "wgrad")
 
 def keys(model: Model, tensor_parallel: int, tokens: int, dtype, kinds) -> dict:
     """{(linear, kind): key}."""
-    from slope_megatron.ops.choices import Key
+    from slope_megatron.ops.choices import Key, Product
 
     found = {}
     for name, (rows, columns) in model.linears(tensor_parallel).items():
         for kind in kinds:
             shape = (columns, rows) if kind == "dgrad" else (rows, columns)
-            found[(name, kind)] = Key(kind, *shape, tokens, dtype)
+            found[(name, kind)] = Key(Product(kind), *shape, tokens, dtype)
     return found
 
 
@@ -34,7 +34,7 @@ def moved_bytes(key) -> int:
     """
     from slope_megatron.ops.custom_ops import layout
 
-    if key.kind == "wgrad":
+    if key.product == "wgrad":
         operand = layout.operand_bytes(key.rows, key.tokens)
         packed = key.rows * key.columns * 9 // 8
         return 2 * key.tokens * (key.rows + key.columns) + packed + 2 * operand
@@ -46,7 +46,7 @@ def prune_ms(key, device) -> float | str:
     from slope_megatron.ops.autotune import timing
     from slope_megatron.ops.autotune.measure_wgrad import WgradTrial
 
-    if key.kind != "wgrad":
+    if key.product != "wgrad":
         return ""
     trial = WgradTrial(key, device)
     return timing.median(timing.interleaved({"": trial.write_operand}, rounds=11, calls=10)[""])
@@ -60,7 +60,7 @@ def measured(key, bandwidth: float, peak: float | None) -> dict:
     from slope_megatron.ops.autotune import measure, timing
 
     device = torch.device("cuda", torch.cuda.current_device())
-    beside = (lambda trial: {"alone": trial.dense_gradient}) if key.kind == "wgrad" else None
+    beside = (lambda trial: {"alone": trial.dense_gradient}) if key.product == "wgrad" else None
     samples = measure.contest(key, device, rounds=11, beside=beside)
     dense = samples.pop("alone", samples["dense"])
     choice = measure.pick(key, samples)

@@ -109,12 +109,12 @@ def compile_kernels(clock: Clock) -> None:
     import torch
 
     from slope_kernels import cutlass, packed_wgrad
-    from slope_megatron.ops.autotune import measure_cutlass
+    from slope_megatron.ops.operands import cutlass as library
 
     reason = cutlass.unsupported()
     clock.say(f"our own kernels: {reason or 'compiled beside all else, a minute or two unless they are there already'}")
     if reason is None:
-        found = measure_cutlass.kernels(torch.bfloat16) + measure_cutlass.packing_kernels(torch.bfloat16)
+        found = library.kernels(torch.bfloat16) + library.packing_kernels(torch.bfloat16)
         clock.say(f"our own kernels: {len(found)} of {len(cutlass.KERNELS) + len(packed_wgrad.KERNELS)} are there")
 
 

@@ -33,7 +33,7 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     from slope_kernels.triton import choose, gather, metadata, mvue, refresh
     from slope_megatron.ops.autotune.measure_wgrad import WgradTrial
     from slope_megatron.ops.autotune.trials import random_bits
-    from slope_megatron.ops.choices import Key
+    from slope_megatron.ops.choices import Key, Product
     from slope_megatron.ops.custom_ops import layout
 
     device, weights = torch.device("cuda"), rows * columns
@@ -50,7 +50,7 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     # Metadata of columns follows from three rows of four.
     three_of_four = (row + column) * 3 // 4
     patterns = (row_bits, column_bits)
-    trial = WgradTrial(Key("wgrad", rows, columns, TOKENS, dtype), device)
+    trial = WgradTrial(Key(Product.WGRAD, rows, columns, TOKENS, dtype), device)
     gradient = (trial.dy_TN, trial.draws_key, trial.streams, trial.operand)
     return [
         Case("refresh", refresh.refresh, (values, *patterns, forward, backward), 3 * packed + row + column),

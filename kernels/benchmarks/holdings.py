@@ -72,63 +72,43 @@ def charge_adapters(ledger: Ledger, rows: int, columns: int, rank: int, train: b
     return factors, state
 
 
-def tensors_of(operands) -> list[str]:
-    """The attributes of a backend's operands that are tensors, whatever it calls them."""
-    return [name for name, value in vars(operands).items() if isinstance(value, torch.Tensor)]
-
-
-NAMES = {"forward": "forward_operand", "dgrad": "backward_operand"}
-
-
-def charge_apart(ledger: Ledger, operands, weights: int, storages: set[int]) -> None:
-    """Operands of our own kernels, whose values and metadata are tensors of their own."""
-    apart = {**getattr(operands, "operands", {}), **getattr(operands, "handed_over", {})}
-    for kind, operand in apart.items():
-        for part, attribute, counted in (("values", "values_RC", weights), ("metadata", "metadata", weights / 8)):
-            if getattr(operand, attribute).data_ptr() in storages:
-                continue
-            before = torch.cuda.memory_allocated()
-            setattr(operand, attribute, None)
-            label = f"{NAMES[kind].replace('_', ' ')}: {part}"
-            ledger.charge(label, before - torch.cuda.memory_allocated(), counted)
-
-
 def charge_operands(ledger: Ledger, operands, weights: int, shared: tuple[torch.Tensor, ...] = ()) -> None:
     """Let an operands object go, part by part. `shared` tensors are charged elsewhere."""
-    known = {"forward_operand": (weights, weights / 8), "backward_operand": (weights, weights / 8)}
     storages = {tensor.data_ptr() for tensor in shared}
-    charge_apart(ledger, operands, weights, storages)
-    for name in tensors_of(operands):
-        tensor = getattr(operands, name)
+    forms = (("", getattr(operands, "sparse", {})), ("dense ", getattr(operands, "dense", {})))
+    for kind, form in forms:
+        for product in list(form):
+            charge_operand(ledger, f"{kind}{product} operand", form.pop(product), weights, storages)
+    # Of other backends, and what the forms have in common.
+    for part in (operands, getattr(operands, "patterns", None)):
+        charge_tensors(ledger, "", part, storages, {})
+
+
+def charge_operand(ledger: Ledger, label: str, operand, weights: int, storages: set[int]) -> None:
+    """Values and metadata lie in one buffer, or apart; with room for adapters there is that much more of both."""
+    outer = weights
+    if hasattr(operand, "outer_rows"):
+        outer = operand.outer_rows * operand.outer_columns
+    counted = {"buffer": outer * 9 / 8, "values_RC": weights, "metadata": weights / 8, "matrix_NK": 2 * weights}
+    charge_tensors(ledger, f"{label}: ", operand, storages, counted)
+
+
+def charge_tensors(ledger: Ledger, prefix: str, owner, storages: set[int], counted: dict[str, float]) -> None:
+    """Let the tensors that are attributes of `owner` go, one by one; what is not counted is counted as it is."""
+    for name in [name for name, value in vars(owner or object).items() if isinstance(value, torch.Tensor)]:
+        tensor = getattr(owner, name)
         if tensor.data_ptr() in storages or not tensor.numel():
             continue
-        counted = known.get(name, (float(tensor.nbytes), 0.0))
+        expected = counted.get(name, float(tensor.nbytes))
         del tensor
         before = torch.cuda.memory_allocated()
-        setattr(operands, name, None)
-        charge_operand(ledger, name, before - torch.cuda.memory_allocated(), counted)
-    joined = getattr(operands, "joined", {})
-    for kind, name in NAMES.items():
-        if kind in joined:
-            # With room for a factor in it: that much more of both.
-            outer = joined[kind].outer_rows * joined[kind].outer_columns
-            before = torch.cuda.memory_allocated()
-            del joined[kind]
-            charge_operand(ledger, name, before - torch.cuda.memory_allocated(), (outer, outer / 8))
-
-
-def charge_operand(ledger: Ledger, name: str, freed: int, counted: tuple[float, float]) -> None:
-    """`counted`: values and metadata, which lie in one buffer."""
-    label = name.replace("_", " ")
-    if not counted[1]:
-        ledger.charge(label, freed, counted[0])
-        return
-    ledger.charge(f"{label}: values", freed - counted[1], counted[0])
-    ledger.charge(f"{label}: metadata", counted[1], counted[1])
+        setattr(owner, name, None)
+        ledger.charge(f"{prefix}{name}", before - torch.cuda.memory_allocated(), expected)
 
 
 def run_products(operands, factors: list, rows: int, columns: int, tokens: int, train: bool) -> None:
     """Each product once: a choice may want a dense copy beside an operand, or adapters in it, which is then held."""
+    from slope_megatron.ops.choices import Product
     from slope_megatron.ops.operands import low_rank
 
     x, dy = randn(tokens, columns), randn(tokens, rows)
@@ -137,8 +117,8 @@ def run_products(operands, factors: list, rows: int, columns: int, tokens: int, 
         _ = operands.dgrad(dy) if train else None
     else:
         left, right = factors
-        low_rank.product(operands, "forward", x, left, right, 1.0)
-        _ = low_rank.product(operands, "dgrad", dy, right.t(), left.t(), 1.0) if train else None
+        low_rank.product(operands, Product.FORWARD, x, left, right, 1.0)
+        _ = low_rank.product(operands, Product.DGRAD, dy, right.t(), left.t(), 1.0) if train else None
     torch.cuda.synchronize()
 
 

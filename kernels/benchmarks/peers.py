@@ -27,7 +27,7 @@ from slope_kernels import cusparselt
 from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.backend import build_operands
-from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import mvue
 from slope_megatron.ops.custom_ops.products import choose_column, gather_kept, unpack_kept
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
@@ -157,14 +157,14 @@ def transposable_bits(rows: int, columns: int) -> torch.Tensor:
 @functools.cache
 def _wgrad_choice(key: Key, device: torch.device) -> Choice:
     """cuSPARSELt's or the dense product: our own kernels give no dense gradient."""
-    return measure.measure(key, device, libraries=("cusparselt",))
+    return measure.measure(key, device, among=("cusparselt",))
 
 
 def estimated_wgrad(dy, x, draws):
     """P(dY)^T X, or dY^T X where that is faster: dense `[N, K]`; whole blocks of 64 tokens."""
     (tokens, rows), columns = dy.shape, x.shape[1]
     assert tokens == cusparselt.padded_columns(tokens)
-    choice = _wgrad_choice(Key("wgrad", rows, columns, tokens, dy.dtype), dy.device)
+    choice = _wgrad_choice(Key(Product.WGRAD, rows, columns, tokens, dy.dtype), dy.device)
     if not choice.sparse:
         return dy.t() @ x
     assert isinstance(choice.algorithm, cusparselt.Algorithm)

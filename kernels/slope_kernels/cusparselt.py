@@ -19,6 +19,7 @@ import ctypes
 import dataclasses
 import functools
 from ctypes import byref, c_float, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from typing import ClassVar
 
 import torch
 
@@ -64,9 +65,13 @@ class Product:
 class Algorithm:
     """One of the library's algorithms; its numbers mean something for one library version and architecture only."""
 
+    library: ClassVar[str] = "cusparselt"
     config: int
     split_k: int = 1
     split_k_mode: int = 0
+
+    def __str__(self) -> str:
+        return f"algorithm {self.config}"
 
 
 def padded_tokens(tokens: int) -> int:

@@ -10,6 +10,7 @@ tile and one shared library; how its tiles are walked is an argument. Nothing he
 import ctypes
 import dataclasses
 import functools
+from typing import ClassVar
 
 import torch
 
@@ -57,6 +58,7 @@ class Algorithm:
     """A kernel by name and the walk over its tiles: groups `swizzle` tiles wide, raster 0 CUTLASS's own, 1 rows first,
     2 tokens first."""
 
+    library: ClassVar[str] = "cutlass"
     kernel: str
     swizzle: int = 1
     raster: int = 0

@@ -5,7 +5,9 @@ import re
 
 from slope_megatron.config.fields import check_choices, option
 
-BACKENDS = ("auto", "cusparselt", "cutlass", "reference")
+# Libraries of 2:4 kernels: each is the module `slope_megatron.ops.operands.NAME`.
+LIBRARIES = ("cusparselt", "cutlass")
+BACKENDS = ("auto", *LIBRARIES, "reference")
 
 
 def parse_nm(text: str) -> tuple[int, int]:

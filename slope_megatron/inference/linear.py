@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from slope_megatron.ops.backend import ForwardProduct, build_forward
+from slope_megatron.ops.backend import ForwardProduct, Product, build_forward
 from slope_megatron.ops.operands import low_rank
 
 
@@ -43,7 +43,7 @@ class Linear(torch.nn.Module):
         else:
             adapter_l_RK, adapter_r_NR = self.adapters
             scale = 1.0 / adapter_l_RK.shape[0]
-            y_TN, _ = low_rank.product(self.operands, "forward", x_TK, adapter_l_RK, adapter_r_NR, scale)
+            y_TN, _ = low_rank.product(self.operands, Product.FORWARD, x_TK, adapter_l_RK, adapter_r_NR, scale)
         y = y_TN.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 

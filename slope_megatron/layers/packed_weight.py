@@ -17,7 +17,15 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.passing_operands import PassingOperands
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.ops.backend import PRODUCTS, Operands, Products, TokenDraws, build_operands, choose_column_bits
+from slope_megatron.ops.backend import (
+    PRODUCTS,
+    Operands,
+    Product,
+    Products,
+    TokenDraws,
+    build_operands,
+    choose_column_bits,
+)
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
@@ -146,7 +154,7 @@ class PackedWeight(PrunedLinear):
             self._operands.rebind(self.weight.detach())
         return self._operands
 
-    def new_operands(self, products: tuple[str, ...]) -> Operands:
+    def new_operands(self, products: tuple[Product, ...]) -> Operands:
         """Operands of the present values that serve `products`."""
         if not self.initialized:
             raise RuntimeError(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from slope_megatron.ops.backend import Operands, TokenDraws
+from slope_megatron.ops.backend import Operands, Product, TokenDraws
 
 
 class PassingOperands:
@@ -14,18 +14,18 @@ class PassingOperands:
     for, which ZeRO-3's hooks around a layer's forward and backward see to.
     """
 
-    def __init__(self, new_operands: Callable[[tuple[str, ...]], Operands]):
+    def __init__(self, new_operands: Callable[[tuple[Product, ...]], Operands]):
         self.new_operands = new_operands
         self.of_backward: Operands | None = None
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.new_operands(("forward",)).forward(x_TK)
+        return self.new_operands((Product.FORWARD,)).forward(x_TK)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        self.of_backward = self.new_operands(("dgrad", "wgrad"))
+        self.of_backward = self.new_operands((Product.DGRAD, Product.WGRAD))
         return self.of_backward.dgrad(dy_TN)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        operands = self.of_backward or self.new_operands(("wgrad",))
+        operands = self.of_backward or self.new_operands((Product.WGRAD,))
         self.of_backward = None
         return operands.wgrad(dy_TN, x_TK, draws)

@@ -3,12 +3,15 @@
 import functools
 import itertools
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from slope_megatron.ops import libraries
+from slope_megatron.ops.choices import PRODUCTS, Product
 from slope_megatron.ops.custom_ops import products
-from slope_megatron.ops.operands import cusparselt, cutlass, float8, reference
+from slope_megatron.ops.operands import cusparselt, float8, reference
+from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 from slope_megatron.sparsity.pieces import rows_at_once
@@ -48,14 +51,10 @@ class Operands(Products, Protocol):
         """A new second pruning (bool `[N, C]` or its bitmask uint8 `[N, C/8]`), with the values to go with it."""
 
 
-PRODUCTS = reference.PRODUCTS
-# In the order in which "auto" tries them. `cutlass` is for asking: its kernels are candidates of `cusparselt` too.
-BACKENDS = {"cusparselt": cusparselt, "reference": reference, "cutlass": cutlass}
-SAYS = {
-    "cusparselt": "2:4 tensor cores, or dense where that measures faster",
-    "reference": "unpack and dense product",
-    "cutlass": "2:4 tensor cores, the forward product on the parameter's own memory",
-}
+FIRST, *OTHERS = libraries.load().items()
+# In the order in which "auto" tries them. The other libraries are for asking: their kernels are candidates of the
+# first one's operands too.
+BACKENDS: dict[str, Any] = dict((FIRST, ("reference", reference), *OTHERS))
 
 
 def available() -> dict[str, str | None]:
@@ -81,7 +80,7 @@ def choose(requested: str) -> str:
     chosen = next(name for name, reason in reasons.items() if reason is None)
     tried = itertools.takewhile(lambda name: name != chosen, reasons)
     refused = "".join(f"; {name}: {reasons[name]}" for name in tried)
-    logger.info("sparse products: backend %s (%s)%s", chosen, SAYS[chosen], refused)
+    logger.info("sparse products: backend %s (%s)%s", chosen, BACKENDS[chosen].SAYS, refused)
     return chosen
 
 
@@ -127,16 +126,11 @@ def build_forward(backend: str, values_NC: torch.Tensor, row: torch.Tensor) -> F
         ValueError: as there.
     """
     name = choose_for(backend, values_NC, row)
-    if name == "cutlass":
-        return cutlass.build(values_NC, bits_of(row), None)
-    if name == "cusparselt":
-        row_bits = bits_of(row)
-        # The builder asks for a second pruning, of which nothing stays.
-        column_bits = choose_column_bits(values_NC, row_bits, 2, 4)
-        operands = cusparselt.build(values_NC, row_bits, column_bits, dense_allowed=False, products_wanted=("forward",))
-        operands.keep_forward_alone()
-        return operands
-    return reference.ForwardOnly(values_NC, mask_of(row))
+    if name == "reference":
+        return reference.ForwardOnly(values_NC, mask_of(row))
+    return PackedOperands(
+        values_NC, bits_of(row), None, library=name, dense_allowed=False, products_wanted=(Product.FORWARD,)
+    )
 
 
 def build_operands(
@@ -154,19 +148,20 @@ def build_operands(
     """
     if float8_kinds:
         choose(backend)
-        return build_float8_operands(backend, values_NC, row, column, products_wanted, wgrad="wgrad" in float8_kinds)
-    name = choose_for(backend, values_NC, row)
-    if name == "cutlass":
-        return cutlass.build(values_NC, bits_of(row), bits_of(column), products_wanted)
-    if name == "cusparselt":
-        return cusparselt.build(
-            values_NC,
-            bits_of(row),
-            bits_of(column),
-            dense_allowed=backend == "auto",
-            products_wanted=products_wanted,
+        return build_float8_operands(
+            backend, values_NC, row, column, products_wanted, wgrad=Product.WGRAD in float8_kinds
         )
-    return reference.build(values_NC, mask_of(row), mask_of(column), products_wanted)
+    name = choose_for(backend, values_NC, row)
+    if name == "reference":
+        return reference.build(values_NC, mask_of(row), mask_of(column), products_wanted)
+    return PackedOperands(
+        values_NC,
+        bits_of(row),
+        bits_of(column),
+        library=name,
+        dense_allowed=backend == "auto",
+        products_wanted=products_wanted,
+    )
 
 
 def build_float8_operands(backend: str, values_NC, row, column, products_wanted, *, wgrad: bool) -> Operands:

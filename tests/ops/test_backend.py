@@ -7,8 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from helpers.packed import packed_weight
 from slope_kernels import cusparselt_library
 from slope_megatron.ops import backend
-from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.operands import cusparselt, cutlass, reference
+from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity import pieces
 
 
@@ -114,7 +115,7 @@ def test_the_second_pruning_is_the_same_on_every_backend(dtype, device, monkeypa
 def test_auto_on_a_gpu_with_sparse_units(device):
     weight = packed_weight(128, 128, torch.bfloat16, device)
     built = backend.build_operands("auto", weight.values, weight.row, weight.column)
-    assert isinstance(built, cusparselt.CusparseltOperands)
+    assert isinstance(built, PackedOperands)
     assert built.dense_allowed
     forced = backend.build_operands("cusparselt", weight.values, weight.row, weight.column)
     assert not forced.dense_allowed
@@ -126,11 +127,12 @@ def test_inference_operands_hold_what_the_forward_product_reads_and_no_more(devi
     monkeypatch.setattr(cusparselt, "unsupported_weight", lambda *_: None)
     weight = packed_weight(64, 128, torch.bfloat16, device, whole_numbers=True)
     built = backend.build_forward("auto", weight.values, weight.row_bits)
-    held = [value for value in vars(built).values() if isinstance(value, torch.Tensor)]
-    assert sum(tensor.nbytes for tensor in held) == 64 * 128 * 2 * 9 / 16
+    assert built.patterns.row_bits is None and list(built.sparse) == [Product.FORWARD]
+    assert built.sparse[Product.FORWARD].buffer.nbytes == 64 * 128 * 2 * 9 / 16
     x = torch.randint(-1, 2, (16, 128), device=device).to(torch.bfloat16)
-    fresh_choices.record(Key("forward", 64, 128, 16, torch.bfloat16), Choice(False))
+    fresh_choices.record(Key(Product.FORWARD, 64, 128, 16, torch.bfloat16), Choice(False))
     assert torch.equal(built.forward(x), x @ weight.dense().t())
+    assert not built.dense
 
 
 @pytest.mark.gpu

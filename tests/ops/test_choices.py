@@ -6,21 +6,42 @@ import json
 import pytest
 import torch
 
+from slope_kernels import cutlass
 from slope_kernels.cusparselt import Algorithm
-from slope_megatron.ops import choices
-from slope_megatron.ops.choices import Choice, Key, Order
+from slope_megatron.ops.autotune import resolve
+from slope_megatron.ops.choices import AdapterChoice, Choice, Key, Product, Strategy
 
-KEY = Key("forward", 128, 192, 48, torch.bfloat16)
+KEY = Key(Product.FORWARD, 128, 192, 48, torch.bfloat16)
 CHOICE = Choice(True, 2, Algorithm(7, 2, 5), 0.5, 0.75)
 
 
-def test_a_key_reads_back_what_it_writes():
-    assert Key.parse(str(KEY)) == KEY
+@pytest.mark.parametrize("key", [KEY, dataclasses.replace(KEY, rank=40)], ids=str)
+def test_a_key_reads_back_what_it_writes(key):
+    assert Key.parse(str(key)) == key
+
+
+def test_a_table_of_version_0_1_is_read(fresh_choices, tmp_path):
+    """Its words for strategies were others."""
+    plain = {"sparse": True, "tiles": 2, "sparse_ms": 0.5, "dense_ms": 0.75}
+    saved = {
+        "forward 128x192 T48 bfloat16": plain | {"algorithm": {"config": 7, "split_k": 2, "split_k_mode": 5}},
+        "dgrad 192x128 T48 bfloat16": plain | {"tiles": 1, "algorithm": dataclasses.asdict(cutlass.DEFAULT)},
+        "forward+40 128x192 T48 bfloat16": {"order": "wide", "times": {"last": 0.5, "wide": 0.25}},
+        "wide 128x320 T48 bfloat16": plain | {"tiles": 1, "algorithm": None},
+    }
+    path = tmp_path / "choices.json"
+    path.write_text(json.dumps({"machine": fresh_choices.machine(), "choices": saved}))
+    assert fresh_choices.load(path)
+    assert fresh_choices.find(KEY) == CHOICE
+    dgrad = dataclasses.replace(KEY, product=Product.DGRAD, rows=192, columns=128)
+    assert fresh_choices.find(dgrad).algorithm == cutlass.DEFAULT and fresh_choices.find(dgrad).library == "cutlass"
+    assert fresh_choices.find(dataclasses.replace(KEY, rank=40)).strategy is Strategy.COLUMN_AUGMENTED
+    assert fresh_choices.find(Key(Product.COLUMN_AUGMENTED, 128, 320, 48, torch.bfloat16)).sparse
 
 
 def test_saved_choices_come_back(fresh_choices, tmp_path):
     fresh_choices.record(KEY, CHOICE)
-    dense = Key("dgrad", 192, 128, 48, torch.float16)
+    dense = Key(Product.DGRAD, 192, 128, 48, torch.float16)
     fresh_choices.record(dense, Choice(False, dense_ms=0.1))
     fresh_choices.save(tmp_path / "choices.json")
     fresh_choices.clear()
@@ -56,22 +77,23 @@ def test_one_rank_decides(fresh_choices):
     assert fresh_choices.decide(KEY, lambda: pytest.fail("already decided")) is choice
 
 
-def test_one_rank_decides_on_orders_too(fresh_choices):
+def test_one_rank_decides_on_strategies_too(fresh_choices):
     sent = []
 
-    def broadcast(order):
-        sent.append(order)
-        return order or {"order": "first", "times": {"first": 0.5}}
+    def broadcast(choice):
+        sent.append(choice)
+        return choice or {"strategy": "first", "times": {"first": 0.5}}
 
-    key = dataclasses.replace(KEY, kind="forward+8")
+    key = dataclasses.replace(KEY, rank=8)
     fresh_choices.agree_over(broadcast, decides=False)
-    order = fresh_choices.decide_order(key, lambda: pytest.fail("only the deciding rank measures"))
-    assert order == Order("first", {"first": 0.5}) and sent == [None]
-    assert fresh_choices.find(key) is None, "it is no choice of a product"
+    choice = fresh_choices.decide(key, lambda: pytest.fail("only the deciding rank measures"))
+    assert choice == AdapterChoice(Strategy.FIRST, {"first": 0.5}) and sent == [None]
+    assert fresh_choices.find(KEY) is None, "it is no choice of the product alone"
     fresh_choices.clear()
     assert fresh_choices.is_empty()
     fresh_choices.agree_over(broadcast, decides=True)
-    assert fresh_choices.decide_order(key, lambda: Order("last")) == Order("last") == fresh_choices.find_order(key)
+    last = AdapterChoice(Strategy.LAST)
+    assert fresh_choices.decide(key, lambda: last) == last == fresh_choices.find(key)
     assert not fresh_choices.is_empty()
 
 
@@ -88,15 +110,15 @@ def test_a_shape_keeps_its_tiles_for_other_numbers_of_tokens(fresh_choices):
     assert fresh_choices.fixed_tiles(other) is None
     fresh_choices.record(KEY, CHOICE)
     assert fresh_choices.fixed_tiles(other) == CHOICE.tiles
-    assert fresh_choices.fixed_tiles(dataclasses.replace(other, kind="dgrad")) is None
+    assert fresh_choices.fixed_tiles(dataclasses.replace(other, product=Product.DGRAD)) is None
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
-    choices.refuse_while_capturing(KEY, torch.device("cpu"))
+    resolve.refuse_while_capturing(KEY, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    choices.refuse_while_capturing(KEY, torch.device("cpu"))
+    resolve.refuse_while_capturing(KEY, torch.device("cpu"))
     with pytest.raises(RuntimeError, match=f"{KEY} has not run yet .*: run it once before capturing"):
-        choices.refuse_while_capturing(KEY, torch.device("cuda"))
+        resolve.refuse_while_capturing(KEY, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +126,6 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
 )
 def test_a_damaged_table_is_measured_anew(fresh_choices, tmp_path, caplog, content):
     (tmp_path / "choices.json").write_bytes(content)
-    assert not choices.load(tmp_path / "choices.json") and choices.is_empty()
+    assert not fresh_choices.load(tmp_path / "choices.json") and fresh_choices.is_empty()
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{tmp_path}/choices.json cannot be read (") and said.endswith("products are measured anew")

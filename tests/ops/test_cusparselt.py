@@ -6,10 +6,11 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.ops.operands import patterns, reference
-from slope_megatron.ops.operands.cusparselt import CusparseltOperands, unsupported_weight
+from slope_megatron.ops.operands.cusparselt import unsupported_weight
+from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity.operand import backward_slots, slot_places
 from slope_megatron.sparsity.packing import pack, unpack
 from slope_megatron.sparsity.pattern import column_pattern
@@ -19,7 +20,7 @@ DTYPE = torch.bfloat16
 
 def both(device, rows=128, columns=192, seed=0, dtype=DTYPE):
     weight = packed_weight(rows, columns, dtype, device, seed=seed, whole_numbers=True)
-    ours = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+    ours = PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
     return weight, ours, reference.build(weight.values, weight.row, weight.column)
 
 
@@ -42,17 +43,17 @@ def test_products_equal_the_reference_s(device, dtype, fresh_choices):
 def test_operands_for_some_products_alone(device, dense, fresh_choices):
     """As ZeRO-3 builds them for each use: what is not asked for takes no memory."""
     for kind, shape in (("forward", (128, 192)), ("dgrad", (192, 128))):
-        fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(not dense))
+        fresh_choices.record(Key(Product(kind), *shape, 48, DTYPE), Choice(not dense))
     weight, _, theirs = both(device)
     arguments = (weight.values, weight.row_bits, weight.column_bits)
     x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)
-    forward = CusparseltOperands(*arguments, products_wanted=("forward",))
-    assert forward.backward_operand is None and torch.equal(forward.forward(x), theirs.forward(x))
-    backward = CusparseltOperands(*arguments, products_wanted=("dgrad", "wgrad"))
-    assert backward.forward_operand is None
+    forward = PackedOperands(*arguments, products_wanted=(Product.FORWARD,))
+    assert list(forward.sparse) == [Product.FORWARD] and torch.equal(forward.forward(x), theirs.forward(x))
+    backward = PackedOperands(*arguments, products_wanted=(Product.DGRAD, Product.WGRAD))
+    assert list(backward.sparse) == [Product.DGRAD]
     assert torch.equal(backward.dgrad(dy), theirs.dgrad(dy))
     assert torch.equal(backward.wgrad(dy, x), theirs.wgrad(dy, x))
-    wgrad = CusparseltOperands(*arguments, products_wanted=("wgrad",))
+    wgrad = PackedOperands(*arguments, products_wanted=(Product.WGRAD,))
     assert torch.equal(wgrad.wgrad(dy, x), theirs.wgrad(dy, x))
     if not dense:
         with pytest.raises(RuntimeError, match="these operands hold nothing for dgrad: build them with it"):
@@ -73,7 +74,7 @@ def test_a_pattern_is_looked_at_once_and_again_when_it_changes(device, monkeypat
 def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(device, kind, fresh_choices):
     weight, ours, theirs = both(device)
     shape = (128, 192) if kind == "forward" else (192, 128)
-    fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(False))
+    fresh_choices.record(Key(Product(kind), *shape, 48, DTYPE), Choice(False))
     operand = whole_numbers(48, shape[1], device=device)
     assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
     for operands in (ours, theirs):
@@ -85,7 +86,7 @@ def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(device, ki
 def test_a_tiled_choice_cuts_the_operand_and_follows_refreshes(device, kind, fresh_choices):
     weight, ours, theirs = both(device)
     shape = (128, 192) if kind == "forward" else (192, 128)
-    fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(True, tiles=shape[0] // 64))
+    fresh_choices.record(Key(Product(kind), *shape, 48, DTYPE), Choice(True, tiles=shape[0] // 64))
     operand = whole_numbers(48, shape[1], device=device)
     assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
     for operands in (ours, theirs):
@@ -99,10 +100,10 @@ def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_
     column = packed_weight(128, 192, DTYPE, device, seed=0).column
     assert not torch.equal(column, weight.column)
     assert torch.equal(other.row, weight.row)
-    before = ours.forward_operand.clone()
+    before = ours.sparse[Product.FORWARD].buffer.clone()
     for operands in (ours, theirs):
         operands.set_column_pattern(column, weight.values)
-    assert torch.equal(ours.forward_operand, before)
+    assert torch.equal(ours.sparse[Product.FORWARD].buffer, before)
     dy = whole_numbers(48, 128, device=device)
     assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
 
@@ -141,7 +142,7 @@ def test_reasons_for_refusing_a_weight_on_the_gpu(device):
 def test_random_products_are_as_near_fp64_as_dense_ones(rows, columns, tokens, dtype, device, fresh_choices):
     """The bound is twice the dense product's own error: both round fp32 sums once to 16 bits."""
     weight = packed_weight(rows, columns, dtype, device)
-    ours = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+    ours = PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
     for kind, dense, width in (("forward", weight.dense().t(), columns), ("dgrad", weight.doubly_pruned(), rows)):
         x = torch.randn(tokens, width, device=device).to(dtype)
         exact = x.double() @ dense.double()
@@ -217,7 +218,7 @@ def test_an_unknown_metadata_layout(rows, columns, dtype, unknown_layout, device
         return torch.equal(ours.forward(x), theirs.forward(x)) and torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
 
     assert same()
-    assert ours.tiles == {"forward": 1, "dgrad": 1}
+    assert [operand.tiles for operand in ours.sparse.values()] == [1, 1]
     for operands in (ours, theirs):
         operands.refresh(-weight.values)
     assert same()

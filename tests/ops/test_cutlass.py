@@ -11,13 +11,11 @@ from helpers.packed import packed_weight
 from slope_kernels import cutlass as kernels
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops import choices
-from slope_megatron.ops.autotune import measure_cutlass
-from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.custom_ops import cutlass as cutlass_mm
+from slope_megatron.ops.choices import Choice, Key, Product
+from slope_megatron.ops.operands import cutlass as cutlass_library
 from slope_megatron.ops.operands import reference
-from slope_megatron.ops.operands.cusparselt import CusparseltOperands
-from slope_megatron.ops.operands.cutlass import CutlassOperands, unsupported_weight
-from slope_megatron.ops.operands.cutlass_operand import row_metadata
+from slope_megatron.ops.operands.cutlass import row_metadata, unsupported_weight
+from slope_megatron.ops.operands.packed import PackedOperands
 
 DTYPE = torch.bfloat16
 SHAPES = [(64, 64, 16), (128, 192, 48), (192, 320, 7)]
@@ -25,7 +23,7 @@ SHAPES = [(64, 64, 16), (128, 192, 48), (192, 320, 7)]
 
 def both(device, rows=128, columns=192, dtype=DTYPE):
     weight = packed_weight(rows, columns, dtype, device, whole_numbers=True)
-    ours = CutlassOperands(weight.values, weight.row_bits, weight.column_bits)
+    ours = PackedOperands(weight.values, weight.row_bits, weight.column_bits, library="cutlass", dense_allowed=False)
     return weight, ours, reference.build(weight.values, weight.row, weight.column)
 
 
@@ -51,16 +49,16 @@ def test_epilogues_add_a_bias_and_a_source(kernels_here, fresh_choices):
     bias, source = whole_numbers(128, device=kernels_here), whole_numbers(48, 128, device=kernels_here)
     exact = theirs.forward(x)
     # One kernel for all three, not as many libraries as kernels may win.
-    fresh_choices.record(Key("forward", 128, 192, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
+    fresh_choices.record(Key(Product.FORWARD, 128, 192, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
     assert torch.equal(ours.with_bias(bias).forward(x), exact + bias)
-    assert torch.equal(ours.forward_add(x, source.clone()), exact + source)
-    assert torch.equal(ours.forward_add(x, source.clone(), bias), exact + source + bias)
-    operand = ours.operands["forward"]
-    found = cutlass_mm.cutlass_mm(operand.values_RC, operand.metadata, x, bias, True)
+    assert torch.equal(ours.add(Product.FORWARD, x, source.clone()), exact + source)
+    assert torch.equal(ours.add(Product.FORWARD, x, source.clone(), bias), exact + source + bias)
+    operand = ours.sparse[Product.FORWARD]
+    found = cutlass_library.cutlass_mm(operand.values_RC, operand.metadata, x, bias, True)
     assert torch.equal(found, torch.relu(exact + bias))
     dy, source = whole_numbers(48, 128, device=kernels_here), whole_numbers(48, 192, device=kernels_here)
-    fresh_choices.record(Key("dgrad", 192, 128, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
-    assert torch.equal(ours.dgrad_add(dy, source.clone()), theirs.dgrad(dy) + source)
+    fresh_choices.record(Key(Product.DGRAD, 192, 128, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
+    assert torch.equal(ours.add(Product.DGRAD, dy, source.clone()), theirs.dgrad(dy) + source)
 
 
 def test_the_forward_product_reads_the_parameter_itself(kernels_here, fresh_choices):
@@ -83,7 +81,7 @@ def test_a_parameter_off_the_line_is_copied_and_said_once(kernels_here, fresh_ch
     flat = torch.zeros(weight.values.numel() + 1, dtype=DTYPE, device=kernels_here)
     ours.rebind(flat[1:].view_as(weight.values).copy_(weight.values))
     x = whole_numbers(48, 192, device=kernels_here)
-    cutlass_mm._say_copied.cache_clear()
+    cutlass_library._say_copied.cache_clear()
     with caplog.at_level("INFO"):
         for _ in range(2):
             assert torch.equal(ours.forward(x), theirs.forward(x))
@@ -105,12 +103,19 @@ def test_a_new_column_pattern_and_a_refresh_reach_the_backward_operand(kernels_h
 
 def test_forward_alone_keeps_metadata_alone(kernels_here, fresh_choices):
     weight, _, theirs = both(kernels_here, 128, 256)
-    ours = CutlassOperands(weight.values, weight.row_bits)
+    ours = PackedOperands(
+        weight.values,
+        weight.row_bits,
+        None,
+        library="cutlass",
+        dense_allowed=False,
+        products_wanted=(Product.FORWARD,),
+    )
     x = whole_numbers(48, 256, device=kernels_here)
     assert torch.equal(ours.forward(x), theirs.forward(x))
-    assert (ours.row_bits, ours.column_bits, list(ours.operands)) == (None, None, ["forward"])
-    assert ours.operands["forward"].values_RC is weight.values
-    assert ours.operands["forward"].metadata.nbytes == 128 * 256 // 8
+    assert (ours.patterns.row_bits, ours.patterns.column_bits, list(ours.sparse)) == (None, None, [Product.FORWARD])
+    assert ours.sparse[Product.FORWARD].values_RC is weight.values
+    assert ours.sparse[Product.FORWARD].metadata.nbytes == 128 * 256 // 8
 
 
 def test_the_autograd_function_on_these_operands(kernels_here, fresh_choices):
@@ -148,11 +153,11 @@ def test_torch_compile_sees_one_graph(kernels_here, fresh_choices):
 
 
 @pytest.mark.parametrize("kind", ["forward", "dgrad"])
-def test_cusparselt_s_operands_are_handed_over_where_a_kernel_of_ours_wins(kind, kernels_here, fresh_choices):
+def test_an_operand_takes_the_form_of_the_library_that_wins(kind, kernels_here, fresh_choices):
     weight, _, theirs = both(kernels_here)
-    operands = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits)
+    operands = PackedOperands(weight.values, weight.row_bits, weight.column_bits)
     shape = (128, 192) if kind == "forward" else (192, 128)
-    fresh_choices.record(Key(kind, *shape, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
+    fresh_choices.record(Key(Product(kind), *shape, 48, DTYPE), Choice(True, algorithm=kernels.DEFAULT))
     x = whole_numbers(48, shape[1], device=kernels_here)
     assert torch.equal(getattr(operands, kind)(x), getattr(theirs, kind)(x))
     values = (-weight.values).clone()
@@ -160,17 +165,15 @@ def test_cusparselt_s_operands_are_handed_over_where_a_kernel_of_ours_wins(kind,
     for each in (operands, theirs):
         each.set_column_pattern(column, values)
     assert torch.equal(getattr(operands, kind)(x), getattr(theirs, kind)(x))
-    if kind == "forward":
-        assert operands.forward_operand is None
-        assert operands.handed_over["forward"].values_RC is values
-    else:
-        assert operands.backward_operand.numel() == 128 * 192
+    operand = operands.sparse[Product(kind)]
+    assert operand.library == "cutlass"
+    assert operand.values_RC is values if kind == "forward" else operand.values_RC.nbytes == 128 * 192
 
 
 def test_a_shape_keeps_its_library_for_other_numbers_of_tokens(fresh_choices):
     from slope_megatron.ops.autotune import measure
 
-    key = Key("forward", 128, 192, 48, DTYPE)
+    key = Key(Product.FORWARD, 128, 192, 48, DTYPE)
     other = dataclasses.replace(key, tokens=96)
     assert measure.libraries_for(other) == ("cusparselt", "cutlass")
     fresh_choices.record(key, Choice(True, algorithm=kernels.DEFAULT))
@@ -180,14 +183,14 @@ def test_a_shape_keeps_its_library_for_other_numbers_of_tokens(fresh_choices):
 
 
 def test_a_saved_choice_of_a_kernel_comes_back(fresh_choices, tmp_path):
-    key = Key("forward", 128, 192, 48, DTYPE)
+    key = Key(Product.FORWARD, 128, 192, 48, DTYPE)
     choice = Choice(True, 1, dataclasses.replace(kernels.DEFAULT, swizzle=4, raster=2), 0.5, 0.75)
     fresh_choices.record(key, choice)
     fresh_choices.save(tmp_path / "choices.json")
     fresh_choices.clear()
     assert fresh_choices.load(tmp_path / "choices.json")
     assert fresh_choices.find(key) == choice
-    assert choices.cutlass_algorithm(128, 192, 48, DTYPE) == choice.algorithm
+    assert choices.algorithm("cutlass", (False, 128, 192, 48, DTYPE)) == choice.algorithm
     assert str(choice) == "2:4, CUTLASS 128x256x64 2x1 cooperative, walk 4/2 (2:4 0.500 ms, dense 0.750 ms)"
 
 
@@ -214,7 +217,7 @@ def test_cutlass_s_own_word_on_the_metadata(kernels_here):
     from slope_megatron.sparsity.operand import slot_places
     from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
 
-    for name in measure_cutlass.kernels(DTYPE):
+    for name in cutlass_library.kernels(DTYPE):
         for rows, columns in ((192, 320), (256, 512)):
             weight = packed_weight(rows, columns, DTYPE, "cpu")
             places, metadata = slot_places(weight.row), metadata_cutlass(slot_places(weight.row))
@@ -233,7 +236,7 @@ def test_every_kernel_is_as_near_fp64_as_dense_products(rows, columns, tokens, k
     bias = torch.randn(rows, device=kernels_here).to(DTYPE)
     exact = x.double() @ weight.dense().double().t()
     bound = 2 * relative_error(x @ weight.dense().t(), exact)
-    for name in measure_cutlass.kernels(DTYPE):
+    for name in cutlass_library.kernels(DTYPE):
         for walk in ((1, 0), (8, 1), (2, 2)):
             y = torch.full((tokens, rows), float("nan"), dtype=DTYPE, device=kernels_here)
             kernels.run(kernels.Algorithm(name, *walk), weight.values, metadata, x, y)

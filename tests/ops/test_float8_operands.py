@@ -7,7 +7,7 @@ from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops import backend
-from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import float8 as float8_products
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.sparsity import float8
@@ -74,7 +74,7 @@ def test_products_equal_the_emulated_ones(tokens, wgrad, dtype, device, fresh_ch
 def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(kind, device, fresh_choices):
     weight, ours, theirs = both(device)
     shape = (128, 192) if kind == "forward" else (192, 128)
-    fresh_choices.record(Key(kind, *shape, 48, E4M3), Choice(False))
+    fresh_choices.record(Key(Product(kind), *shape, 48, E4M3), Choice(False))
     operand = whole_numbers(48, shape[1], device=device)
     assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
     for operands in (ours, theirs):

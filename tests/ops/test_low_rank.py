@@ -9,11 +9,10 @@ from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops import choices
-from slope_megatron.ops.choices import Choice, Key, Order
+from slope_megatron.ops.choices import AdapterChoice, Choice, Key, Product, Strategy
 from slope_megatron.ops.operands import low_rank, reference
-from slope_megatron.ops.operands.augmented import joined_copy
 from slope_megatron.ops.operands.bias import bias_gradient
-from slope_megatron.ops.operands.cusparselt import CusparseltOperands
+from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity import reference as oracle
 from slope_megatron.sparsity.packing import pack, unpack
 from slope_megatron.sparsity.pattern import column_pattern
@@ -21,8 +20,8 @@ from slope_megatron.sparsity.pattern import column_pattern
 DTYPE = torch.bfloat16
 ROWS, COLUMNS, RANK = 128, 192, 4
 KEYS = {
-    "forward": Key(f"forward+{RANK}", ROWS, COLUMNS, 48, DTYPE),
-    "dgrad": Key(f"dgrad+{RANK}", COLUMNS, ROWS, 48, DTYPE),
+    Product.FORWARD: Key(Product.FORWARD, ROWS, COLUMNS, 48, DTYPE, RANK),
+    Product.DGRAD: Key(Product.DGRAD, COLUMNS, ROWS, 48, DTYPE, RANK),
 }
 
 
@@ -30,9 +29,9 @@ def whole_numbers(*shape, device, high=2):
     return torch.randint(-1, high, shape, device=device).to(DTYPE)
 
 
-def operands_of(device, *, whole=True):
+def operands_of(device, *, whole=True, dense=False):
     weight = packed_weight(ROWS, COLUMNS, DTYPE, device, whole_numbers=whole)
-    ours = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+    ours = PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=dense)
     return weight, ours
 
 
@@ -44,12 +43,12 @@ def sparse_adapters(device):
     return left.to(DTYPE), right.to(DTYPE)
 
 
-@pytest.fixture(params=["last", "kernels", "first", "tall", "wide"])
-def way(request, fresh_choices):
+@pytest.fixture(params=list(Strategy), ids=str)
+def strategy(request, fresh_choices):
     """Chosen for both products, at both numbers of tokens."""
     for key in KEYS.values():
         for tokens in (48, 21):
-            fresh_choices.record_order(dataclasses.replace(key, tokens=tokens), Order(request.param))
+            fresh_choices.record(dataclasses.replace(key, tokens=tokens), AdapterChoice(request.param))
     return request.param
 
 
@@ -67,12 +66,12 @@ def everything(x, dy, values, operands, adapters, bias=None):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_every_way_equals_the_oracle(device, way, dense, fresh_choices):
+def test_every_strategy_equals_the_oracle(device, strategy, dense, fresh_choices):
     """Whole numbers that 16 bits hold: exact whatever is rounded when, biases and the dense choice included."""
-    weight, ours = operands_of(device)
-    for kind, key in KEYS.items():
+    weight, ours = operands_of(device, dense=dense)
+    for key in KEYS.values():
         if dense:
-            fresh_choices.record(Key(kind, key.rows, key.columns, 48, DTYPE), Choice(False))
+            fresh_choices.record(dataclasses.replace(key, rank=0), Choice(False))
     adapters = sparse_adapters(device)
     x, dy = whole_numbers(48, COLUMNS, device=device), whole_numbers(48, ROWS, device=device)
     bias = whole_numbers(ROWS, device=device)
@@ -97,7 +96,7 @@ def weight_column(weight):
 
 
 @pytest.mark.parametrize("tokens", [48, 21])
-def test_the_ways_differ_by_rounding_alone(device, tokens, way, fresh_choices):
+def test_the_strategies_differ_by_rounding_alone(device, tokens, strategy, fresh_choices):
     """Fresh random data; against fp64 each is within a few roundings to 16 bits (2^-9) of Y."""
     weight, ours = operands_of(device, whole=False)
     x, dy = (torch.randn(tokens, width, device=device).to(DTYPE) for width in (COLUMNS, ROWS))
@@ -112,16 +111,15 @@ def test_the_ways_differ_by_rounding_alone(device, tokens, way, fresh_choices):
         assert relative_error(found, right_answer) < 4 * 2**-9
 
 
-@pytest.mark.parametrize("way", ["tall", "wide"], indirect=True)
-def test_a_joined_operand_stands_in_the_place_of_the_plain_one(device, way, fresh_choices):
+@pytest.mark.parametrize("strategy", low_rank.AUGMENTED, indirect=True, ids=str)
+def test_an_augmented_operand_stands_in_the_place_of_the_plain_one(device, strategy, fresh_choices):
     """It follows refreshes and new column patterns, and still gives the products without adapters."""
     weight, ours = operands_of(device)
     theirs = reference.build(weight.values, weight.row, weight.column)
     adapters = sparse_adapters(device)
     x, dy = whole_numbers(48, COLUMNS, device=device), whole_numbers(48, ROWS, device=device)
     everything(x, dy, weight.values, ours, adapters)
-    assert ours.forward_operand is None and ours.backward_operand is None
-    assert {kind: joined.form for kind, joined in ours.joined.items()} == {"forward": way, "dgrad": way}
+    assert [operand.strategy for operand in ours.sparse.values()] == [strategy, strategy]
     for operands in (ours, theirs):
         operands.refresh(weight.values * 2)
     for _ in range(2):
@@ -139,19 +137,19 @@ def column_pattern_of(values, weight):
     return pack(column_pattern(unpack(values, weight.row), weight.row, 2, 4), weight.row)
 
 
-@pytest.mark.parametrize("form", ["tall", "wide"])
-def test_a_joined_operand_is_the_matrix_that_its_docstring_shows(form, device, fresh_choices):
+@pytest.mark.parametrize("strategy", low_rank.AUGMENTED, ids=str)
+def test_an_augmented_operand_is_the_matrix_that_its_docstring_shows(strategy, device, fresh_choices):
     from slope_megatron.ops.custom_ops.products import _operand_matrix
 
     weight, ours = operands_of(device, whole=False)
-    joined = joined_copy(ours, "forward", form, 8)
+    augmented, by_rows = ours.augmented_copy(Product.FORWARD, strategy, 8), strategy is Strategy.ROW_AUGMENTED
     down, up = (torch.randn(*shape, device=device).to(DTYPE) for shape in ((8, COLUMNS), (ROWS, 8)))
-    joined._set_factor(down, up)
-    matrix = _operand_matrix(joined.buffer, joined.outer_rows, joined.outer_columns, 1, DTYPE)
+    augmented._set_factor(down, up)
+    matrix = _operand_matrix(augmented.buffer, augmented.outer_rows, augmented.outer_columns, 1, DTYPE)
     assert torch.equal(matrix[:ROWS, :COLUMNS], weight.dense())
-    factor = matrix[ROWS:] if form == "tall" else matrix[:, COLUMNS:].t()
+    factor = matrix[ROWS:] if by_rows else matrix[:, COLUMNS:].t()
     first, second = factor.unflatten(0, (2, 32)).unbind(0)
-    assert torch.equal((first + second)[:8], down if form == "tall" else up.t())
+    assert torch.equal((first + second)[:8], down if by_rows else up.t())
     assert not (first + second)[8:].any()
 
 
@@ -162,46 +160,34 @@ def test_operands_that_cannot_add_run_the_sparse_product_first(device):
     x, up = torch.ones(3, COLUMNS, device=device).double(), torch.ones(ROWS, RANK, device=device).double()
     down = torch.zeros(RANK, COLUMNS, device=device).double()
     down[:, 0] = 2.0
-    found, hidden = low_rank.product(operands, "forward", x, down, up, 0.25)
+    found, hidden = low_rank.product(operands, Product.FORWARD, x, down, up, 0.25)
     assert torch.equal(hidden, torch.full((3, RANK), 0.5, device=device).double())
     assert torch.equal(found, x @ weight.dense().t() + 2.0)
 
 
 def test_the_choice_is_saved_and_read_back(fresh_choices, tmp_path):
-    order = Order("wide", {"last": 0.5, "wide": 0.25})
-    fresh_choices.record_order(KEYS["forward"], order)
+    choice = AdapterChoice(Strategy.COLUMN_AUGMENTED, {"last": 0.5, "column-augmented": 0.25})
+    fresh_choices.record(KEYS[Product.FORWARD], choice)
     fresh_choices.save(tmp_path / "choices.json")
     fresh_choices.clear()
     assert fresh_choices.load(tmp_path / "choices.json")
-    assert fresh_choices.find_order(KEYS["forward"]) == order
-    assert str(order) == "with adapters wide (last 0.500 ms, wide 0.250 ms)"
-
-
-class Wrong:
-    """Operands whose adding product forgets what was there."""
-
-    def __init__(self, operands):
-        self.operands, self.forward = operands, operands.forward
-
-    def forward_add(self, x_TK, y_TN):
-        return self.forward(x_TK)
+    assert fresh_choices.find(KEYS[Product.FORWARD]) == choice
+    assert str(choice) == "with adapters column-augmented (last 0.500 ms, column-augmented 0.250 ms)"
 
 
 def test_the_gate_refuses_an_adding_product_that_is_wrong(device, monkeypatch, fresh_choices, caplog):
     _, ours = operands_of(device, whole=False)
     monkeypatch.setattr(low_rank.timing, "interleaved", lambda ways, **_: {name: [1.0] for name in ways})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    order = low_rank.measure(Wrong(ours), "forward", KEYS["forward"], torch.device(device))
-    assert order == Order("last", {"last": 1.0})
-    assert "way 'first' is not used: wrong results, relative difference" in caplog.text
-    assert set(low_rank.measure(ours, "forward", KEYS["forward"], torch.device(device)).times) == {
-        "last",
-        "first",
-        "tall",
-    }
+    measured = lambda: low_rank.measure(ours, KEYS[Product.FORWARD], torch.device(device))  # noqa: E731
+    assert set(measured().times) == {"last", "first", "row-augmented"}
+    # It forgets what was there.
+    monkeypatch.setattr(ours, "add", lambda product, x_TS, y_TR: ours.product(product, x_TS))
+    assert set(measured().times) == {"last", "row-augmented"}
+    assert "strategy first is not used: wrong results, relative difference" in caplog.text
 
 
-def test_a_way_that_cannot_run_is_not_used(device, monkeypatch, fresh_choices, caplog):
+def test_a_strategy_that_cannot_run_is_not_used(device, monkeypatch, fresh_choices, caplog):
     _, ours = operands_of(device, whole=False)
     monkeypatch.setattr(low_rank.timing, "interleaved", lambda ways, **_: {name: [1.0] for name in ways})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -209,9 +195,9 @@ def test_a_way_that_cannot_run_is_not_used(device, monkeypatch, fresh_choices, c
     def cannot(*_):
         raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr(ours, "forward_add", cannot)
-    assert "first" not in low_rank.measure(ours, "forward", KEYS["forward"], torch.device(device)).times
-    assert "way 'first' is not used: it cannot run (RuntimeError: no kernel for this shape)" in caplog.text
+    monkeypatch.setattr(ours, "add", cannot)
+    assert "first" not in low_rank.measure(ours, KEYS[Product.FORWARD], torch.device(device)).times
+    assert "strategy first is not used: it cannot run (RuntimeError: no kernel for this shape)" in caplog.text
 
 
 @pytest.mark.gpu
@@ -219,12 +205,12 @@ def test_the_choice_is_measured_once_and_works_in_a_graph(device, fresh_choices)
     _, ours = operands_of(device)
     x = whole_numbers(48, COLUMNS, device=device)
     left, right = sparse_adapters(device)
-    run = lambda: low_rank.product(ours, "forward", x, left, right, 1 / RANK)[0]  # noqa: E731
+    run = lambda: low_rank.product(ours, Product.FORWARD, x, left, right, 1 / RANK)[0]  # noqa: E731
     ours.forward(x)
     with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         run()
     run()
-    assert min(choices.find_order(KEYS["forward"]).times.values()) > 0
+    assert min(choices.find(KEYS[Product.FORWARD]).times.values()) > 0
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = run()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.operands import reference
-from slope_megatron.ops.operands.cusparselt import CusparseltOperands
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
+from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity.packing import pack, unpack
 from slope_megatron.sparsity.pattern import column_pattern
 
@@ -22,7 +22,7 @@ WIDTH, HIDDEN, TOKENS, STEPS, INTERVAL = 256, 512, 512, 200, 50
 def test_torch_compile_sees_one_graph(rank, device, fresh_choices):
     """Measured once in eager mode, a product compiles without a break; results stay the same to the bit."""
     weight = packed_weight(128, 192, torch.bfloat16, device, whole_numbers=True)
-    operands = CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+    operands = PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
     values = weight.values.clone().requires_grad_()
     x = torch.randint(-1, 2, (48, 192), device=device).to(torch.bfloat16).requires_grad_()
     leaves = [x, values]
@@ -62,7 +62,7 @@ class Upcast(reference.ReferenceOperands):
 
 def operands_of(kind, weight):
     if kind == "cusparselt":
-        return CusparseltOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
+        return PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
     if kind == "float8":
         return Float8Operands(weight.values, weight.row_bits, weight.column_bits, wgrad=True, dense_allowed=False)
     if kind == "emulated":

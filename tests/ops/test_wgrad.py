@@ -9,11 +9,11 @@ from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from helpers.wgrad import DTYPE, draws_of, is_near_fp64, problem
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops.autotune import measure, measure_cutlass
-from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.custom_ops import mvue
+from slope_megatron.ops.autotune import measure
+from slope_megatron.ops.choices import Choice, Key, Product
+from slope_megatron.ops.custom_ops import layout, mvue
 from slope_megatron.ops.operands import cutlass, reference, wgrad
-from slope_megatron.ops.operands.cusparselt import CusparseltOperands
+from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity.packing import pack, unpack_bits
 from slope_megatron.sparsity.token_draws import as_int32
 
@@ -23,7 +23,7 @@ def by_name(request, device):
     """Whose sparse product it is, asked for by name; on a CPU each op's plain-torch twin stands in."""
     if device.type == "cuda" and request.param == "cutlass" and cutlass.unsupported():
         pytest.skip(cutlass.unsupported())
-    return {"libraries": (request.param,), "dense_allowed": False}
+    return {"among": (request.param,), "dense_allowed": False}
 
 
 @pytest.mark.parametrize("tokens", [64, 40, 7])
@@ -37,7 +37,7 @@ def test_the_sparse_product_is_that_of_the_estimate(tokens, by_name, device, fre
 def test_a_dense_choice_multiplies_the_gradient_itself(device, fresh_choices, caplog):
     dy, x, row_bits = problem(64, 64, 128, device)
     with caplog.at_level("INFO"):
-        fresh_choices.record(Key("wgrad", 64, 128, 64, DTYPE), Choice(False, sparse_ms=2.0, dense_ms=1.0))
+        fresh_choices.record(Key(Product.WGRAD, 64, 128, 64, DTYPE), Choice(False, sparse_ms=2.0, dense_ms=1.0))
     assert caplog.messages == [
         "wgrad 64x128 T64 bfloat16: dense (2:4 2.000 ms, dense 1.000 ms); the exact gradient, unpruned"
     ]
@@ -47,18 +47,18 @@ def test_a_dense_choice_multiplies_the_gradient_itself(device, fresh_choices, ca
 
 def test_wgrad_tries_both_libraries_whatever_other_tokens_chose(fresh_choices):
     """Its operand is written anew for each product: nothing has a form to keep."""
-    key = Key("wgrad", 128, 192, 48, DTYPE)
+    key = Key(Product.WGRAD, 128, 192, 48, DTYPE)
     fresh_choices.record(key, Choice(True))
     assert measure.libraries_for(dataclasses.replace(key, tokens=96)) == ("cusparselt", "cutlass")
 
 
-@pytest.mark.parametrize("backend", [CusparseltOperands, cutlass.CutlassOperands])
-def test_operands_read_the_estimate_in_wgrad_alone(backend, kernels_here, fresh_choices):
+@pytest.mark.parametrize("library", ["cusparselt", "cutlass"])
+def test_operands_read_the_estimate_in_wgrad_alone(library, kernels_here, fresh_choices):
     weight = packed_weight(64, 128, DTYPE, kernels_here)
-    ours = backend(weight.values, weight.row_bits, weight.column_bits)
+    ours = PackedOperands(weight.values, weight.row_bits, weight.column_bits, library=library)
     if kernels_here.type == "cuda":
         # Of these small products a dense one may be the fastest.
-        fresh_choices.record(Key("wgrad", 64, 128, 64, DTYPE), Choice(True))
+        fresh_choices.record(Key(Product.WGRAD, 64, 128, 64, DTYPE), Choice(True))
     theirs = reference.build(weight.values, weight.row, weight.column)
     dy, x, _ = problem(64, 64, 128, kernels_here)
     draws, results = draws_of(64, kernels_here), []
@@ -76,10 +76,10 @@ def test_operands_read_the_estimate_in_wgrad_alone(backend, kernels_here, fresh_
 def test_a_layout_that_is_not_known_is_dense_or_refused(device, fresh_choices, monkeypatch):
     dy, x, row_bits = problem(64, 64, 128, device)
     draws = draws_of(64, device)
-    monkeypatch.setattr(wgrad.layout, "probe", lambda *_: wgrad.layout.Layout(False))
+    monkeypatch.setattr(layout, "probe", lambda *_: layout.Layout(False))
     with pytest.raises(ValueError, match=r"written in sm_90's layout and cuda:0 has another; use --slope-backend auto"):
-        wgrad.packed(dy, x, row_bits, draws, dense_allowed=False, libraries=("cusparselt",))
-    monkeypatch.setattr(measure_cutlass, "packing_kernels", lambda dtype: ())
+        wgrad.packed(dy, x, row_bits, draws, dense_allowed=False, among=("cusparselt",))
+    monkeypatch.setattr(cutlass, "packing_kernels", lambda dtype: ())
     assert torch.equal(wgrad.packed(dy, x, row_bits, draws), pack(dy.t() @ x, unpack_bits(row_bits)))
 
 
@@ -147,8 +147,8 @@ def test_a_step_does_not_synchronize(by_name, device, fresh_choices):
 @pytest.mark.gpu
 def test_measured_choices(device, fresh_choices):
     """A large product is worth pruning for; one that is all pruning is not."""
-    large = wgrad._choose(Key("wgrad", 4096, 4096, 4096, DTYPE), device, True, measure.LIBRARIES)
-    small = wgrad._choose(Key("wgrad", 8192, 64, 8192, DTYPE), device, True, measure.LIBRARIES)
+    large = wgrad._choose(Key(Product.WGRAD, 4096, 4096, 4096, DTYPE), device, True, measure.LIBRARIES)
+    small = wgrad._choose(Key(Product.WGRAD, 8192, 64, 8192, DTYPE), device, True, measure.LIBRARIES)
     assert large.sparse and large.algorithm is not None and large.sparse_ms < large.dense_ms
     assert not small.sparse and small.dense_ms < small.sparse_ms
 

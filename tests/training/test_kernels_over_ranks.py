@@ -50,7 +50,7 @@ def train(config):
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     losses = [engine.train_step(step_batches(config, step, replica, replicas)).loss for step in range(STEPS)]
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    return losses, (stage, {str(key): str(choice) for key, choice in (choices._table | choices._orders).items()})
+    return losses, (stage, {str(key): str(choice) for key, choice in choices._table.items()})
 
 
 ONE_RANK: dict = {}

@@ -8,8 +8,10 @@ import torch
 
 from helpers.gpu import gpu_config, one_rank, trained_losses
 from slope_megatron.layers.packed_weight import PackedWeight
-from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.choices import Product
+from slope_megatron.ops.custom_ops import products
 from slope_megatron.ops.operands import cusparselt, reference
+from slope_megatron.ops.operands.packed import PackedOperands
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cusparselt.unsupported()), reason=str(cusparselt.unsupported()))]
 STEPS = 200
@@ -80,33 +82,32 @@ def test_products_in_e4m3_learn_as_fast_as_bf16(bound):
 
 def dgrad_of_the_forward_weight(operands, dy_TN):
     """dY W^R: the second pruning forgotten."""
-    values = layout.values_of(
-        operands.forward_operand, operands.rows, operands.columns, operands.tiles["forward"], operands.dtype
-    )
-    return dy_TN @ products.unpack_kept(values.reshape(operands.rows, -1), operands.row_bits)
+    values = operands.sparse[Product.FORWARD].packed_values()
+    return dy_TN @ products.unpack_kept(values, operands.patterns.row_bits)
 
 
 def wgrad_of_other_places(operands, dy_TN, x_TK, draws=None):
     """Read at the places of the next row."""
-    return products.gather_kept(dy_TN.t() @ x_TK, operands.row_bits.roll(1, 0))
+    return products.gather_kept(dy_TN.t() @ x_TK, operands.patterns.row_bits.roll(1, 0))
 
 
-def forward_with_a_hole(operands, x_TK, bias_N=None):
+def product_with_a_hole(operands, product, x_TS, bias_R=None):
     """One tile of 16 tokens x 64 outputs is not written."""
-    y_TN = HEALTHY_FORWARD(operands, x_TK, bias_N)
-    y_TN[:16, :64] = 0
-    return y_TN
+    y_TR = HEALTHY_PRODUCT(operands, product, x_TS, bias_R)
+    if product is Product.FORWARD:
+        y_TR[:16, :64] = 0
+    return y_TR
 
 
-HEALTHY_FORWARD = cusparselt.CusparseltOperands.forward
+HEALTHY_PRODUCT = PackedOperands.product
 
 
-@pytest.mark.parametrize("fault", ["dgrad", "wgrad", "forward", "refresh"])
+@pytest.mark.parametrize("fault", ["dgrad", "wgrad", "product", "refresh"])
 def test_a_planted_fault_is_seen(bound, monkeypatch, fault):
     if fault == "refresh":
         monkeypatch.setattr(PackedWeight, "refresh", lambda self: None)
     else:
-        wrong = {"dgrad": dgrad_of_the_forward_weight, "wgrad": wgrad_of_other_places, "forward": forward_with_a_hole}
-        monkeypatch.setattr(cusparselt.CusparseltOperands, fault, wrong[fault])
+        wrong = {"dgrad": dgrad_of_the_forward_weight, "wgrad": wgrad_of_other_places, "product": product_with_a_hole}
+        monkeypatch.setattr(PackedOperands, fault, wrong[fault])
     found, rounding = distances(bound, FAULTY_STEPS)
     assert found > 3 * rounding

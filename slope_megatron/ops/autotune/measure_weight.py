@@ -4,16 +4,13 @@ T tokens, R rows and S columns of the operand.
 """
 
 import dataclasses
-import functools
 
 import torch
 
-from slope_kernels import cusparselt, cusparselt_library, cutlass
-from slope_megatron.ops.autotune import measure_cutlass
+from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops.autotune.trials import random_bits
-from slope_megatron.ops.choices import Key
+from slope_megatron.ops.choices import Key, Product
 from slope_megatron.ops.custom_ops import layout, products
-from slope_megatron.ops.operands.cutlass_operand import row_metadata
 from slope_megatron.sparsity.operand import slot_places
 from slope_megatron.sparsity.packing import unpack_bits
 
@@ -35,22 +32,11 @@ class WeightTrial:
 
     def dense_product(self) -> torch.Tensor:
         """Dgrad keeps the dense weight as [S, R], the others as [R, S]: how each reads its own."""
-        weight = self.dense if self.key.kind == "dgrad" else self.dense.t()
+        weight = self.dense if self.key.product is Product.DGRAD else self.dense.t()
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
     def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WeightCandidate":
         return WeightCandidate(self, algorithm, tiles)
-
-    def own_kernels(self) -> tuple[str, ...]:
-        return measure_cutlass.kernels(self.key.dtype)
-
-    def own_candidate(self, algorithm: cutlass.Algorithm) -> "OwnCandidate":
-        return OwnCandidate(self, algorithm)
-
-    @functools.cached_property
-    def own_metadata(self) -> torch.Tensor:
-        """The operand's metadata in CUTLASS's order."""
-        return row_metadata(self.row_bits)
 
     def operand(self, tiles: int) -> torch.Tensor:
         if tiles not in self.operands:
@@ -71,7 +57,7 @@ def trial_of(key: Key, device: torch.device) -> WeightTrial:
             metadata = layout.library_metadata(slot_places(unpack_bits(row_bits)), key.dtype)
         layout.metadata_of(operand, key.rows, key.columns, 1).copy_(metadata[None])
     dense = products.unpack_kept(values, row_bits)
-    if key.kind == "dgrad":
+    if key.product is Product.DGRAD:
         dense = dense.t().contiguous()
     tokens = cusparselt.padded_tokens(key.tokens)
     x = torch.randn(tokens, key.columns, device=device, dtype=key.dtype)
@@ -100,17 +86,3 @@ class WeightCandidate:
         for tile in range(self.tiles):
             start = self.operand.data_ptr() + tile * self.operand.numel() // self.tiles
             self.plan.run(start, trial.x_TS.data_ptr(), trial.y_TR.data_ptr() + tile * step, stream)
-
-
-class OwnCandidate:
-    """A sparse product of a trial by one of our own kernels and one walk."""
-
-    tiles = 1
-
-    def __init__(self, trial: WeightTrial, algorithm: cutlass.Algorithm):
-        key = trial.key
-        self.trial, self.algorithm, self.metadata = trial, algorithm, trial.own_metadata
-        self.values_RC = layout.values_of(trial.operand(1), key.rows, key.columns, 1, key.dtype)[0]
-
-    def __call__(self) -> None:
-        cutlass.run(self.algorithm, self.values_RC, self.metadata, self.trial.x_TS, self.trial.y_TR)

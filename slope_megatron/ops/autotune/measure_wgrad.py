@@ -1,4 +1,4 @@
-"""Measuring wgrad of `full` mode: from dY and X to the packed gradient, by each way of `ops.wgrad`.
+"""Measuring wgrad of `full` mode: from dY and X to the packed gradient, by each way of `operands.wgrad`.
 
 T tokens, N out, K in, C = K/2 kept per row; S is T filled up to whole operand columns. The gate compares with the dense
 product of the operand decoded, so it judges the kernel's metadata with the product's algorithm.
@@ -6,10 +6,9 @@ product of the operand decoded, so it judges the kernel's metadata with the prod
 
 import torch
 
-from slope_kernels import cusparselt, cutlass, packed_wgrad
+from slope_kernels import cusparselt
 from slope_kernels.triton.gather import gather
 from slope_kernels.triton.mvue import mvue_operand
-from slope_megatron.ops.autotune import measure_cutlass
 from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.choices import Key
 from slope_megatron.ops.custom_ops import layout
@@ -21,7 +20,7 @@ ROWS_AT_ONCE = 4096
 
 
 class WgradTrial:
-    """Random data of one product, a `trials.OwnTrial`; its Y is the packed gradient `[N, C]`."""
+    """Random data of one product, a `trials.Trial`; its Y is the packed gradient `[N, C]`."""
 
     def __init__(self, key: Key, device: torch.device):
         self.key = key
@@ -76,12 +75,6 @@ class WgradTrial:
         assert tiles == 1, "wgrad's operand lives for one product and is not cut"
         return WgradCandidate(self, algorithm)
 
-    def own_kernels(self) -> tuple[str, ...]:
-        return measure_cutlass.packing_kernels(self.key.dtype)
-
-    def own_candidate(self, algorithm: cutlass.Algorithm) -> "PackingCandidate":
-        return PackingCandidate(self, algorithm)
-
 
 class WgradCandidate:
     """cuSPARSELt's product with one algorithm; a call writes the operand too, as every micro-batch must."""
@@ -99,18 +92,3 @@ class WgradCandidate:
         stream = torch.cuda.current_stream(trial.x_SK.device).cuda_stream
         self.plan.run(trial.operand.data_ptr(), trial.x_SK.data_ptr(), trial.dw_NK.data_ptr(), stream)
         trial.keep_half()
-
-
-class PackingCandidate:
-    """One of our own kernels with one walk; it takes X as it lies, and there is no dense gradient."""
-
-    tiles = 1
-
-    def __init__(self, trial: WgradTrial, algorithm: cutlass.Algorithm):
-        self.trial, self.algorithm = trial, algorithm
-
-    def __call__(self) -> None:
-        trial = self.trial
-        trial.write_operand(for_cutlass=True)
-        x_TK = trial.x_SK[: trial.key.tokens]
-        packed_wgrad.run(self.algorithm, trial.operand, x_TK, trial.row_bits, trial.y_TR)

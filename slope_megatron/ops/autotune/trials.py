@@ -1,11 +1,11 @@
 """What a measurement works on: a trial of one product, and the candidates for it. T tokens, R rows of the operand."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 
-from slope_kernels import cusparselt, cutlass
-from slope_megatron.ops.choices import Algorithm, Key
+from slope_kernels import cusparselt
+from slope_megatron.ops.choices import Key
 from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.pattern import random_pattern
 
@@ -30,17 +30,6 @@ class Trial(Protocol):
         """The sparse one with an algorithm of cuSPARSELt's; None: its default."""
 
 
-@runtime_checkable
-class OwnTrial(Trial, Protocol):
-    """One of a product that our own kernels have too."""
-
-    def own_kernels(self) -> tuple[str, ...]:
-        """Names of those that compile here."""
-
-    def own_candidate(self, algorithm: cutlass.Algorithm) -> "KernelCandidate":
-        """The sparse one with one of them."""
-
-
 class Candidate(Protocol):
     """A sparse product of a trial; a call enqueues it."""
 
@@ -51,7 +40,7 @@ class Candidate(Protocol):
     def tiles(self) -> int: ...
 
     @property
-    def algorithm(self) -> Algorithm | None: ...
+    def algorithm(self) -> Any: ...
 
     def __call__(self) -> None: ...
 
@@ -64,13 +53,6 @@ class PlannedCandidate(Candidate, Protocol):
 
     @property
     def plan(self) -> cusparselt.Plan: ...
-
-
-class KernelCandidate(Candidate, Protocol):
-    """One of our own kernels'."""
-
-    @property
-    def algorithm(self) -> cutlass.Algorithm: ...
 
 
 def random_bits(rows: int, columns: int, device) -> torch.Tensor:

@@ -11,9 +11,8 @@ On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read a
 import torch
 
 from slope_kernels import cusparselt
-from slope_megatron.ops import choices
 from slope_megatron.ops.custom_ops import layout
-from slope_megatron.ops.custom_ops.products import aligned
+from slope_megatron.ops.custom_ops.products import aligned, measured
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import backward_slots, places_e4m3, scatter_slots
@@ -90,7 +89,7 @@ def sparse_mm(
     y_TR = q_TS.new_empty((tokens, rows), dtype=output)
     device = q_TS.device.index
     product = cusparselt.Product(rows, columns, tokens, E4M3, device, rows, output=output)
-    plan = cusparselt.plan(product, choices.algorithm(product))
+    plan = cusparselt.plan(product, measured(product))
     stream = torch.cuda.current_stream(device).cuda_stream
     plan.run(operand.data_ptr(), q_TS.data_ptr(), y_TR.data_ptr(), stream, factor=2.0**target)
     rescale(y_TR, operand_scale, q_scale, 2.0**-target, bias)

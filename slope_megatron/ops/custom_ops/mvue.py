@@ -3,21 +3,17 @@
 T tokens, N out, K in; P the unbiased 2:4 estimate along the tokens; S is T filled up with zeros to whole columns.
     slope::mvue_operand   dY [T, N] -> operand of P(dY)^T [N, S]
     slope::sparse_wgrad   dense dW [N, K] = P(dY)^T X, from that operand; by cuSPARSELt
-    slope::packed_wgrad   its kept half alone, packed [N, C]: by our own kernels, from the operand in CUTLASS's order
+`slope::packed_wgrad`, which gives its kept half alone, is in `operands.cutlass`.
 """
 
 import torch
 
 from slope_kernels import cusparselt
-from slope_kernels import packed_wgrad as packing
-from slope_megatron.ops import choices
 from slope_megatron.ops.custom_ops import layout
-from slope_megatron.ops.custom_ops.cutlass import lined_up
-from slope_megatron.ops.custom_ops.products import aligned, padded
+from slope_megatron.ops.custom_ops.products import aligned, measured, padded
 from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots
-from slope_megatron.sparsity.operand_cutlass import metadata_cutlass, places_cutlass
-from slope_megatron.sparsity.packing import pack, unpack_bits
+from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 
@@ -64,7 +60,7 @@ def sparse_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, rows: int) -> torch.
     dw_NK = x_TK.new_empty((rows, width))
     device = x_TK.device.index
     product = cusparselt.Product(rows, columns, width, x_TK.dtype, device, width, straight=True)
-    plan = cusparselt.plan(product, choices.algorithm(product))
+    plan = cusparselt.plan(product, measured(product))
     stream = torch.cuda.current_stream(device).cuda_stream
     plan.run(operand.data_ptr(), x_SK.data_ptr(), dw_NK.data_ptr(), stream)
     return dw_NK
@@ -72,10 +68,10 @@ def sparse_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, rows: int) -> torch.
 
 @sparse_wgrad.register_kernel("cpu")
 def _(operand, x_TK, rows):
-    return _estimate(operand, x_TK, rows, places_sm90) @ x_TK
+    return estimate(operand, x_TK, rows, places_sm90) @ x_TK
 
 
-def _estimate(operand, x_TK, rows: int, places_of) -> torch.Tensor:
+def estimate(operand, x_TK, rows: int, places_of) -> torch.Tensor:
     """P(dY)^T `[N, T]` that an operand stands for, whose places `places_of` reads off its metadata."""
     columns = cusparselt.padded_columns(x_TK.shape[0])
     values = operand[: rows * columns].view(x_TK.dtype).view(rows, columns // 2)
@@ -86,23 +82,3 @@ def _estimate(operand, x_TK, rows: int, places_of) -> torch.Tensor:
 @sparse_wgrad.register_fake
 def _(operand, x_TK, rows):
     return x_TK.new_empty((rows, x_TK.shape[1]))
-
-
-@torch.library.custom_op("slope::packed_wgrad", mutates_args=(), device_types="cuda")
-def packed_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
-    """Packed dW `[N, C]`, rounded once; runs the kernel that was measured for this product, else the first one."""
-    rows, (tokens, columns) = row_bits.shape[0], x_TK.shape
-    packed_NC = x_TK.new_empty((rows, columns // 2))
-    algorithm = choices.packed_algorithm(rows, columns, tokens, x_TK.dtype) or packing.DEFAULT
-    packing.run(algorithm, operand, lined_up(x_TK), lined_up(row_bits), packed_NC)
-    return packed_NC
-
-
-@packed_wgrad.register_kernel("cpu")
-def _(operand, x_TK, row_bits):
-    return pack(_estimate(operand, x_TK, row_bits.shape[0], places_cutlass) @ x_TK, unpack_bits(row_bits))
-
-
-@packed_wgrad.register_fake
-def _(operand, x_TK, row_bits):
-    return x_TK.new_empty((row_bits.shape[0], x_TK.shape[1] // 2))

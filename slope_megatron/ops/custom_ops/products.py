@@ -39,6 +39,12 @@ def padded(x_TS: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.nn.functional.pad(x_TS, (0, 0, 0, missing)) if missing else aligned(x_TS, cusparselt.ALIGNMENT)
 
 
+def measured(product: cusparselt.Product) -> cusparselt.Algorithm | None:
+    """The algorithm that was measured for a product (of one tile, where the operand is cut); None: the default."""
+    problem = (product.rows, product.columns, product.tokens, product.dtype, product.straight)
+    return choices.algorithm("cusparselt", problem)
+
+
 @torch.library.custom_op("slope::sparse_mm", mutates_args=(), device_types="cuda")
 def sparse_mm(
     operand: torch.Tensor, x_TS: torch.Tensor, rows: int, tiles: int, bias: torch.Tensor | None, relu: bool
@@ -55,7 +61,7 @@ def _run_tiles(operand, x_TS, y_TR, tiles: int, bias, relu: bool, accumulate: bo
     """Enqueue the product, tile by tile; X and Y hold padded tokens."""
     rows, device = y_TR.shape[1], x_TS.device.index
     product = cusparselt.Product(rows // tiles, x_TS.shape[1], x_TS.shape[0], x_TS.dtype, device, rows, relu)
-    algorithm = choices.algorithm(product)
+    algorithm = measured(product)
     stream = torch.cuda.current_stream(device).cuda_stream
     operand_start, y_start = operand.data_ptr(), y_TR.data_ptr()
     for tile in range(tiles):

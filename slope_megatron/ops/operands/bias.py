@@ -8,39 +8,36 @@ from typing import Any
 
 import torch
 
+from slope_megatron.ops.choices import Product
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 
 @dataclasses.dataclass(frozen=True)
-class BiasedOperands:
+class WithBias:
     """Operands whose forward adds a bias on the way out; see `bias_gradient` for the bias's own gradient."""
 
-    operands: Any
+    # PackedOperands, or what else has `product` with a bias.
+    inner: Any
     bias_N: torch.Tensor
 
+    def product(self, product: Product, x_TS: torch.Tensor) -> torch.Tensor:
+        return self.inner.product(product, x_TS, self.bias_of(product))
+
+    def add(self, product: Product, x_TS: torch.Tensor, y_TR: torch.Tensor) -> torch.Tensor:
+        return self.inner.add(product, x_TS, y_TR, self.bias_of(product))
+
+    def bias_of(self, product: Product) -> torch.Tensor | None:
+        """The bias that a product adds."""
+        return self.bias_N.detach() if product is Product.FORWARD else None
+
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.forward(x_TK, self.bias_N.detach())
+        return self.product(Product.FORWARD, x_TK)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        return self.operands.dgrad(dy_TN)
-
-    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor) -> torch.Tensor:
-        return self.operands.forward_add(x_TK, y_TN, self.bias_N.detach())
-
-    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
-        return self.operands.dgrad_add(dy_TN, dx_TK)
-
-    def joined_product(self, kind: str, x_TS, down_PS, up_RP, scale: float):
-        bias_N = self.bias_N.detach() if kind == "forward" else None
-        return self.operands.joined_product(kind, x_TS, down_PS, up_RP, scale, bias_N)
-
-    @property
-    def unbiased(self):
-        """Where the buffers and the choices are."""
-        return self.operands
+        return self.product(Product.DGRAD, dy_TN)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        return self.operands.wgrad(dy_TN, x_TK, draws)
+        return self.inner.wgrad(dy_TN, x_TK, draws)
 
 
 class BiasGradient(torch.autograd.Function):

@@ -1,140 +1,308 @@
-"""The `cutlass` backend: every sparse product by our own kernels, the forward one on the parameter's own memory.
+"""Our own Hopper kernels (CUTLASS's collectives): values and metadata are tensors apart.
 
-N out, K in, C = K/2 kept per row, T tokens.
-    forward   Y  = X (W^R)^T           values: the packed parameter [N, C] itself; beside it metadata alone
-    dgrad     dX = dY W^{R,C}          values: the transposed W^{R,C} [K, N/2], a copy, rewritten by each refresh
-    wgrad     dW = (dY^T X) gathered; with draws that of P(dY)^T X, packed by the product's epilogue
-So a weight has no forward operand: 1 byte a dense weight less than with cuSPARSELt. The price is that the forward
-product reads what the parameter holds when it runs, and that it must know where the parameter is now: see `rebind`.
+T tokens, R rows and S columns of the sparse operand, N out, K in, C = K/2 kept per row.
+    slope::cutlass_mm        Y [T, R] = X [T, S] W^T (+ bias, ReLU)
+    slope::cutlass_mm_add_   Y += X W^T (+ bias), in place
+    slope::packed_wgrad      the kept half [N, C] of P(dY)^T X, from an operand in CUTLASS's order of metadata
+The values are read where they lie: for the forward product in the parameter itself, so a weight has no forward operand
+but metadata, 1 byte a dense weight less than with cuSPARSELt. The price is that the product reads what the parameter
+holds when it runs, and that it must know where the parameter is now. On a CPU the ops' plain-torch twins read the same
+metadata.
 """
 
-import sys
+import functools
+import logging
+from collections.abc import Hashable, Iterable
 
 import torch
 
-from slope_kernels import cutlass
+from slope_kernels import cutlass, load_cuda
+from slope_kernels import packed_wgrad as packing
+from slope_kernels.cutlass import Algorithm
 from slope_megatron.ops import choices
-from slope_megatron.ops.autotune import measure
-from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.custom_ops import products
-from slope_megatron.ops.operands import patterns, reference, wgrad
-from slope_megatron.ops.operands.bias import BiasedOperands
-from slope_megatron.ops.operands.cutlass_operand import CutlassOperand, column_metadata, row_metadata
-from slope_megatron.ops.operands.reference import held
-from slope_megatron.sparsity.packing import pack_bits
+from slope_megatron.ops.autotune import gate, timing
+from slope_megatron.ops.autotune.measure_weight import WeightTrial
+from slope_megatron.ops.autotune.trials import Candidate, Trial
+from slope_megatron.ops.choices import Choice, Key, Product
+from slope_megatron.ops.custom_ops import layout, mvue, products
+from slope_megatron.ops.operands import patterns as two_of_four
+from slope_megatron.ops.operands.protocol import WeightPatterns
+from slope_megatron.sparsity.operand import scatter_slots
+from slope_megatron.sparsity.operand_cutlass import from_sm90, places_cutlass
+from slope_megatron.sparsity.packing import pack, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
+
+logger = logging.getLogger(__name__)
+NAME = Algorithm.library
+SAYS = "2:4 tensor cores, the forward product on the parameter's own memory"
+# (swizzle, raster) of the tile scheduler: the default first; wider swizzles never won.
+SCHEDULES = ((1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2))
+KERNELS_TO_SCHEDULE = 2
+FINALISTS = 2
+
+# -- registered ops ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _say_copied(shape: torch.Size) -> None:
+    logger.info(
+        "a packed weight of %s values does not start on a line of %d bytes: each of its products reads a copy",
+        "x".join(map(str, shape)),
+        cutlass.ALIGNMENT,
+    )
+
+
+def _run(values_RC, metadata, x_TS, y_TR, **epilogue) -> None:
+    """The kernel that was measured for this product, else the first one."""
+    if values_RC.data_ptr() % cutlass.ALIGNMENT:
+        _say_copied(values_RC.shape)
+    values_RC, x_TS = products.aligned(values_RC, cutlass.ALIGNMENT), products.aligned(x_TS, cutlass.ALIGNMENT)
+    problem = (False, values_RC.shape[0], x_TS.shape[1], x_TS.shape[0], x_TS.dtype)
+    algorithm = choices.algorithm(NAME, problem) or cutlass.DEFAULT
+    cutlass.run(algorithm, values_RC, metadata, x_TS, y_TR, **epilogue)
+
+
+@torch.library.custom_op("slope::cutlass_mm", mutates_args=(), device_types="cuda")
+def cutlass_mm(
+    values_RC: torch.Tensor, metadata: torch.Tensor, x_TS: torch.Tensor, bias_R: torch.Tensor | None, relu: bool
+) -> torch.Tensor:
+    """Y `[T, R]`. Values that do not start on a line of 16 bytes are copied, which is said once."""
+    y_TR = x_TS.new_empty((x_TS.shape[0], values_RC.shape[0]))
+    _run(values_RC, metadata, x_TS, y_TR, bias_R=bias_R, relu=relu)
+    return y_TR
+
+
+def _weight(values_RC, metadata, columns: int) -> torch.Tensor:
+    return scatter_slots(values_RC, places_cutlass(metadata, values_RC.shape[0], columns // 4))
+
+
+@cutlass_mm.register_kernel("cpu")
+def _(values_RC, metadata, x_TS, bias_R, relu):
+    y_TR = x_TS @ _weight(values_RC, metadata, x_TS.shape[1]).t()
+    y_TR = y_TR if bias_R is None else y_TR + bias_R
+    return torch.relu(y_TR) if relu else y_TR
+
+
+@cutlass_mm.register_fake
+def _(values_RC, metadata, x_TS, bias_R, relu):
+    return x_TS.new_empty((x_TS.shape[0], values_RC.shape[0]))
+
+
+@torch.library.custom_op("slope::cutlass_mm_add_", mutates_args=("y_TR",), device_types="cuda")
+def cutlass_mm_add_(
+    y_TR: torch.Tensor,
+    values_RC: torch.Tensor,
+    metadata: torch.Tensor,
+    x_TS: torch.Tensor,
+    bias_R: torch.Tensor | None,
+) -> None:
+    """Y += X W^T (+ bias): the sum is rounded once."""
+    in_place = products.aligned(y_TR, cutlass.ALIGNMENT)
+    _run(values_RC, metadata, x_TS, in_place, source_TR=in_place, bias_R=bias_R)
+    if in_place is not y_TR:
+        y_TR.copy_(in_place)
+
+
+@cutlass_mm_add_.register_kernel("cpu")
+def _(y_TR, values_RC, metadata, x_TS, bias_R):
+    y_TR.addmm_(x_TS, _weight(values_RC, metadata, x_TS.shape[1]).t())
+    if bias_R is not None:
+        y_TR.add_(bias_R)
+
+
+@torch.library.custom_op("slope::packed_wgrad", mutates_args=(), device_types="cuda")
+def packed_wgrad(estimate: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor) -> torch.Tensor:
+    """Packed dW `[N, C]`, rounded once; runs the kernel that was measured for this product, else the first one."""
+    rows, (tokens, columns) = row_bits.shape[0], x_TK.shape
+    packed_NC = x_TK.new_empty((rows, columns // 2))
+    algorithm = choices.algorithm(NAME, (True, rows, columns, tokens, x_TK.dtype)) or packing.DEFAULT
+    x_TK, row_bits = products.aligned(x_TK, cutlass.ALIGNMENT), products.aligned(row_bits, cutlass.ALIGNMENT)
+    packing.run(algorithm, estimate, x_TK, row_bits, packed_NC)
+    return packed_NC
+
+
+@packed_wgrad.register_kernel("cpu")
+def _(estimate, x_TK, row_bits):
+    estimate_NT = mvue.estimate(estimate, x_TK, row_bits.shape[0], places_cutlass)
+    return pack(estimate_NT @ x_TK, unpack_bits(row_bits))
+
+
+@packed_wgrad.register_fake
+def _(estimate, x_TK, row_bits):
+    return x_TK.new_empty((row_bits.shape[0], x_TK.shape[1] // 2))
+
+
+# -- the operand ------------------------------------------------------------------------------------------------------
+
+
+class CutlassOperand:
+    """Values, of the forward product the parameter's own, and metadata in CUTLASS's order; see `SparseOperand`."""
+
+    library = NAME
+
+    def __init__(self, patterns: WeightPatterns, product: Product):
+        self.patterns, self.of = patterns, product
+        rows, columns = patterns.shape(product)
+        self.borrows_values = product is Product.FORWARD
+        memory = 0 if self.borrows_values else rows
+        self.values_RC = torch.empty(memory, columns // 2, dtype=patterns.dtype, device=patterns.device)
+        self.metadata = self._metadata()
+
+    def _metadata(self) -> torch.Tensor:
+        rows, columns = self.patterns.shape(self.of)
+        return from_sm90(self.patterns.metadata_sm90(self.of), rows, columns // 4)
+
+    def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+        return cutlass_mm(self.values_RC, self.metadata, x_TS, bias_R, False)
+
+    def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+        cutlass_mm_add_(y_TR, self.values_RC, self.metadata, x_TS, bias_R)
+        return y_TR
+
+    def packed_values(self) -> torch.Tensor:
+        return self.values_RC
+
+    def set_values(self, values_NC: torch.Tensor) -> None:
+        if self.borrows_values:
+            self.values_RC = values_NC
+        else:
+            products.refresh_(values_NC, *self.patterns.both(), None, self._bytes(), 1, 1)
+
+    def set_metadata(self) -> None:
+        self.metadata.copy_(self._metadata())
+
+    def refresh_buffer(self) -> tuple[torch.Tensor, int] | None:
+        return None if self.borrows_values else (self._bytes(), 1)
+
+    def _bytes(self) -> torch.Tensor:
+        return self.values_RC.view(-1).view(torch.uint8)
+
+    def fits(self, choice: Choice) -> bool:
+        return True
+
+    def adopt(self, choice: Choice) -> None:
+        """There is one form."""
+
+
+Operand = CutlassOperand
+
+
+def version() -> str:
+    """Of the headers and of our sources; "none" where nothing can be compiled."""
+    return cutlass.version()
 
 
 def unsupported() -> str | None:
     """Why this machine cannot run it; None: it can."""
-    return cutlass.unsupported() or patterns.without_triton()
+    return cutlass.unsupported() or two_of_four.without_triton()
 
 
 def unsupported_weight(values_NC: torch.Tensor, row_bits: torch.Tensor) -> str | None:
-    """Why this weight cannot have operands here; None: it can."""
-    return patterns.no_operand(values_NC, row_bits, cutlass.unsupported_shape)
+    """The same of this weight."""
+    return two_of_four.no_operand(values_NC, row_bits, cutlass.unsupported_shape)
 
 
-def build(values_NC, row_bits, column_bits, products_wanted=reference.PRODUCTS) -> "CutlassOperands":
-    return CutlassOperands(values_NC, row_bits, column_bits, products_wanted)
+def unsupported_wgrad(key: Key, device: torch.device) -> str | None:
+    """Why it cannot compute a wgrad of `full` mode here; None: it can."""
+    return cutlass.unsupported() or cutlass.unsupported_shape(key.rows, key.columns, key.dtype)
 
 
-class CutlassOperands:
-    """Buffers of one weight; see the module's docstring."""
+def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, draws: TokenDraws) -> torch.Tensor:
+    """The kept half alone, straight from the sums."""
+    return packed_wgrad(mvue.mvue_operand(dy_TN, draws.key, draws.streams, True), x_TK, row_bits)
 
-    def __init__(
-        self,
-        values_NC: torch.Tensor,
-        row_bits: torch.Tensor,
-        column_bits: torch.Tensor | None = None,
-        products_wanted: tuple[str, ...] = reference.PRODUCTS,
-    ):
-        """
-        Args:
-            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`, kept and not copied. Without a column
-                bitmask there is the forward product alone, and neither is kept.
-            products_wanted: those that will be asked for; the operand of another one is not there.
-        """
-        self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
-        self.dtype, self.device = values_NC.dtype, values_NC.device
-        self.operands: dict[str, CutlassOperand] = {}
-        if "forward" in products_wanted:
-            self.operands["forward"] = CutlassOperand(values_NC, row_metadata(row_bits))
-        self.row_bits = self.column_bits = None
-        if column_bits is not None:
-            self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.contiguous()
-            if "dgrad" in products_wanted:
-                values_KN = values_NC.new_empty(self.columns, self.rows // 2)
-                self.operands["dgrad"] = CutlassOperand(values_KN, column_metadata(self.row_bits, self.column_bits))
-        self.refresh(values_NC)
 
-    # -- state --------------------------------------------------------------------------------------------------------
+def problem(key: Key, tiles: int) -> Hashable:
+    """Whether it is wgrad, the shape, tokens and dtype."""
+    return (key.product is Product.WGRAD, key.rows, key.columns, key.tokens, key.dtype)
 
-    def rebind(self, values_NC: torch.Tensor) -> None:
-        """The parameter is here now. Cheap: optimizers move parameters into flat buffers, and ZeRO-3 at every use."""
-        if "forward" in self.operands:
-            self.operands["forward"].values_RC = values_NC
 
-    @torch.no_grad()
-    def refresh(self, values_NC: torch.Tensor) -> None:
-        """New values, same patterns."""
-        self.rebind(values_NC)
-        if "dgrad" in self.operands:
-            backward = self.operands["dgrad"].values_RC.view(-1).view(torch.uint8)
-            products.refresh_(values_NC, self.row_bits, self.column_bits, None, backward, 1, 1)
+def row_metadata(row_bits: torch.Tensor) -> torch.Tensor:
+    """Metadata of W^R in CUTLASS's order, from its bitmask uint8 `[N, K/8]`."""
+    rows, eighths = row_bits.shape
+    return from_sm90(products.row_metadata(row_bits), rows, eighths * 2)
 
-    @torch.no_grad()
-    def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
-        """A new second pruning: bool `[N, C]` or its bitmask, which is kept and not copied."""
-        self.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
-        if "dgrad" in self.operands:
-            row_bits = held(self.row_bits, "dgrad")
-            self.operands["dgrad"].metadata.copy_(column_metadata(row_bits, self.column_bits))
-        self.refresh(values_NC)
 
-    # -- products -----------------------------------------------------------------------------------------------------
+# -- candidates -------------------------------------------------------------------------------------------------------
 
-    def _ready(self, kind: str, tokens: int) -> CutlassOperand:
-        """The operand of a product whose kernel has been chosen, now if need be."""
-        shape = (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
-        key = Key(kind, *shape, tokens, self.dtype)
-        if choices.find(key) is None:
-            # Measuring is not for torch.compile to trace.
-            decide = torch.compiler.disable(self._decide) if "torch._dynamo" in sys.modules else self._decide
-            decide(key)
-        return self.operands[kind]
 
-    @torch.no_grad()
-    def _decide(self, key: Key) -> None:
-        if self.device.type == "cpu":
-            choices.record(key, Choice(True))
-            return
-        choices.refuse_while_capturing(key, self.device)
-        choices.decide(key, lambda: measure.measure(key, self.device, dense_allowed=False, libraries=("cutlass",)))
+@functools.cache
+def kernels(dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels of a weight's products that compile here; why others do not is said once.
 
-    def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Y = X (W^R)^T (+ bias), `[T, N]`."""
-        return self._ready("forward", x_TK.shape[0]).product(x_TK, bias_N)
+    Each with both epilogues at once: the one that adds is wanted when adapters join, and a run would wait for it then.
+    """
+    named = cutlass.KERNELS.items()
+    return _compiled({cutlass.source(kernel, dtype, adds): name for name, kernel in named for adds in (False, True)})
 
-    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """dX = dY W^{R,C}, `[T, K]`."""
-        return self._ready("dgrad", dy_TN.shape[0]).product(dy_TN)
 
-    def forward_add(self, x_TK: torch.Tensor, y_TN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Y + X (W^R)^T (+ bias), in the place of Y."""
-        return self._ready("forward", x_TK.shape[0]).add(x_TK, y_TN, bias_N)
+@functools.cache
+def packing_kernels(dtype: torch.dtype) -> tuple[str, ...]:
+    """The same of wgrad's kernels with the packing epilogue."""
+    return _compiled({packing.source(kernel, dtype): name for name, kernel in packing.KERNELS.items()})
 
-    def dgrad_add(self, dy_TN: torch.Tensor, dx_TK: torch.Tensor) -> torch.Tensor:
-        """dX + dY W^{R,C}, in the place of dX."""
-        return self._ready("dgrad", dy_TN.shape[0]).add(dy_TN, dx_TK)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X."""
-        if draws is None:
-            return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
-        row_bits = held(self.row_bits, "wgrad")
-        return wgrad.packed(dy_TN, x_TK, row_bits, draws, dense_allowed=False, libraries=("cutlass",))
+def _compiled(sources: dict[load_cuda.Source, str]) -> tuple[str, ...]:
+    """Names of those whose every source compiles; of all one reason why not, of one the compiler's last lines."""
+    reason = cutlass.unsupported()
+    if reason:
+        logger.info("our own kernels are not among the candidates: %s", reason)
+        return ()
+    built = load_cuda.build_all(list(sources))
+    refused = {sources[source]: error for source, error in built.items() if isinstance(error, RuntimeError)}
+    for name, error in refused.items():
+        logger.warning("CUTLASS's kernel %s is left out: %s", name, error)
+    return tuple(name for name in dict.fromkeys(sources.values()) if name not in refused)
 
-    def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
-        """These operands with a bias added by the forward product's epilogue."""
-        return BiasedOperands(self, bias_N)
+
+class WeightCandidate:
+    """A product of a 16-bit weight by one kernel and one schedule."""
+
+    tiles = 1
+
+    def __init__(self, trial: WeightTrial, metadata: torch.Tensor, algorithm: Algorithm):
+        key = trial.key
+        self.trial, self.algorithm, self.metadata = trial, algorithm, metadata
+        self.values_RC = layout.values_of(trial.operand(1), key.rows, key.columns, 1, key.dtype)[0]
+
+    def __call__(self) -> None:
+        cutlass.run(self.algorithm, self.values_RC, self.metadata, self.trial.x_TS, self.trial.y_TR)
+
+
+class WgradCandidate:
+    """wgrad by one kernel with the packing epilogue; it takes X as it lies, and there is no dense gradient."""
+
+    tiles = 1
+
+    def __init__(self, trial, algorithm: Algorithm):
+        self.trial, self.algorithm = trial, algorithm
+
+    def __call__(self) -> None:
+        trial = self.trial
+        trial.write_operand(for_cutlass=True)
+        x_TK = trial.x_SK[: trial.key.tokens]
+        packing.run(self.algorithm, trial.operand, x_TK, trial.row_bits, trial.y_TR)
+
+
+def candidates(trial: Trial, names: Iterable[str], schedules: Iterable[tuple[int, int]]) -> list[Candidate]:
+    """Of each kernel and schedule, the fastest first by a rough timing."""
+    algorithms = [Algorithm(name, *schedule) for name in names for schedule in schedules]
+    made: list[Candidate]
+    if isinstance(trial, WeightTrial):
+        metadata = row_metadata(trial.row_bits)
+        made = [WeightCandidate(trial, metadata, algorithm) for algorithm in algorithms]
+    else:
+        made = [WgradCandidate(trial, algorithm) for algorithm in algorithms]
+    times = {candidate: min(timing.interleaved({"": candidate}, rounds=2, calls=2)[""]) for candidate in made}
+    return sorted(times, key=times.__getitem__)
+
+
+def finalists(trial: Trial) -> list[Candidate]:
+    """Every kernel, then the schedules of the fastest ones; those that pass the gate."""
+    key = trial.key
+    if cutlass.unsupported_shape(key.rows, key.columns, key.dtype):
+        return []
+    names = (packing_kernels if key.product is Product.WGRAD else kernels)(key.dtype)
+    ranked = candidates(trial, names, SCHEDULES[:1])
+    fastest = [candidate.algorithm.kernel for candidate in ranked[:KERNELS_TO_SCHEDULE]]
+    return gate.passing(candidates(trial, fastest, SCHEDULES)[:FINALISTS])

@@ -9,24 +9,26 @@ The parameter stays packed in 16 bits: `refresh` rounds it into both operands, o
 wherever it runs; which kernel multiplies, 2:4 or dense, is measured.
 """
 
+import functools
 import math
-import sys
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_megatron.ops import choices
 from slope_megatron.ops.autotune import measure
-from slope_megatron.ops.choices import Choice, Key
+from slope_megatron.ops.autotune.resolve import resolve, uncompiled
+from slope_megatron.ops.choices import PRODUCTS, Choice, Key, Product
 from slope_megatron.ops.custom_ops import float8 as float8_products
 from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.ops.operands import cusparselt
-from slope_megatron.ops.operands.bias import BiasedOperands
-from slope_megatron.ops.operands.reference import PRODUCTS, ReferenceOperands
+from slope_megatron.ops.operands.bias import WithBias
+from slope_megatron.ops.operands.protocol import WeightPatterns
+from slope_megatron.ops.operands.reference import ReferenceOperands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
-from slope_megatron.sparsity.operand import backward_slots, metadata_e4m3, scatter_slots, slot_places
-from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.operand import metadata_e4m3, scatter_slots
+from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 OLDEST_ARCHITECTURE = (8, 9)
@@ -64,119 +66,99 @@ class Float8Operands:
     ):
         """
         Args:
-            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`. The row bitmask is kept, not copied.
+            row_bits, column_bits: bitmasks uint8 `[N, K/8]` and `[N, C/8]`, kept and not copied.
             wgrad: whether wgrad is in e4m3 too.
             dense_allowed: whether a product may fall to the dense candidate.
             products_wanted: those that will be asked for; the operand of another one is not there.
         """
-        self.rows, self.columns = row_bits.shape[0], row_bits.shape[1] * 8
-        self.row_bits, self.column_bits = row_bits.contiguous(), column_bits.clone()
+        self.patterns = WeightPatterns.of(values_NC, row_bits, column_bits)
         self.dtype, self.device = values_NC.dtype, values_NC.device
         self.float8_wgrad, self.dense_allowed = wgrad, dense_allowed
-        size = layout.operand_bytes(self.rows, self.columns, E4M3)
+        size = layout.operand_bytes(self.patterns.rows, self.patterns.columns, E4M3)
         self.operands = {
-            kind: torch.empty(size, dtype=torch.uint8, device=self.device)
-            for kind in ("forward", "dgrad")
-            if kind in products_wanted
+            product: torch.empty(size, dtype=torch.uint8, device=self.device)
+            for product in (Product.FORWARD, Product.DGRAD)
+            if product in products_wanted
         }
         self.scale = torch.empty(1, dtype=torch.float32, device=self.device)
         # Of a product that measured faster on dense tensor cores: its weight, as [rows, columns] of the operand.
-        self.dense: dict[str, torch.Tensor] = {}
+        self.dense: dict[Product, torch.Tensor] = {}
         # The product of both factors' scales is to be 2^target; see `_aim`.
-        self.targets = dict.fromkeys(("forward", "dgrad"), SAFE_TARGET)
-        self._aimed: set[str] = set()
+        self.targets = dict.fromkeys((Product.FORWARD, Product.DGRAD), SAFE_TARGET)
+        self._aimed: set[Product] = set()
         self.resident = set(products_wanted) == set(PRODUCTS)
         # From a dgrad to the wgrad of the same dY; gone with dY itself where no wgrad comes.
         self._transposed = WeakTensorKeyDictionary()
-        self._write_metadata("forward")
-        self.set_column_pattern(self.column_bits, values_NC)
+        self._write_metadata(Product.FORWARD)
+        self.set_column_pattern(column_bits, values_NC)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _shape(self, kind: str) -> tuple[int, int]:
-        return (self.rows, self.columns) if kind == "forward" else (self.columns, self.rows)
-
-    def _write_metadata(self, kind: str) -> None:
+    def _write_metadata(self, product: Product) -> None:
         """Once a pattern: our kernels' metadata of 16-bit operands, put in order; or, where that is another, unknown
         one, the library's."""
-        if kind not in self.operands:
+        if product not in self.operands:
             return
-        rows, columns = self._shape(kind)
-        if not layout.probe(self.device, E4M3).known_metadata:
-            metadata = layout.library_metadata(self._places(kind), E4M3)
-        elif kind == "forward":
-            metadata = metadata_e4m3(products.row_metadata(self.row_bits), rows, columns // 4)
+        rows, columns = self.patterns.shape(product)
+        if layout.probe(self.device, E4M3).known_metadata:
+            metadata = metadata_e4m3(self.patterns.metadata_sm90(product), rows, columns // 4)
         else:
-            metadata = metadata_e4m3(products.column_metadata(self.row_bits, self.column_bits), rows, columns // 4)
-        layout.metadata_of(self.operands[kind], rows, columns, 1).copy_(metadata[None])
-
-    def _places(self, kind: str) -> torch.Tensor:
-        """Places of the operand's slots, `[R, S/4, 2]`."""
-        row_NK = unpack_bits(self.row_bits)
-        if kind == "forward":
-            return slot_places(row_NK)
-        survives = unpack_bits(self.column_bits)
-        return backward_slots(survives.to(torch.uint8), row_NK, survives)[1]
+            metadata = layout.library_metadata(self.patterns.places(product), E4M3)
+        layout.metadata_of(self.operands[product], rows, columns, 1).copy_(metadata[None])
 
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
         """New values, same patterns."""
-        buffers = (self.operands.get("forward"), self.operands.get("dgrad"))
-        float8_products.refresh_(values_NC, self.row_bits, self.column_bits, *buffers, self.scale)
-        for kind in self.dense:
-            self.dense[kind].copy_(self._unpacked(kind))
+        buffers = (self.operands.get(Product.FORWARD), self.operands.get(Product.DGRAD))
+        float8_products.refresh_(values_NC, *self.patterns.both(), *buffers, self.scale)
+        for product in self.dense:
+            self.dense[product].copy_(self._unpacked(product))
 
     @torch.no_grad()
     def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
         """A new second pruning: bool `[N, C]` or its bitmask."""
-        self.column_bits.copy_(pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC)
-        self._write_metadata("dgrad")
+        self.patterns.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
+        self._write_metadata(Product.DGRAD)
         self.refresh(values_NC)
         self._aimed.clear()
 
     # -- choices ------------------------------------------------------------------------------------------------------
 
-    def _choice(self, kind: str, tokens: int) -> Choice:
-        key = Key(kind, *self._shape(kind), tokens, E4M3)
+    def _choice(self, product: Product, tokens: int) -> Choice:
+        key = Key(product, *self.patterns.shape(product), tokens, E4M3)
         choice = choices.find(key)
-        if choice is not None and (choice.sparse or kind in self.dense):
+        if choice is not None and (choice.sparse or product in self.dense):
             return choice
-        # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
-        adopt = torch.compiler.disable(self._adopt) if "torch._dynamo" in sys.modules else self._adopt
-        return adopt(kind, key)
+        return uncompiled(self._adopt)(key)
 
     @torch.no_grad()
-    def _adopt(self, kind: str, key: Key) -> Choice:
+    def _adopt(self, key: Key) -> Choice:
         """Make the choice if need be, and the dense copy if it wants one."""
-        if self.device.type == "cpu" and choices.find(key) is None:
-            choices.record(key, Choice(True))
-        choices.refuse_while_capturing(key, self.device)
-        dense_allowed, libraries = self.dense_allowed, ("cusparselt",)
-        choice = choices.decide(
-            key, lambda: measure.measure(key, self.device, dense_allowed=dense_allowed, libraries=libraries)
-        )
-        if not choice.sparse and kind not in self.dense:
-            self.dense[kind] = self._unpacked(kind)
+        allowed = self.dense_allowed
+        measured = functools.partial(measure.measure, key, self.device, dense_allowed=allowed, among=("cusparselt",))
+        choice = resolve(key, self.device, measured, on_cpu=Choice(True))
+        if not choice.sparse and key.product not in self.dense:
+            self.dense[key.product] = self._unpacked(key.product)
         return choice
 
-    def _unpacked(self, kind: str) -> torch.Tensor:
+    def _unpacked(self, product: Product) -> torch.Tensor:
         """The operand as a dense e4m3 matrix."""
-        rows, columns = self._shape(kind)
-        values = layout.values_of(self.operands[kind], rows, columns, 1, E4M3)[0]
-        return scatter_slots(values, self._places(kind))
+        rows, columns = self.patterns.shape(product)
+        values = layout.values_of(self.operands[product], rows, columns, 1, E4M3)[0]
+        return scatter_slots(values, self.patterns.places(product))
 
     # -- products -----------------------------------------------------------------------------------------------------
 
-    def _product(self, kind: str, q: torch.Tensor, scale: torch.Tensor, tokens: int, bias=None) -> torch.Tensor:
-        if self._choice(kind, tokens).sparse:
-            rows = self._shape(kind)[0]
-            arguments = (q, scale, rows, bias, self.dtype, self.targets[kind])
-            y = float8_products.sparse_mm(self.operands[kind], self.scale, *arguments)
+    def _product(self, product: Product, q: torch.Tensor, scale: torch.Tensor, tokens: int, bias=None) -> torch.Tensor:
+        if self._choice(product, tokens).sparse:
+            rows = self.patterns.shape(product)[0]
+            arguments = (q, scale, rows, bias, self.dtype, self.targets[product])
+            y = float8_products.sparse_mm(self.operands[product], self.scale, *arguments)
         else:
-            y = float8_products.dense_mm(q, self.dense[kind], scale, self.scale, bias, self.dtype)
+            y = float8_products.dense_mm(q, self.dense[product], scale, self.scale, bias, self.dtype)
         return y[:tokens]
 
-    def _aim(self, kind: str, x: torch.Tensor) -> None:
+    def _aim(self, product: Product, x: torch.Tensor) -> None:
         """Choose the power of two that the product of both scales is to be, from the present input.
 
         It is the factor that the host hands to the product; as long as the input's scale can be chosen to meet it, by
@@ -185,31 +167,31 @@ class Float8Operands:
         aimed rounds the smallest values otherwise), nor in fp16, whose range a missed aim could leave.
         """
         unwanted = self.dtype != torch.bfloat16 or not self.resident or torch.are_deterministic_algorithms_enabled()
-        if kind in self._aimed or unwanted or torch.compiler.is_compiling() or self.device.type == "cpu":
+        if product in self._aimed or unwanted or torch.compiler.is_compiling() or self.device.type == "cpu":
             return
         if torch.cuda.is_current_stream_capturing():
             return
-        self._aimed.add(kind)
+        self._aimed.add(product)
         scale = float(float8_products.quantize(x, True, False)[2] * self.scale)
         if math.isfinite(scale) and scale > 2.0**-100:
-            self.targets[kind] = round(math.log2(scale)) + HEADROOM
+            self.targets[product] = round(math.log2(scale)) + HEADROOM
 
-    def _quantized(self, kind: str, x: torch.Tensor, transposed: bool):
-        self._aim(kind, x)
-        return float8_products.quantize(x, True, transposed, self.scale, self.targets[kind])
+    def _quantized(self, product: Product, x: torch.Tensor, transposed: bool):
+        self._aim(product, x)
+        return float8_products.quantize(x, True, transposed, self.scale, self.targets[product])
 
     def forward(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         """Y = q(X) q(W^R)^T (+ bias), `[T, N]`."""
-        q_TK, _, scale = self._quantized("forward", x_TK, False)
-        return self._product("forward", q_TK, scale, x_TK.shape[0], bias_N)
+        q_TK, _, scale = self._quantized(Product.FORWARD, x_TK, False)
+        return self._product(Product.FORWARD, q_TK, scale, x_TK.shape[0], bias_N)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = q(dY) q(W^{R,C}), `[T, K]`. One reading of dY also gives the transposed q(dY) that wgrad will want."""
         with_transposed = self.float8_wgrad and not torch.compiler.is_compiling()
-        q_TN, q_NT, scale = self._quantized("dgrad", dy_TN, with_transposed)
+        q_TN, q_NT, scale = self._quantized(Product.DGRAD, dy_TN, with_transposed)
         if with_transposed:
             self._transposed[dy_TN] = (q_NT, scale, dy_TN._version)
-        return self._product("dgrad", q_TN, scale, dy_TN.shape[0])
+        return self._product(Product.DGRAD, q_TN, scale, dy_TN.shape[0])
 
     def _transposed_gradient(self, dy_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transposed q(dY) and its scale: dgrad's, where it has read this very tensor."""
@@ -223,21 +205,25 @@ class Float8Operands:
         """dW at the kept places, `[N, C]`."""
         assert draws is None, "SlopeConfig refuses mode full in e4m3"
         if not self.float8_wgrad:
-            return products.gather_kept(dy_TN.t() @ x_TK, self.row_bits)
+            return products.gather_kept(dy_TN.t() @ x_TK, self.patterns.both()[0])
         q_NT, dy_scale = self._transposed_gradient(dy_TN)
         _, q_KT, x_scale = float8_products.quantize(x_TK, False, True)
         dw_NK = float8_products.dense_mm(q_NT, q_KT, dy_scale, x_scale, None, self.dtype)
-        return products.gather_kept(dw_NK, self.row_bits)
+        return products.gather_kept(dw_NK, self.patterns.both()[0])
 
-    def with_bias(self, bias_N: torch.Tensor) -> BiasedOperands:
+    def product(self, product: Product, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+        """X W^T (+ bias), `[T, R]`, W the operand of a product."""
+        return self.forward(x_TS, bias_R) if product is Product.FORWARD else self.dgrad(x_TS)
+
+    def with_bias(self, bias_N: torch.Tensor) -> WithBias:
         """These operands with a bias added by the forward product's epilogue."""
-        return BiasedOperands(self, bias_N)
+        return WithBias(self, bias_N)
 
 
 class EmulatedFloat8Operands(ReferenceOperands):
     """The same products on any device: matrices rounded to e4m3 and multiplied as what they are, 16 bits or more."""
 
-    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[str, ...], *, wgrad: bool):
+    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[Product, ...], *, wgrad: bool):
         super().__init__(row_NK, dtype, products)
         self.float8_wgrad = wgrad
 

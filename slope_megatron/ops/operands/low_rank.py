@@ -5,52 +5,58 @@ T tokens, S in, R out, P rank.   Y [T, R] = X W^T + H U^T,   H [T, P] = scale X 
     forward   W = W^R,          D = L^T [P, K],   U = R^T [N, P]
     dgrad     W = (W^{R,C})^T,  D = R [P, N],     U = L [K, P]
 
-The products over P are small; what costs is that X and Y move once more for each. The ways:
+The products over P are small; what costs is that X and Y move once more for each. The strategies:
 
-    last          Y := X W^T, then Y += H U^T in place: X is read again, Y read and written again
-    kernels       the same by kernels of our own, for small ranks
-    first         Y := H U^T, then Y += X W^T in the sparse product's epilogue
-    tall, wide    one sparse product of an operand that has D or U in it (`operands.augmented`)
+    last               Y := X W^T, then Y += H U^T in place: X is read again, Y read and written again
+    kernels            the same by kernels of our own, for small ranks
+    first              Y := H U^T, then Y += X W^T in the sparse product's epilogue
+    row-augmented,     one sparse product of an operand that has D or U in it (`operands.augmented`)
+    column-augmented
 
-"first" is for operands with `forward_add` or `dgrad_add` (X, Y -> Y + X W^T, which may overwrite Y). On a GPU the ways
-that there are are timed once for each shape behind a numerics gate, and the choice is kept like every other.
+All but "last" are for PackedOperands. On a GPU those that there are are timed once for each shape behind a numerics
+gate, and the choice is kept like every other.
 """
 
+import functools
 import logging
-import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from slope_megatron.ops import choices
 from slope_megatron.ops.autotune import timing
-from slope_megatron.ops.choices import Key, Order
-from slope_megatron.ops.custom_ops import adapters as adapter_products
-from slope_megatron.ops.operands import augmented as joined
+from slope_megatron.ops.autotune.resolve import resolve, uncompiled
+from slope_megatron.ops.choices import AdapterChoice, Key, Product, Strategy
+from slope_megatron.ops.custom_ops import adapters
+from slope_megatron.ops.operands import augmented
+from slope_megatron.ops.operands.bias import WithBias
+from slope_megatron.ops.operands.packed import PackedOperands
 
 logger = logging.getLogger(__name__)
-FORMS = ("tall", "wide")
-# Each way rounds one term, or the halves of H, to 16 bits before the sum: within 2^-9 of what is no larger than a few
-# times Y.
+AUGMENTED = (Strategy.ROW_AUGMENTED, Strategy.COLUMN_AUGMENTED)
+# Each strategy rounds one term, or the halves of H, to 16 bits before the sum: within 2^-9 of what is no larger than a
+# few times Y.
 MOST_RELATIVE_ERROR = 1e-2
 
 
-def product(operands, kind: str, x_TS, down_PS, up_RP, scale: float, x_of_weight=None):
+def product(operands, product: Product, x_TS, down_PS, up_RP, scale: float, x_of_weight=None):
     """Y = X W^T + H U^T, `[T, R]`, and H = scale X D^T, `[T, P]`, which the adapters' gradients read.
 
     Args:
-        operands: whose W it is; `kind` "forward" or "dgrad" says which one.
+        operands: whose W it is; `product` FORWARD or DGRAD says which one.
         x_of_weight: what W is multiplied with where that is not X itself (a pruned gradient).
     """
-    way = _way(operands, kind, x_TS, up_RP) if x_of_weight is None else "last"
-    if way in FORMS:
-        return operands.joined_product(kind, x_TS, down_PS, up_RP, scale)
-    if way == "kernels":
-        return _by_kernels(operands, kind, x_TS, down_PS, up_RP, scale)
+    strategy = _strategy(operands, product, x_TS, up_RP) if x_of_weight is None else Strategy.LAST
+    if strategy in AUGMENTED:
+        bias_R = operands.bias_of(product) if isinstance(operands, WithBias) else None
+        return _packed(operands).augmented(product).with_adapters(x_TS, down_PS, up_RP, scale, bias_R)
+    if strategy is Strategy.KERNELS:
+        return _by_kernels(operands, product, x_TS, down_PS, up_RP, scale)
     hidden_TP = hidden(x_TS, down_PS, scale)
-    if way == "first":
-        return _first(operands, kind, x_TS, hidden_TP, up_RP), hidden_TP
-    return _last(operands, kind, x_TS if x_of_weight is None else x_of_weight, hidden_TP, up_RP), hidden_TP
+    if strategy is Strategy.FIRST:
+        return _first(operands, product, x_TS, hidden_TP, up_RP), hidden_TP
+    return _last(operands, product, x_TS if x_of_weight is None else x_of_weight, hidden_TP, up_RP), hidden_TP
 
 
 def hidden(x_TS: torch.Tensor, down_PS: torch.Tensor, scale: float) -> torch.Tensor:
@@ -60,95 +66,96 @@ def hidden(x_TS: torch.Tensor, down_PS: torch.Tensor, scale: float) -> torch.Ten
     return hidden_TP.addmm_(x_TS, down_PS.t(), beta=0, alpha=scale)
 
 
-def _last(operands, kind, x_TS, hidden_TP, up_RP) -> torch.Tensor:
-    y_TR = getattr(operands, kind)(x_TS)
-    return y_TR.addmm_(hidden_TP, up_RP.t())
+def _packed(operands) -> Any:
+    """The PackedOperands, behind a bias or not; None: others, which have no choice."""
+    inner = operands.inner if isinstance(operands, WithBias) else operands
+    return inner if isinstance(inner, PackedOperands) else None
 
 
-def _by_kernels(operands, kind, x_TS, down_PS, up_RP, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden_TP = adapter_products.low_rank_hidden(x_TS, down_PS, scale)
-    return adapter_products.add_low_rank(getattr(operands, kind)(x_TS), hidden_TP, up_RP), hidden_TP
+def _multiply(operands, product: Product, x_TS: torch.Tensor) -> torch.Tensor:
+    return operands.forward(x_TS) if product is Product.FORWARD else operands.dgrad(x_TS)
 
 
-def _first(operands, kind, x_TS, hidden_TP, up_RP) -> torch.Tensor:
-    return getattr(operands, f"{kind}_add")(x_TS, hidden_TP @ up_RP.t())
+def _last(operands, product: Product, x_TS, hidden_TP, up_RP) -> torch.Tensor:
+    return _multiply(operands, product, x_TS).addmm_(hidden_TP, up_RP.t())
 
 
-def _way(operands, kind: str, x_TS: torch.Tensor, up_RP: torch.Tensor) -> str:
-    """One of the module's ways; measured the first time on a GPU."""
+def _by_kernels(operands, product: Product, x_TS, down_PS, up_RP, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_TP = adapters.low_rank_hidden(x_TS, down_PS, scale)
+    return adapters.add_low_rank(_multiply(operands, product, x_TS), hidden_TP, up_RP), hidden_TP
+
+
+def _first(operands, product: Product, x_TS, hidden_TP, up_RP) -> torch.Tensor:
+    return operands.add(product, x_TS, hidden_TP @ up_RP.t())
+
+
+def _strategy(operands, product: Product, x_TS: torch.Tensor, up_RP: torch.Tensor) -> Strategy:
+    """One of the module's strategies; measured the first time on a GPU."""
+    packed = _packed(operands)
+    if packed is None:
+        return Strategy.LAST
     rows, rank = up_RP.shape
-    inner = getattr(operands, "unbiased", operands)
-    in_place = getattr(inner, "joined", {}).get(kind)
+    in_place = packed.augmented(product)
     if in_place is not None:
-        return in_place.form if in_place.rank == rank else "last"
-    if not hasattr(inner, "forward_add"):
-        return "last"
-    key = Key(f"{kind}+{rank}", rows, x_TS.shape[1], x_TS.shape[0], x_TS.dtype)
-    found = choices.find_order(key)
-    if found is not None and found.order not in FORMS:
-        return found.order
-    # Measuring is not for torch.compile to trace. The decorator form would import the compiler with this module.
-    adopt = torch.compiler.disable(_adopt) if "torch._dynamo" in sys.modules else _adopt
-    return adopt(inner, kind, key, x_TS.device)
+        return in_place.strategy if in_place.rank == rank else Strategy.LAST
+    key = Key(product, rows, x_TS.shape[1], x_TS.shape[0], x_TS.dtype, rank)
+    found = choices.find(key)
+    if found is not None and found.strategy not in AUGMENTED:
+        return found.strategy
+    return uncompiled(_adopt)(packed, key, x_TS.device)
 
 
-def _adopt(operands, kind: str, key: Key, device: torch.device) -> str:
+def _adopt(operands: PackedOperands, key: Key, device: torch.device) -> Strategy:
     """Make the choice if need be, and bring the operand into the form that it wants."""
-    if device.type == "cpu" and choices.find_order(key) is None:
-        choices.record_order(key, Order("first" if hasattr(operands, f"{kind}_add") else "last"))
-    choices.refuse_while_capturing(key, device)
-    order = choices.decide_order(key, lambda: measure(operands, kind, key, device)).order
-    if order not in FORMS:
-        return order
-    rank = rank_of(key)
-    if not joined.can_join(operands, kind, key.tokens, rank):
-        return "last"
-    joined.join(operands, kind, order, rank)
-    return order
-
-
-def rank_of(key: Key) -> int:
-    return int(key.kind.partition("+")[2])
+    measured = functools.partial(measure, operands, key, device)
+    strategy = resolve(key, device, measured, on_cpu=AdapterChoice(Strategy.FIRST)).strategy
+    if strategy not in AUGMENTED:
+        return strategy
+    if not operands.can_augment(key.product, key.tokens, key.rank):
+        return Strategy.LAST
+    operands.augment(key.product, strategy, key.rank)
+    return strategy
 
 
 @torch.no_grad()
-def measure(operands, kind: str, key: Key, device: torch.device, *, rounds: int = 7) -> Order:
-    """Time the ways that these operands offer, on random data. Synchronizes."""
-    rank = rank_of(key)
+def measure(operands: PackedOperands, key: Key, device: torch.device, *, rounds: int = 7) -> AdapterChoice:
+    """Time the strategies that these operands offer, on random data. Synchronizes."""
+    product, rank = key.product, key.rank
 
     def random(*shape):
         return torch.randn(*shape, device=device, dtype=key.dtype)
 
     x_TS, down_PS, up_RP = random(key.tokens, key.columns), random(rank, key.columns), random(key.rows, rank)
     # Terms of the size of Y's own, the hardest case for the rounding of the one that comes first.
-    scale = float(getattr(operands, kind)(x_TS)[:64].float().std()) / (rank * key.columns) ** 0.5
-    ways = {"last": lambda: _last(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP)}
-    if adapter_products.suits_kernel(key.tokens, rank):
-        ways["kernels"] = lambda: _by_kernels(operands, kind, x_TS, down_PS, up_RP, scale)[0]
-    if hasattr(operands, f"{kind}_add"):
-        ways["first"] = lambda: _first(operands, kind, x_TS, hidden(x_TS, down_PS, scale), up_RP)
-    if joined.can_join(operands, kind, key.tokens, rank):
-        form = joined.form_for(key.rows, key.columns)
-        copy = joined.joined_copy(operands, kind, form, rank)
-        ways[form] = lambda: copy.product(x_TS, down_PS, up_RP, scale)[0]
-    expected = ways["last"]().float()
-    for name in [name for name in ways if name != "last"]:
+    scale = float(_multiply(operands, product, x_TS)[:64].float().std()) / (rank * key.columns) ** 0.5
+    ways: dict[Strategy, Callable[[], torch.Tensor]] = {
+        Strategy.LAST: lambda: _last(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP)
+    }
+    if adapters.suits_kernel(key.tokens, rank):
+        ways[Strategy.KERNELS] = lambda: _by_kernels(operands, product, x_TS, down_PS, up_RP, scale)[0]
+    ways[Strategy.FIRST] = lambda: _first(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP)
+    if operands.can_augment(product, key.tokens, rank):
+        strategy = augmented.strategy_for(key.rows, key.columns)
+        copy = operands.augmented_copy(product, strategy, rank)
+        ways[strategy] = lambda: copy.with_adapters(x_TS, down_PS, up_RP, scale)[0]
+    expected = ways[Strategy.LAST]().float()
+    for name in [name for name in ways if name is not Strategy.LAST]:
         problem = wrong(ways[name], expected)
         if problem:
-            logger.warning("%s: way %r is not used: %s", key, name, problem)
+            logger.warning("%s: strategy %s is not used: %s", key, name, problem)
             del ways[name]
     del expected
-    rough = timing.median(timing.interleaved({"": ways["last"]}, rounds=3, calls=1)[""])
+    rough = timing.median(timing.interleaved({"": ways[Strategy.LAST]}, rounds=3, calls=1)[""])
     samples = timing.interleaved(ways, rounds=rounds, calls=timing.calls_for(rough))
     times = {name: timing.median(values) for name, values in samples.items()}
     torch.cuda.empty_cache()
-    return Order(min(times, key=times.__getitem__), times)
+    return AdapterChoice(min(times, key=times.__getitem__), {name.value: ms for name, ms in times.items()})
 
 
-def wrong(way: Callable[[], torch.Tensor], expected: torch.Tensor) -> str | None:
-    """The numerics gate: all ways compute the same but for a rounding to 16 bits. One that cannot run is none."""
+def wrong(run: Callable[[], torch.Tensor], expected: torch.Tensor) -> str | None:
+    """The numerics gate: all strategies compute the same but for a rounding to 16 bits. One that cannot run is none."""
     try:
-        found = way()
+        found = run()
     except torch.AcceleratorError:
         # The context is lost: nothing can run after this.
         raise

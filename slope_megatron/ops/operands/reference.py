@@ -2,10 +2,12 @@
 
 import torch
 
+from slope_megatron.ops.choices import PRODUCTS, Product
+from slope_megatron.ops.operands.protocol import not_held
 from slope_megatron.sparsity.packing import kept_index, unpack, unpack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
-PRODUCTS = ("forward", "dgrad", "wgrad")
+SAYS = "unpack and dense product"
 
 
 def unsupported() -> None:
@@ -14,22 +16,11 @@ def unsupported() -> None:
 
 
 def build(
-    values_NC: torch.Tensor, row_NK: torch.Tensor, column_NC: torch.Tensor, products: tuple[str, ...] = PRODUCTS
+    values_NC: torch.Tensor, row_NK: torch.Tensor, column_NC: torch.Tensor, products: tuple[Product, ...] = PRODUCTS
 ) -> "ReferenceOperands":
     operands = ReferenceOperands(row_NK, values_NC.dtype, products)
     operands.set_column_pattern(column_NC, values_NC)
     return operands
-
-
-def held(buffer: torch.Tensor | None, product: str) -> torch.Tensor:
-    """A buffer that a product reads.
-
-    Raises:
-        RuntimeError: it is not there: the operands were built for other products.
-    """
-    if buffer is None:
-        raise RuntimeError(f"these operands hold nothing for {product}: build them with it among their products")
-    return buffer
 
 
 class ReferenceOperands:
@@ -38,14 +29,14 @@ class ReferenceOperands:
     # From the first `set_column_pattern` on.
     column_NC: torch.Tensor
 
-    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[str, ...] = PRODUCTS):
+    def __init__(self, row_NK: torch.Tensor, dtype: torch.dtype, products: tuple[Product, ...] = PRODUCTS):
         self.index_NC = kept_index(row_NK)
 
         def zeros() -> torch.Tensor:
             return torch.zeros(row_NK.shape, dtype=dtype, device=row_NK.device)
 
-        self.forward_NK = zeros() if "forward" in products else None
-        self.backward_NK = zeros() if "dgrad" in products else None
+        self.forward_NK = zeros() if Product.FORWARD in products else None
+        self.backward_NK = zeros() if Product.DGRAD in products else None
 
     @torch.no_grad()
     def refresh(self, values_NC: torch.Tensor) -> None:
@@ -60,10 +51,14 @@ class ReferenceOperands:
         self.refresh(values_NC)
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK @ held(self.forward_NK, "forward").t()
+        if self.forward_NK is None:
+            raise not_held(Product.FORWARD)
+        return x_TK @ self.forward_NK.t()
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        return dy_TN @ held(self.backward_NK, "dgrad")
+        if self.backward_NK is None:
+            raise not_held(Product.DGRAD)
+        return dy_TN @ self.backward_NK
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
         read_TN = draws.estimate(dy_TN) if draws else dy_TN

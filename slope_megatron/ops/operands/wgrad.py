@@ -14,15 +14,15 @@ import logging
 
 import torch
 
-from slope_kernels import cutlass
-from slope_megatron.ops import choices
+from slope_megatron.ops import choices, libraries
 from slope_megatron.ops.autotune import measure
-from slope_megatron.ops.choices import Choice, Key
-from slope_megatron.ops.custom_ops import layout, mvue
+from slope_megatron.ops.autotune.resolve import resolve, uncompiled
+from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops.products import gather_kept
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
+LIBRARIES = libraries.load()
 
 
 def packed(
@@ -32,34 +32,28 @@ def packed(
     draws: TokenDraws,
     *,
     dense_allowed: bool = True,
-    libraries: tuple[str, ...] = measure.LIBRARIES,
+    among: tuple[str, ...] = tuple(LIBRARIES),
 ) -> torch.Tensor:
     """P(dY)^T X at the kept places, `[N, C]`; dY^T X there where its choice says so.
 
     Args:
         row_bits: bitmask uint8 `[N, K/8]` of the kept places.
-        libraries: whose sparse product it may be. A choice of another one, made in this process for another backend,
-            is made anew.
+        among: the libraries whose sparse product it may be. A choice of another one, made in this process for another
+            backend, is made anew.
     Raises:
         ValueError: the sparse product was asked for by name, and nothing here can write its operand or compute it.
     """
     if (draws.n, draws.m) != (2, 4):
         _say_once(f"full mode: {draws.n}:{draws.m} gradients are estimated in plain torch; the kernel is for 2:4")
         return gather_kept(draws.estimate(dy_TN).t() @ x_TK, row_bits)
-    key = Key("wgrad", dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype)
+    key = Key(Product.WGRAD, dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype)
     choice = choices.find(key)
-    if choice is None or not _fits(choice, dense_allowed, libraries):
-        # As for the other products: measuring is not for torch.compile to trace.
-        choose = torch.compiler.disable(_choose) if torch.compiler.is_compiling() else _choose
-        choice = choose(key, dy_TN.device, dense_allowed, libraries)
+    if choice is None or not _fits(choice, dense_allowed, among):
+        choice = uncompiled(_resolve)(key, dy_TN.device, dense_allowed, among)
     if not choice.sparse:
         return gather_kept(dy_TN.t() @ x_TK, row_bits)
     # A CPU's choice names no library.
-    ours = choice.by_cutlass or "cusparselt" not in libraries
-    operand = mvue.mvue_operand(dy_TN, draws.key, draws.streams, ours)
-    if ours:
-        return mvue.packed_wgrad(operand, x_TK, row_bits)
-    return gather_kept(mvue.sparse_wgrad(operand, x_TK, dy_TN.shape[1]), row_bits)
+    return LIBRARIES[choice.library or among[0]].wgrad(dy_TN, x_TK, row_bits, draws)
 
 
 @functools.cache
@@ -67,36 +61,27 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def _fits(choice: Choice, dense_allowed: bool, libraries: tuple[str, ...]) -> bool:
+def _fits(choice: Choice, dense_allowed: bool, among: tuple[str, ...]) -> bool:
     """Whether a choice that was made before is one of those that are allowed now."""
     if not choice.sparse:
         return dense_allowed
-    return choice.algorithm is None or ("cutlass" if choice.by_cutlass else "cusparselt") in libraries
+    return choice.library is None or choice.library in among
 
 
 @torch.no_grad()
-def _choose(key: Key, device: torch.device, dense_allowed: bool, libraries: tuple[str, ...]) -> Choice:
-    fits = functools.partial(_fits, dense_allowed=dense_allowed, libraries=libraries)
+def _resolve(key: Key, device: torch.device, dense_allowed: bool, among: tuple[str, ...]) -> Choice:
+    fits = functools.partial(_fits, dense_allowed=dense_allowed, among=among)
     if device.type == "cpu":
-        return choices.decide(key, lambda: Choice(True), fits)
-    choices.refuse_while_capturing(key, device)
-    reasons = {library: _unusable(library, key, device) for library in libraries}
-    usable = tuple(library for library, reason in reasons.items() if reason is None)
+        return resolve(key, device, lambda: Choice(True), on_cpu=Choice(True), fits=fits)
+    reasons = {name: LIBRARIES[name].unsupported_wgrad(key, device) for name in among}
+    usable = tuple(name for name, reason in reasons.items() if reason is None)
     if usable:
-        measured = functools.partial(measure.measure, key, device, dense_allowed=dense_allowed, libraries=usable)
-        return choices.decide(key, measured, fits)
-    if dense_allowed:
-        return choices.decide(key, lambda: Choice(False), fits)
-    raise ValueError(
-        f"--slope-mode full has no 2:4 product for {key}: {'; '.join(map(str, reasons.values()))}; "
-        "use --slope-backend auto, whose wgrad is then dense and exact"
-    )
-
-
-def _unusable(library: str, key: Key, device: torch.device) -> str | None:
-    """Why a library cannot compute this wgrad here; None: it can."""
-    if library == "cutlass":
-        return cutlass.unsupported() or cutlass.unsupported_shape(key.rows, key.columns, key.dtype)
-    if layout.probe(device, key.dtype).known_metadata:
-        return None
-    return f"cuSPARSELt's operand is written in sm_90's layout and {device} has another"
+        measured = functools.partial(measure.measure, key, device, dense_allowed=dense_allowed, among=usable)
+    elif dense_allowed:
+        measured = functools.partial(Choice, False)
+    else:
+        raise ValueError(
+            f"--slope-mode full has no 2:4 product for {key}: {'; '.join(map(str, reasons.values()))}; "
+            "use --slope-backend auto, whose wgrad is then dense and exact"
+        )
+    return resolve(key, device, measured, on_cpu=Choice(True), fits=fits)
