@@ -1,5 +1,6 @@
 """Measured bytes and measured extra zeros of one model, summed over the ranks that share it."""
 
+import enum
 import itertools
 
 import torch
@@ -32,7 +33,10 @@ def tensors_of(value, apart_from: tuple[torch.Tensor, ...] = ()) -> list[torch.T
     held: dict[int, torch.Tensor] = {}
     parts = [part for item in vars(value).values() for part in (item.values() if isinstance(item, dict) else (item,))]
     for part in parts:
-        inner = [part] if isinstance(part, torch.Tensor) else tensors_of(part) if hasattr(part, "__dict__") else []
+        if isinstance(part, torch.Tensor):
+            inner = [part]
+        else:
+            inner = tensors_of(part) if hasattr(part, "__dict__") and not isinstance(part, enum.Enum) else []
         held |= {tensor.untyped_storage().data_ptr(): tensor for tensor in inner}
     for tensor in apart_from:
         held.pop(tensor.untyped_storage().data_ptr(), None)
