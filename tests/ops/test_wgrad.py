@@ -8,6 +8,7 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from helpers.wgrad import DTYPE, draws_of, is_near_fp64, problem
+from slope_megatron.config.slope import LIBRARIES
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.choices import Choice, Key, Product
@@ -147,8 +148,8 @@ def test_a_step_does_not_synchronize(by_name, device, fresh_choices):
 @pytest.mark.gpu
 def test_measured_choices(device, fresh_choices):
     """A large product is worth pruning for; one that is all pruning is not."""
-    large = wgrad._choose(Key(Product.WGRAD, 4096, 4096, 4096, DTYPE), device, True, measure.LIBRARIES)
-    small = wgrad._choose(Key(Product.WGRAD, 8192, 64, 8192, DTYPE), device, True, measure.LIBRARIES)
+    large = wgrad._resolve(Key(Product.WGRAD, 4096, 4096, 4096, DTYPE), device, True, LIBRARIES)
+    small = wgrad._resolve(Key(Product.WGRAD, 8192, 64, 8192, DTYPE), device, True, LIBRARIES)
     assert large.sparse and large.algorithm is not None and large.sparse_ms < large.dense_ms
     assert not small.sparse and small.dense_ms < small.sparse_ms
 
