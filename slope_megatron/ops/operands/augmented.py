@@ -27,6 +27,7 @@ from slope_megatron.ops.autotune.resolve import resolve, uncompiled
 from slope_megatron.ops.choices import Choice, Key, Product, Strategy
 from slope_megatron.ops.custom_ops import adapters, layout, products
 from slope_megatron.ops.operands.cusparselt import CusparseltOperand
+from slope_megatron.ops.operands.protocol import SparseOperand
 from slope_megatron.sparsity.operand import metadata_sm90
 
 # Rows of an operand come by 64, and so do its columns; the two halves of a factor fill them up together.
@@ -40,11 +41,10 @@ def strategy_for(rows: int, columns: int) -> Strategy:
     return Strategy.COLUMN_AUGMENTED if columns <= rows else Strategy.ROW_AUGMENTED
 
 
-class AugmentedOperand:
+class AugmentedOperand(SparseOperand):
     """Buffer of one operand with room for adapters; see `SparseOperand`."""
 
     library = CusparseltOperand.library
-    borrows_values = False
 
     def __init__(self, plain: CusparseltOperand, strategy: Strategy, rank: int):
         """Values and metadata of W are those of `plain`, in whose place it will stand."""
@@ -102,15 +102,6 @@ class AugmentedOperand:
     def _write_weight_metadata(self, metadata: torch.Tensor) -> None:
         blocks = metadata.reshape(self.rows // 64, self.columns // 32, BLOCK_BYTES)
         self._metadata_blocks()[: self.rows // 64, : self.columns // 32] = blocks
-
-    def refresh_buffer(self) -> None:
-        """The refresh kernel writes whole operands alone."""
-
-    def fits(self, choice: Choice) -> bool:
-        return True
-
-    def adopt(self, choice: Choice) -> None:
-        """It stays as it is."""
 
     def _set_factor(self, down_PS: torch.Tensor, up_RP: torch.Tensor) -> None:
         if self.by_rows:

@@ -15,7 +15,7 @@ from slope_megatron.ops.autotune.trials import Candidate, Trial
 from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout, mvue, products
 from slope_megatron.ops.operands import patterns as two_of_four
-from slope_megatron.ops.operands.protocol import WeightPatterns
+from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 NAME = Algorithm.library
@@ -48,11 +48,10 @@ def unsupported_wgrad(key: Key, device: torch.device) -> str | None:
     return f"cuSPARSELt's operand is written in sm_90's layout and {device} has another"
 
 
-class CusparseltOperand:
+class CusparseltOperand(SparseOperand):
     """One buffer in the library's own form; see `SparseOperand`."""
 
     library = NAME
-    borrows_values = False
 
     def __init__(self, patterns: WeightPatterns, product: Product):
         """Values are not set yet."""

@@ -23,10 +23,10 @@ from slope_megatron.ops import choices
 from slope_megatron.ops.autotune import gate, timing
 from slope_megatron.ops.autotune.measure_weight import WeightTrial
 from slope_megatron.ops.autotune.trials import Candidate, Trial
-from slope_megatron.ops.choices import Choice, Key, Product
+from slope_megatron.ops.choices import Key, Product
 from slope_megatron.ops.custom_ops import layout, mvue, products
 from slope_megatron.ops.operands import patterns as two_of_four
-from slope_megatron.ops.operands.protocol import WeightPatterns
+from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
 from slope_megatron.sparsity.operand import scatter_slots
 from slope_megatron.sparsity.operand_cutlass import from_sm90, places_cutlass
 from slope_megatron.sparsity.packing import pack, unpack_bits
@@ -90,11 +90,7 @@ def _(values_RC, metadata, x_TS, bias_R, relu):
 
 @torch.library.custom_op("slope::cutlass_mm_add_", mutates_args=("y_TR",), device_types="cuda")
 def cutlass_mm_add_(
-    y_TR: torch.Tensor,
-    values_RC: torch.Tensor,
-    metadata: torch.Tensor,
-    x_TS: torch.Tensor,
-    bias_R: torch.Tensor | None,
+    y_TR: torch.Tensor, values_RC: torch.Tensor, metadata: torch.Tensor, x_TS: torch.Tensor, bias_R: torch.Tensor | None
 ) -> None:
     """Y += X W^T (+ bias): the sum is rounded once."""
     in_place = products.aligned(y_TR, cutlass.ALIGNMENT)
@@ -135,7 +131,7 @@ def _(estimate, x_TK, row_bits):
 # -- the operand ------------------------------------------------------------------------------------------------------
 
 
-class CutlassOperand:
+class CutlassOperand(SparseOperand):
     """Values, of the forward product the parameter's own, and metadata in CUTLASS's order; see `SparseOperand`."""
 
     library = NAME
@@ -176,12 +172,6 @@ class CutlassOperand:
 
     def _bytes(self) -> torch.Tensor:
         return self.values_RC.view(-1).view(torch.uint8)
-
-    def fits(self, choice: Choice) -> bool:
-        return True
-
-    def adopt(self, choice: Choice) -> None:
-        """There is one form."""
 
 
 Operand = CutlassOperand
@@ -280,8 +270,7 @@ class WgradCandidate:
     def __call__(self) -> None:
         trial = self.trial
         trial.write_operand(for_cutlass=True)
-        x_TK = trial.x_SK[: trial.key.tokens]
-        packing.run(self.algorithm, trial.operand, x_TK, trial.row_bits, trial.y_TR)
+        packing.run(self.algorithm, trial.operand, trial.x_SK[: trial.key.tokens], trial.row_bits, trial.y_TR)
 
 
 def candidates(trial: Trial, names: Iterable[str], schedules: Iterable[tuple[int, int]]) -> list[Candidate]:

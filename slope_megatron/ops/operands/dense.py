@@ -9,9 +9,6 @@ from slope_megatron.ops.operands.protocol import WeightPatterns
 class DenseOperand:
     """W with its zeros, as `[N, K]` for either product; see `WeightOperand`."""
 
-    library = ""
-    borrows_values = False
-
     def __init__(self, patterns: WeightPatterns, product: Product, values_NC: torch.Tensor):
         self.patterns, self.of = patterns, product
         self.matrix_NK = patterns.dense(product, values_NC)
@@ -28,6 +25,3 @@ class DenseOperand:
 
     def set_values(self, values_NC: torch.Tensor) -> None:
         self.matrix_NK.copy_(self.patterns.dense(self.of, values_NC))
-
-    def set_metadata(self) -> None:
-        """There is none."""

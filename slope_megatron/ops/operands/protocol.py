@@ -18,11 +18,6 @@ from slope_megatron.sparsity.packing import unpack_bits
 class WeightOperand(Protocol):
     """W of one product, in the form that one kernel reads."""
 
-    # Whose kernels read it, of `ops.libraries`; "" for a dense one.
-    library: str
-    # Whether it reads the packed values where they lie: they are then set before each use.
-    borrows_values: bool
-
     def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         """Y = X W^T (+ bias), `[T, R]`."""
 
@@ -32,24 +27,32 @@ class WeightOperand(Protocol):
     def set_values(self, values_NC: torch.Tensor) -> None:
         """New packed values, same patterns."""
 
-    def set_metadata(self) -> None:
-        """The patterns are others; values follow by `set_values`."""
-
 
 class SparseOperand(WeightOperand, Protocol):
-    """A 2:4 one."""
+    """A 2:4 one; one form, whose values a refresh sets, unless a class says otherwise."""
 
-    def fits(self, choice: Choice) -> bool:
-        """Whether a choice of this operand's library runs on it as it is."""
+    # Whose kernels read it, of `ops.libraries`.
+    library: str
+    # Whether it reads the packed values where they lie: they are then set before each use.
+    borrows_values: bool = False
 
-    def adopt(self, choice: Choice) -> None:
-        """Take the form that such a choice wants."""
+    def set_metadata(self) -> None:
+        """The patterns are others; values follow by `set_values`."""
 
     def packed_values(self) -> torch.Tensor:
         """`[N, C]`: what a forward operand holds, or reads."""
 
+    def fits(self, choice: Choice) -> bool:
+        """Whether a choice of this operand's library runs on it as it is."""
+        return True
+
+    def adopt(self, choice: Choice) -> None:
+        """Take the form that such a choice wants."""
+        return
+
     def refresh_buffer(self) -> tuple[torch.Tensor, int] | None:
         """Where the refresh kernel writes this operand's values (uint8), and in how many tiles; None: `set_values`."""
+        return None
 
 
 @dataclasses.dataclass
