@@ -66,12 +66,12 @@ def whole_model(model: Model, form: Form, ledger, use: str) -> float:
     """Bytes of the whole model's state."""
     from slope_megatron.config import Config, ModelConfig, SlopeConfig
     from slope_megatron.config.fields import load_yaml
-    from slope_megatron.launch.tensors import count, tensors
-    from slope_megatron.models.parameters import own_rows
+    from slope_megatron.models.counts import count, model_tensors
+    from slope_megatron.models.shapes import own_rows
 
     architecture = ModelConfig(**load_yaml(ARCHITECTURES / f"{model.name}.yaml", {"model": ModelConfig})["model"])
     config = Config(model=architecture, slope=SlopeConfig(adapter_rank=rank_of(model, form.share) if form.share else 0))
-    counts = count(list(tensors(config, own_rows(architecture))), 1)
+    counts = count(model_tensors(config, own_rows(architecture)), 1)
     if not form.sparse:
         return (counts.packed_dense + counts.other) * DENSE_BYTES[use]
     layers = sum(allocated for item, (allocated, _) in ledger.items.items() if not item.startswith("adapters"))

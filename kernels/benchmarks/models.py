@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from slope_megatron.config import ModelConfig
+from slope_megatron.models.shapes import block_linears
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -17,14 +20,18 @@ class Model:
 
     def linears(self, tensor_parallel: int = 1) -> dict[str, tuple[int, int]]:
         """(out, in) of each linear on one tensor-parallel rank."""
-        qkv = self.hidden + 2 * self.hidden // self.heads * self.groups
-        up = self.ffn * (2 if self.gated else 1)
-        return {
-            "qkv": (qkv // tensor_parallel, self.hidden),
-            "proj": (self.hidden, self.hidden // tensor_parallel),
-            "fc1": (up // tensor_parallel, self.hidden),
-            "fc2": (self.hidden, self.ffn // tensor_parallel),
-        }
+        linears = block_linears(self.architecture)
+        return {name.removeprefix("linear_"): linear.shard(tensor_parallel) for name, linear in linears.items()}
+
+    @property
+    def architecture(self) -> ModelConfig:
+        return ModelConfig(
+            hidden_size=self.hidden,
+            ffn_hidden_size=self.ffn,
+            num_attention_heads=self.heads,
+            num_query_groups=self.groups,
+            gated_mlp=self.gated,
+        )
 
 
 def opt(name: str, hidden: int, heads: int, **more) -> Model:

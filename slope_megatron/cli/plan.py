@@ -146,10 +146,12 @@ def question(arguments, config):
         )
     path = arguments.rates or (own_rates(cluster.gpu) if arguments.mfu is None else None)
     rates = Rates(read_rates(path) if path else (), mfu, arguments.sparse_speedup, str(path or ""))
-    vocabulary = read_vocabulary(arguments, config)
+    if arguments.vocabulary:
+        # A model's own vocabulary goes before any other: here the flag's is its own.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=arguments.vocabulary))
     return Question(
         config,
-        vocabulary,
+        read_vocabulary(arguments, config),
         cluster,
         rates,
         gradients=arguments.gradients,

@@ -22,7 +22,7 @@ from slope_megatron.export.hf_import import HfWeights, as_dict, model_config
 from slope_megatron.export.output_folder import new_folder
 from slope_megatron.export.trained_run import TOKENIZER_FILES
 from slope_megatron.inference.packed_file import SafetensorsFolder
-from slope_megatron.models.parameters import canonical_shapes, own_rows
+from slope_megatron.models.shapes import canonical_shapes, own_rows
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

@@ -17,7 +17,7 @@ import torch
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.inference.text import find_tokenizer
-from slope_megatron.models.parameters import VOCABULARY_ROWS
+from slope_megatron.models.shapes import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack, unpack_bits
 from slope_megatron.storage import latest
 

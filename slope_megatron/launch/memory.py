@@ -15,7 +15,8 @@ import math
 
 from slope_megatron.config import Config
 from slope_megatron.launch.layout import Layout
-from slope_megatron.launch.tensors import Counts, block_widths, padded_vocabulary, stage_counts
+from slope_megatron.models.counts import Counts, stage_counts
+from slope_megatron.models.shapes import block_linears, padded_rows
 
 GIB = 2**30
 # CUDA context, NCCL's buffers and libraries' workspaces; and what the allocator loses to fragmentation. Assumed.
@@ -82,9 +83,9 @@ def block_activation_bytes(config: Config, layout: Layout, b: int) -> float:
     """
     model = config.model
     tokens = config.data.seq_length * config.data.micro_batch_size
-    widths = block_widths(config)
-    inside = widths["linear_fc1"][0] + (2 if model.gated_mlp else 1) * model.ffn
-    cut = b * (widths["linear_qkv"][0] + widths["linear_proj"][1] + inside) + 4 * model.num_attention_heads
+    linears = block_linears(model)
+    inside = linears["linear_fc1"].out + (2 if model.gated_mlp else 1) * model.ffn
+    cut = b * (linears["linear_qkv"].out + linears["linear_proj"].width + inside) + 4 * model.num_attention_heads
     stream = (4 * b + (2 if model.dropout else 0)) * model.hidden_size
     return tokens * (cut / layout.tensor + stream / stream_parts(layout))
 
@@ -109,7 +110,7 @@ def activation_bytes(config: Config, layout: Layout, vocabulary: int, b: int, st
     logits = 0.0
     if stage == layout.pipeline - 1:
         # Logits, their fp32 copy for the softmax, and its gradient.
-        logits = tokens * padded_vocabulary(config, vocabulary) / layout.tensor * (b + 4 + 4)
+        logits = tokens * padded_rows(config.model, vocabulary) / layout.tensor * (b + 4 + 4)
     return in_flight * kept + extra + logits
 
 
@@ -117,7 +118,7 @@ def scratch_bytes(
     counts: Counts, config: Config, layout: Layout, bytes_of: Precision, fused: bool
 ) -> tuple[float, float]:
     """What is allocated and freed again: during backward (beside the activations), and inside the optimizer's step."""
-    widest = max(out * width for out, width, _ in block_widths(config).values()) / layout.tensor
+    widest = max(linear.out * linear.width for linear in block_linears(config.model).values()) / layout.tensor
     backward = widest * bytes_of.weight
     partition = counts.trained / layout.data
     # AdamW's foreach form holds one temporary of the partition's size; the fused one none.

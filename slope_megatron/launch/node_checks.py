@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slope_megatron.config import Config
 from slope_megatron.launch.cluster import Cluster
-from slope_megatron.launch.tensors import count, tensors
+from slope_megatron.models.counts import count, model_tensors
 from slope_megatron.storage.folders import output_folder
 from slope_megatron.versions import unsupported_core
 
@@ -112,7 +112,7 @@ def existing(path: Path) -> Path:
 
 def check_disk(config: Config, vocabulary: int) -> list[Finding]:
     """Room for the checkpoints that the run keeps and the one it is writing, and the right to write."""
-    counts = count(list(tensors(config, vocabulary)), 1)
+    counts = count(model_tensors(config, vocabulary), 1)
     kept = config.train.keep_checkpoints + 1
     needed = CHECKPOINT_BYTES * counts.trained * kept
     try:

@@ -19,8 +19,10 @@ from slope_megatron.config import Config
 from slope_megatron.launch.cluster import Cluster
 from slope_megatron.launch.layout import Layout
 from slope_megatron.launch.memory import Precision, block_activation_bytes
-from slope_megatron.launch.tensors import block_widths, padded_vocabulary, patterns, stage_counts
 from slope_megatron.launch.traffic import data_parallel_bytes
+from slope_megatron.models.counts import stage_counts
+from slope_megatron.models.rules import packed_linears
+from slope_megatron.models.shapes import block_linears, padded_rows
 
 # Of one message between GPUs, whatever its size. Assumed.
 LATENCY = 20e-6
@@ -152,8 +154,8 @@ def block_seconds(config: Config, layout: Layout, cluster: Cluster, rates: Rates
     peak, full = cluster.peak_tflops, config.slope.mode == "full"
     passes = ("forward", *PRODUCTS) if layout.recompute == "full" else PRODUCTS
     seconds = 0.0
-    for name, (out, width, cut) in block_widths(config).items():
-        local = (out // layout.tensor, width) if cut == 0 else (out, width // layout.tensor)
+    for name, linear in block_linears(config.model).items():
+        local = linear.shard(layout.tensor)
         seconds += linear_seconds(rates, cluster, name in packed, full, passes, tokens, local, b)
     # Causal attention: two products of T x s over half the pairs; backward twice that.
     attention = 2.0 * tokens * config.data.seq_length * config.model.hidden_size / layout.tensor
@@ -176,12 +178,12 @@ def step_seconds(
     micro_batches = config.data.micro_batches(layout.data)
     tokens = config.data.seq_length * config.data.micro_batch_size
     # The last stage has the output layer besides: the slowest.
-    share = padded_vocabulary(config, vocabulary) // layout.tensor
+    share = padded_rows(config.model, vocabulary) // layout.tensor
     head = sum(
         rates.seconds("dense", product, tokens, share, config.model.hidden_size, cluster.peak_tflops)
         for product in PRODUCTS
     )
-    kinds = Counter(frozenset(patterns(config.slope, block)) for block in range(config.model.num_layers))
+    kinds = Counter(packed_linears(config.slope, block) for block in range(config.model.num_layers))
     whole = sum(
         many * block_seconds(config, layout, cluster, rates, packed, bytes_of.weight) for packed, many in kinds.items()
     )

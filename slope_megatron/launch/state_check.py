@@ -11,7 +11,7 @@ from slope_megatron.config import Config
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import SavedConfig
 from slope_megatron.launch.memory import precision, state_bytes
-from slope_megatron.launch.tensors import count, tensors
+from slope_megatron.models.counts import count, model_tensors
 
 TOLERANCE = 0.02
 # Sections of a configuration that decide what is counted.
@@ -58,7 +58,7 @@ def compare_with_run(config: Config, summary: dict, vocabulary: int) -> list[Com
     counts once a rank; of the data-parallel replicas it counts one.
     """
     tensor = summary["tensor_parallel"]
-    counts = count(list(tensors(config, vocabulary)), tensor)
+    counts = count(model_tensors(config, vocabulary), tensor)
     backend = {"cusparselt": "kernels"}.get(summary["backend"], summary["backend"])
     if summary["dtype"] == "fp32":
         backend = "reference"
@@ -80,7 +80,7 @@ def compare_with_build(config: Config, vocabulary: int, tensor: int, built: list
     Args:
         built: (parameter name, elements) of `meta_build`.
     """
-    counts = count(list(tensors(config, vocabulary)), tensor)
+    counts = count(model_tensors(config, vocabulary), tensor)
     adapters = sum(elements for name, elements in built if ".adapter_" in name)
     rest = sum(elements for _, elements in built) - adapters
     return [

@@ -20,7 +20,7 @@ from slope_megatron.layers.packed_weight import PackedWeight, Region
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
 from slope_megatron.models.fill import choose_derived, fill_dense, packed_region
-from slope_megatron.models.parameters import VOCABULARY_ROWS, canonical_shapes
+from slope_megatron.models.shapes import VOCABULARY_ROWS, canonical_shapes
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern

@@ -12,7 +12,7 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from slope_megatron.models.parameters import VOCABULARY_ROWS
+from slope_megatron.models.shapes import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack_bits
 
 LAYER = re.compile(r"^((?:decoder|encoder)\.layers\.)(\d+)\.(.+)$")

@@ -15,6 +15,7 @@ from slope_megatron.models.bert import build_bert
 from slope_megatron.models.fill import fill_model
 from slope_megatron.models.layer_spec import block_spec
 from slope_megatron.models.loss import FusedLoss
+from slope_megatron.models.shapes import padded_rows
 from slope_megatron.versions import check_core
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -91,7 +92,7 @@ def padded_vocabulary(model: ModelConfig, tokenizer_size: int) -> int:
             f"--vocab-size is {model.vocab_size} and the data's tokenizer has {tokenizer_size} tokens: "
             "the model needs an entry for each; raise it, or leave it unset"
         )
-    return -(-(model.vocab_size or tokenizer_size) // model.vocab_multiple) * model.vocab_multiple
+    return padded_rows(model, tokenizer_size)
 
 
 def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:

@@ -33,6 +33,11 @@ def sparse_linears(slope: SlopeConfig, block: int) -> set[str]:
     return names
 
 
+def packed_linears(slope: SlopeConfig, block: int) -> frozenset[str]:
+    """Those of them that are stored packed; a baseline's are masked."""
+    return frozenset(sparse_linears(slope, block) if slope.for_block(block).packed else ())
+
+
 def initial_std(name: str, init_std: float, num_layers: int) -> float:
     """Standard deviation of a random weight: Megatron's, smaller for what writes into the residual stream."""
     if STANDARD_NORMAL.search(name):

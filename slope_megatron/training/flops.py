@@ -19,7 +19,8 @@ import torch
 
 from slope_megatron.config import Config
 from slope_megatron.config.slope import parse_nm
-from slope_megatron.models.layer_spec import sparse_linears
+from slope_megatron.models.rules import sparse_linears
+from slope_megatron.models.shapes import block_linears, padded_rows
 
 # Dense tensor-core peaks in TFLOP/s by a part of the device's name; bf16, where the device has it, else fp16.
 PEAKS = (("H200", 989.0), ("H100", 989.0), ("A100", 312.0), ("V100", 125.0))
@@ -35,27 +36,15 @@ class Flops:
     actual: float
 
 
-def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """`(out, in)` of a block's linears, unsharded."""
-    model = config.model
-    head = model.hidden_size // model.num_attention_heads
-    return {
-        "linear_qkv": (model.hidden_size + 2 * head * model.query_groups, model.hidden_size),
-        "linear_proj": (model.hidden_size, model.hidden_size),
-        "linear_fc1": (model.ffn * (2 if model.gated_mlp else 1), model.hidden_size),
-        "linear_fc2": (model.hidden_size, model.ffn),
-    }
-
-
 def flops_per_token(config: Config, vocabulary: int, *, adapters: bool = False) -> Flops:
     """Operations per token of a training step.
 
     Args:
-        vocabulary: entries of the tokenizer; the output layer's padding is added here.
+        vocabulary: entries of the tokenizer, for a model without a vocabulary of its own; padding is added here.
         adapters: whether the low-rank adapters take part.
     """
     model, slope = config.model, config.slope
-    rows_out = -(-(model.vocab_size or vocabulary) // model.vocab_multiple) * model.vocab_multiple
+    rows_out = padded_rows(model, vocabulary)
     # Scores and their product with the values: 2 products x 2 s h; three times for forward and backward.
     rest = 3 * (model.num_layers * 4 * config.data.seq_length * model.hidden_size + 2 * rows_out * model.hidden_size)
     dense, actual = float(rest), float(rest)
@@ -64,12 +53,12 @@ def flops_per_token(config: Config, vocabulary: int, *, adapters: bool = False) 
     for block in range(model.num_layers):
         sparse = sparse_linears(slope, block) if slope.packed else set()
         n, m = parse_nm(slope.for_block(block).nm)
-        for name, (rows, columns) in linear_shapes(config).items():
-            product = 2.0 * rows * columns
+        for name, linear in block_linears(model).items():
+            product = 2.0 * linear.out * linear.width
             dense += 3 * product
             actual += product * ((2 * n / m + wgrad) if name in sparse else 3)
             if adapters and name in sparse:
-                actual += 3 * 2.0 * slope.rank * (rows + columns)
+                actual += 3 * 2.0 * slope.rank * (linear.out + linear.width)
     return Flops(dense, actual)
 
 

@@ -46,7 +46,8 @@ def test_whole_models_are_counted_as_the_planner_counts_them(share):
     """A block at the formula's bytes a weight, extrapolated, is the planner's state to the byte."""
     from slope_megatron.config import Config, ModelConfig, SlopeConfig
     from slope_megatron.config.fields import load_yaml
-    from slope_megatron.launch import memory, tensors
+    from slope_megatron.launch import memory
+    from slope_megatron.models import counts as counting
 
     benchmark = bench.load("memory")
     from holdings import Ledger
@@ -63,7 +64,7 @@ def test_whole_models_are_counted_as_the_planner_counts_them(share):
     path = benchmark.ARCHITECTURES / "llama-3-8b.yaml"
     architecture = ModelConfig(**load_yaml(path, {"model": ModelConfig})["model"])
     config = Config(model=architecture, slope=SlopeConfig(adapter_rank=256 if share else 0))
-    counts = tensors.count(list(tensors.tensors(config, architecture.vocab_size)), 1)
+    counts = counting.count(counting.model_tensors(config, architecture.vocab_size), 1)
     expected = memory.state_bytes(counts, memory.precision("bf16", "fp32"), "kernels")
     assert found == pytest.approx(sum(expected.values()), rel=1e-12)
 

@@ -65,7 +65,7 @@ def test_every_row_of_the_tables_has_a_transformation():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_shapes_are_those_of_the_architecture(name, tied):
-    from slope_megatron.models.parameters import canonical_shapes
+    from slope_megatron.models.shapes import canonical_shapes
 
     config = hf_config(name, tie_word_embeddings=tied)
     weights = HfWeights(small_state(config), config.to_dict())

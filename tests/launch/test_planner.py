@@ -10,7 +10,7 @@ from slope_megatron.launch import memory, planner, speed
 from slope_megatron.launch.cluster import CLUSTERS, read_cluster
 from slope_megatron.launch.layout import Layout, layouts
 from slope_megatron.launch.memory import GIB, Holding, precision
-from slope_megatron.launch.tensors import count, stage_tensors, tensors
+from slope_megatron.models.counts import count, model_tensors, stage_tensors
 
 OPT66B = Config(
     model=ModelConfig(num_layers=64, hidden_size=9216, num_attention_heads=72),
@@ -30,27 +30,27 @@ def dense(config):
 
 
 def test_opt_66b_has_the_published_size():
-    elements = sum(tensor.elements() for tensor in tensors(dense(OPT66B), 50272))
+    elements = sum(tensor.elements() for tensor in model_tensors(dense(OPT66B), 50272))
     assert elements == pytest.approx(65.72e9, rel=1e-3)
-    packed = count(list(tensors(OPT66B, 50272)), 1)
+    packed = count(model_tensors(OPT66B, 50272), 1)
     assert packed.packed_dense == (64 * 12 - 3) * 9216**2, "all block linears but the first QKV"
 
 
 def test_shards_and_stages_add_up_to_the_model():
-    whole = count(list(tensors(SMALL, 500)), 1)
+    whole = count(model_tensors(SMALL, 500), 1)
     for pipeline in (1, 2, 4):
         stages = [count(stage_tensors(SMALL, 500, pipeline, stage), 1) for stage in range(pipeline)]
         assert sum(stage.packed for stage in stages) == whole.packed
         # The last stage of several has the tied embedding again.
         again = 768 * 768 if pipeline > 1 else 0
         assert sum(stage.other for stage in stages) == whole.other + again
-    halves = count(list(tensors(SMALL, 500)), 2)
+    halves = count(model_tensors(SMALL, 500), 2)
     assert halves.packed * 2 == whole.packed
 
 
 def test_blocks_may_differ():
     slope = SlopeConfig(nm_by_block="1=1:4", dense_blocks="3")
-    found = count(list(tensors(dataclasses.replace(SMALL, slope=slope), 500)), 1)
+    found = count(model_tensors(dataclasses.replace(SMALL, slope=slope), 500), 1)
     square = 768**2
     assert found.packed_dense == (3 * 12 - 3) * square
     assert found.packed == ((12 - 3) + 12) * square // 2 + 12 * square // 4
@@ -62,7 +62,7 @@ def test_bytes_of_a_sparse_weight(dtype, fp8):
 
     In e4m3 each operand takes half a byte less.
     """
-    counts = count(list(tensors(OPT66B, 50272)), 1)
+    counts = count(model_tensors(OPT66B, 50272), 1)
     only = dataclasses.replace(counts, other=0, adapters=0)
     sizes = memory.state_bytes(only, precision(dtype, "fp32", fp8), "kernels")
     b = 1 if dtype == "bf16" else 2
@@ -80,10 +80,10 @@ def test_bytes_of_a_sparse_weight(dtype, fp8):
 def test_bytes_of_a_baseline(method):
     """Stored whole, with a bitmask and a masked copy: nothing is saved, and more is held than by the dense twin."""
     slope = SlopeConfig(method=method)
-    counts = count(list(tensors(dataclasses.replace(SMALL, slope=slope), 500)), 1)
+    counts = count(model_tensors(dataclasses.replace(SMALL, slope=slope), 500), 1)
     # FST prunes the MLP alone; SR-STE all but the first QKV.
     assert counts.masked == (4 * 8 if method == "fst" else 4 * 12 - 3) * 768**2 and counts.packed == 0
-    plain = count(list(tensors(dense(SMALL), 500)), 1)
+    plain = count(model_tensors(dense(SMALL), 500), 1)
     assert counts.trained == plain.trained
     bytes_of = precision("bf16", "fp32")
     sizes, twin = (memory.state_bytes(found, bytes_of, "kernels") for found in (counts, plain))
@@ -158,7 +158,7 @@ def test_what_replicas_send_each_other_takes_time(zero):
     for reduced in ("bf16", "auto", "fp32"):
         own = dataclasses.replace(config, parallel=ParallelConfig(grad_reduce_dtype=reduced))
         seconds[reduced] = speed.step_seconds(own, layout, cluster, STATED, 500, precision("bf16", "fp32"))
-    elements = count(list(tensors(config, 500)), 1).trained
+    elements = count(model_tensors(config, 500), 1).trained
     link = cluster.network_gbs * 1e9 / cluster.gpus_per_node
     times = {1: 1, 2: 2 * micro_batches, 3: micro_batches}[zero]
     more = (4 - 2) * times * elements * (replicas - 1) / replicas / link

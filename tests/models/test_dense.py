@@ -19,7 +19,7 @@ def architecture(name):
 
 def dense_weights(model):
     """Random numbers under all canonical names; the vocabulary as it is, without padding."""
-    from slope_megatron.models.parameters import canonical_shapes
+    from slope_megatron.models.shapes import canonical_shapes
 
     generator = torch.Generator().manual_seed(2)
     shapes = canonical_shapes(model, model.vocab_size)

@@ -107,7 +107,7 @@ def test_every_rank_has_its_blocks(built):
 
 def test_every_shape_is_the_arithmetics(built):
     """Shapes here and packed sizes, of each tensor on each rank, from the architecture alone."""
-    from slope_megatron.models.parameters import canonical_shapes, padded_rows
+    from slope_megatron.models.shapes import canonical_shapes, padded_rows
 
     config, ranks = built
     shapes = canonical_shapes(config.model, padded_rows(config.model))
@@ -135,13 +135,14 @@ def test_every_shape_is_the_arithmetics(built):
 
 
 def test_one_replica_adds_up_to_the_published_model(built):
-    from slope_megatron.models.parameters import count_parameters, linear_shapes, padded_rows
+    from helpers.counts import count_parameters
+    from slope_megatron.models.shapes import block_linears, padded_rows
 
     config, ranks = built
     model = config.model
-    out, width = linear_shapes(model)["self_attention.linear_qkv"]
+    first = block_linears(model)["linear_qkv"]
     dense = count_parameters(model, padded_rows(model))
-    sparse = dense.linears - out * width
+    sparse = dense["linears"] - first.out * first.width
     # The tied copy of the embedding on the last stage is no tensor of its own, nor are replicated norms and biases.
     counted = {"values": 0, "pattern": 0, "column": 0, "norms": 0}
     for (_, _, replica), (_, found) in ranks.items():
@@ -152,12 +153,12 @@ def test_one_replica_adds_up_to_the_published_model(built):
                 kind = "values" if parameter else "pattern" if name.endswith("_pattern") else "column"
                 counted[kind] += elements
                 counted["norms"] += elements if "norm" in name else 0
-    assert counted["values"] == dense.total - sparse // 2
+    assert counted["values"] == dense["total"] - sparse // 2
     assert counted["pattern"] == sparse // 8
     assert counted["column"] == sparse // 16
-    assert counted["norms"] == dense.norms
+    assert counted["norms"] == dense["norms"]
     # 65.7 billion as published, less OPT's two unread positions, plus 32 rows of padding.
-    assert dense.total == 65_719_701_504 - 2 * 9216 + 32 * 9216
+    assert dense["total"] == 65_719_701_504 - 2 * 9216 + 32 * 9216
 
 
 def test_no_gpu_holds_more_than_3_gigabytes_of_parameters(built):

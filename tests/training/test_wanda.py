@@ -31,7 +31,7 @@ def calibrate(config):
 
 def dense_weights(config):
     """A dense model's whole tensors by canonical name: the same on every rank."""
-    from slope_megatron.models.parameters import canonical_shapes
+    from slope_megatron.models.shapes import canonical_shapes
     from slope_megatron.sparsity import counter
 
     found = {}
