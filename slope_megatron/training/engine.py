@@ -22,13 +22,15 @@ from slope_megatron.training import optimizer as optim
 from slope_megatron.training.objectives import OBJECTIVES, counts
 from slope_megatron.training.parallel import ModelParallelUnit, seed_step
 from slope_megatron.training.phases import Phases
+from slope_megatron.training.skipping import Skipping
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
     """What one step did: mean loss over the global batch (nats per token), global gradient norm before clipping.
 
-    `skipped`: gradients were not finite, so that nothing was updated (the norm is infinite then); the step counts.
+    `skipped`: the loss or a gradient was not finite on some rank, so that nothing was updated on any (the norm is
+    infinite then); the step counts. `bad`: that, but for fp16 gradients that a lower loss scale may mend.
     """
 
     loss: float
@@ -37,6 +39,7 @@ class StepResult:
     seconds: float
     loss_scale: float = 1.0
     skipped: bool = False
+    bad: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Engine:
         for module in sparse_modules(self.model):
             module.keep_operands = config.parallel.zero_stage < 3 or config.parallel.zero3_resident_operands
         self.accumulation = accumulation.build(self)
+        self.skipping = Skipping(self.optimizer, self.device)
         # The caller owns the boundary: one update a step, after all micro-batches.
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.enter_phase()
@@ -108,10 +112,13 @@ class Engine:
         loss_scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
+        verdict = self.skipping.decide(loss)
         self.before_step(loss)
         self.on_part("update")
         self.deepspeed.step()
         skipped = not self.deepspeed.was_step_applied()
+        if skipped:
+            gradients.clear_kept(self.optimizer)
         self.skipped_steps += skipped
         self.steps_done = step + 1
         self.refresh()
@@ -122,6 +129,7 @@ class Engine:
             seconds=time.perf_counter() - started,
             loss_scale=loss_scale,
             skipped=skipped,
+            bad=skipped and not (verdict.loss and self.skipping.scale_can_fall(loss_scale)),
         )
 
     def enter_phase(self) -> None:

@@ -1,4 +1,6 @@
-"""Gradients between backward and ZeRO's reduction: sums that belong to the model's own layout."""
+"""Gradients between backward and ZeRO's reduction: sums that belong to the model's own layout; and where they lie."""
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,35 @@ def held_cut(optimizer) -> list[torch.Tensor]:
     if beside:
         return beside
     return [tensor for kept in optimizer.averaged_gradients.values() for tensor in kept or ()]
+
+
+def are_finite(optimizer) -> bool:
+    """Whether all gradients that this rank is about to use are finite, between reduction and update; waits for the GPU.
+
+    Under offload, of the norms that DeepSpeed took of them on the device: copies may still be on their way, or on disk.
+    """
+    norms = getattr(optimizer, "norm_for_param_grads", None)
+    tensors = held_cut(optimizer) if norms is None else list(norms.values())
+    # The largest magnitude hands on what is not a number.
+    largest = torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor.numel()], norm_type=math.inf)
+    return bool(largest.isfinite())
+
+
+def clear_kept(optimizer) -> None:
+    """Forget the gradients of a step that was skipped, where DeepSpeed 0.19 keeps them.
+
+    ZeRO 3            one buffer for all; the next backward overwrites those that take part in it, and no others
+    offload           beside the masters; likewise
+    offload, ZeRO 1   sums of 16-bit gradients, to which the next backward would add
+    and 2
+    """
+    if zero.is_stage_3(optimizer):
+        optimizer.grad_partitions_flat_buffer.zero_()
+    elif hasattr(optimizer, "averaged_gradients"):
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+    for partition in zero.partitions(optimizer):
+        if partition.masters.grad is not None:
+            partition.masters.grad.zero_()
 
 
 def sum_sequence_parallel(model: torch.nn.Module) -> None:

@@ -52,8 +52,7 @@ class Run:
         self.batches = MicroBatches(train_set, config.data.global_batch_size, micro, replica, replicas)
         self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
         self.saver = Saver(engine, run)
-        self.steps = StepWatch(engine, config.watch, config.data.global_batch_size)
-        self.judge_gradients = engine.before_step
+        self.steps = StepWatch(config.watch, config.data.global_batch_size)
         engine.before_step = self.before_step
         self.tokens = config.data.global_batch_size * config.data.seq_length
         self.peak = flops.peak_tflops(config)
@@ -125,7 +124,6 @@ class Run:
         """Gradients are reduced, nothing is updated yet."""
         if self.layer_stats and self.layer_stats.due(self.engine.steps_done + 1):
             self.layer_stats.note_gradients()
-        self.judge_gradients(loss)
 
     def after_step(self, done: int, result: StepResult) -> None:
         """Metrics; validation and checkpoints at their intervals and at the end, and right before the adapters join."""

@@ -1,19 +1,15 @@
 """Steps that went wrong: losses and gradients that are not finite, and losses that jump.
 
-A step whose loss or gradients are not finite on any rank updates nothing on all of them; it counts as a step, and the
-data moves on. The state stays that of the last good step.
+A step whose loss or gradients are not finite on any rank updates nothing on all of them (`skipping`); it counts as a
+step, and the data moves on. The state stays that of the last good step.
 """
 
 import collections
 import logging
-import math
 import statistics
 
-import torch
-
 from slope_megatron.config import WatchConfig
-from slope_megatron.training import gradients
-from slope_megatron.training.engine import Engine, StepResult
+from slope_megatron.training.engine import StepResult
 
 logger = logging.getLogger(__name__)
 WINDOW = 64
@@ -28,28 +24,17 @@ class Diverged(ValueError):
 
 
 class StepWatch:
-    """Looks at every step of one run; the same on all ranks, since losses and norms are.
+    """Looks at every step of one run; all ranks count the same bad steps, since they decide on each together.
 
     Args:
         samples: samples of one step, which follow each other from step to step.
     """
 
-    def __init__(self, engine: Engine, settings: WatchConfig, samples: int):
-        self.engine, self.settings, self.samples = engine, settings, samples
+    def __init__(self, settings: WatchConfig, samples: int):
+        self.settings, self.samples = settings, samples
         self.bad_steps = 0
         self.bad_in_a_row = 0
         self.losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
-        # DeepSpeed leaves steps of parameters that are not fp16 unchecked unless told.
-        engine.optimizer.check_grad_overflow = True
-        engine.before_step = self.before_step
-
-    def before_step(self, loss: float) -> None:
-        """A loss that is not finite spoils the gradients as well, so that DeepSpeed's check skips on all ranks."""
-        if math.isfinite(loss):
-            return
-        for gradient in gradients.held_cut(self.engine.optimizer):
-            if gradient is not None:
-                gradient.fill_(math.nan)
 
     def look(self, result: StepResult, step: int) -> dict:
         """Judge the step that ended, counted from 1; what there is to say of it, for the metrics.
@@ -59,7 +44,7 @@ class StepWatch:
         """
         first = (step - 1) * self.samples
         span = [first, first + self.samples - 1]
-        if self.is_bad(result):
+        if result.bad:
             self.bad_steps += 1
             self.bad_in_a_row += 1
             logger.warning(
@@ -80,12 +65,6 @@ class StepWatch:
             "step %d: loss %.4f jumped from a median of %.4f; samples %d to %d", step, result.loss, usual, *span
         )
         return {"spike": True, "median_loss": usual, "samples": span}
-
-    def is_bad(self, result: StepResult) -> bool:
-        """fp16 gradients overflow by design, until the loss scale has come down: only the loss counts there."""
-        if not math.isfinite(result.loss):
-            return True
-        return result.skipped and self.engine.dtype != torch.float16
 
     def usual_loss(self, loss: float) -> float | None:
         """The median of the losses before, if `loss` jumped above it; then it is one of them."""

@@ -224,6 +224,20 @@ def test_inputs_that_leave_the_aim_are_scaled_by_a_second_pass(device, fresh_cho
 
 
 @pytest.mark.gpu
+def test_an_input_that_is_not_finite_is_not_aimed_at(device, fresh_choices):
+    """It would leave the product with a second pass until the next column pattern."""
+    _, ours, theirs = both(device)
+    x = whole_numbers(48, 192, device=device)
+    spoiled = x.clone()
+    spoiled[3, 5] = float("nan")
+    safe = ours.targets["forward"]
+    assert torch.isnan(ours.forward(spoiled)).any()
+    assert ours.targets["forward"] == safe and not ours._aimed
+    assert torch.equal(ours.forward(x), theirs.forward(x))
+    assert ours.targets["forward"] != safe and ours._aimed == {"forward"}
+
+
+@pytest.mark.gpu
 def test_under_a_cuda_graph(device, fresh_choices):
     """Captured once, replayed on new inputs and new values."""
     weight, ours, theirs = both(device, rows=512, columns=256)

@@ -16,7 +16,7 @@ def build(config, dtype):
     from slope_megatron.training.watch import StepWatch
 
     engine = Engine(build_model(config, VOCABULARY, dtype), config, dtype)
-    return engine, StepWatch(engine, config.watch, config.data.global_batch_size)
+    return engine, StepWatch(config.watch, config.data.global_batch_size)
 
 
 def state_of(engine):

@@ -171,9 +171,11 @@ class Float8Operands:
             return
         if torch.cuda.is_current_stream_capturing():
             return
-        self._aimed.add(product)
         scale = float(float8_products.quantize(x, True, False)[2] * self.scale)
-        if math.isfinite(scale) and scale > 2.0**-100:
+        if not math.isfinite(scale):
+            return  # a step that went wrong says nothing of those to come
+        self._aimed.add(product)
+        if scale > 2.0**-100:
             self.targets[product] = round(math.log2(scale)) + HEADROOM
 
     def _quantized(self, product: Product, x: torch.Tensor, transposed: bool):
