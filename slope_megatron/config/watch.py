@@ -11,8 +11,8 @@ class WatchConfig:
 
     max_bad_steps: int = option(
         10,
-        "stop after this many steps in a row whose loss or gradients are not finite; such a step updates nothing, and "
-        "its samples are logged",
+        "stop after this many steps in a row whose loss or gradients are not finite (fp16 gradients count once the "
+        "loss scale has come down to 1); such a step updates nothing, and its samples are logged",
     )
     spike_factor: float = option(
         10.0,

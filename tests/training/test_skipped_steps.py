@@ -68,11 +68,20 @@ def spoil_gradients(engine):
 SPOILERS = (spoil_forward, spoil_loss, spoil_gradients)
 
 
-def spoiled_step(engine, batches, spoil):
-    restore = spoil(engine)
-    result = engine.train_step(batches)
+def batches_of(engine, step):
+    from megatron.core import parallel_state
+
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return step_batches(engine.config, step, replica, replicas)
+
+
+def spoiled_step(engine, step, spoil):
+    """On the last rank alone."""
+    import torch.distributed as dist
+
+    restore = spoil(engine) if dist.get_rank() == dist.get_world_size() - 1 else lambda: None
+    result = engine.train_step(batches_of(engine, step))
     restore()
-    assert result.skipped
     return result
 
 
@@ -95,14 +104,14 @@ def run_to_the_end(engine, spoil, scale_falls=False, save_at=None, run=None):
     taken = []
     while engine.steps_done < STEPS:
         step = engine.steps_done
-        batches = step_batches(engine.config, step, 0, 1)
         if step not in SPOILED:
-            result = engine.train_step(batches)
+            result = engine.train_step(batches_of(engine, step))
             assert not result.skipped and not result.bad and math.isfinite(result.grad_norm)
             taken.append((result.loss, result.grad_norm, result.loss_scale))
         elif spoil:
+            result = spoiled_step(engine, step, spoil)
             # fp16 gradients overflow by design.
-            assert spoiled_step(engine, batches, spoil).bad != scale_falls
+            assert result.skipped and result.bad != scale_falls
         else:
             passed_by(engine, scale_falls)
         if engine.steps_done == save_at:
@@ -143,6 +152,13 @@ def test_nothing_outlives_a_spoiled_step(ranks, tmp_path, stage, dtype, parallel
     ranks.run(compare, config_for(stage, parallel), dtype, tmp_path, world=1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{}, OFFLOAD], ids=["", "offload"])
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "fp16"), (3, "bf16")])
+def test_of_two_replicas_one_is_spoiled(ranks, tmp_path, stage, dtype, parallel):
+    ranks.run(compare, config_for(stage, parallel), DTYPES[dtype], tmp_path, world=2)
+
+
 @pytest.mark.parametrize(
     ("stage", "parallel", "slope", "optimizer"),
     [
@@ -162,7 +178,7 @@ def test_whatever_is_trained(ranks, tmp_path, stage, parallel, slope, optimizer)
 def overflow_to_the_end(config):
     """Loss scales of four steps whose gradients overflow, and whether they count as bad."""
     engine = build_engine(config, torch.float16)
-    results = [spoiled_step(engine, step_batches(config, step, 0, 1), spoil_gradients) for step in range(4)]
+    results = [spoiled_step(engine, step, spoil_gradients) for step in range(4)]
     return [(result.loss_scale, result.bad) for result in results]
 
 
@@ -184,15 +200,11 @@ def spoil_replicated_gradient(engine):
 
 
 def one_spoiled_rank(config, dtype, spoil):
-    """(loss is finite here, skipped, bad) of three steps, the second spoiled on rank 1 alone; and the weights."""
-    import torch.distributed as dist
-
+    """(loss is finite here, skipped, bad) of three steps, the second one spoiled; and the weights."""
     engine = build_engine(config, dtype)
     found = []
     for step in range(3):
-        restore = spoil(engine) if step == 1 and dist.get_rank() == 1 else lambda: None
-        result = engine.train_step(step_batches(config, step, 0, 1))
-        restore()
+        result = spoiled_step(engine, step, spoil if step == 1 else lambda _: lambda: None)
         found.append((math.isfinite(result.loss), result.skipped, result.bad))
     return found, [parameter.detach().clone() for parameter in engine.model.parameters()]
 
