@@ -17,17 +17,17 @@ class Clock:
 
     Args:
         budget: seconds; None: as long as it takes.
-        started: `time.time()` of the start; None: now.
+        started: `time.monotonic()` of the start, one clock for all processes of a machine; None: now.
         speaks: whether this process is the one that prints.
     """
 
     def __init__(self, budget: float | None = None, started: float | None = None, speaks: bool = True):
         self.budget = budget
-        self.started = time.time() if started is None else started
+        self.started = time.monotonic() if started is None else started
         self.speaks = speaks
 
     def seconds(self) -> float:
-        return time.time() - self.started
+        return time.monotonic() - self.started
 
     def left(self) -> float:
         """Seconds of the budget that are left, below 0 when it is spent; infinite without one."""

@@ -9,6 +9,7 @@ import datetime
 import json
 import socket
 import subprocess
+import time
 
 from slope_megatron.launch.node_checks import Finding
 from slope_megatron.launch.ranks import Ranks
@@ -82,9 +83,9 @@ def collect(store, mine: Report, ranks: Ranks, names: list[str], seconds: float)
     if ranks.rank:
         return [mine]
     reports = []
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    deadline = time.monotonic() + seconds
     for rank in range(ranks.world):
-        left = max((deadline - datetime.datetime.now()).total_seconds(), 0.1)
+        left = max(deadline - time.monotonic(), 0.1)
         try:
             store.wait([f"report/{rank}"], datetime.timedelta(seconds=left))
             reports.append(Report.from_json(store.get(f"report/{rank}").decode()))
@@ -157,6 +158,6 @@ def leave(store, ranks: Ranks, seconds: float) -> None:
     """Rank 0 holds the store: it leaves last."""
     store.add("left", 1)
     if ranks.rank == 0:
-        deadline = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
-        while store.add("left", 0) < ranks.world and datetime.datetime.now() < deadline:
+        deadline = time.monotonic() + seconds
+        while store.add("left", 0) < ranks.world and time.monotonic() < deadline:
             pass

@@ -3,8 +3,9 @@
 Each rank writes a heartbeat into RUN/ranks from a thread, which also looks after some others (`places`); whoever finds
 one gone tells all. The thread works while the main one waits in a collective for a peer that is gone.
 
-N ranks touch 3 N files of RUN/ranks every half second: each writes its own, reads the verdict, and looks at one of the
-next host's. All are read when the run ends alone: of ranks that hang by one rank, of dead ones by those that find them.
+N ranks touch 3 N files of RUN/ranks every half second: each writes its own, reads the verdict, and reads one of the
+next host's. All are read when the run may end alone: of ranks that hang by one rank, of dead ones by those that find
+them. A heartbeat is a change of what was read, timed by the reader (`own_time`): no other clock is looked at.
 """
 
 import contextlib
@@ -17,16 +18,14 @@ import time
 from pathlib import Path
 
 from slope_megatron.training import heartbeat
-from slope_megatron.training.heartbeat import Heartbeat, Pulse, Verdict
+from slope_megatron.training.hangs import Judge, describe_hang
+from slope_megatron.training.heartbeat import Listener, Pulse, Verdict
+from slope_megatron.training.own_time import OwnTime
 from slope_megatron.training.places import Place, afar, beside
 
 POLL_SECONDS = 0.5
-# A rank on another host is taken for dead after this long without a heartbeat.
+# A rank on another host is taken for dead after this long without a heartbeat that is new to this one.
 SILENCE_SECONDS = 45.0
-# A thread that beats every half second and has not for this long, or half of --hang-timeout, is stopped.
-STOPPED_SECONDS = 5.0
-# For which ranks that hang wait for the verdict of the one that was first.
-JUDGEMENT_SECONDS = 10.0
 DEAD_PEER_EXIT_CODE = 70
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -46,10 +45,14 @@ class RankWatch:
         self.folder = run / "ranks"
         self.places, self.rank = places, rank
         self.beside, self.afar = beside(places, rank), afar(places, rank)
+        self.elsewhere = [place for place in places if place.machine != places[rank].machine]
         self.describe = describe
         self.hang_timeout = hang_timeout
-        self.judges_at: float | None = None
-        self.pulse = Pulse(self.folder, places[rank])
+        self.clock = OwnTime()
+        self.pulse = Pulse(self.folder, places[rank], self.clock)
+        self.listener = Listener(self.folder, self.clock)
+        self.judge = Judge(places, self.pulse, self.listener, self.clock, hang_timeout)
+        self.alarmed = False
         self.stopped = threading.Event()
         self.stop_requested = threading.Event()
         self.wake_read, self.wake_write = os.pipe()
@@ -100,6 +103,7 @@ class RankWatch:
         Args:
             signals: those of STOP_SIGNALS that came since the last turn.
         """
+        self.clock.tick()
         self.pulse.beat()
         dead = self.dead()
         # In this order: a rank that is gone because of a verdict has left it behind.
@@ -116,45 +120,36 @@ class RankWatch:
             self.stop_requested.set()
             name = signal.Signals(signals[0]).name
             say(f"slope: rank {self.rank} got {name}: saving after this step")
-        if self.hang_timeout and self.pulse.still() > self.hang_timeout and self.is_judge():
-            beats = self.beats()
-            hung = suspects(beats, self.silence())
+        found = self.judge.rule()
+        if found:
+            hung, beats = found
             what = f"{describe_hang(hung, beats, self.hang_timeout)}; the run stops."
             self._end(what, Verdict([beat.rank for beat in hung]))
 
-    def silence(self) -> float:
-        return min(STOPPED_SECONDS, self.hang_timeout / 2)
-
-    def beats(self) -> list[Heartbeat]:
-        """The last word of every rank that has announced itself and is not done."""
-        found = (heartbeat.read(self.folder, place.rank) for place in self.places)
-        return [beat for beat in found if beat is not None]
-
-    def is_dead(self, place: Place) -> bool:
-        """Its process is gone (this host), or it is silent (other hosts), and it has not said that it is done."""
-        if place.host == self.places[self.rank].host:
-            return place.is_gone and heartbeat.silence(self.folder, place.rank) is not None
-        return (heartbeat.silence(self.folder, place.rank) or 0.0) > SILENCE_SECONDS
+    def is_gone(self, place: Place) -> bool:
+        """Whether the process of a rank of this host has ended, and has not said that it is done."""
+        return place.is_gone and heartbeat.is_announced(self.folder, place.rank)
 
     def dead(self) -> list[Place]:
-        """Nobody, mostly: this rank's charges are looked at. If one of them is dead, all ranks are, once."""
-        charges = [place for place in (*self.beside, *self.afar) if self.is_dead(place)]
-        if any(place in self.afar for place in charges):
-            # What died with it falls silent within a beat of it.
-            time.sleep(2 * POLL_SECONDS)
-        return [place for place in self.places if self.is_dead(place)] if charges else []
+        """Nobody, mostly: this rank's charges are looked at. If one of them is dead, all ranks are, once.
 
-    def is_judge(self) -> bool:
-        """Whether this rank reads what all have said; the others end by its verdict, unless none comes."""
-        if self.judges_at is None:
-            self.judges_at = time.monotonic()
-            try:
-                open(self.folder / "judge", "x").close()
-            except FileExistsError:
-                self.judges_at += JUDGEMENT_SECONDS
-            except OSError:  # a full disk is no reason to hang
-                pass
-        return time.monotonic() >= self.judges_at
+        How long a rank has been silent is known of those alone that are heard: all of them from the moment on when one
+        of the charges has been silent for half of the time after which it is dead.
+        """
+        gone = [place for place in self.beside if self.is_gone(place)]
+        longest = max((self.silence(place) for place in self.afar), default=0.0)
+        if longest > SILENCE_SECONDS / 2 and not self.alarmed:
+            for place in self.elsewhere:
+                self.silence(place)
+        self.alarmed = longest > SILENCE_SECONDS / 2
+        if longest > SILENCE_SECONDS:
+            # Who died with it has not been heard since the alarm, which was a third of the time ago and more.
+            gone += [place for place in self.elsewhere if self.silence(place) > SILENCE_SECONDS / 3]
+        return sorted(gone, key=lambda place: place.rank)
+
+    def silence(self, place: Place) -> float:
+        """Seconds for which this rank has heard nothing of another; 0 for one that is done, or never began."""
+        return self.listener.silence(place.rank) or 0.0
 
     def _end(self, what: str, verdict: Verdict) -> None:
         """Say it once (the first rank to create the report prints it), tell the others, and leave."""
@@ -173,11 +168,22 @@ class RankWatch:
 
     def _leave(self, verdict: Verdict) -> None:
         """A stopped process would keep its device and its ports, and cannot end itself."""
-        for place in self.beside:
-            silent = heartbeat.silence(self.folder, place.rank) if place.rank in verdict.hung else None
-            if silent is not None and silent > self.silence() and not place.is_gone:
-                os.kill(place.pid, signal.SIGKILL)
+        hung = [place for place in self.beside if place.rank in verdict.hung]
+        # A rank whose thread still beats ends by the verdict; how long it has been silent may not be known yet.
+        until = self.clock.seconds + self.judge.stopped + 2.0
+        while hung and self.clock.seconds < until:
+            self.clock.tick()
+            for place in [place for place in hung if self.silence(place) > self.judge.stopped and not place.is_gone]:
+                with contextlib.suppress(ProcessLookupError):  # ended just now
+                    os.kill(place.pid, signal.SIGKILL)
+                hung.remove(place)
+            hung = [place for place in hung if self.is_heard(place)]
+            if hung:
+                time.sleep(POLL_SECONDS)
         os._exit(DEAD_PEER_EXIT_CODE)
+
+    def is_heard(self, place: Place) -> bool:
+        return not place.is_gone and heartbeat.is_announced(self.folder, place.rank)
 
 
 def say(message: str) -> None:
@@ -187,29 +193,3 @@ def say(message: str) -> None:
 
 def names(places: list[Place]) -> str:
     return ", ".join(map(str, places))
-
-
-def suspects(beats: list[Heartbeat], silence: float) -> list[Heartbeat]:
-    """Which ranks keep the others waiting: the silent; else those behind; else those that do not wait themselves.
-
-    Args:
-        silence: seconds without a heartbeat from which on a rank is silent.
-    """
-    silent = [beat for beat in beats if beat.silent > silence]
-    if silent:
-        return silent
-    behind = min(beat.reached for beat in beats)
-    late = [beat for beat in beats if beat.reached == behind]
-    if len(late) < len(beats):
-        return late
-    busy = [beat for beat in beats if not beat.waits]
-    return busy if busy and len(busy) < len(beats) else beats
-
-
-def describe_hang(hung: list[Heartbeat], beats: list[Heartbeat], timeout: float) -> str:
-    """Whom the others wait for, and where it is."""
-    seconds = f"for more than {timeout:g} seconds (--hang-timeout)"
-    places = "; ".join(f"{beat} in step {beat.step + 1}, {beat.part}, at {beat.where}" for beat in hung)
-    if len(hung) < len(beats) or len(beats) == 1:
-        return f"{places} hangs: no progress {seconds}"
-    return f"no rank makes progress {seconds} and none stands out: {places}"

@@ -2,6 +2,8 @@
 
 rank_N.json    each rank: that it lives, and how far its main thread has come
 verdict.json   whoever finds that the run cannot go on: why; blank until then
+
+A rank lives as long as what it writes changes. When it was written is of no interest: that is another machine's clock.
 """
 
 import contextlib
@@ -10,10 +12,10 @@ import json
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 from slope_megatron.training import files
+from slope_megatron.training.own_time import OwnTime
 from slope_megatron.training.places import Place
 
 # Parts of a step in the order in which the main thread reaches them.
@@ -33,7 +35,8 @@ class Heartbeat:
         step: steps done; `part`: what it was doing then.
         still: seconds for which its main thread had not come further; negative: not watched yet.
         where: the place in the code, and `waits`: whether that is a wait for other ranks.
-        silent: seconds since it was written.
+        beats: its number, by which one differs from the last.
+        silent: seconds for which the reader has found it unchanged.
     """
 
     rank: int
@@ -44,6 +47,7 @@ class Heartbeat:
     still: float
     where: str
     waits: bool
+    beats: int = 0
     silent: float = 0.0
 
     def __str__(self) -> str:
@@ -58,22 +62,55 @@ def file_of(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.json"
 
 
+def mark(folder: Path, rank: int) -> tuple[str, int] | None:
+    """What a rank has written, and the time that its disk gave it: any change of either is a sign of life.
+
+    Returns:
+        None: not announced yet, done, or not to be read now.
+    """
+    try:
+        with open(file_of(folder, rank)) as stream:
+            return stream.read(), os.fstat(stream.fileno()).st_mtime_ns
+    except (OSError, ValueError):
+        return None
+
+
 def read(folder: Path, rank: int) -> Heartbeat | None:
     """A rank's last word; None: not announced yet, done, or being written."""
-    path = file_of(folder, rank)
+    written = mark(folder, rank)
     try:
-        content = json.loads(path.read_text())
-        return Heartbeat(**content, silent=max(0.0, time.time() - path.stat().st_mtime))
-    except (OSError, ValueError, TypeError):
+        return Heartbeat(**json.loads(written[0])) if written else None
+    except (ValueError, TypeError):
         return None
 
 
-def silence(folder: Path, rank: int) -> float | None:
-    """Seconds since a rank's last word; None: not announced yet, or done."""
-    try:
-        return max(0.0, time.time() - file_of(folder, rank).stat().st_mtime)
-    except OSError:
-        return None
+def is_announced(folder: Path, rank: int) -> bool:
+    """Whether a rank takes part in the run and is not done."""
+    return os.path.exists(file_of(folder, rank))
+
+
+class Listener:
+    """How long this rank has heard nothing new of others; they are heard when they are asked for."""
+
+    def __init__(self, folder: Path, clock: OwnTime):
+        self.folder, self.clock = folder, clock
+        self.heard: dict[int, tuple[tuple[str, int], float]] = {}
+
+    def silence(self, rank: int) -> float | None:
+        """Seconds of our own since a rank's last word was new to us; None: not announced yet, done, or unreadable."""
+        written = mark(self.folder, rank)
+        if written is None:
+            self.heard.pop(rank, None)
+            return None
+        if rank not in self.heard or self.heard[rank][0] != written:
+            self.heard[rank] = written, self.clock.seconds
+        return self.clock.seconds - self.heard[rank][1]
+
+    def last_word(self, rank: int) -> Heartbeat | None:
+        """A rank's last word, with its silence; None: not announced yet, done, or being written."""
+        silent = self.silence(rank)
+        found = read(self.folder, rank)
+        return dataclasses.replace(found, silent=silent) if found and silent is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +161,16 @@ def remove_verdict(folder: Path) -> None:
 class Pulse:
     """Writes this rank's heartbeat, and remembers how far the main thread has come."""
 
-    def __init__(self, folder: Path, place: Place):
-        self.folder, self.own, self.rank = folder, place, place.rank
+    def __init__(self, folder: Path, place: Place, clock: OwnTime):
+        self.folder, self.own, self.rank, self.clock = folder, place, place.rank, clock
         self.main = threading.main_thread().ident or 0
-        self.progress = (0, "start", time.monotonic())
+        self.progress = (0, "start", clock.seconds)
         self.watched = False
+        self.beats = 0
 
     def reach(self, step: int, part: str) -> None:
         """The main thread begins `part` after `step` steps."""
-        self.progress = (step, part, time.monotonic())
+        self.progress = (step, part, self.clock.seconds)
 
     def announce(self) -> None:
         """The first word: this creates the file."""
@@ -140,7 +178,8 @@ class Pulse:
         files.write_text(file_of(self.folder, self.rank), self.record())
 
     def beat(self) -> None:
-        """The next one. A disk that cannot be written now is no reason to die: the time of the file is set then."""
+        """The next one. A disk that cannot be written now is no reason to die: the time of the file changes then."""
+        self.beats += 1
         path = file_of(self.folder, self.rank)
         try:
             with open(path, "r+b", buffering=0) as stream:
@@ -154,13 +193,14 @@ class Pulse:
             file_of(self.folder, self.rank).unlink(missing_ok=True)
 
     def still(self) -> float:
-        return time.monotonic() - self.progress[2] if self.watched else -1.0
+        return self.clock.seconds - self.progress[2] if self.watched else -1.0
 
     def record(self) -> str:
         step, part, _ = self.progress
         where, waits = self.place()
         content = {"rank": self.rank, "pid": self.own.pid, "host": self.own.host, "step": step}
         content |= {"part": part, "still": round(self.still(), 1), "where": where[-120:], "waits": waits}
+        content["beats"] = self.beats
         return json.dumps(content).ljust(RECORD_BYTES - 1) + "\n"
 
     def place(self) -> tuple[str, bool]:

@@ -20,15 +20,22 @@ class Place:
 
     Args:
         born: when it started (clock ticks after boot), so that a number used again is not mistaken for it.
+        kernel: which boot, and which container's processes, `pid` is a number of; hosts and containers may share a name.
     """
 
     rank: int
     host: str
     pid: int
     born: int
+    kernel: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def machine(self) -> tuple[str, str]:
+        """Equal for ranks that see each other's processes."""
+        return self.host, self.kernel
 
     @property
     def is_gone(self) -> bool:
@@ -38,7 +45,16 @@ class Place:
 
 def here(rank: int) -> Place:
     """This process's."""
-    return Place(rank, socket.gethostname(), os.getpid(), born(os.getpid()) or 0)
+    return Place(rank, socket.gethostname(), os.getpid(), born(os.getpid()) or 0, kernel())
+
+
+def kernel() -> str:
+    """Names the boot of this machine and this process's namespace of process numbers; empty where it has no name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def born(pid: int) -> int | None:
@@ -52,17 +68,17 @@ def born(pid: int) -> int | None:
 
 def beside(places: list[Place], rank: int) -> list[Place]:
     """The other ranks of its host."""
-    return [place for place in places if place.host == places[rank].host and place.rank != rank]
+    return [place for place in places if place.machine == places[rank].machine and place.rank != rank]
 
 
 def afar(places: list[Place], rank: int) -> list[Place]:
     """Its share of the next host's ranks; together a host's ranks have all of them. None where there is one host."""
-    hosts = list(dict.fromkeys(place.host for place in places))
+    hosts = list(dict.fromkeys(place.machine for place in places))
     if len(hosts) == 1:
         return []
-    own = places[rank].host
+    own = places[rank].machine
     following = hosts[(hosts.index(own) + 1) % len(hosts)]
-    ours = [place.rank for place in places if place.host == own]
-    theirs = [place for place in places if place.host == following]
+    ours = [place.rank for place in places if place.machine == own]
+    theirs = [place for place in places if place.machine == following]
     turn = ours.index(rank)
     return theirs[turn :: len(ours)] or [theirs[turn % len(theirs)]]

@@ -3,15 +3,18 @@
 Many ranks, all of them in this process: their files are real, their processes and hosts are not.
 """
 
+import dataclasses
+import math
 import os
 import random
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
-from slope_megatron.training import faults, heartbeat, places
+from slope_megatron.training import faults, hangs, heartbeat, own_time, places
 from slope_megatron.training.places import Place
 
 LAYOUTS = {
@@ -28,55 +31,72 @@ class Left(Exception):
 
 
 class Cluster:
-    """Ranks that have announced themselves, and what becomes of them."""
+    """Ranks that have announced themselves, and what becomes of them; time is what `turn` says.
 
-    def __init__(self, run: Path, hosts: list[str], monkeypatch, hang_timeout=0.0):
-        self.run, self.timeout = run, hang_timeout
+    Args:
+        skew: seconds by which the file server's clock is ahead of ours, of the turn's number.
+        most: seconds that a turn counts at most.
+    """
+
+    def __init__(self, run: Path, hosts: list[str], monkeypatch, hang_timeout=0.0, skew=None, most=math.inf):
+        self.run, self.skew, self.now, self.turns = run, skew, 1000.0, 0
         self.places = [Place(rank, host, 1000 + rank, 7) for rank, host in enumerate(hosts)]
         self.gone: set[int] = set()
+        self.stopped: set[int] = set()
         monkeypatch.setattr(places, "born", lambda pid: None if pid - 1000 in self.gone else 7)
         monkeypatch.setattr(faults, "POLL_SECONDS", 0.0)
+        monkeypatch.setattr(own_time, "MOST_SECONDS_A_TURN", most)
+        monkeypatch.setattr(own_time, "time", types.SimpleNamespace(monotonic=self.monotonic))
         monkeypatch.setattr(os, "_exit", self.exit)
-        for place in self.places:
-            heartbeat.Pulse(run / "ranks", place).announce()
+        self.watches = [self.watch(place.rank, hang_timeout) for place in self.places]
+        for watch in self.watches:
+            watch.pulse.announce()
         heartbeat.make_room_for_verdict(run / "ranks")
 
     @staticmethod
     def exit(code):
         raise Left(code)
 
-    def watch(self, rank: int) -> faults.RankWatch:
-        watch = faults.RankWatch(self.run, self.places, rank, lambda: "All is saved.", self.timeout)
+    def monotonic(self) -> float:
+        self.now += 1e-3  # whoever waits sees it pass
+        return self.now
+
+    def watch(self, rank: int, hang_timeout: float) -> faults.RankWatch:
+        watch = faults.RankWatch(self.run, self.places, rank, lambda: "All is saved.", hang_timeout)
         os.close(watch.wake_read)
         os.close(watch.wake_write)
         return watch
 
-    def silence(self, rank: int, seconds: float) -> None:
-        then = time.time() - seconds
-        os.utime(heartbeat.file_of(self.run / "ranks", rank), (then, then))
-
     def die(self, ranks) -> None:
-        """Their processes are gone, and their files as old as it takes to be noticed from afar."""
-        for rank in ranks:
-            self.gone.add(rank)
-            self.silence(rank, faults.SILENCE_SECONDS + 1)
+        self.gone.update(ranks)
 
-    def turn(self) -> dict[int, int]:
+    def turn(self, seconds: float = 16.0) -> dict[int, int]:
         """One look of every rank that is left; exit codes of those that end."""
+        self.now += seconds
+        self.turns += 1
         ended = {}
-        for place in self.places:
-            if place.rank not in self.gone:
+        for watch in self.watches:
+            if watch.rank not in self.gone | self.stopped:
                 try:
-                    self.watch(place.rank).look([])
+                    watch.look([])
+                    self.date(watch.rank)
                 except Left as left:
-                    ended[place.rank] = left.args[0]
-                    self.gone.add(place.rank)
+                    ended[watch.rank] = left.args[0]
+                    self.gone.add(watch.rank)
         return ended
 
-    def check_named(self, ranks, capsys) -> None:
-        """All that are left end within two looks, having said once, of exactly these, that they died."""
+    def date(self, rank: int) -> None:
+        """What was written has the file server's time."""
+        if self.skew is not None:
+            then = time.time() + self.skew(self.turns)
+            os.utime(heartbeat.file_of(self.run / "ranks", rank), (then, then))
+
+    def check_named(self, ranks, capsys, seconds=16.0, turns=6) -> None:
+        """All that are left end within some turns, having said once, of exactly these, that they died."""
         alive = set(range(len(self.places))) - self.gone
-        ended = {**self.turn(), **self.turn()}
+        ended: dict[int, int] = {}
+        for _ in range(turns):
+            ended |= self.turn(seconds)
         assert ended == dict.fromkeys(alive, faults.DEAD_PEER_EXIT_CODE)
         named = ", ".join(str(self.places[rank]) for rank in sorted(ranks))
         said = f"slope: error: {named} died; the run stops. All is saved.\n"
@@ -130,45 +150,119 @@ def test_a_rank_that_is_done_is_no_fault(hosts, tmp_path, monkeypatch):
     for victim in (0, len(hosts) - 1):
         cluster.gone.add(victim)
         heartbeat.file_of(tmp_path / "ranks", victim).unlink()
-        assert cluster.turn() == {}
+        assert [cluster.turn() for _ in range(5)] == [{}] * 5
 
 
 def test_one_of_many_that_hangs_is_named_and_killed_by_its_host(hosts, tmp_path, monkeypatch, capsys):
-    """It is stopped: the others wait, it neither moves nor beats. One rank alone reads what everybody said."""
-    reads, killed = [], []
-    original = heartbeat.read
-    monkeypatch.setattr(heartbeat, "read", lambda folder, rank: (reads.append(rank), original(folder, rank))[1])
-    monkeypatch.setattr(heartbeat.Pulse, "still", lambda pulse: 31.0)
+    """It is stopped: the others wait, it neither moves nor beats. One rank alone hears everybody."""
+    readers, killed = set(), []
+    original = heartbeat.Listener.last_word
+    record = lambda listener, rank: (readers.add(id(listener)), original(listener, rank))[1]  # noqa: E731
+    monkeypatch.setattr(heartbeat.Listener, "last_word", record)
     for victim in range(0, len(hosts), 3):
         cluster = Cluster(tmp_path / str(victim), hosts, monkeypatch, hang_timeout=30.0)
         monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid - 1000))
-        cluster.silence(victim, 6.0)
-        ended = {}
-        for place in cluster.places:
-            if place.rank != victim:
-                with pytest.raises(Left):
-                    cluster.watch(place.rank).look([])
-                ended[place.rank] = True
+        for watch in cluster.watches:
+            watch.reach(0, "start")
+        cluster.stopped.add(victim)
+        ended, seconds = {}, 0
+        while len(ended) < len(hosts) - 1:
+            ended |= cluster.turn(2.0)
+            seconds += 2
+        assert 30 <= seconds <= 36, "the turn after --hang-timeout, and one more for who looked too early"
         said = capsys.readouterr().err.strip()
         assert said.startswith(f"slope: error: {cluster.places[victim]} in step 1, start, at ") and "hangs" in said
-        assert len(said.splitlines()) == 1 and len(reads) == len(hosts)
+        assert len(said.splitlines()) == 1 and len(readers) == 1
         peers = [rank for rank in ended if hosts[rank] == hosts[victim]]
         assert killed == [victim] * len(peers)
-        reads.clear()
+        readers.clear()
         killed.clear()
 
 
 def test_a_judge_that_says_nothing_is_replaced(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(heartbeat.Pulse, "still", lambda pulse: 31.0)
     cluster = Cluster(tmp_path, LAYOUTS["blocks"], monkeypatch, hang_timeout=30.0)
     (tmp_path / "ranks" / "judge").touch()
-    watch = cluster.watch(3)
-    watch.look([])
+    cluster.watches[3].reach(0, "start")
+    cluster.stopped.update(set(range(24)) - {3})
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)
+    while cluster.now < 1000.0 + 29.0 + hangs.JUDGEMENT_SECONDS:
+        assert cluster.turn(1.0) == {}
     assert not (tmp_path / "ranks" / "failure.txt").exists()
-    watch.judges_at -= faults.JUDGEMENT_SECONDS
-    with pytest.raises(Left):
-        watch.look([])
-    assert "no rank makes progress for more than 30 seconds" in capsys.readouterr().err
+    assert {**cluster.turn(1.0), **cluster.turn(1.0)} == {3: faults.DEAD_PEER_EXIT_CODE}
+    assert "hangs: no progress for more than 30 seconds" in capsys.readouterr().err
+
+
+def test_who_goes_on_after_all_is_judged_by_nobody(tmp_path, monkeypatch):
+    """Longer than it takes to become the judge, shorter than --hang-timeout; then every rank moves."""
+    cluster = Cluster(tmp_path, LAYOUTS["blocks"], monkeypatch, hang_timeout=30.0)
+    for step in range(3):
+        for watch in cluster.watches:
+            watch.reach(step, "start")
+        assert [cluster.turn(2.0) for _ in range(14)] == [{}] * 14
+        assert (tmp_path / "ranks" / "judge").exists()
+    for watch in cluster.watches:
+        watch.reach(3, "start")
+    assert cluster.turn(1.0) == {} and not (tmp_path / "ranks" / "judge").exists()
+
+
+SKEWS = {
+    "45 s ahead": lambda turn: 46.0,
+    "45 s behind": lambda turn: -46.0,
+    "an hour ahead": lambda turn: 3600.0,
+    "an hour behind": lambda turn: -3600.0,
+    "steps": lambda turn: (0.0, 3600.0, -50.0, 90.0)[turn // 30 % 4],
+    "stands still": lambda turn: -time.time() + 86400.0,
+}
+
+
+@pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
+def test_no_clock_but_ones_own_matters(skew, tmp_path, monkeypatch, capsys):
+    """Of a file server whose time is another: nobody who lives is killed, and who dies is named after 45 seconds."""
+    hosts = LAYOUTS["uneven"]
+    healthy = Cluster(tmp_path / "healthy", hosts, monkeypatch, hang_timeout=60.0, skew=skew, most=2.0)
+    for turn in range(150):
+        for watch in healthy.watches:
+            watch.reach(turn // 20, "start")
+        assert healthy.turn(2.0) == {}
+    # Hosts "b" and "d", at once: each is found by a host that is left.
+    victims = [rank for rank, host in enumerate(hosts) if host in "bd"]
+    healthy.die(victims)
+    for _ in range(int(faults.SILENCE_SECONDS // 2)):
+        assert healthy.turn(2.0) == {}
+    healthy.check_named(victims, capsys, seconds=2.0, turns=4)
+
+
+def test_a_job_that_was_suspended_goes_on(tmp_path, monkeypatch, capsys):
+    """For hours nobody wrote and nobody looked: neither silence nor a step of hours is a fault."""
+    cluster = Cluster(tmp_path, LAYOUTS["blocks"], monkeypatch, hang_timeout=30.0, most=2.0)
+    for step in range(4):
+        for watch in cluster.watches:
+            watch.reach(step, "start")
+        assert cluster.turn(2.0) == cluster.turn(2.0) == {}
+        assert cluster.turn(7200.0) == {}
+    cluster.die([7])
+    cluster.check_named([7], capsys, seconds=2.0, turns=2)
+
+
+def test_a_disk_that_cannot_be_written_keeps_nobody_from_being_alive(tmp_path, monkeypatch):
+    """Over quota, nothing can be written in place on some file systems: the file's time changes, whatever it is."""
+    cluster = Cluster(tmp_path, LAYOUTS["blocks"], monkeypatch)
+
+    def full(path, mode="r", *arguments, **keywords):
+        if "+" in mode:
+            raise OSError(122, "Disk quota exceeded")
+        return open(path, mode, *arguments, **keywords)
+
+    monkeypatch.setattr(heartbeat, "open", full, raising=False)
+    assert [cluster.turn() for _ in range(6)] == [{}] * 6
+
+
+def test_hosts_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """Containers are often all called the same: another one's process number says nothing."""
+    here = places.here(0)
+    everybody = [here, dataclasses.replace(here, rank=1, pid=1, born=1, kernel="another boot")]
+    assert places.beside(everybody, 0) == [] and places.afar(everybody, 0) == [everybody[1]]
+    assert places.kernel() and here.kernel == places.kernel()
 
 
 def test_a_full_disk_does_not_keep_the_verdict_from_the_others(tmp_path, monkeypatch, capsys):
@@ -183,10 +277,10 @@ def test_a_full_disk_does_not_keep_the_verdict_from_the_others(tmp_path, monkeyp
     monkeypatch.setattr(faults, "open", full, raising=False)
     cluster.die([5])
     with pytest.raises(Left):
-        cluster.watch(6).look([])
+        cluster.watches[6].look([])
     assert "rank 5 (process 1005 on node1) died; the run stops." in capsys.readouterr().err
     with pytest.raises(Left):
-        cluster.watch(20).look([])
+        cluster.watches[20].look([])
     assert capsys.readouterr().err == "", "it ends by what rank 6 found"
 
 
@@ -203,7 +297,6 @@ def test_512_ranks_touch_3_files_each(tmp_path, monkeypatch):
     """Opens and stats in RUN/ranks of a turn of 64 hosts x 8: everybody looking after everybody would be 262,144."""
     world = 512
     cluster = Cluster(tmp_path, [f"node{rank // 8}" for rank in range(world)], monkeypatch)
-    watches = [cluster.watch(rank) for rank in range(world)]
     original = Path.stat
 
     def stat(path, **keywords):
@@ -214,7 +307,7 @@ def test_512_ranks_touch_3_files_each(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "stat", stat)
     sys.addaudithook(count_opens)
     COUNTING.append(tmp_path / "ranks")
-    for watch in watches:
+    for watch in cluster.watches:
         watch.look([])
     COUNTING.clear()
     assert len(TOUCHED) == 3 * world

@@ -157,7 +157,7 @@ def beat(rank, **values):
     ],
 )
 def test_the_rank_that_the_others_wait_for_is_named(odd, why):
-    from slope_megatron.training.faults import describe_hang, suspects
+    from slope_megatron.training.hangs import describe_hang, suspects
 
     beats = [beat(0), beat(1, **odd), beat(2)]
     assert [found.rank for found in suspects(beats, 5.0)] == [1], why
@@ -168,7 +168,7 @@ def test_the_rank_that_the_others_wait_for_is_named(odd, why):
 
 
 def test_where_no_rank_stands_out_all_are_shown():
-    from slope_megatron.training.faults import describe_hang, suspects
+    from slope_megatron.training.hangs import describe_hang, suspects
 
     beats = [beat(0), beat(1)]
     assert suspects(beats, 5.0) == beats
@@ -177,8 +177,9 @@ def test_where_no_rank_stands_out_all_are_shown():
 
 def test_a_heartbeat_is_rewritten_in_place_and_survives_what_cannot_be_read(tmp_path):
     from slope_megatron.training import heartbeat, places
+    from slope_megatron.training.own_time import OwnTime
 
-    pulse = heartbeat.Pulse(tmp_path, places.here(3))
+    pulse = heartbeat.Pulse(tmp_path, places.here(3), OwnTime())
     pulse.announce()
     path = heartbeat.file_of(tmp_path, 3)
     place, size = path.stat().st_ino, path.stat().st_size
