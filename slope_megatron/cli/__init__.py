@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             from slope_megatron.launch import ranks
 
             # Whatever launcher started this process, from here on RANK and its companions say so.
-            ranks.export(os.environ)
+            arguments.ranks = ranks.export(os.environ)
         set_up_logging(arguments.verbose)
         return arguments.run(arguments)
     except ValueError as error:

@@ -5,9 +5,13 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from slope_megatron.config import Config, add_config_arguments, read_config
 from slope_megatron.versions import check_core
+
+if TYPE_CHECKING:
+    from slope_megatron.training.launcher import Launcher
 
 logger = logging.getLogger(__name__)
 # As in sysexits.h. EX_TEMPFAIL: told to stop, the checkpoint is saved, start me again. EX_IOERR: the last checkpoint
@@ -61,7 +65,8 @@ CHECKPOINTS
   is written, and those of --keep-every.
 
 SIGNALS
-  USR1 or TERM to any rank: all ranks save after the same step and end with code 75. TERM twice: end at once.
+  USR1, TERM or HUP to any rank: all ranks save after the same step and end with code 75. TERM twice: end at once.
+  A launcher that is killed, or dies of such a signal (torchrun of USR1), is missed within a second: the same.
 
 EXIT CODES
    0  done, or stopped by --stop-at; a finished run that is resumed stays as it is
@@ -70,7 +75,8 @@ EXIT CODES
   70  a rank died, or hung for --hang-timeout: named; go on with --resume
   71  a GPU has too little memory for this run: what was taken, and what to change
   74  the end was reached, and the last checkpoint could not be written
-  75  stopped by USR1 or TERM, and saved: start again with --resume (schedulers: --auto-resume)
+  75  stopped by USR1, TERM, HUP or the end of the launcher, and saved: start again with --resume (schedulers:
+      --auto-resume)
  130  interrupted from the keyboard; nothing was saved
  143  told twice to end; nothing was saved
 
@@ -127,7 +133,12 @@ def check(config: Config) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from slope_megatron.training.launcher import Launcher
+
     check_core()
+    # Before the frameworks load, which takes a while: a rank whose launcher goes meanwhile would wait for the others.
+    launcher = Launcher(arguments.ranks.variable)
+    launcher.guard(STOPPED_EARLY)
     config, origins = read_config(arguments)
     check(config)
     # Chatter of the libraries that says nothing about this run (missing optional packages, deprecations).
@@ -143,10 +154,10 @@ def run(arguments: argparse.Namespace) -> int:
         logger.info("%s", value_table(config, origins))
 
     cpu_host.prepare()
-    return train(config, origins)
+    return train(config, origins, launcher)
 
 
-def train(config: Config, origins: dict[str, str]) -> int:
+def train(config: Config, origins: dict[str, str], launcher: "Launcher | None" = None) -> int:
     """Train; returns the exit code, and says on the first rank how it went."""
     from slope_megatron.training.finished import Finished
     from slope_megatron.training.memory import OutOfMemory
@@ -154,7 +165,7 @@ def train(config: Config, origins: dict[str, str]) -> int:
     from slope_megatron.training.watch import Diverged
 
     try:
-        summary = pretrain(config, origins)
+        summary = pretrain(config, origins, launcher)
     except Finished as done:
         say(f"slope: {done}")
         return 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from slope_megatron.training import heartbeat
 from slope_megatron.training.hangs import Judge, describe_hang
 from slope_megatron.training.heartbeat import Listener, Pulse, Verdict
+from slope_megatron.training.launcher import Launcher, unblock_output
 from slope_megatron.training.own_time import OwnTime
 from slope_megatron.training.places import Place, afar, beside
 
@@ -27,7 +28,7 @@ POLL_SECONDS = 0.5
 # A rank on another host is taken for dead after this long without a heartbeat that is new to this one.
 SILENCE_SECONDS = 45.0
 DEAD_PEER_EXIT_CODE = 70
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class RankWatch:
@@ -39,14 +40,24 @@ class RankWatch:
         rank: this one.
         describe: says in words what is lost and how to go on, for the message.
         hang_timeout: seconds without progress, from the first `reach` on, after which the run ends; 0: never.
+        launcher: what started this rank; if that goes, all ranks save and end. None: nothing did.
     """
 
-    def __init__(self, run: Path, places: list[Place], rank: int, describe, hang_timeout: float = 0.0):
+    def __init__(
+        self,
+        run: Path,
+        places: list[Place],
+        rank: int,
+        describe,
+        hang_timeout: float = 0.0,
+        launcher: Launcher | None = None,
+    ):
         self.folder = run / "ranks"
         self.places, self.rank = places, rank
         self.beside, self.afar = beside(places, rank), afar(places, rank)
         self.elsewhere = [place for place in places if place.machine != places[rank].machine]
         self.describe = describe
+        self.launcher = launcher or Launcher("")
         self.hang_timeout = hang_timeout
         self.clock = OwnTime()
         self.pulse = Pulse(self.folder, places[rank], self.clock)
@@ -55,6 +66,7 @@ class RankWatch:
         self.alarmed = False
         self.stopped = threading.Event()
         self.stop_requested = threading.Event()
+        self.signalled = False
         self.wake_read, self.wake_write = os.pipe()
         self.thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
 
@@ -63,14 +75,17 @@ class RankWatch:
         self.pulse.announce()
         if self.rank == 0:
             heartbeat.make_room_for_verdict(self.folder)
-        # USR1 and TERM ask for a checkpoint and a clean end, as a job scheduler does before its time limit. A launcher
-        # that sees a dead rank ends the others with TERM, too: they say first whom they have lost. The wake-up
-        # descriptor reaches the thread although the main thread sits in a collective.
+        # USR1 and TERM ask for a checkpoint and a clean end, as a job scheduler does before its time limit, and HUP
+        # when a terminal closes (under nohup it is ignored, and stays so). A launcher that sees a dead rank ends the
+        # others with TERM, too: they say first whom they have lost. The wake-up descriptor reaches the thread although
+        # the main thread sits in a collective.
+        self.heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         os.set_blocking(self.wake_write, False)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
+        for number in self.heeded:
             signal.signal(number, lambda *_: None)
         self.thread.start()
+        self.launcher.handed_over.set()
 
     def reach(self, step: int, part: str) -> None:
         """The main thread has done `step` steps and begins `part`: from here on it must not stand still."""
@@ -86,7 +101,7 @@ class RankWatch:
         self.stopped.set()
         self.thread.join()
         signal.set_wakeup_fd(-1)
-        for number in STOP_SIGNALS:
+        for number in self.heeded:
             signal.signal(number, signal.SIG_DFL)
         self.pulse.remove()
         if self.rank == 0:
@@ -113,18 +128,27 @@ class RankWatch:
         if dead:
             self._end(f"{names(dead)} died; the run stops.", Verdict([]))
         # Told twice to end, a rank that is stuck ends; first it says whom it has lost.
-        if signal.SIGTERM in signals and self.stop_requested.is_set():
+        if signal.SIGTERM in signals and self.signalled:
             say(f"slope: rank {self.rank} was told twice to end")
             os._exit(128 + signal.SIGTERM)
-        if signals and not self.stop_requested.is_set():
-            self.stop_requested.set()
-            name = signal.Signals(signals[0]).name
-            say(f"slope: rank {self.rank} got {name}: saving after this step")
+        if signals:
+            self.signalled = True
+            self.request_stop(f"got {signal.Signals(signals[0]).name}")
+        gone = self.launcher.gone()
+        if gone and not self.stop_requested.is_set():
+            unblock_output()
+            self.request_stop(f"has lost its launcher ({gone})")
         found = self.judge.rule()
         if found:
             hung, beats = found
             what = f"{describe_hang(hung, beats, self.hang_timeout)}; the run stops."
             self._end(what, Verdict([beat.rank for beat in hung]))
+
+    def request_stop(self, why: str) -> None:
+        """All ranks save after the same step, and end."""
+        if not self.stop_requested.is_set():
+            self.stop_requested.set()
+            say(f"slope: rank {self.rank} {why}: saving after this step")
 
     def is_gone(self, place: Place) -> bool:
         """Whether the process of a rank of this host has ended, and has not said that it is done."""
@@ -188,7 +212,8 @@ class RankWatch:
 
 def say(message: str) -> None:
     """On a line of its own: a progress bar leaves its line open, and the main thread may never close it."""
-    print(f"\n{message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever read it is gone
+        print(f"\n{message}", file=sys.stderr, flush=True)
 
 
 def names(places: list[Place]) -> str:

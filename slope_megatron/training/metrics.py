@@ -1,5 +1,6 @@
 """One moving line for whoever watches. The figures themselves: `writers`."""
 
+import contextlib
 import sys
 
 from tqdm import tqdm
@@ -24,7 +25,9 @@ class Progress:
 
     def step(self, loss: float, tokens_per_second: float) -> None:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-        self.bar.update()
+        with contextlib.suppress(OSError):  # a launcher that is gone reads no output; the run still has to be saved
+            self.bar.update()
 
     def close(self) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()

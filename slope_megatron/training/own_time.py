@@ -6,7 +6,7 @@ somebody does; so a heartbeat is something that changes, and how long it has not
 
 import time
 
-# More than this in one turn was no time in which anybody could be heard: the job was suspended, or the disk stood still.
+# In more than this, nobody could be heard: the job was suspended, or the disk stood still.
 MOST_SECONDS_A_TURN = 2.0
 
 

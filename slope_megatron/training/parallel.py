@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from slope_megatron.config import Config
 from slope_megatron.sparsity import counter
+from slope_megatron.training import meeting
 
 logger = logging.getLogger(__name__)
 SHARE_GPUS = "SLOPE_SHARE_GPUS"
@@ -45,39 +46,50 @@ def is_counted_here(parameter: torch.nn.Parameter) -> bool:
     return first or getattr(parameter, "tensor_model_parallel", False)
 
 
-def ranks_here() -> int:
-    """Ranks of this machine, as the launcher says; all of them where it does not."""
+def ranks_here() -> int | None:
+    """Ranks of this machine, as the launcher says; None where it does not."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    return int(os.environ["WORLD_SIZE"])
+    return None
 
 
 def take_gpu() -> None:
-    """Make the GPU that LOCAL_RANK names this process's own.
+    """Make the GPU of this rank's number on its machine (LOCAL_RANK) its own; the only one that it sees, if it is one.
 
     With SLOPE_SHARE_GPUS=1 ranks share GPUs where there are too few, to try a layout: NCCL, which refuses two ranks of
     one machine on one GPU, then takes each rank for a machine of its own and goes through sockets. Results are those of
     more GPUs, times are not.
 
     Raises:
-        ValueError: there is no such GPU, and ranks are not told to share.
+        ValueError: ranks of this machine see several GPUs, but fewer than there are ranks, and are not told to share.
     """
-    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if os.environ.get(SHARE_GPUS) == "1" and ranks_here() > gpus:
-        logger.warning("%s: %d ranks share %d GPUs; steps are slow", SHARE_GPUS, ranks_here(), gpus)
-        local_rank %= gpus
+    local_rank, here, gpus = int(os.environ["LOCAL_RANK"]), ranks_here(), torch.cuda.device_count()
+    ranks = here or int(os.environ["WORLD_SIZE"])
+    if os.environ.get(SHARE_GPUS) == "1" and ranks > gpus:
+        logger.warning("%s: %d ranks share %d GPUs; steps are slow", SHARE_GPUS, ranks, gpus)
+        use_gpu(local_rank % gpus)
         os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"
-        # DeepSpeed reads the number of the GPU there, and under mpirun wants both to say the same.
-        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
-            if name in os.environ:
-                os.environ[name] = str(local_rank)
-    if local_rank >= gpus:
+        return
+    if gpus == 1:
+        # A task that is given one GPU (--gpus-per-task=1) calls it 0. Whether others have it, too, is seen at `meet`.
+        use_gpu(0)
+        return
+    if local_rank >= gpus or (here or 0) > gpus:
         raise ValueError(
-            f"LOCAL_RANK is {local_rank} and this machine has {gpus} GPUs: start at most {gpus} ranks on it, "
+            f"LOCAL_RANK is {local_rank}{f' of {here}' if here else ''} and this rank sees {gpus} GPUs: start at most "
+            f"{gpus} ranks on a machine, let each see its own GPU or all of them (CUDA_VISIBLE_DEVICES, --gpu-bind), "
             f"or set {SHARE_GPUS}=1 to try a layout with ranks that share GPUs, slowly"
         )
-    torch.cuda.set_device(local_rank)
+    use_gpu(local_rank)
+
+
+def use_gpu(index: int) -> None:
+    """DeepSpeed reads the number in LOCAL_RANK, and under mpirun wants Open MPI's to say the same."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name in os.environ:
+            os.environ[name] = str(index)
+    torch.cuda.set_device(index)
 
 
 def initialize(config: Config) -> None:
@@ -93,7 +105,9 @@ def initialize(config: Config) -> None:
         take_gpu()
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = meeting.meet(deepspeed.constants.default_pg_timeout)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        del store
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_parallel,
         pipeline_model_parallel_size=config.parallel.pipeline_parallel,

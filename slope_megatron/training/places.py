@@ -20,7 +20,7 @@ class Place:
 
     Args:
         born: when it started (clock ticks after boot), so that a number used again is not mistaken for it.
-        kernel: which boot, and which container's processes, `pid` is a number of; hosts and containers may share a name.
+        kernel: of which boot and which container `pid` is a number; hosts and containers may share a name.
     """
 
     rank: int

@@ -28,6 +28,7 @@ from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.finished import Finished, finished
 from slope_megatron.training.init_from import check_init, load_init
+from slope_megatron.training.launcher import Launcher
 from slope_megatron.training.loop import Run, what_is_safe
 from slope_megatron.training.places import Place
 from slope_megatron.training.watch import Diverged
@@ -71,9 +72,11 @@ def check_start(config: Config, samples: int) -> None:
         check_init(config, samples)
 
 
-def pretrain(config: Config, origins: dict[str, str]) -> dict:
+def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None = None) -> dict:
     """Train to `--steps` (or `--stop-at`); every rank calls it.
 
+    Args:
+        launcher: what started this rank, if anything did: the run saves and ends when that goes.
     Returns:
         the summary that is also written to RUN/summary.json.
     Raises:
@@ -101,7 +104,7 @@ def pretrain(config: Config, origins: dict[str, str]) -> dict:
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))
     on_first_rank(lambda: remove_leftovers(run))
     timeout = config.watch.hang_timeout
-    watch = RankWatch(run, every_place(), dist.get_rank(), lambda: what_is_safe(run), timeout)
+    watch = RankWatch(run, every_place(), dist.get_rank(), lambda: what_is_safe(run), timeout, launcher)
     watch.start()
     logger.info("%s", sparsity_table(config))
     try:

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from slope_megatron.launch import ports
-from slope_megatron.launch.ranks import FIRST_PORT
+from slope_megatron.launch.slurm import FIRST_PORT
 
 
 def test_a_port_that_is_taken_is_not_given(monkeypatch):

@@ -42,9 +42,7 @@ def test_each_rank_has_the_gpu_of_its_number(two_gpus, monkeypatch):
 
 def test_a_rank_too_many_is_told_what_to_do(two_gpus, monkeypatch):
     be_rank(monkeypatch, 2, 4)
-    with pytest.raises(
-        ValueError, match=r"LOCAL_RANK is 2 and this machine has 2 GPUs: start at most 2 .* SLOPE_SHARE_"
-    ):
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is 2 and this rank sees 2 GPUs: start at most 2 .* SLOPE_SHARE_"):
         parallel.take_gpu()
     assert two_gpus == []
 
@@ -70,3 +68,24 @@ def test_ranks_that_need_not_share_do_not(two_gpus, monkeypatch, name):
     monkeypatch.setenv(name, "2")
     parallel.take_gpu()
     assert two_gpus == [1, 1] and os.environ["NCCL_HOSTID"] == "this"
+
+
+def test_the_only_gpu_that_a_task_sees_is_its_own(two_gpus, monkeypatch):
+    """As with --gpus-per-task=1, seen through cgroups: no variable tells of it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank in range(4):
+        be_rank(monkeypatch, rank, 4)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        parallel.take_gpu()
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert two_gpus == [0, 0, 0, 0]
+
+
+def test_some_gpus_but_too_few_are_refused_on_every_rank(two_gpus, monkeypatch):
+    """--gpus-per-task=2: tasks 0 and 1 would take one of their own two each, tasks 2 and 3 none."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for rank in range(4):
+        be_rank(monkeypatch, rank, 4)
+        with pytest.raises(ValueError, match=rf"LOCAL_RANK is {rank} of 4 and this rank sees 2 GPUs"):
+            parallel.take_gpu()
+    assert two_gpus == []
