@@ -2,8 +2,8 @@
 # One task of one node: start this node's ranks under torchrun or deepspeed, and pass "save and stop" on to them.
 #   node.sh torchrun|deepspeed  MODULE arguments ...
 #
-# Neither launcher passes USR1 on: torchrun and deepspeed die of it, and the ranks with them. Signals go to the ranks
-# themselves: the descendants that have a RANK.
+# Neither launcher passes USR1 on: torchrun and deepspeed die of it (the ranks miss them, save and end). Signals go to
+# the ranks themselves: the descendants that have a RANK.
 # shellcheck disable=SC2317 # functions are called by the trap
 set -uo pipefail
 launcher=$1
@@ -47,7 +47,7 @@ save_and_stop() {
     has_rank "$process" && ! has_rank "$(ps -o ppid= -p "$process" | tr -d ' ')" && kill -USR1 "$process"
   done
 }
-trap save_and_stop USR1 TERM
+trap save_and_stop USR1 TERM HUP INT
 code=0
 while kill -0 "$pid" 2> /dev/null; do
   wait "$pid"

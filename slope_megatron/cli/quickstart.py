@@ -227,7 +227,7 @@ def session_lives(process: subprocess.Popen) -> bool:
 
 
 def interrupt(signum, frame) -> None:
-    """TERM and HUP end a quickstart as the keyboard does, and with it the ranks that it started."""
+    """TERM, HUP and USR1 end a quickstart as the keyboard does, and with it the ranks that it started."""
     raise KeyboardInterrupt
 
 
@@ -238,7 +238,7 @@ def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.versions import versions
 
     check_core()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, interrupt)
     out = Path(arguments.out)
     configs = check_flags(arguments, out)

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -21,7 +22,11 @@ class Progress:
             maxinterval=1.0 if watched else 30.0,
             dynamic_ncols=watched,
             ascii=not watched,
+            miniters=1,
         )
+        # tqdm reads the wall clock, which may be set while the run goes on: no line would come for as long.
+        self.bar._time = time.monotonic
+        self.bar.start_t = self.bar.last_print_t = time.monotonic()
 
     def step(self, loss: float, tokens_per_second: float) -> None:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
