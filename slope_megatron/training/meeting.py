@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 QUIET_SECONDS, REPEAT_SECONDS = 20.0, 60.0
 POLL_SECONDS = 0.1
 MOST_NAMED = 16
+SHARE_GPUS = "SLOPE_SHARE_GPUS"
 READY = "ready"
 
 
@@ -60,7 +61,7 @@ def meet(timeout: datetime.timedelta):
 
 def own_gpu() -> str:
     """Which GPU this process has taken, of all machines' GPUs; empty where that is none, or meant to be shared."""
-    if not torch.cuda.is_available() or os.environ.get("SLOPE_SHARE_GPUS") == "1":
+    if not torch.cuda.is_available() or os.environ.get(SHARE_GPUS) == "1":
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     uuid = visible if "MIG" in visible else torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
@@ -115,7 +116,7 @@ def same_gpu(store, world: int) -> str | None:
         if gpu and gpu in taken:
             return (
                 f"ranks {taken[gpu]} and {rank} on {host} have the same GPU: start one rank for each GPU, let every "
-                "task see its own or all of them, or set SLOPE_SHARE_GPUS=1 to try a layout with ranks that share GPUs"
+                f"task see its own or all of them, or set {SHARE_GPUS}=1 to try a layout with ranks that share GPUs"
             )
         taken[gpu] = rank
     return None

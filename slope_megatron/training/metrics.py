@@ -25,7 +25,7 @@ class Progress:
             miniters=1,
         )
         # tqdm reads the wall clock, which may be set while the run goes on: no line would come for as long.
-        self.bar._time = time.monotonic
+        self.bar._time = time.monotonic  # type: ignore[attr-defined]
         self.bar.start_t = self.bar.last_print_t = time.monotonic()
 
     def step(self, loss: float, tokens_per_second: float) -> None:

@@ -13,7 +13,7 @@ from slope_megatron.sparsity import counter
 from slope_megatron.training import meeting
 
 logger = logging.getLogger(__name__)
-SHARE_GPUS = "SLOPE_SHARE_GPUS"
+SHARE_GPUS = meeting.SHARE_GPUS
 
 
 class ModelParallelUnit:
