@@ -10,12 +10,14 @@ weights: `adapter_l` is L^T `[R, K]`, `adapter_r` is R^T `[N, R]`.
     adapters  dL^T = ((1/R) dY R^T)^T X,   dR^T = (1/R) dY^T (X L)
 
 Surprising: dgrad reads the doubly pruned W^{R,C}, not the W^R of the forward (SLoPe, section 3.1); the packed values
-enter as a tensor only so that autograd hands them their gradient, the products read the operands derived from them.
+enter as a tensor so that autograd hands them their gradient, and checks that nobody writes them (or the patterns)
+between forward and backward; the products read the operands derived from them.
 Under tensor parallelism dX is complete only after a reduction; it starts as soon as dX is there, the adapters' share
 included, and travels while dW is computed. Under sequence parallelism X, gathered again for dW, travels before, while
 dX is computed.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -67,11 +69,23 @@ class NoCommunication:
         return Arrived(dl), Arrived(dr)
 
 
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What a product takes besides tensors; the fields are those arguments of `slope_linear`."""
+
+    communication: Communication
+    prune: Callable[[torch.Tensor], torch.Tensor] | None
+    draws: TokenDraws | None
+    patterns: tuple[torch.Tensor, ...]
+    before_backward: Callable[[torch.Tensor], None] | None
+
+
 class SlopeLinearFunction(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Products, communication, prune, draws):
+    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Products, how: "How"):
+        communication = how.communication
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
         hidden_TR = None
@@ -81,10 +95,8 @@ class SlopeLinearFunction(torch.autograd.Function):
             scale = 1.0 / adapter_l_RK.shape[0]
             y_TN, hidden_TR = low_rank.product(operands, Product.FORWARD, x_TK, adapter_l_RK, adapter_r_NR, scale)
         # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
-        ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR)
-        ctx.operands = operands
-        ctx.communication = communication
-        ctx.prune, ctx.draws = prune, draws
+        ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *how.patterns)
+        ctx.operands, ctx.how = operands, how
         return y_TN.unflatten(0, full_x.shape[:-1])
 
     @staticmethod
@@ -93,8 +105,10 @@ class SlopeLinearFunction(torch.autograd.Function):
             # As in forward; a caller may have left it on.
             with torch.autocast(dy.device.type, enabled=False):
                 return SlopeLinearFunction.backward(ctx, dy)
-        x, adapter_l_RK, adapter_r_NR, hidden_TR = ctx.saved_tensors
-        operands, communication = ctx.operands, ctx.communication
+        x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *_ = ctx.saved_tensors
+        operands, communication, prune = ctx.operands, ctx.how.communication, ctx.how.prune
+        if ctx.how.before_backward:
+            ctx.how.before_backward(values_NC)
         need_dx, need_values = ctx.needs_input_grad[:2]
         # Of two factors one may be frozen: autograd drops a gradient that nobody wants.
         need_adapters = any(ctx.needs_input_grad[2:4])
@@ -102,7 +116,7 @@ class SlopeLinearFunction(torch.autograd.Function):
         dy_TN = dy.flatten(0, -2)
         dhidden_TR = None
         # The adapters' gradients are exact: they read dY itself.
-        pruned_TN = ctx.prune(dy_TN) if ctx.prune else dy_TN
+        pruned_TN = prune(dy_TN) if prune else dy_TN
         reducing = None
         if need_dx:
             if adapter_l_RK is None:
@@ -122,10 +136,10 @@ class SlopeLinearFunction(torch.autograd.Function):
                 # Both hiddens have their 1/R already.
                 dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
                 adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
-            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.draws) if need_values else None
+            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.how.draws) if need_values else None
         dx = reducing.wait() if reducing else None
         dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
-        return dx, dvalues_NC, dl_RK, dr_NR, None, None, None, None
+        return dx, dvalues_NC, dl_RK, dr_NR, None, None
 
 
 def slope_linear(
@@ -137,6 +151,8 @@ def slope_linear(
     communication=None,
     prune: Callable[[torch.Tensor], torch.Tensor] | None = None,
     draws: TokenDraws | None = None,
+    patterns: tuple[torch.Tensor, ...] = (),
+    before_backward: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Y for `x` `[..., K]`; the leading axes are tokens. Under autocast too in the type of the values.
 
@@ -147,12 +163,18 @@ def slope_linear(
         communication: of a parallel layer; None on one rank.
         prune: dY `[T, N]` -> what dgrad and wgrad read instead; None: dY itself.
         draws: of the unbiased estimate that wgrad alone reads instead; None: no estimate.
+        patterns: what the operands were made of besides the values; checked like them.
+        before_backward: called with the values as forward read them, before backward's products: where operands may
+            have followed other values since.
+    Raises:
+        RuntimeError: in backward, autograd's own: the values or a pattern were written in place after forward.
     """
-    adapter_l, adapter_r = adapters or (None, None)
-    communication = communication or NoCommunication()
     if torch.is_autocast_enabled(x.device.type):
         # Operands are of one type: what autocast would make of the other factor cannot be multiplied with them.
         options = {"adapters": adapters, "communication": communication, "prune": prune, "draws": draws}
+        options |= {"patterns": patterns, "before_backward": before_backward}
         with torch.autocast(x.device.type, enabled=False):
             return slope_linear(x.to(values_NC.dtype), values_NC, operands, **options)
-    return SlopeLinearFunction.apply(x, values_NC, adapter_l, adapter_r, operands, communication, prune, draws)
+    adapter_l, adapter_r = adapters or (None, None)
+    how = How(communication or NoCommunication(), prune, draws, patterns, before_backward)
+    return SlopeLinearFunction.apply(x, values_NC, adapter_l, adapter_r, operands, how)

@@ -36,7 +36,6 @@ def packed_weight(rows: int, columns: int, device: str):
             self.weight = torch.nn.Parameter(torch.zeros(rows, columns // 2, dtype=torch.bfloat16, device=device))
             self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device))
             self.register_buffer("weight_column", torch.zeros(rows, columns // 16, dtype=torch.uint8, device=device))
-            self._operands = None
 
     return Weight()
 

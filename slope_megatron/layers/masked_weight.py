@@ -28,11 +28,29 @@ from slope_megatron.sparsity.tokens import largest_along_tokens
 from slope_megatron.sparsity.transposable import transposable_mask
 
 
-class DenseOperands:
-    """A dense matrix for all products."""
+class MaskedOperands:
+    """S W as a matrix of its own, or W itself where nothing is masked, for all products.
 
-    def __init__(self, weight_NK: torch.Tensor):
-        self.weight_NK = weight_NK
+    Args:
+        mask_bits: S, a bitmask uint8 `[N, K/8]`; kept and not copied. None: the dense tail.
+    """
+
+    def __init__(self, weight_NK: torch.Tensor, mask_bits: torch.Tensor | None):
+        self.mask_bits = mask_bits
+        self.weight_NK = weight_NK if mask_bits is None else torch.empty_like(weight_NK)
+        self.refresh(weight_NK)
+
+    @torch.no_grad()
+    def refresh(self, weight_NK: torch.Tensor) -> None:
+        """New values, the same mask."""
+        self.rebind(weight_NK)
+        if self.mask_bits is not None:
+            torch.mul(weight_NK, unpack_bits(self.mask_bits), out=self.weight_NK)
+
+    def rebind(self, weight_NK: torch.Tensor) -> None:
+        """The parameter is here now: for products that read it."""
+        if self.mask_bits is None:
+            self.weight_NK = weight_NK
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         return x_TK @ self.weight_NK.t()
@@ -48,6 +66,7 @@ class MaskedWeight(PrunedLinear):
     """Mixed into Megatron's linears, whose dense `weight` stays as it is."""
 
     weight_mask: torch.Tensor
+    PATTERNS = ("weight_mask",)
 
     def init_masked(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
         """Called once, at the end of the constructor.
@@ -61,9 +80,6 @@ class MaskedWeight(PrunedLinear):
         self.register_buffer("weight_mask", mask)
         self.init_adapters(slope, columns, partition_dim, stride)
         self.masking = True
-        self._operands: DenseOperands | None = None
-        self._version = -1
-        self.register_load_state_dict_post_hook(lambda module, _: module.drop_operands())
 
     def mask(self) -> torch.Tensor:
         """S as bool `[N, K]`."""
@@ -78,12 +94,15 @@ class MaskedWeight(PrunedLinear):
         else:
             mask = magnitude_pattern(weight, self.slope.n, self.slope.m)
         self.weight_mask.copy_(pack_bits(mask))
+        # Whoever has a mask chosen for the weight says that the weight is there.
+        self.mark_present("weight", "weight_mask")
         self.drop_operands()
 
     def set_masking(self, masking: bool) -> None:
         """Whether the weight is pruned from here on; S is all ones where it is not."""
         if not masking:
             self.weight_mask.fill_(255)
+            self.mark_present("weight_mask")
         if masking != self.masking:
             self.masking = masking
             self.drop_operands()
@@ -92,20 +111,9 @@ class MaskedWeight(PrunedLinear):
         """S W `[N, K]`: what is multiplied; W itself in the dense tail."""
         return self.weight.detach() * self.mask() if self.masking else self.weight.detach()
 
-    def operands(self) -> DenseOperands:
-        """S W of the present weight: made on first use, and anew when the parameter was written."""
-        if self._operands is None or self._version != self.weight._version:
-            self._operands = DenseOperands(self.dense_weight())
-            self._version = self.weight._version
-        return self._operands
-
-    def drop_operands(self) -> None:
-        """Forget S W: the weight was written behind autograd's back, or the mask is another."""
-        self._operands = None
-
-    def _apply(self, *arguments, **keywords):
-        self.drop_operands()
-        return super()._apply(*arguments, **keywords)
+    def build_operands(self, weight: torch.Tensor) -> MaskedOperands:
+        self.check_initialized()
+        return MaskedOperands(weight.detach(), self.weight_mask if self.masking else None)
 
     def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if not self.masking or self.slope.method == "fst":

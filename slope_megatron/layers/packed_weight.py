@@ -6,7 +6,7 @@ N out, K in (this rank's shard), C = K n/m kept per row.
     weight_pattern  buffer uint8 [N, K/8]      row pattern, static
     weight_column   buffer uint8 [N, C/8]      which values survive the second pruning; state, it cannot be rebuilt
 
-Operands, what a kernel wants, are derived from these on first use, refreshed after each optimizer step and never saved.
+Operands, what a kernel wants, are derived from these on first use, follow them and are never saved (`pruned_linear`).
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
+from slope_megatron.layers.kept_operands import KeptOperands, Seen
 from slope_megatron.layers.passing_operands import PassingOperands
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.ops.backend import (
     PRODUCTS,
     Operands,
     Product,
-    Products,
     TokenDraws,
     build_operands,
     choose_column_bits,
@@ -63,6 +63,8 @@ class PackedWeight(PrunedLinear):
 
     weight_pattern: torch.Tensor
     weight_column: torch.Tensor
+    PATTERNS = ("weight_pattern", "weight_column")
+    _kept: KeptOperands[Operands] | None
 
     def init_packed(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
         """Buffers, adapters and attributes; called once, at the end of the constructor.
@@ -82,10 +84,6 @@ class PackedWeight(PrunedLinear):
             set_tensor_model_parallel_attributes(self.weight, True, partition_dim, stride)
         self.init_adapters(slope, columns, partition_dim, stride)
         self.keep_operands = True
-        self.initialized = False
-        self._operands: Operands | None = None
-        self._refreshed_version = -1
-        self.register_load_state_dict_post_hook(PackedWeight._after_load)
 
     # -- the build ----------------------------------------------------------------------------------------------------
 
@@ -110,8 +108,8 @@ class PackedWeight(PrunedLinear):
                 mask = magnitude_pattern(dense, n, m)
             self.weight[local.start : local.stop] = pack(dense * scale, mask).to(self.weight.dtype)
             self.weight_pattern[local.start : local.stop] = pack_bits(mask)
-        self.initialized = True
-        self._operands = None
+        self.mark_present("weight", "weight_pattern")
+        self.drop_operands()
 
     # -- state and operands -------------------------------------------------------------------------------------------
 
@@ -132,56 +130,33 @@ class PackedWeight(PrunedLinear):
         """Choose the second pruning anew, by magnitude of the present values, and rewrite the backward operand."""
         values = self.weight.detach()
         self.weight_column.copy_(choose_column_bits(values, self.weight_pattern, self.slope.n, self.slope.m))
-        if self._operands is not None:
-            self._operands.set_column_pattern(self.weight_column, values)
-            self._refreshed_version = self.weight._version
+        self.mark_present("weight_column")
+        kept = self._kept
+        if kept is None or not kept.fits(self.weight) or kept.patterns[-1].tensor() is not self.weight_column:
+            self.drop_operands()
+            return
+        kept.operands.set_column_pattern(self.weight_column, values)
+        kept.follows(self.weight)
+        kept.patterns = (*kept.patterns[:-1], Seen(self.weight_column))
 
-    def refresh(self) -> None:
-        """Bring the operands up to the present values: after a step that autograd's version counter missed."""
-        if self._operands is not None:
-            self._operands.refresh(self.weight.detach())
-            self._refreshed_version = self.weight._version
+    def build_operands(self, weight: torch.Tensor) -> Operands:
+        return self.new_operands(weight, PRODUCTS)
 
-    def operands(self) -> Operands:
-        """The operands of the present values: built on first use, refreshed when the parameter was written in place."""
-        if self._operands is None:
-            self._operands = self.new_operands(PRODUCTS)
-            self._refreshed_version = self.weight._version
-        elif self._refreshed_version != self.weight._version:
-            self.refresh()
-        elif hasattr(self._operands, "rebind"):
-            # They read the parameter itself, and a flat buffer or a gather may have moved it.
-            self._operands.rebind(self.weight.detach())
-        return self._operands
+    def new_operands(self, weight: torch.Tensor, products: tuple[Product, ...]) -> Operands:
+        """Operands of the present values of `weight` that serve `products`.
 
-    def new_operands(self, products: tuple[Product, ...]) -> Operands:
-        """Operands of the present values that serve `products`."""
-        if not self.initialized:
-            raise RuntimeError(
-                f"{type(self).__name__} has no pattern yet: fill the built model with "
-                "slope_megatron.models.fill.fill_model, "
-                "or load a checkpoint"
-            )
-        values = self.weight.detach()
-        patterns = (self.weight_pattern, self.weight_column)
-        return build_operands(self.slope.backend, values, *patterns, products, float8_kinds=self.slope.float8_kinds)
-
-    @property
-    def has_operands(self) -> bool:
-        """Whether operands are there now."""
-        return self._operands is not None
-
-    def drop_operands(self) -> None:
-        """Forget the operands: patterns, dtype or device have changed."""
-        self._operands = None
-
-    def _after_load(self, _incompatible) -> None:
-        self.initialized = True
-        self.drop_operands()
-
-    def _apply(self, *arguments, **keywords):
-        self.drop_operands()
-        return super()._apply(*arguments, **keywords)
+        Raises:
+            RuntimeError: weight or patterns were never filled nor loaded.
+        """
+        self.check_initialized()
+        return build_operands(
+            self.slope.backend,
+            weight.detach(),
+            self.weight_pattern,
+            self.weight_column,
+            products,
+            float8_kinds=self.slope.float8_kinds,
+        )
 
     def double_pruning(self) -> DoublePruning:
         """What the second pruning costs here, measured."""
@@ -194,9 +169,11 @@ class PackedWeight(PrunedLinear):
             energy_dropped=float(values[dropped].square().sum()),
         )
 
-    def product_operands(self) -> Products:
+    def product_operands(self, weight: torch.Tensor):
         """The kept operands; or, where the values are here only while the layer computes, some built for each use."""
-        return self.operands() if self.keep_operands else PassingOperands(self.new_operands)
+        if self.keep_operands:
+            return super().product_operands(weight)
+        return PassingOperands(self.new_operands, weight), None
 
     def gradient_draws(self) -> TokenDraws | None:
         """In `full` mode wgrad reads an unbiased 2:4 estimate of dY."""

@@ -12,20 +12,24 @@ class PassingOperands:
 
     The memory is scratch: the next layer's operands take it. The weight must be gathered whenever a product is asked
     for, which ZeRO-3's hooks around a layer's forward and backward see to.
+
+    Args:
+        build: (weight, names of products) -> operands of its present values.
+        weight: what is multiplied; the parameter itself, whose memory comes and goes.
     """
 
-    def __init__(self, new_operands: Callable[[tuple[Product, ...]], Operands]):
-        self.new_operands = new_operands
+    def __init__(self, build: Callable[[torch.Tensor, tuple[Product, ...]], Operands], weight: torch.Tensor):
+        self.build, self.weight = build, weight
         self.of_backward: Operands | None = None
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.new_operands((Product.FORWARD,)).forward(x_TK)
+        return self.build(self.weight, (Product.FORWARD,)).forward(x_TK)
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        self.of_backward = self.new_operands((Product.DGRAD, Product.WGRAD))
+        self.of_backward = self.build(self.weight, (Product.DGRAD, Product.WGRAD))
         return self.of_backward.dgrad(dy_TN)
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        operands = self.of_backward or self.new_operands((Product.WGRAD,))
+        operands = self.of_backward or self.build(self.weight, (Product.WGRAD,))
         self.of_backward = None
         return operands.wgrad(dy_TN, x_TK, draws)

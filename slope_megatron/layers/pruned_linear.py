@@ -3,6 +3,9 @@
 N out, K in (this rank's shard), R adapter rank.
 
     adapter_l       Parameter [R, K]           L^T; adapter_r Parameter [N, R]: R^T (SLoPe, section 3.2)
+
+Operands are derived from weight and patterns and kept (`layers.kept_operands`); see `watches_values` for who says when
+they are to follow.
 """
 
 import functools
@@ -10,22 +13,35 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.draws import RowDraws
+from slope_megatron.layers.kept_operands import KeptOperands
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops.backend import Products, TokenDraws
+from slope_megatron.ops.backend import Following, Products, TokenDraws
 from slope_megatron.ops.operands.bias import bias_gradient
 
 
 class PrunedLinear(torch.nn.Module):
-    """Mixed into Megatron's linears. A subclass gives `operands()`, and what it prunes of the gradient."""
+    """Mixed into Megatron's linears. A subclass says what its patterns are and builds operands, and what it prunes of
+    the gradient."""
 
     weight: torch.nn.Parameter
+    config: ModelParallelConfig
     slope: SlopeConfig
     tp_group: dist.ProcessGroup
+    # Names of the buffers that say which weights count.
+    PATTERNS: tuple[str, ...] = ()
+    # True: under any optimizer and loop, operands are refreshed in every training forward and in the first evaluating
+    # one after it, which is about 2 % of a product; a write through `.data` in the midst of evaluating forwards is the
+    # one thing that is not seen. False: whoever trains calls `refresh` or `drop_operands` after every change, as our
+    # engine does, and forwards refresh nothing unless autograd has counted a write.
+    watches_values = True
+    _kept: KeptOperands | None = None
+    _present: frozenset[str] = frozenset()
 
     @classmethod
     def configured(cls, slope: SlopeConfig) -> type:
@@ -49,6 +65,9 @@ class PrunedLinear(torch.nn.Module):
             set_tensor_model_parallel_attributes(cut, True, partition_dim, stride)
         self.adapters_active = False
         self.row_draws: RowDraws | None = None
+        if self.config.perform_initialization:
+            # By Megatron, in the constructor.
+            self.mark_present("weight")
 
     def present_draws(self) -> TokenDraws | None:
         """Of the unbiased estimate of dY at this place in the run; None where no gradient is asked for."""
@@ -61,17 +80,110 @@ class PrunedLinear(torch.nn.Module):
             )
         return self.row_draws.present(*self.slope.gradient_nm, self.weight.device)
 
-    def operands(self) -> Products:
-        """The operands of the present values."""
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def mark_present(self, *names: str) -> None:
+        """Weight or patterns have been written; on the `meta` device there is nothing to write."""
+        self._present |= {name for name in names if not getattr(self, name).is_meta}
+
+    @property
+    def absent(self) -> list[str]:
+        """Those of weight and patterns that nobody has filled or loaded yet."""
+        return [name for name in ("weight", *self.PATTERNS) if name not in self._present]
+
+    @property
+    def initialized(self) -> bool:
+        """Whether weight and patterns are all there; products are refused before."""
+        return not self.absent
+
+    def check_initialized(self) -> None:
+        """
+        Raises:
+            RuntimeError: memory as it was found would be multiplied.
+        """
+        if self.absent:
+            raise RuntimeError(
+                f"{type(self).__name__} has no {', '.join(self.absent)} yet: fill the built model with "
+                "slope_megatron.models.fill.fill_model, or load a checkpoint that has all of "
+                f"{', '.join(('weight', *self.PATTERNS))}"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if len(errors) == before:
+            self.mark_present(*(name for name in ("weight", *self.PATTERNS) if prefix + name in state_dict))
+        self.drop_operands()
+
+    def _apply(self, *arguments, **keywords):
+        self.drop_operands()
+        result = super()._apply(*arguments, **keywords)
+        # On the way to `meta` they are lost.
+        self._present = frozenset(name for name in self._present if not getattr(self, name).is_meta)
+        return result
+
+    def __getstate__(self):
+        # Copies build operands of their own.
+        return {**self.__dict__, "_kept": None}
+
+    # -- operands -----------------------------------------------------------------------------------------------------
+
+    def build_operands(self, weight: torch.Tensor) -> Following:
+        """Operands of the present values of `weight`, for all products."""
         raise NotImplementedError
+
+    def pattern_buffers(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.PATTERNS)
+
+    def present_operands(self, weight: torch.Tensor) -> KeptOperands:
+        """The kept operands, of the present values of `weight`: the parameter, or what was given in its place."""
+        kept, patterns = self._kept, self.pattern_buffers()
+        training = self.training or (torch.is_grad_enabled() and weight.requires_grad)
+        if kept is not None and not kept.fits(weight):
+            kept = None
+        if kept is None:
+            same_values = same_patterns = False
+        elif not self.watches_values:
+            same_values, same_patterns = kept.unwritten(weight, patterns)
+        else:
+            # Where a gradient waits, an optimizer may have come between two evaluating forwards.
+            quiet = not (training or kept.suspect or (weight.is_leaf and weight.grad is not None))
+            same_values, same_patterns = quiet and kept.weight.still(weight), kept.still(patterns)
+        if kept is None or not same_patterns:
+            # Others may still be wanted by a backward pass: new ones, not these ones changed.
+            kept = self._kept = KeptOperands(self.build_operands(weight), weight, patterns)
+        elif not same_values:
+            kept.refresh(weight)
+        else:
+            kept.rebind(weight)
+        kept.suspect = self.watches_values and training
+        return kept
+
+    def operands(self) -> Following:
+        """The operands of the present values: built on first use, brought up to date where need be."""
+        return self.present_operands(self.weight).operands
+
+    def refresh(self) -> None:
+        """Bring operands, if there are any, up to the present values: after a change that nobody counts."""
+        if self._kept is None or not self._kept.fits(self.weight):
+            self.drop_operands()
+        else:
+            self._kept.refresh(self.weight)
+
+    @property
+    def has_operands(self) -> bool:
+        """Whether operands are there now."""
+        return self._kept is not None
 
     def drop_operands(self) -> None:
-        """Forget them: what they were made of is another."""
-        raise NotImplementedError
+        """Forget the operands: what they were made of is another."""
+        self._kept = None
 
-    def product_operands(self) -> Products:
-        """The operands that the next product reads."""
-        return self.operands()
+    def product_operands(self, weight: torch.Tensor) -> tuple[Products, Callable[[torch.Tensor], None] | None]:
+        """The operands that the next product with `weight` reads, and what `slope_linear` calls before backward."""
+        kept = self.present_operands(weight)
+        recall = functools.partial(kept.recall, kept.generation) if self.watches_values else None
+        return kept.operands, recall
 
     def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What dgrad and wgrad read instead of dY; None: dY itself."""
@@ -88,6 +200,10 @@ class PrunedLinear(torch.nn.Module):
             keywords = {"bias": bias, "allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
             with torch.inference_mode(False), torch.no_grad():
                 return self._forward_impl(input, weight, **keywords)
+        if self.watches_values and torch.compiler.is_compiling():
+            # Whether values have changed is not for torch.compile to trace.
+            keywords = {"bias": bias, "allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
+            return torch.compiler.disable(self._forward_impl)(input, weight, **keywords)
         communication = TensorParallelCommunication(
             group=self.tp_group,
             sequence_parallel=sequence_parallel,
@@ -95,7 +211,8 @@ class PrunedLinear(torch.nn.Module):
             replicated_adapter=self.replicated_adapter,
         )
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
-        operands, in_product = self.product_operands(), False
+        operands, before_backward = self.product_operands(weight)
+        in_product = False
         if bias is not None and hasattr(operands, "with_bias"):
             # Where the product can add the bias on its way out, nothing reads the output once more.
             operands, in_product = operands.with_bias(bias), True
@@ -107,6 +224,8 @@ class PrunedLinear(torch.nn.Module):
             communication=communication,
             prune=self.gradient_pruning(),
             draws=self.gradient_draws(),
+            patterns=self.pattern_buffers(),
+            before_backward=before_backward,
         )
         if in_product:
             return bias_gradient(output, bias)

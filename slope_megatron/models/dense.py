@@ -163,7 +163,7 @@ def prune_into(
             mask = magnitude_pattern(dense, n, m)
         owner.weight[local.start : local.stop] = pack(dense, mask).to(owner.weight.dtype)
         owner.weight_pattern[local.start : local.stop] = pack_bits(mask)
-    owner.initialized = True
+    owner.mark_present("weight", "weight_pattern")
     owner.drop_operands()
 
 

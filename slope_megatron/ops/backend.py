@@ -37,15 +37,19 @@ class Products(ForwardProduct, Protocol):
         """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
 
 
-class Operands(Products, Protocol):
-    """What one backend derives from a packed weight. N out, C kept per row.
+class Following(Products, Protocol):
+    """Products of something derived from a weight's values, which can follow them.
 
-    The packed values are the state; operands are rebuilt from them and are never saved. Operands that read the values
-    where they lie also have `rebind(values_NC)`, cheap and called before each use: the same values are here now.
+    The values are the state; operands are rebuilt from them and are never saved. Operands that read the values where
+    they lie also have `rebind(values)`, cheap and called before each use: the same values are here now.
     """
 
-    def refresh(self, values_NC: torch.Tensor) -> None:
+    def refresh(self, values: torch.Tensor) -> None:
         """New values, same patterns: after every optimizer step."""
+
+
+class Operands(Following, Protocol):
+    """What one backend derives from a packed weight. N out, C kept per row."""
 
     def set_column_pattern(self, column: torch.Tensor, values_NC: torch.Tensor) -> None:
         """A new second pruning (bool `[N, C]` or its bitmask uint8 `[N, C/8]`), with the values to go with it."""

@@ -66,12 +66,13 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
         if module.keep_operands:
             with zero.gathered(module.weight):
-                shared = (module.weight, module.weight_pattern, module.weight_column)
+                shared = (module.weight, *module.pattern_buffers())
                 add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands(), shared)), True)
     for masked in masked_modules(engine.model):
         add("patterns", sum(buffer.nbytes for buffer in masked.buffers()), True)
         # Outside the dense tail, the masked copy.
-        add("operands", sum(tensor.nbytes for tensor in tensors_of(masked.operands())) * masked.masking, True)
+        shared = (masked.weight, *masked.pattern_buffers())
+        add("operands", sum(tensor.nbytes for tensor in tensors_of(masked.operands(), shared)), True)
     for partition in zero.partitions(engine.optimizer):
         tensors = (partition.masters, *moments_of(engine, partition))
         add("optimizer", sum(tensor.nbytes for tensor in tensors), partition.group["name"] == SPARSE)

@@ -82,6 +82,9 @@ class Engine:
         if config.optimizer.optimizer == "lamb":
             optim.attach_lamb(self.optimizer, self.members)
         baselines.add_decay(model, self.optimizer, optim.SPARSE)
+        for pruned in pruned_modules(self.model):
+            # `refresh` and whoever installs a state say when weights have changed.
+            pruned.watches_values = False
         for module in sparse_modules(self.model):
             module.keep_operands = config.parallel.zero_stage < 3 or config.parallel.zero3_resident_operands
         self.accumulation = accumulation.build(self)

@@ -14,7 +14,7 @@ from deepspeed.utils import (
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from slope_megatron.models.canonical import sharded_state_dict
-from slope_megatron.models.fill import pruned_modules, sparse_modules
+from slope_megatron.models.fill import pruned_modules
 from slope_megatron.training import nvme, zero
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optimizer import model_parameters
@@ -112,8 +112,8 @@ def install_engine_state(engine: Engine, state: dict, steps: dict[str, float]) -
         engine.optimizer.update_lp_params()
     for module in pruned_modules(engine.model):
         module.drop_operands()
-    for packed in sparse_modules(engine.model):
-        packed.initialized = True
+        # Those that stage 3 has cut were written in parts.
+        module.mark_present("weight")
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, float] | None:

@@ -47,7 +47,7 @@ def wrong_places(modules, tokens: int) -> dict[str, int]:
         values, row = module.weight.detach(), module.row_pattern()
         wanted = {"forward": unpack(values, row), "dgrad": unpack(values * module.surviving(), row)}
         for product, matrix_NK in wanted.items():
-            held = matrix_of(module._operands, product, matrix_NK, tokens)
+            held = matrix_of(module._kept.operands, product, matrix_NK, tokens)
             found[product] += int((held != matrix_NK).sum())
     return found
 

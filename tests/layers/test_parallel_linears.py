@@ -185,7 +185,7 @@ def life_of_a_layer():
 
 def test_one_layer_alone(ranks):
     found = ranks.run(life_of_a_layer, world=1)[0]
-    assert "has no pattern yet: fill the built model" in found["unfilled"]
+    assert "has no weight, weight_pattern, weight_column yet: fill the built model" in found["unfilled"]
     assert "2:4 shard of 32 x 24" in found["cut"] and "in one of 16" in found["cut"]
     assert "skip_weight_param_allocation is True" in found["tied"] and "keep this linear dense" in found["tied"]
     assert found["in-place update is seen"] and found["load restores"] and found["dtype follows"]

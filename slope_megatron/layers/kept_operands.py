@@ -1,0 +1,106 @@
+"""Operands that are kept from one product to the next, and what they were made of.
+
+Autograd's version counters miss fused optimizers and writes through `.data`; addresses and objects miss writes in
+place. So a layer that nobody tells of changes brings its operands up to date in every training forward, and in the
+first evaluating one after it; in between it looks at all three (`Seen`).
+
+A backward product may come after others have been multiplied with these operands: under a pipeline, or where
+`torch.func.functional_call` gives one weight after the other. `recall` then brings them back to what forward read.
+"""
+
+import weakref
+from typing import Generic, TypeVar
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from slope_megatron.ops.backend import Following
+
+Made = TypeVar("Made", bound=Following)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often autograd has seen the tensor written in place; None: nobody counts (an inference tensor)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class Seen:
+    """One tensor as it was when operands were made of it: which one, where it lay, how often it had been written.
+
+    Nothing is kept alive by this; and as long as it is here, no other memory can be taken for the one seen.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = weakref.ref(tensor)
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.address, self.version = tensor.data_ptr(), version_of(tensor)
+
+    def unwritten(self, tensor: torch.Tensor) -> bool:
+        """Whether no write has been counted since; of the same tensor."""
+        return self.version is not None and self.version == version_of(tensor)
+
+    def same_memory(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is what was seen or another view of it, unwritten: saved tensors come back as such."""
+        here = tensor.untyped_storage()._cdata == self.storage.cdata and tensor.data_ptr() == self.address
+        return here and self.unwritten(tensor)
+
+    def still(self, tensor: torch.Tensor) -> bool:
+        """Whether it is the very tensor that was seen, in the same place, and unwritten."""
+        return self.tensor() is tensor and self.same_memory(tensor)
+
+
+class KeptOperands(Generic[Made]):
+    """Operands, and the weight and patterns that they are made of.
+
+    Args:
+        operands: built of the present values of `weight`.
+        weight: the parameter, or what was given in its place.
+        patterns: the buffers that say which weights count; operands may read them where they lie.
+    """
+
+    def __init__(self, operands: Made, weight: torch.Tensor, patterns: tuple[torch.Tensor, ...]):
+        self.operands = operands
+        self.form = (weight.shape, weight.dtype, weight.device)
+        # Counts refreshes: a backward product asks whether there were any since its forward.
+        self.generation = 0
+        # Whether the values may change, unseen, before the next product.
+        self.suspect = False
+        self.weight, self.patterns = Seen(weight), tuple(Seen(pattern) for pattern in patterns)
+
+    def fits(self, weight: torch.Tensor) -> bool:
+        """Whether these operands can take the values at all; others must be built for another shape, type or device."""
+        return self.form == (weight.shape, weight.dtype, weight.device)
+
+    def unwritten(self, weight: torch.Tensor, patterns: tuple[torch.Tensor, ...]) -> tuple[bool, bool]:
+        """Whether weight and patterns have not been written by anything that autograd counts."""
+        seen = [before.unwritten(now) for before, now in zip(self.patterns, patterns, strict=True)]
+        return self.weight.unwritten(weight), all(seen)
+
+    def still(self, patterns: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the patterns are those that were seen."""
+        return all(before.still(now) for before, now in zip(self.patterns, patterns, strict=True))
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        """Bring the operands up to the present values; the patterns are the same."""
+        self.operands.refresh(weight.detach())
+        self.follows(weight)
+
+    def follows(self, weight: torch.Tensor) -> None:
+        """The operands are those of the present values now."""
+        self.weight, self.generation, self.suspect = Seen(weight), self.generation + 1, False
+
+    def rebind(self, weight: torch.Tensor) -> None:
+        """The same values may lie elsewhere: for operands that read them where they are."""
+        if hasattr(self.operands, "rebind"):
+            self.operands.rebind(weight.detach())
+
+    def recall(self, generation: int, weight: torch.Tensor) -> None:
+        """Before a backward product: the operands of what forward read, which autograd has saved and checked.
+
+        Args:
+            generation: that of the forward product.
+        """
+        if generation != self.generation and not self.weight.same_memory(weight):
+            self.refresh(weight)
+        # A gradient: the values are about to change.
+        self.suspect = True
