@@ -1,10 +1,12 @@
 """`slope import`: a dense Hugging Face model as what `slope pretrain --init-from` starts from."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from slope_megatron.cli.parser import manual
+from slope_megatron.config import DataConfig
 
 DESCRIPTION = """\
 Convert a dense Hugging Face model (OPT, GPT-2, LLaMA, Mistral, BERT; safetensors only, nothing is unpickled) into a
@@ -43,6 +45,7 @@ def add_parser(subcommands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.export import hf_checkpoint
     from slope_megatron.export.hf_export import DTYPES
+    from slope_megatron.export.hf_import import model_config
     from slope_megatron.export.output_folder import check_target
 
     check_target(arguments.target, 0)
@@ -52,8 +55,23 @@ def run(arguments: argparse.Namespace) -> int:
     check_target(arguments.target, size)
     if not arguments.dry_run:
         hf_checkpoint.import_hf(arguments.source, arguments.target, dtype)
+    would = "would be a" if arguments.dry_run else "a"
+    command = start_command(arguments.target, model_config(fields).max_positions)
     sys.stdout.write(
-        f"{arguments.target}: {fields['model_type']} model, {len(weights)} tensors, {size / 1e6:,.1f} MB; to start "
-        f"from it: slope pretrain --config {arguments.target}/model.yaml --init-from {arguments.target}\n"
+        f"{arguments.target}: {would} {fields['model_type']} model, {len(weights)} tensors, {size / 1e6:,.1f} MB; to "
+        f"start from it, with text that `slope data prepare` has prepared with its tokenizer: {command}\n"
     )
     return 0
+
+
+def start_command(target: Path, positions: int | None) -> str:
+    """The command that starts from a converted model: it keeps the largest of the trained weights.
+
+    Args:
+        positions: that the model has; None: as many as one likes.
+    """
+    command = ["slope", "pretrain", "--config", f"{target}/model.yaml", "--init-from", str(target)]
+    command += ["--slope-pattern", "magnitude", "--data", "DATA", "--out", "RUN"]
+    if positions is not None and positions < DataConfig().seq_length:
+        command += ["--seq-length", str(positions)]
+    return shlex.join(command)

@@ -177,6 +177,11 @@ def choose_dtype(arguments) -> tuple[str, str]:
     return chosen, f"the faster one here, on an MLP of this size and one core: {milliseconds}"
 
 
+def run_command(flags: list[str], ranks: int) -> str:
+    """One run as a person starts it: what `launch` does."""
+    return f"deepspeed --num_gpus {ranks} --no_local_rank --module slope_megatron pretrain {shlex.join(flags)}"
+
+
 def launch(flags: list[str], ranks: int, run_folder: Path) -> None:
     """One run under the `deepspeed` launcher; its progress bar is this command's."""
     if run_folder.exists():
@@ -276,7 +281,7 @@ def run(arguments: argparse.Namespace) -> int:
     summaries = {}
     for name in configs:
         flags = pretrain_flags(arguments, out, dtype, dense=name == "dense")
-        stage(f"{name} run: slope pretrain {shlex.join(flags)}")
+        stage(f"{name} run: {run_command(flags, arguments.ranks)}")
         # A run that was told to stop has a summary too, and is not done.
         if not (out / name / "DONE").is_file():
             try:
@@ -288,5 +293,5 @@ def run(arguments: argparse.Namespace) -> int:
     summary = build_summary(summaries["sparse"], summaries.get("dense"), manifest, seconds)
     write_report(out, summary, configs, manifest, versions(), dtype_reason)
     print(f"[{seconds['total']:5.0f} s] report: {out / 'report.md'}, plot: {out / 'loss.png'}", file=sys.stderr)
-    print(f'its text: slope generate {out / "sparse"} --prompt "def "', file=sys.stderr)
+    print(f'its text: slope generate {shlex.quote(str(out / "sparse"))} --prompt "def "', file=sys.stderr)
     return 0

@@ -12,10 +12,12 @@ Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with 
 
     megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
     GPTModel, BertModel, in the module that builds it    block linears replaced, then filled: the same at every TP size
-    megatron.training.training.train_step                adapters join at their step; after it, operands follow weights
+    megatron.training.training.train_step                adapters join at their step; after it, a new column pattern
     megatron.training.training.evaluate                  in the phase of the steps that are done
 
 Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
+Layers watch their values (`PrunedLinear.watches_values`), about 2 % of a product: whose optimizer writes the weights, when
+(fused, distributed, after a checkpoint is loaded), is the upstream's affair, and nothing here could tell them for sure.
 """
 
 import functools
@@ -186,7 +188,7 @@ def with_phase(evaluate):
 
 
 def refresh_operands(chunks, slope, step: int) -> None:
-    """New values into the operands, and the column pattern where its step has come.
+    """New values into the operands now, and the column pattern where its step has come.
 
     Args:
         chunks: the parts of the model on this rank, or the engines around them.

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,17 +24,20 @@ PACKED_FORM = ("nm", "nm_by_block", "dense_blocks", "dense_first_linear", "spars
 FREE_IN_MODEL = ("dropout", "init_std", "max_positions")
 
 
-def check_init(config: Config, samples: int) -> None:
+def check_init(config: Config, samples: int, origins: Mapping[str, str] | None = None) -> None:
     """Refuse, before anything is written, a checkpoint that this run cannot start from; rank 0 calls it.
 
     Args:
         samples: in the training dataset.
+        origins: of `read_config`: where each setting came from that is no default; None: all were chosen.
     Raises:
-        ValueError: no such checkpoint, a corrupt one, or one of another model.
+        ValueError: no such checkpoint, a corrupt one, or one of another model; or it would be pruned at random
+            without anybody's having asked for that.
     """
     folder = checkpoint_of(config)
     if not is_packed(folder):
         MegatronCheckpoint(folder)
+        check_pattern(config, folder, origins)
         wanda.check(config, samples)
         return
     if not config.slope.packed:
@@ -56,6 +60,28 @@ def check_init(config: Config, samples: int) -> None:
             f"{folder} is of another model ({'; '.join(differences)}): give the same settings, or another --init-from"
         )
     _check_adapters(folder, config, saved, state["steps_done"])
+
+
+def check_pattern(config: Config, folder: Path, origins: Mapping[str, str] | None) -> None:
+    """Trained weights are pruned at random only where that was asked for by name; said where only a file asks for it.
+
+    Raises:
+        ValueError: random is the default alone.
+    """
+    if not config.slope.packed or config.slope.pattern != "random" or origins is None:
+        return
+    origin = origins.get("slope.pattern")
+    if origin is None:
+        raise ValueError(
+            f"{folder} holds trained dense weights and --slope-pattern is random by default, which would drop them "
+            "whatever their size: give --slope-pattern magnitude (or wanda); or random, to have just that"
+        )
+    if origin != "flag":
+        logger.warning(
+            "%s asks for --slope-pattern random: the trained dense weights of %s are pruned whatever their size; "
+            "--slope-pattern magnitude keeps the largest",
+            *(origin, folder),
+        )
 
 
 def _form(config: Config):

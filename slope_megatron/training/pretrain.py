@@ -66,10 +66,10 @@ def resolve_dtype(config: Config) -> str:
     return saved or ("bf16" if torch.cuda.is_available() else "fp32")
 
 
-def check_start(config: Config, samples: int) -> None:
+def check_start(config: Config, samples: int, origins: dict[str, str]) -> None:
     """`check_init`, but for a run that goes on: that one starts from its own checkpoint."""
     if not run_folder.is_resumed(config):
-        check_init(config, samples)
+        check_init(config, samples, origins)
 
 
 def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None = None) -> dict:
@@ -98,7 +98,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     datasets = datasets_for(config)
     dtype = on_first_rank(lambda: resolve_dtype(config))
     if config.train.init_from:
-        on_first_rank(lambda: check_start(config, len(datasets[0])))
+        on_first_rank(lambda: check_start(config, len(datasets[0]), origins))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
     resume_from = on_first_rank(lambda: find_checkpoint(config, run))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from helpers.families import hf_config
 from helpers.runs import edit_state, made_run
-from slope_megatron.cli import main
+from slope_megatron.cli import main, parse
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +98,21 @@ def test_an_import_is_what_init_from_reads(ranks, tmp_path, capsys):
     from helpers.families import hf_model, our_config
     from helpers.numerics import relative_error
     from helpers.runs import batch, started_logits
+    from slope_megatron.config import read_config
     from slope_megatron.config.model import ModelConfig
+    from slope_megatron.training.init_from import check_init
 
     theirs = hf_model(hf_config("llama")).float()
     theirs.save_pretrained(tmp_path / "theirs")
     arguments = ["import", "hf", str(tmp_path / "theirs"), str(tmp_path / "ours")]
     assert main([*arguments, "--dry-run"]) == 0 and not (tmp_path / "ours").exists()
+    assert "would be a llama model" in capsys.readouterr().out
     assert main(arguments) == 0
+    command = shlex.split(capsys.readouterr().out.partition("its tokenizer: ")[2])
+    started, origins = read_config(parse(command[1:]))
+    assert command[:2] == ["slope", "pretrain"] and started.train.init_from == str(tmp_path / "ours")
+    assert started.slope.pattern == "magnitude"
+    check_init(started, 8, origins)
     import yaml
 
     model = ModelConfig(**yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["model"])

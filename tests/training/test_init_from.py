@@ -156,3 +156,25 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"is corrupt: its file .* has \d+ bytes instead of"):
         check_init(changed("slope", lazy_fraction=1.0), samples=8)
+
+
+def test_trained_weights_are_pruned_at_random_only_by_name(ranks, tmp_path, caplog):
+    """The default is refused, a file's word is warned of, a flag's is taken; packed weights are not pruned at all."""
+    from slope_megatron.training.init_from import check_init
+
+    dense = with_run(small_config(slope={"enabled": False}), tmp_path / "dense")
+    ranks.run(begin, dense, 1, world=1)
+    config = with_run(small_config(), tmp_path / "two", init_from=str(tmp_path / "dense"))
+    with pytest.raises(ValueError, match=r"holds trained dense weights .* give --slope-pattern magnitude \(or wanda\)"):
+        check_init(config, 8, origins={})
+    assert not caplog.records
+    check_init(config, 8, origins={"slope.pattern": "recipe.yaml"})
+    assert "recipe.yaml asks for --slope-pattern random: the trained dense weights" in caplog.text
+    caplog.clear()
+    check_init(config, 8, origins={"slope.pattern": "flag"})
+    check_init(with_adapters(config, pattern="magnitude"), 8, origins={})
+    check_init(with_adapters(config, enabled=False), 8, origins={})
+    packed = with_run(small_config(), tmp_path / "packed")
+    ranks.run(begin, packed, 1, world=1)
+    check_init(with_run(config, tmp_path / "three", init_from=str(tmp_path / "packed")), 8, origins={})
+    assert not caplog.records
