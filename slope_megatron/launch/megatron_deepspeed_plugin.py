@@ -9,8 +9,8 @@
     megatron.training.train_step                 after `engine.step()`, operands follow the weights
 
 Nothing changes without `--slope`. DeepSpeed's ZeRO 1 and 2, its pipeline engine and checkpoints see ordinary, smaller
-parameters, and patterns as buffers. Layers watch their values, as under `megatron_plugin`. Packed values and patterns start as in `slope pretrain`, the same at every layout;
-what stays dense starts as the upstream starts it.
+parameters, and patterns as buffers; layers watch their values, as under `megatron_plugin`. Packed values and patterns
+start as in `slope pretrain`, the same at every layout; what stays dense starts as the upstream starts it.
 """
 
 import functools

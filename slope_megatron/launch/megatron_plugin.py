@@ -16,8 +16,8 @@ Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with 
     megatron.training.training.evaluate                  in the phase of the steps that are done
 
 Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
-Layers watch their values (`PrunedLinear.watches_values`), about 2 % of a product: whose optimizer writes the weights, when
-(fused, distributed, after a checkpoint is loaded), is the upstream's affair, and nothing here could tell them for sure.
+Layers watch their values (`PrunedLinear.watches_values`), for about 2 % of a product: when weights are written (by fused
+and distributed optimizers, after a checkpoint is loaded) is the upstream's affair, and nothing here knows for sure.
 """
 
 import functools
