@@ -12,12 +12,12 @@ Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with 
 
     megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
     GPTModel, BertModel, in the module that builds it    block linears replaced, then filled: the same at every TP size
-    megatron.training.training.train_step                adapters join at their step; after it, a new column pattern
+    megatron.training.training.train_step                adapters join at their step; after it, operands follow weights
     megatron.training.training.evaluate                  in the phase of the steps that are done
 
 Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
-Layers watch their values (`PrunedLinear.watches_values`), for about 2 % of a product: when weights are written (by fused
-and distributed optimizers, after a checkpoint is loaded) is the upstream's affair, and nothing here knows for sure.
+Layers watch their values (`PrunedLinear.watches_values`), for about 2 % of a product: when fused or distributed
+optimizers, or a checkpoint that is loaded, write the weights is the upstream's affair, and nothing here knows for sure.
 """
 
 import functools
