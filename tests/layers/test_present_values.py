@@ -161,7 +161,6 @@ def what_is_there():
     return found
 
 
-@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
 def test_initialised_is_what_was_really_loaded(ranks):
     found = ranks.run(what_is_there, world=1)[0]
     for kind, names in {
