@@ -21,7 +21,8 @@ GPU_NAMES = [(kind, backend, name) for kind, backend in GPU_SUBJECTS for name in
 
 def on_cpu(subjects):
     """`{subject: worst_of}`; every backend is told that it can run."""
-    from slope_megatron.ops import backend, cusparselt, cutlass
+    from slope_megatron.ops import backend
+    from slope_megatron.ops.operands import cusparselt, cutlass
 
     able = {"unsupported_weight": lambda values, bits: None}
     with (
