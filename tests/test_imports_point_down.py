@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "layers": {"linear", "ops", "sparsity", "config"},
     "models": {"layers", "sparsity", "config", "versions"},
     "inference": {"ops", "sparsity", "config"},
-    "export": {"models", "inference", "sparsity", "config", "storage"},
+    "export": {"models", "data", "inference", "sparsity", "config", "storage"},
     "data": {"config", "storage"},
     "evaluation": {"models", "layers", "data", "export", "inference", "config", "storage"},
     "training": {"models", "layers", "ops", "data", "sparsity", "config", "storage", "versions"},

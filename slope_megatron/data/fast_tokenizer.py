@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from slope_megatron.data.tokenizer_json import BERT_MARKS, open_json, without_additions
+
 FAST_FILE = "tokenizer.json"
 FAST_CONFIG = "tokenizer_config.json"
 # vocab.json needs merges.txt beside it.
@@ -13,7 +15,6 @@ FAST_FILES = (FAST_FILE, "vocab.json", "vocab.txt")
 GPT2_EOD = "<|endoftext|>"
 # Ends of a document as published models call them; BERT has none and ends a sentence instead.
 KNOWN_EODS = (GPT2_EOD, "<|end_of_text|>", "<eod>", "</s>", "[SEP]")
-BERT_MARKS = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 # In this order their ids are 0 to 4 where the vocabulary is trained here; Megatron wants [PAD] to be 0.
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Characters of a trained WordPiece vocabulary; rarer ones are [UNK].
@@ -22,6 +23,8 @@ MAX_ALPHABET = 1000
 
 class FastTokenizer:
     """Text to token ids and back, with what Megatron's datasets ask for; marks like `[CLS]` are never added.
+
+    `left_out` says, for people, what the file asks for and prepared data does not hold.
 
     There is deliberately no `pad`: Megatron masks the loss of every token of that id.
     """
@@ -34,22 +37,13 @@ class FastTokenizer:
             content: the text of a `tokenizer.json`.
             eod: the token that ends a document; unset: the first of KNOWN_EODS that there is.
         """
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as failure:  # the library raises plain Exception
-            raise ValueError(f"this is no tokenizer.json ({failure}): give one of the `tokenizers` library") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # What is written in a document never ends it.
-        self._tokenizer.encode_special_tokens = True
-        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        given = open_json(content)
+        self._vocabulary: dict[str, int] = given.get_vocab(with_added_tokens=True)
         # Ids may have holes; every id must have a row.
         self.vocab_size: int = max(self._vocabulary.values()) + 1
         self.eod_text = self._find_eod(eod)
         self.eod: int = self._vocabulary[self.eod_text]
-        self._content = content
+        self._tokenizer, self._content, self.left_out = without_additions(given, content, self.eod_text)
         parts = {"class": self.kind, "sha256": hashlib.sha256(content.encode()).hexdigest(), "eod": self.eod}
         self.unique_identifiers = parts
 
@@ -66,7 +60,7 @@ class FastTokenizer:
     @property
     def files(self) -> dict[str, bytes]:
         """`{file name: content}` from which this tokenizer is made again, here and by `transformers`."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eod_text}
+        config = transformers_settings(self._content, {"eos_token": self.eod_text})
         return {FAST_FILE: self._content.encode(), FAST_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
     def encode(self, text: str) -> list[int]:
@@ -78,9 +72,15 @@ class FastTokenizer:
         return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; EOD is nothing."""
-        kept = [int(token) for token in ids if token != self.eod]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        """Text of `ids`; EOD and other special tokens are nothing."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json` with the same ids."""
+        return self._content
+
+    def has(self, token: str) -> bool:
+        return token in self._vocabulary
 
     def mark(self, name: str) -> int:
         """Id of one of BERT's marks: `pad`, `cls`, `sep` or `mask`.
@@ -97,6 +97,24 @@ class FastTokenizer:
     def inverse_vocabulary(self) -> dict[int, str]:
         """`{id: token}`, by id: the library's own order changes from process to process."""
         return dict(sorted((number, token) for token, number in self._vocabulary.items()))
+
+
+def transformers_settings(content: str, names: dict[str, str]) -> dict:
+    """tokenizer_config.json with which `transformers` gives the ids of the tokenizer.json `content`.
+
+    Args:
+        names: special tokens by their part, such as eos_token.
+    """
+    first = json.loads(content).get("pre_tokenizer") or {}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        # A text that spells a special token is text, as in training.
+        "split_special_tokens": True,
+        # Some versions set it anew in a ByteLevel pre-tokenizer.
+        "add_prefix_space": first.get("add_prefix_space", False),
+        **names,
+    }
 
 
 def load_fast_tokenizer(path: Path, eod: str | None, lowercase: bool) -> FastTokenizer:
@@ -133,6 +151,11 @@ def _read_json(path: Path) -> dict:
     return content
 
 
+def _lines(path: Path) -> list[str]:
+    """The lines of a vocabulary; other characters that end a line somewhere (U+2028, a form feed) are tokens here."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
 def _from_gpt2(path: Path) -> str:
     import tokenizers
 
@@ -140,7 +163,7 @@ def _from_gpt2(path: Path) -> str:
     if not merges.is_file():
         raise ValueError(f"{merges} is missing: GPT-2's tokenizer is the two files together")
     vocabulary = _read_json(path)
-    lines = merges.read_text(encoding="utf-8").splitlines()
+    lines = _lines(merges)
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
         tokenizer = tokenizers.ByteLevelBPETokenizer(vocabulary, pairs)
@@ -154,7 +177,7 @@ def _from_gpt2(path: Path) -> str:
 def _from_bert(path: Path, lowercase: bool) -> str:
     import tokenizers
 
-    words = path.read_text(encoding="utf-8").splitlines()
+    words = _lines(path)
     vocabulary = {word: number for number, word in enumerate(words)}
     missing = [mark for mark in BERT_SPECIAL if mark not in vocabulary]
     if missing:

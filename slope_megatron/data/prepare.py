@@ -26,20 +26,15 @@ from tqdm import tqdm
 from slope_megatron.data import manifest as manifests
 from slope_megatron.data.corpus import Corpus, read_corpus
 from slope_megatron.data.encode import Task, encode_parts
-from slope_megatron.data.fast_tokenizer import FastTokenizer, train_fast_tokenizer
 from slope_megatron.data.figures import command_of, figures_of
 from slope_megatron.data.indexed import join_parts, token_dtype
-from slope_megatron.data.scratch import explain, sealed_folder, workspace_beside
-from slope_megatron.data.settings import TRAINED, PrepareSettings
+from slope_megatron.data.prepared_tokenizer import given_tokenizer, prepared_tokenizer
+from slope_megatron.data.scratch import explain, workspace_beside
+from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.sources import Source, describe_skipped, open_source, parse_specs
 from slope_megatron.data.splits import SPLITS, assign_splits, published_splits
-from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer, training_chunks
 from slope_megatron.storage import folders
 
-# Bytes of training text that a tokenizer learns from, and for each of its tokens: seconds of work, and more would
-# hardly change it.
-TOKENIZER_SAMPLE = 4_000_000
-SAMPLE_PER_TOKEN = 1000
 PACKAGES = ("numpy", "sentencepiece", "tokenizers", "pyarrow", "datasets")
 
 logger = logging.getLogger(__name__)
@@ -83,7 +78,7 @@ def prepare(
         )
         for spec in specs
     ]
-    given = _given_tokenizer(chosen)
+    given = given_tokenizer(chosen)
     _check_target(out, texts, chosen, overwrite)
     identity = {
         "settings": dataclasses.asdict(chosen),
@@ -113,23 +108,6 @@ def counted(number: int, noun: str) -> str:
 def available_cores() -> int:
     """Cores this process may use: fewer than the machine has under a job scheduler."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _given_tokenizer(chosen: PrepareSettings) -> Tokenizer | FastTokenizer | None:
-    """The finished tokenizer that was asked for; None: one is to be trained."""
-    name = chosen.tokenizer_or_default
-    if name in TRAINED:
-        tokenizer = None
-    elif not Path(name).exists():
-        raise ValueError(f"--tokenizer is {name}: it must be one of {', '.join(TRAINED)}, or a file or folder")
-    else:
-        tokenizer = load_tokenizer(name, eod=chosen.eod, lowercase=chosen.lowercase)
-    if chosen.kind == "bert":
-        if name in ("sentencepiece", "bpe") or isinstance(tokenizer, Tokenizer):
-            raise ValueError(f"--tokenizer is {name} with --kind bert: it needs a WordPiece vocabulary; take wordpiece")
-        if tokenizer is not None and tokenizer.mark("pad") != 0:
-            raise ValueError(f"the tokenizer {name} has [PAD] at {tokenizer.mark('pad')}: Megatron needs it at 0")
-    return tokenizer
 
 
 def _check_target(out: Path, texts: list[Source], chosen: PrepareSettings, overwrite: bool) -> None:
@@ -213,7 +191,7 @@ def _splits(corpus: Corpus, chosen: PrepareSettings) -> np.ndarray:
 def _write(work: Path, corpora, specs, weights, chosen: PrepareSettings, given, workers: int) -> Path:
     """The prepared folder, complete, in the work folder."""
     splits = [_splits(corpus, chosen) for corpus in corpora]
-    tokenizer = _tokenizer(work / "tokenizer", corpora, splits, chosen, given)
+    tokenizer = prepared_tokenizer(work / "tokenizer", corpora, splits, chosen, given)
     dtype = token_dtype(tokenizer.vocab_size)
     tasks: list[Task] = []
     encoded: list[list[Path]] = []
@@ -248,35 +226,6 @@ def _write(work: Path, corpora, specs, weights, chosen: PrepareSettings, given, 
     manifests.write_manifest(folder, manifest)
     logger.info("encoded " + ", ".join(f"{name} {manifest['splits'][name]['tokens']:,}" for name in SPLITS) + " tokens")
     return folder
-
-
-def _tokenizer(place: Path, corpora, splits, chosen: PrepareSettings, given) -> Tokenizer | FastTokenizer:
-    """The tokenizer, whose files are then in the folder `place`."""
-    if place.is_dir():
-        return load_tokenizer(place)
-    tokenizer = given or _trained(corpora, splits, chosen)
-    with sealed_folder(place) as partial:
-        for name, content in tokenizer.files.items():
-            (partial / name).write_bytes(content)
-    return tokenizer
-
-
-def _trained(corpora: list[Corpus], splits, chosen: PrepareSettings) -> Tokenizer | FastTokenizer:
-    size = sum(int(corpus.bytes_D[splits_D == 0].sum()) for corpus, splits_D in zip(corpora, splits, strict=True))
-    share = max(TOKENIZER_SAMPLE, SAMPLE_PER_TOKEN * chosen.vocab_size) / max(1, size)
-    documents = ((corpus.texts(), splits_D) for corpus, splits_D in zip(corpora, splits, strict=True))
-    training = (
-        text for texts, splits_D in documents for text, split in zip(texts, splits_D, strict=True) if split == 0
-    )
-    chunks = training_chunks(training, share)
-    form = chosen.tokenizer_or_default
-    tokenizer: Tokenizer | FastTokenizer
-    if form == "sentencepiece":
-        tokenizer = Tokenizer(train_tokenizer(chunks, chosen.vocab_size))
-    else:
-        tokenizer = train_fast_tokenizer(form, chunks, chosen.vocab_size, chosen.lowercase)
-    logger.info(f"trained a tokenizer of {tokenizer.vocab_size:,} tokens on {min(1.0, share):.0%} of the training text")
-    return tokenizer
 
 
 def _versions() -> dict[str, str]:

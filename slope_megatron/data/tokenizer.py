@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from slope_megatron.data import sentencepiece_json
 from slope_megatron.data.fast_tokenizer import FAST_FILES, FastTokenizer, load_fast_tokenizer
+from slope_megatron.data.sentencepiece_json import SPACE_SIGN
 
 EOD = "<eod>"
 SENTENCEPIECE_FILE = "tokenizer.model"
 # Where a folder holds several, the first one counts.
 TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, *FAST_FILES)
-# SentencePiece writes a space as this character and reads it back as a space; a true one must go around it.
-SPACE_SIGN = "\u2581"
 # Characters. Long enough for runs of empty lines to be seen, short enough to sample finely.
 CHUNK = 2000
 
@@ -27,21 +27,21 @@ class Tokenizer:
     kind = "SentencePiece"
 
     def __init__(self, model: bytes):
-        """`model`: the bytes of a SentencePiece model with an `<eod>` symbol, or failing that with `</s>`."""
+        """
+        Args:
+            model: the bytes of a SentencePiece model with an `<eod>` symbol, or failing that with `</s>`.
+        Raises:
+            ValueError: no such model, or one with neither.
+        """
         import sentencepiece
 
+        proto = sentencepiece_json.read_model(model)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.vocab_size()
-        self.eod: int = self._processor.piece_to_id(EOD)
-        # Only a model that neither normalises nor adds a space can be fed the text in parts.
-        self._lossless = self._processor.is_control(self.eod)
-        if not self._lossless:
-            self.eod = self._processor.eos_id()
-        if self.eod < 0:
-            raise ValueError(
-                f"the tokenizer has neither {EOD} nor an end-of-sentence symbol: use one that `slope data prepare` "
-                f"wrote, or train it with --control_symbols={EOD}"
-            )
+        self.eod: int = sentencepiece_eod(self._processor)
+        # SentencePiece reads U+2581 as a space. Our own models spell it in bytes: the text goes in in parts, which only
+        # a model that changes nothing and adds no space allows.
+        self._lossless = self.eod_text == EOD and sentencepiece_json.loses_nothing(proto)
         self._space_sign = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
         self._files = {SENTENCEPIECE_FILE: model}
         # Goes into the names of Megatron's cached indices.
@@ -77,8 +77,33 @@ class Tokenizer:
         return [self.encode(text) if SPACE_SIGN in text else next(rest) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; EOD is nothing."""
-        return self._processor.decode([int(token) for token in ids])
+        """Text of `ids`; EOD and other control symbols are nothing, as is what only a model's padding has."""
+        return self._processor.decode([int(token) for token in ids if token < self.vocab_size])
+
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json` with the same ids.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return sentencepiece_json.to_tokenizer_json(self._files[SENTENCEPIECE_FILE], self._lossless)
+
+
+def sentencepiece_eod(processor) -> int:
+    """The control symbol `<eod>`, or else the model's end of a sentence.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    eod = processor.piece_to_id(EOD)
+    if not processor.is_control(eod):
+        eod = processor.eos_id()
+    if eod < 0:
+        raise ValueError(
+            f"the tokenizer has neither {EOD} nor an end-of-sentence symbol: use one that `slope data prepare` "
+            f"wrote, or train it with --control_symbols={EOD}"
+        )
+    return eod
 
 
 def load_tokenizer(path: str | Path, *, eod: str | None = None, lowercase: bool = True) -> Tokenizer | FastTokenizer:
@@ -96,22 +121,39 @@ def load_tokenizer(path: str | Path, *, eod: str | None = None, lowercase: bool 
     if not path.exists():
         raise ValueError(f"tokenizer {path} does not exist: give a folder that `slope data prepare` wrote")
     if path.is_dir():
-        found = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), None)
+        found = find_tokenizer(path)
         if found is None:
             raise ValueError(
                 f"{path} holds no tokenizer: it must hold one of tokenizer.json, tokenizer.model, "
                 "vocab.json with merges.txt, or vocab.txt"
             )
         path = found
-    if path.name in TOKENIZER_FILES and path.name != SENTENCEPIECE_FILE:
+    if path.suffix in (".json", ".txt"):
         return load_fast_tokenizer(path, eod, lowercase)
     try:
-        return Tokenizer(path.read_bytes())
-    except RuntimeError as failure:
+        return _from_sentencepiece(path.read_bytes(), eod)
+    except (ValueError, RuntimeError) as failure:  # SentencePiece's own is a RuntimeError
+        raise ValueError(f"tokenizer {path}: {failure}") from failure
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer's file in a folder of data or of a model."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+
+
+def _from_sentencepiece(model: bytes, eod: str | None) -> Tokenizer | FastTokenizer:
+    """SentencePiece itself where a tokenizer.json can give the same ids; otherwise that file, for all that follows."""
+    tokenizer = Tokenizer(model)
+    if not sentencepiece_json.is_exact(sentencepiece_json.read_model(model)):
+        fast = FastTokenizer(sentencepiece_json.to_tokenizer_json(model), eod or tokenizer.eod_text)
+        # Of the file that it comes from: an index of prepared data is found again by it.
+        fast.unique_identifiers = {**tokenizer.unique_identifiers}
+        return fast
+    if eod not in (None, tokenizer.eod_text):
         raise ValueError(
-            f"tokenizer {path} is no SentencePiece model: give another file, or, if it is the "
-            "prepared data's, prepare the data again"
-        ) from failure
+            f"--eod is {eod!r}: this SentencePiece model ends a document with {tokenizer.eod_text}; leave --eod out"
+        )
+    return tokenizer
 
 
 def training_chunks(texts: Iterable[str], share: float) -> Iterator[str]:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
-from slope_megatron.export.trained_run import TrainedRun, is_run, no_run, tokenizer_size
+from slope_megatron.data.fast_tokenizer import FastTokenizer
+from slope_megatron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from slope_megatron.export.run_tokenizer import check_given
+from slope_megatron.export.trained_run import TrainedRun, is_run, no_run
 from slope_megatron.inference.decoder import Decoder
 from slope_megatron.inference.packed_file import SafetensorsFolder, is_packed_folder, read_config
-from slope_megatron.inference.text import TextTokenizer, find_tokenizer, load_text_tokenizer
+from slope_megatron.inference.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
@@ -31,21 +34,22 @@ def open_decoder(
     """
     place = choose_device(device)
     tensors: Mapping[str, torch.Tensor]
-    found: Path | None
+    text: Tokenizer | FastTokenizer | None
     if is_packed_folder(model):
         architecture, _ = read_config(model)
-        tensors, found = SafetensorsFolder(model), tokenizer or model
+        tensors, text = SafetensorsFolder(model), load_tokenizer(tokenizer or model)
+        if tokenizer is not None:
+            check_given(text, tokenizer, model if find_tokenizer(model) else None)
     elif is_run(model):
         run = TrainedRun(model, step, tokenizer)
-        architecture, tensors, found = run.model, run, run.tokenizer_folder
+        architecture, tensors, text = run.model, run, run.tokenizer
     else:
         raise ValueError(f"{model} {not_a_decoder(model)}")
-    if found is None:
+    if text is None:
         raise ValueError(f"{model} has no tokenizer any more: give --tokenizer FILE")
-    text = load_text_tokenizer(found)
     decoder = Decoder(architecture, tensors, device=place, dtype=DTYPES[dtype], backend=backend)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, decoder.vocabulary)
+        check_size(tokenizer, text.vocab_size, decoder.vocabulary)
     sizes = decoder.linear_bytes()
     if sizes["dense"]:
         logger.info(
@@ -66,15 +70,12 @@ def not_a_decoder(folder: Path) -> str:
     return no_run(folder)
 
 
-def check_tokenizer(path: Path, vocabulary: int) -> None:
+def check_size(path: Path, size: int, vocabulary: int) -> None:
     """A smaller one may be right (--vocab-size), and is logged.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model has entries: it is another one.
     """
-    file = find_tokenizer(path) if path.is_dir() else path
-    assert file is not None, "load_text_tokenizer has read it"
-    size = tokenizer_size(file)
     if size > vocabulary:
         raise ValueError(
             f"--tokenizer {path} has {size} tokens and the model {vocabulary} entries: it is not the model's; leave "

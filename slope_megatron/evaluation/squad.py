@@ -59,12 +59,22 @@ def from_hub(split: str) -> list[dict]:
     return [as_ours(row) for row in hub_rows(HUB_NAME, None, split, "--train FILE and --dev FILE")]
 
 
+def shortened(text: str, tokenizer) -> str:
+    """The text of its first MAX_QUESTION tokens, back to the end of a word: as it stands there, not as they decode."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if len(encoded["input_ids"]) <= MAX_QUESTION:
+        return text
+    words = encoded.word_ids()
+    whole = next((place for place in range(MAX_QUESTION, 0, -1) if words[place] != words[place - 1]), MAX_QUESTION)
+    return text[: encoded["offset_mapping"][whole - 1][1]]
+
+
 def windows(question: dict, tokenizer, max_length: int, stride: int) -> list[dict]:
     """A question's samples, with the answer's first and last token (0, [CLS], where the window has not all of it)."""
-    asked = tokenizer(question["question"], add_special_tokens=False, truncation=True, max_length=MAX_QUESTION)
-    room = max_length - len(asked["input_ids"]) - 3
+    asked = shortened(question["question"], tokenizer)
+    room = max_length - len(tokenizer(asked, add_special_tokens=False)["input_ids"]) - 3
     encoded = tokenizer(
-        tokenizer.decode(asked["input_ids"]) if len(asked["input_ids"]) == MAX_QUESTION else question["question"],
+        asked,
         question["context"],
         truncation="only_second",
         max_length=max_length,

@@ -87,7 +87,7 @@ class HfPlan:
         if self.adapter is not None:
             size = sum(entry.bytes for entry in self.adapter)
             lines.append(f"  adapter/adapter_model.safetensors  {len(self.adapter)} tensors, {size / 1e6:,.1f} MB")
-        small = ["config.json", "generation_config.json", *plan_tokenizer(source.tokenizer_folder)]
+        small = ["config.json", "generation_config.json", *plan_tokenizer(source.tokenizer)]
         return "\n".join([*lines, *(f"  {name}" for name in small)])
 
 
@@ -149,7 +149,7 @@ def export(planned: HfPlan, target: Path) -> None:
     source = planned.source
     fold = planned.adapters == "fold"
     with new_folder(target, planned.bytes) as folder:
-        ids = write_tokenizer(source.tokenizer_folder, folder)
+        ids = write_tokenizer(source.tokenizer, folder, source.model.architecture)
         parts = hf_parts(source, planned.family, lambda name: source.dense(name, fold))
         write_files(folder, planned.files, parts)
         fields = config_fields(planned, ids)

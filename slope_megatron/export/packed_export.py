@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 import torch
 
 from slope_megatron.config.saved import saved_form
 from slope_megatron.export.output_folder import Entry, new_folder, plan_files, write_files, write_json
-from slope_megatron.export.trained_run import TOKENIZER_FILES, TrainedRun
+from slope_megatron.export.trained_run import TrainedRun
 from slope_megatron.inference.packed_file import FORMAT, PATTERN
 
 
@@ -47,14 +46,12 @@ def describe(source: TrainedRun, files: dict[str, list[Entry]], target: Path) ->
     if sizes["dense"]:
         share = sizes["packed"] / sizes["dense"]
         lines.append(f"  sparse linears: {sizes['packed']:,} bytes, {share:.4f} of the same ones dense")
-    return "\n".join([*lines, "  config.json", *(f"  {file.name}" for file in tokenizer_files(source))])
+    return "\n".join([*lines, "  config.json", *(f"  {name}" for name in tokenizer_files(source))])
 
 
-def tokenizer_files(source: TrainedRun) -> list[Path]:
-    folder = source.tokenizer_folder
-    if folder is None or folder.is_file():
-        return [folder] if folder else []
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+def tokenizer_files(source: TrainedRun) -> dict[str, bytes]:
+    """`{file name: content}`, as data are prepared with them."""
+    return source.tokenizer.files if source.tokenizer is not None else {}
 
 
 @torch.no_grad()
@@ -64,8 +61,8 @@ def export(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> N
     model = dataclasses.asdict(source.model)
     with new_folder(target, total) as folder:
         write_files(folder, files, ((name, source[name]) for name in sorted(source)))
-        for file in tokenizer_files(source):
-            shutil.copyfile(file, folder / file.name)
+        for name, content in tokenizer_files(source).items():
+            (folder / name).write_bytes(content)
         write_json(
             folder / "config.json",
             {

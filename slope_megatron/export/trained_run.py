@@ -6,7 +6,7 @@ with zeros where its mask has them.
 """
 
 import dataclasses
-import logging
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,12 +16,13 @@ import torch
 
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
-from slope_megatron.inference.text import find_tokenizer
+from slope_megatron.data.fast_tokenizer import FastTokenizer
+from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from slope_megatron.export.run_tokenizer import check_given, choose_tokenizer, own_tokenizer
 from slope_megatron.models.shapes import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack, unpack_bits
 from slope_megatron.storage import latest
 
-logger = logging.getLogger(__name__)
 STEP = re.compile(r"step_\d{8,}")
 LEFT_OUT = (".weight_column", "_extra_state")
 MASK = "_mask"
@@ -117,7 +118,7 @@ class TrainedRun(Mapping[str, torch.Tensor]):
             if isinstance(entry, TensorStorageMetadata) and self._counts(name)
         }
         self.masks = {name: self.entries.pop(name) for name in list(self.entries) if name.endswith(f".weight{MASK}")}
-        self.tokenizer_folder = self._find_tokenizer(tokenizer)
+        self.tokenizer_folder = choose_tokenizer(self.run, Path(self.config.data.data), tokenizer)
         self.vocabulary = self._vocabulary()
         positions = self.entries.get("embedding.position_embeddings.weight")
         self.model = dataclasses.replace(
@@ -135,18 +136,16 @@ class TrainedRun(Mapping[str, torch.Tensor]):
     def seq_length(self) -> int:
         return self.config.data.seq_length
 
-    def _find_tokenizer(self, given: Path | None) -> Path | None:
-        """The folder or file of the tokenizer; None, with a line in the log, where there is none any more."""
-        if given is not None:
-            if not given.exists():
-                raise ValueError(f"the tokenizer {given} does not exist: give --tokenizer a file or a folder")
-            return given
-        # The data may have moved together with the run: `slope quickstart` writes both into one folder.
-        for folder in (self.run, Path(self.config.data.data), self.run.parent / "data"):
-            if folder.is_dir() and (find_tokenizer(folder) or (folder / "vocab.txt").is_file()):
-                return folder
-        logger.warning("the run's data folder %s is gone: no tokenizer; give --tokenizer", self.config.data.data)
-        return None
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | FastTokenizer | None:
+        """The one that the data were prepared with, or the given one, which must give the same ids."""
+        if self.tokenizer_folder is None:
+            return None
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        own = own_tokenizer(self.run, Path(self.config.data.data))
+        if own != self.tokenizer_folder:
+            check_given(tokenizer, self.tokenizer_folder, own)
+        return tokenizer
 
     def _vocabulary(self) -> int:
         if self.config.model.vocab_size:
@@ -157,15 +156,8 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         manifest = next((path for path in manifests if path.is_file()), None)
         if manifest is not None:
             return read_json(manifest, "give --tokenizer")["vocab_size"]
-        if self.tokenizer_folder is not None:
-            given = self.tokenizer_folder
-            file = find_tokenizer(given) if given.is_dir() else given
-            if file is None:
-                raise ValueError(
-                    f"the vocabulary of {self.run} is that of its tokenizer, and {given} holds neither "
-                    "tokenizer.model nor tokenizer.json: give --tokenizer one of them"
-                )
-            return tokenizer_size(file)
+        if self.tokenizer is not None:
+            return self.tokenizer.vocab_size
         raise ValueError(
             f"the vocabulary of {self.run} is that of its data, and {self.config.data.data} is gone: give --tokenizer"
         )
@@ -237,15 +229,3 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         wide = torch.promote_types(weight.dtype, torch.float32)
         left, right = (stored[linear + leaf].to(wide) for leaf in ADAPTERS)
         return torch.addmm(weight.to(wide), right, left, alpha=1.0 / len(left)).to(weight.dtype)
-
-
-def tokenizer_size(file: Path) -> int:
-    """Entries of a tokenizer file."""
-    if file.suffix == ".json":
-        import tokenizers
-
-        # Ids may have holes; every id has a row.
-        return max(tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()) + 1
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()

@@ -69,8 +69,10 @@ def test_files_of_published_models_are_read(tmp_path):
 
     llama = tmp_path / "llama"
     llama.mkdir()
-    end = library.id_to_token(300)
+    end = "<|end|>"
     content = json.loads(BPE.files["tokenizer.json"])
+    number = library.get_vocab_size()
+    content["added_tokens"].append({**content["added_tokens"][0], "id": number, "content": end})
     # As LLaMA-3's: a post-processor that puts a mark in front, and an end that only the configuration names.
     content["post_processor"] = {
         "type": "TemplateProcessing",
@@ -82,7 +84,7 @@ def test_files_of_published_models_are_read(tmp_path):
     (llama / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": end}}))
     loaded = load_tokenizer(llama)
     assert loaded.encode(text) == BPE.encode(text)
-    assert (loaded.eod_text, loaded.eod) == (end, 300)
+    assert (loaded.eod_text, loaded.eod) == (end, number)
     assert load_tokenizer(llama, eod="<|endoftext|>").eod == BPE.eod
 
 
@@ -91,7 +93,8 @@ def test_written_files_are_read_again(tmp_path):
         for name, content in tokenizer.files.items():
             (tmp_path / name).write_bytes(content)
         again = load_tokenizer(tmp_path)
-        assert again.unique_identifiers == tokenizer.unique_identifiers
+        assert again.files == tokenizer.files
+        assert again.unique_identifiers == load_tokenizer(tmp_path).unique_identifiers
         assert again.encode(TEXT) == tokenizer.encode(TEXT)
 
 
@@ -124,6 +127,10 @@ def test_bad_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path / name)
         (tmp_path / name).unlink()
+    # Nor one that a text spells.
+    ordinary = BPE._tokenizer.id_to_token(300)
+    with pytest.raises(ValueError, match=f"a text can spell {ordinary!r}, which ends a document"):
+        FastTokenizer(BPE.files["tokenizer.json"].decode(), ordinary)
     with pytest.raises(ValueError, match="--eod is '<no>': the tokenizer has no such token"):
         FastTokenizer(BPE.files["tokenizer.json"].decode(), "<no>")
     with pytest.raises(ValueError, match=r"--vocab-size is 200: bytes and .* alone take 257"):

@@ -92,7 +92,7 @@ def test_models_that_are_none_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer .*no.model does not exist: give a folder"):
         load_tokenizer(tmp_path / "no.model")
     (tmp_path / "bad.model").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"tokenizer .*bad.model is no SentencePiece model"):
+    with pytest.raises(ValueError, match=r"tokenizer .*bad.model: this is no SentencePiece model"):
         load_tokenizer(tmp_path / "bad.model")
 
 

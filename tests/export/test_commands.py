@@ -173,7 +173,7 @@ def test_export_refuses(run, data, tmp_path, capsys):
     assert "--max-shard-size is '5 apples'" in refused(
         capsys, "export", "hf", run, tmp_path / "out", "--max-shard-size", "5 apples"
     )
-    assert "holds neither tokenizer.model nor tokenizer.json: give --tokenizer one of them" in refused(
+    assert "other/vocab.txt: a BERT vocabulary must have [UNK], [CLS], [SEP], [MASK]" in refused(
         capsys, "export", "packed", without_vocabulary(run, tmp_path / "other"), tmp_path / "out"
     )
     assert "the nearest is llama, but" in refused(capsys, "export", "hf", run, tmp_path / "out", "--family", "llama")
@@ -244,7 +244,7 @@ def test_generate_refuses(run, data, tmp_path, capsys):
 
 
 def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys, caplog):
-    """A larger one is refused, a smaller one is logged, and neither decides how large the model is."""
+    """It is refused; where the model's own is gone, a larger one is, a smaller one is logged."""
     from slope_megatron.data.tokenizer import train_tokenizer
     from slope_megatron.export.trained_run import TrainedRun
 
@@ -253,9 +253,18 @@ def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys, caplog
         text = ["def f(x):\n    return x + 1\n" * 20, "for i in x: i\n", "while True: break; continue\n" * 3]
         (tmp_path / str(size) / "tokenizer.model").write_bytes(train_tokenizer(text, size))
         (tmp_path / str(size) / "manifest.json").write_text(json.dumps({"vocab_size": size}))
-    other = refused(capsys, "generate", run, "--prompt", "x", "--tokenizer", tmp_path / "310")
+    packed = tmp_path / "packed"
+    assert main(["export", "packed", str(run), str(packed)]) == 0
+    for folder, command in ((run, "generate"), (packed, "generate"), (run, "export hf"), (run, "export packed")):
+        what = [folder, "--prompt", "x"] if command == "generate" else [folder, tmp_path / "out"]
+        other = refused(capsys, *command.split(), *what, "--tokenizer", tmp_path / "290")
+        assert "other ids than the one that the run was trained with" in other and "leave --tokenizer out" in other
+
+    # Where it cannot be known which one the model's was.
+    (packed / "tokenizer.model").unlink()
+    other = refused(capsys, "generate", packed, "--prompt", "x", "--tokenizer", tmp_path / "310")
     assert "310 has 310 tokens and the model 300 entries: it is not the model's" in other
-    smaller = ["generate", str(run), "--prompt", "x", "--tokenizer", str(tmp_path / "290"), "--max-tokens", "2"]
+    smaller = ["generate", str(packed), "--prompt", "x", "--tokenizer", str(tmp_path / "290"), "--max-tokens", "2"]
     assert main(smaller) == 0
     assert "has 290 tokens and the model 300 entries: is it the model's?" in caplog.text
 

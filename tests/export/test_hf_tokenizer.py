@@ -1,10 +1,17 @@
 """SentencePiece models as tokenizer.json: the same ids, the same text, and what `transformers` makes of the folder."""
 
 import random
+import re
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+from slope_megatron.data.prepared_tokenizer import given_tokenizer
+from slope_megatron.data.settings import PrepareSettings
+from slope_megatron.data.tokenizer import load_tokenizer
+from slope_megatron.data.tokenizer_json import open_json
+from slope_megatron.export.hf_tokenizer import plan_tokenizer, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +29,13 @@ def samples():
     texts = [path.read_text()[:4000] for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("h*.py"))[:3]]
     generator = random.Random(0)
     alphabet = "abc  \n\t(x)é€日🙂ߘ'\"-"
-    return [*texts, *("".join(generator.choices(alphabet, k=60)) for _ in range(50)), "", " ", "  x"]
+    more = ["", " ", "  x", "\u2581", "x \u2581y <eod></s>"]
+    return [*texts, *("".join(generator.choices(alphabet, k=60)) for _ in range(50)), *more]
 
 
 def test_ids_and_text_are_those_of_sentencepiece(folder):
-    from slope_megatron.data.tokenizer import load_tokenizer
-    from slope_megatron.export.hf_tokenizer import from_sentencepiece
-
-    ours, theirs = load_tokenizer(folder / "tokenizer.model"), from_sentencepiece(folder / "tokenizer.model")
+    ours = load_tokenizer(folder / "tokenizer.model")
+    theirs = open_json(ours.to_json())
     assert theirs.get_vocab_size() == ours.vocab_size
     for text in samples():
         ids = theirs.encode(text, add_special_tokens=False).ids
@@ -40,12 +46,10 @@ def test_ids_and_text_are_those_of_sentencepiece(folder):
 def test_transformers_reads_the_folder(folder, tmp_path):
     import transformers
 
-    from slope_megatron.data.tokenizer import load_tokenizer
-    from slope_megatron.export.hf_tokenizer import plan_tokenizer, write_tokenizer
-
-    ids = write_tokenizer(folder, tmp_path)
-    assert plan_tokenizer(folder) == sorted(path.name for path in tmp_path.iterdir())
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(folder / "tokenizer.model")
+    ours = load_tokenizer(folder / "tokenizer.model")
+    ids = write_tokenizer(ours, tmp_path, "gpt")
+    assert plan_tokenizer(ours) == sorted(path.name for path in tmp_path.iterdir())
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ids.eos == theirs.eos_token_id == ours.eod
     text = samples()[0]
     assert theirs(text)["input_ids"] == ours.encode(text)
@@ -74,23 +78,58 @@ def foreign_model(path, **settings):
 
 def test_a_model_that_puts_a_space_before_a_text(tmp_path):
     """As LLaMA's: BPE, bytes for what is unknown, nothing normalised."""
-    from slope_megatron.data.tokenizer import load_tokenizer
-    from slope_megatron.export.hf_tokenizer import from_sentencepiece
-
     settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
     model = foreign_model(tmp_path / "tokenizer.model", model_type="bpe", allow_whitespace_only_pieces=True, **settings)
-    ours, theirs = load_tokenizer(model), from_sentencepiece(model)
+    ours = load_tokenizer(model)
+    theirs = open_json(ours.to_json())
     assert ours.encode("fox") != load_tokenizer(model).encode(" fox")
     for text in samples():
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ids == ours.encode(text), text
-        assert theirs.decode(ids) == ours.decode(ids) == text
+        # Such a model, unlike ours, reads U+2581 as a space.
+        assert theirs.decode(ids) == ours.decode(ids) == text.replace("\u2581", " ")
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_a_model_that_has_no_such_form_is_refused(tmp_path, model_type):
-    """SentencePiece's defaults normalise the text (NFKC, single spaces)."""
-    from slope_megatron.export.hf_tokenizer import from_sentencepiece
+def prepared_with(model):
+    return given_tokenizer(PrepareSettings(tokenizer=str(model)))
 
-    with pytest.raises(ValueError, match="it is no plain BPE model; give --tokenizer a folder"):
-        from_sentencepiece(foreign_model(tmp_path / "tokenizer.model", model_type=model_type))
+
+def test_a_model_that_normalises_is_a_tokenizer_json_from_the_start(tmp_path, caplog):
+    """SentencePiece's defaults: NFKC, single spaces. For texts without rare characters the ids are its own."""
+    import sentencepiece
+
+    caplog.set_level("INFO")
+    for model_type in ("bpe", "unigram"):
+        model = foreign_model(tmp_path / f"{model_type}.model", model_type=model_type)
+        tokenizer = prepared_with(model)
+        assert "is used in the form of a tokenizer.json" in caplog.text
+        assert sorted(tokenizer.files) == ["tokenizer.json", "tokenizer_config.json"]
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        for text in ("  the  quick\n fox ", "\ufb01ne UPPER \uff11", "\u65e5 \u2581x"):
+            assert tokenizer.encode(text) == processor.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "bpe", "treat_whitespace_as_suffix": True}, "cuts 'x' as no tokenizer.json can"),
+        ({"model_type": "bpe", "user_defined_symbols": ["fox"]}, "cuts 'fox' as no tokenizer.json can"),
+        ({"model_type": "char"}, "is neither BPE nor Unigram"),
+        (
+            {"model_type": "bpe", "user_defined_symbols": ["</s>"]},
+            "has neither <eod> nor an end-of-sentence symbol",
+        ),
+    ],
+)
+def test_a_model_that_has_no_such_form_is_refused_before_training(tmp_path, settings, message):
+    chosen = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **settings}
+    model = foreign_model(tmp_path / "tokenizer.model", **chosen)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepared_with(model)
+
+
+def test_an_end_that_a_sentencepiece_model_does_not_have_is_refused(tmp_path, folder):
+    with pytest.raises(ValueError, match="--eod is '</s>': this SentencePiece model ends a document with <eod>"):
+        given_tokenizer(PrepareSettings(tokenizer=str(folder), eod="</s>"))
+    with pytest.raises(ValueError, match="--eod is '</s>' with --tokenizer bpe, which has an end of its own"):
+        given_tokenizer(PrepareSettings(tokenizer="bpe", eod="</s>"))

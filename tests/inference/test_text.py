@@ -2,7 +2,8 @@
 
 import pytest
 
-from slope_megatron.inference.text import TextStream, load_text_tokenizer
+from slope_megatron.data.tokenizer import load_tokenizer
+from slope_megatron.inference.text import TextStream
 
 TEXT = 'def naïve(x):\n    return "日本語 🙂 €" + x  # ▁ ok\n'
 
@@ -17,7 +18,7 @@ def tokenizer_file(tmp_path_factory):
 
 
 def test_pieces_are_whole_characters(tokenizer_file):
-    tokenizer = load_text_tokenizer(tokenizer_file)
+    tokenizer = load_tokenizer(tokenizer_file)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     for cut in (1, 4, 12, 28):
         stream = TextStream(tokenizer, tokenizer.encode(TEXT[:cut]))
@@ -28,23 +29,8 @@ def test_pieces_are_whole_characters(tokenizer_file):
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer_file):
-    tokenizer = load_text_tokenizer(tokenizer_file)
+    tokenizer = load_tokenizer(tokenizer_file)
     stream = TextStream(tokenizer, tokenizer.encode("x"))
     euro = tokenizer.encode("€")
     assert len(euro) == 3 and stream.push(euro[0]) == "" and stream.push(euro[1]) == ""
     assert "\ufffd" in stream.close()
-
-
-def test_encoding_is_that_of_training(tokenizer_file):
-    from slope_megatron.data.tokenizer import load_tokenizer
-
-    ours, training = load_text_tokenizer(tokenizer_file.parent), load_tokenizer(tokenizer_file)
-    assert ours.encode(TEXT) == training.encode(TEXT) and ours.eod == training.eod
-
-
-def test_no_tokenizer_is_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no tokenizer .* give --tokenizer FILE"):
-        load_text_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_text_tokenizer(tmp_path)

@@ -102,13 +102,13 @@ def test_generation_is_the_reference_s_and_the_exported_model_s(trained, tmp_pat
     from transformers import AutoModelForCausalLM
 
     from slope_megatron.cli import main
-    from slope_megatron.inference.text import load_text_tokenizer
+    from slope_megatron.data.tokenizer import load_tokenizer
 
     exported, packed = tmp_path / "exported", tmp_path / "packed"
     for kind, folder in (("hf", exported), ("packed", packed)):
         assert main(["export", kind, str(trained), str(folder)]) == 0
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float16).cuda().eval()
-    tokenizer = load_text_tokenizer(exported)
+    tokenizer = load_tokenizer(exported)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     for folder, backend in ((trained, "cusparselt"), (trained, "reference"), (packed, "cusparselt")):
         found = answers(folder, PROMPTS, 40, backend=backend)
