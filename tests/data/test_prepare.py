@@ -229,6 +229,31 @@ def test_a_published_split_and_a_given_tokenizer(corpus_folder, prepared, tmp_pa
     assert content(tmp_path / "again") == content(tmp_path / "data")
 
 
+def test_the_file_of_a_published_tokenizer_is_written_as_training_uses_it(tmp_path, caplog):
+    """A post-processor's BOS, a truncation and a spelt end are in no document, and not in the folder's tokenizer."""
+    from helpers.tokenizer_forms import EOS, cut_and_filled, hard_texts
+
+    caplog.set_level("INFO")
+    given = cut_and_filled()
+    (tmp_path / "given").mkdir()
+    given.save(str(tmp_path / "given" / "tokenizer.json"))
+    (tmp_path / "given" / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    texts = [f"{text} {number}" for number, text in enumerate(hard_texts(20))]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    chosen = {"tokenizer": str(tmp_path / "given"), "valid_percent": 0, "test_percent": 0}
+    manifest = prepare(str(tmp_path / "texts.jsonl"), tmp_path / "data", workers=1, **chosen)
+    assert "left out, here and in an exported model: truncation, padding, the post-processor" in caplog.text
+    written = json.loads((tmp_path / "data" / "tokenizer.json").read_text())
+    assert [written[name] for name in ("truncation", "padding", "post_processor")] == [None] * 3
+    given.no_truncation()
+    given.no_padding()
+    given.encode_special_tokens = True
+    expected = [[*given.encode(text, add_special_tokens=False).ids, manifest["eod"]] for text in texts]
+    assert documents_of(tmp_path / "data", "train") == expected
+    assert all(ids.count(manifest["eod"]) == 1 for ids in expected)
+
+
 def test_long_documents_are_encoded_in_pieces_and_stay_one_document(corpus_folder, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(encode_module, "LONGEST_PIECE", 100)
     manifest = prepare(str(corpus_folder), tmp_path / "data", workers=1, **SETTINGS)

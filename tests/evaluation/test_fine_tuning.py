@@ -91,6 +91,20 @@ def test_windows_hold_the_answer_or_point_at_the_start(bert, tmp_path):
         assert (start, context[start:end]) == (place, words[25])
 
 
+def test_a_long_question_ends_behind_a_word_and_is_else_as_it_stands(bert):
+    """Decoded tokens are another text: `?who` comes back as `? who`."""
+    import transformers
+
+    from slope_megatron.evaluation.squad import MAX_QUESTION, shortened
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert / "fold")
+    question = " ".join(["Red?who"] * 30)
+    assert shortened(question, tokenizer) == " ".join(["Red?who"] * 21) + " Red"
+    assert len(tokenizer(shortened(question, tokenizer), add_special_tokens=False)["input_ids"]) == MAX_QUESTION
+    exact = " ".join(["red?"] * (MAX_QUESTION // 2))
+    assert shortened(exact, tokenizer) == exact
+
+
 def test_the_best_span_is_the_likeliest_one_that_may_be():
     from slope_megatron.evaluation.squad import best_span
 
