@@ -95,7 +95,7 @@ esac
 venv=${SLOPE_VENV:-$root/.venv}
 [ ! -x "$venv/bin/python" ] || PATH=$venv/bin:$PATH
 slope() { PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH} python -m slope_megatron "$@"; }
-python -c 'import yaml' 2> /dev/null ||
+python -c 'import yamlcore' 2> /dev/null ||
   die "no python with this project's requirements: activate the environment, or make one (README.md), or set SLOPE_VENV"
 name=$(basename "$config" .yaml)-$(basename "$file" .env)
 out=$(realpath -m "${out:-$root/runs/$name}")

@@ -5,6 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from slope_megatron.config.text_file import decode
+
 
 def read_json(path: Path, way_out: str, holds: Collection[str] = ()) -> Any:
     """What a JSON file holds.
@@ -17,10 +19,10 @@ def read_json(path: Path, way_out: str, holds: Collection[str] = ()) -> Any:
         FileNotFoundError: it does not exist.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decode(path.read_bytes()))
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): make it readable") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are the former
         raise ValueError(f"{path} is damaged: it is no JSON ({error}); {way_out}") from None
     missing = [key for key in holds if not isinstance(content, dict) or key not in content]
     if missing:

@@ -15,9 +15,9 @@ import warnings
 from pathlib import Path
 
 import torch
-import yaml
 
 from slope_megatron.config import ModelConfig
+from slope_megatron.config.yaml_file import write_yaml
 from slope_megatron.export.hf_import import HfWeights, as_dict, model_config
 from slope_megatron.export.output_folder import new_folder
 from slope_megatron.export.trained_run import TOKENIZER_FILES
@@ -91,5 +91,5 @@ def import_hf(folder: Path, target: Path, dtype: torch.dtype = torch.float32) ->
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
         content = {key: value for key, value in dataclasses.asdict(weights.model).items() if value is not None}
-        (partial / "model.yaml").write_text(yaml.safe_dump({"model": content}, sort_keys=False))
+        write_yaml(partial / "model.yaml", {"model": content})
     return weights.model

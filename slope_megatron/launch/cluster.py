@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from slope_megatron.config.text_file import lines_of, read_text
+
 # In a checkout; an installed package is given the file's path.
 CLUSTERS = Path(__file__).resolve().parents[2] / "launch" / "clusters"
 LINE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
@@ -82,7 +84,7 @@ def read_cluster(name: str) -> Cluster:
 def read_values(path: Path) -> dict[str, str]:
     """`KEY=value` lines, quotes as in a shell; comments and empty lines skipped."""
     values: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = LINE.fullmatch(line.strip())

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from slope_megatron.config import Config
+from slope_megatron.config.text_file import lines_of, read_text
 from slope_megatron.launch.cluster import Cluster
 from slope_megatron.launch.layout import Layout
 from slope_megatron.launch.memory import Precision, block_activation_bytes
@@ -98,7 +99,7 @@ def read_rates(path: Path) -> tuple[Rate, ...]:
     """
     if not path.is_file():
         raise ValueError(f"--rates {path} does not exist: give the CSV of `slope bench gemm`, or --mfu")
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in lines_of(read_text(path)) if not line.startswith("#")]
     table = csv.DictReader(lines)
     lacking = set(COLUMNS) - set(table.fieldnames or ())
     if lacking:

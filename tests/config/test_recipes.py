@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from slope_megatron.config import OptimizerConfig, add_config_arguments, read_config
+from slope_megatron.config.yaml_file import read_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
@@ -37,7 +37,7 @@ def test_every_family_has_a_recipe():
 def test_a_recipe_parses_and_is_of_its_model(path):
     config = config_of(path)
     model = ROOT / "launch" / "models" / f"{MODELS.get(path.stem, path.stem)}.yaml"
-    expected = yaml.safe_load(model.read_text())["model"]
+    expected = read_yaml(model)["model"]
     found = dataclasses.asdict(config.model)
     assert {key: found[key] for key in expected} == expected
     # Its batch can be cut for one to eight nodes of four GPUs.
@@ -101,7 +101,7 @@ def test_scaled_phases_still_fit_each_other():
 
 
 def write(tmp_path, **sections):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(sections))
+    write_yaml(tmp_path / "recipe.yaml", sections)
     return tmp_path / "recipe.yaml"
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers.families import hf_config
 from helpers.runs import edit_state, made_run
 from slope_megatron.cli import main, parse
+from slope_megatron.config.yaml_file import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +114,7 @@ def test_an_import_is_what_init_from_reads(ranks, tmp_path, capsys):
     assert command[:2] == ["slope", "pretrain"] and started.train.init_from == str(tmp_path / "ours")
     assert started.slope.pattern == "magnitude"
     check_init(started, 8, origins)
-    import yaml
-
-    model = ModelConfig(**yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["model"])
+    model = ModelConfig(**read_yaml(tmp_path / "ours" / "model.yaml")["model"])
     found = ranks.run(started_logits, our_config(model), tmp_path / "ours", world=1)[0]
     with torch.no_grad():
         expected = theirs.double()(input_ids=batch()[0]).logits

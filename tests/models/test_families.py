@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from helpers.families import NAMES, VOCABULARY, digest, hf_config, hf_model, our_config, whole_tensors
 from helpers.numerics import relative_error
+from slope_megatron.config.yaml_file import read_yaml
 
 MODELS = Path(__file__).resolve().parents[2] / "launch" / "models"
 # As published: Hugging Face's type, its settings, and the number of parameters that Hugging Face counts.
@@ -99,7 +99,7 @@ def hf_count(config) -> int:
 
 def test_every_file_is_in_the_table():
     assert {path.stem for path in MODELS.glob("*.yaml")} == set(PUBLISHED)
-    assert all(list(yaml.safe_load(path.read_text())) == ["model"] for path in MODELS.glob("*.yaml"))
+    assert all(list(read_yaml(path)) == ["model"] for path in MODELS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
