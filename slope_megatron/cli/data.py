@@ -18,10 +18,11 @@ Turn text into a folder that `slope pretrain --data FOLDER` reads:
 
 SOURCE is one of
   stdlib                    the source text of this Python's standard library; needs no network
-  FOLDER                    every UTF-8 file below it is a document (hidden and binary files are passed over); a folder
-                            of nothing but .jsonl, .jsonl.gz, .json.gz or .parquet files is read as records
-  FILE.jsonl, .parquet      every line {"text": "..."}, or every row, is a document
-  FILE                      one document
+  FOLDER                    the files below it, links followed: of text, each is a document; of .jsonl, .ndjson and
+                            .json, or of .parquet, their records are. Where there are several of these, --format says
+                            which is meant; what is passed over (hidden, binary, other files) is counted
+  FILE.jsonl, .parquet      every line {"text": "..."}, or every row, is a document; .json may also be an array
+  FILE                      one document: UTF-8, or UTF-16 with a byte order mark, which goes; also .gz .bz2 .xz .zst
   hf:NAME[:CONFIG]          the train split of a dataset that the `datasets` library streams from the hub, or reads
                             from a local folder
 Several sources are blended when a run reads them, by the weights given as SOURCE=WEIGHT, or by their tokens.
@@ -52,6 +53,8 @@ TEXT_FLAGS = {
     ),
     "eod": ("TOKEN", "end-of-document token of a finished tokenizer (default: what its files say)"),
     "text_key": ("KEY", "where a record's text is: key of a .jsonl line, column of a dataset"),
+    "format": ("{auto,text,json,parquet}", "what local files hold (auto: their suffixes tell, and must agree)"),
+    "include": ("PATTERN,...", "files of a folder that are read, as in '*.md,notes/*'; with --format, as that"),
     "bad_records": ("{refuse,skip}", "records that cannot be read end the prepare, or are counted and passed over"),
 }
 NUMBER_FLAGS = {

@@ -17,8 +17,9 @@ examples:
   slope generate packed --prompt "import " --max-tokens 200 --temperature 0
   cat prompts.txt | slope generate packed --prompts - --batch-size 8 > answers.jsonl
 
-With --prompt, text goes to the terminal as it is drawn. With --prompts, each line of the file is a prompt, and for each
-a JSON record {"prompt", "text", "tokens"} is printed on a line, in the same order.
+With --prompt, text goes to the terminal as it is drawn. With --prompts, each line of the file is a prompt (of .jsonl,
+.json or .parquet: what each record has under "prompt"; the file may be packed: .gz, .bz2, .xz, .zst), and for each a
+JSON record {"prompt", "text", "tokens"} is printed on a line, in the same order.
 """
 
 
@@ -62,22 +63,13 @@ def read_prompts(arguments) -> list[str]:
     Raises:
         ValueError: no such file, or nothing in it.
     """
+    from slope_megatron.data.prompts import read_prompts_of
+
     if arguments.prompt is not None:
         if not arguments.prompt:
             raise ValueError("--prompt is empty: the model needs a text to go on from")
         return [arguments.prompt]
-    if arguments.prompts != "-" and not Path(arguments.prompts).is_file():
-        raise ValueError(f"--prompts {arguments.prompts} is no file: give one with a prompt in each line, or -")
-    try:
-        text = sys.stdin.read() if arguments.prompts == "-" else Path(arguments.prompts).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--prompts {arguments.prompts} is not UTF-8 (byte {error.start}): save it as UTF-8 text"
-        ) from None
-    prompts = [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {arguments.prompts} holds no prompt: put one in each line")
-    return prompts
+    return read_prompts_of(arguments.prompts)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ def hub_documents(
             except Exception as failure:
                 raise _unreadable(name, failure) from failure
             number += 1
+            bad.tally.met += 1
             try:
                 text = _text_of_row(row, text_key, f"row {number - 1} of dataset {name}")
             except BadRecord as failure:
@@ -82,7 +83,7 @@ def _open(datasets, name: str, config: str | None, start: int):
 
 
 def _unreadable(name: str, failure: Exception) -> ValueError:
-    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0].rstrip(".")
+    reason = (str(failure).strip() or type(failure).__name__).split("\n")[0].rstrip(".")
     return ValueError(
         f"dataset {name} cannot be read ({reason}): check the name, the configuration (hf:NAME:CONFIG) and the "
         "network; without a network give a local folder or file"

@@ -75,6 +75,8 @@ def prepare(
             chosen.text_key,
             refuse_bad_records=chosen.bad_records == "refuse",
             max_document_bytes=chosen.max_document_bytes,
+            format=chosen.format,
+            include=chosen.include,
         )
         for spec in specs
     ]
@@ -129,9 +131,10 @@ def _check_target(out: Path, texts: list[Source], chosen: PrepareSettings, overw
         )
     if overwrite:
         return
-    before = manifests.load_manifest(out)["settings"]
+    # A setting that did not exist then had no effect: that is its default.
+    before = dataclasses.asdict(PrepareSettings()) | manifests.load_manifest(out)["settings"]
     now = dataclasses.asdict(chosen)
-    changed = [f"{key} {before.get(key)} then, {now[key]} now" for key in now if before.get(key) != now[key]]
+    changed = [f"{key} {before[key]} then, {now[key]} now" for key in now if before[key] != now[key]]
     if changed:
         raise ValueError(
             f"--out {out} holds data prepared with other settings ({'; '.join(changed)}): "

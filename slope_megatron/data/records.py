@@ -1,14 +1,20 @@
-"""Records: files that hold many documents each, a line of JSON or a row of Parquet."""
+"""Records: files that hold many documents each, a line of JSON, an entry of a JSON array, or a row of Parquet."""
 
-import collections
-import gzip
+import contextlib
+import io
 import json
 import logging
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz")
-PARQUET = (".parquet",)
+from slope_megatron.config.text_file import decode, encoding_of, not_text
+from slope_megatron.data.compressed import opened
+from slope_megatron.data.formats import Form
+from slope_megatron.data.tally import Tally
+
 # Bad records that are shown one by one; the others are counted.
 SHOWN = 3
 
@@ -16,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class BadRecord(Exception):
-    """A record without text: `kind` for the count, the message for the reader."""
+    """A record that is of no use: `kind` for the count, the message for the reader."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -26,9 +32,9 @@ class BadRecord(Exception):
 class BadRecords:
     """What happens to bad records: the first one ends it, or each is counted, and the first few shown."""
 
-    def __init__(self, refuse: bool, skipped: collections.Counter):
+    def __init__(self, refuse: bool, tally: Tally):
         self.refuse = refuse
-        self.skipped = skipped
+        self.tally = tally
         self.seen = 0
 
     def meet(self, bad: BadRecord) -> None:
@@ -38,109 +44,159 @@ class BadRecords:
         self.seen += 1
         if self.seen <= SHOWN:
             logger.warning("passed over: %s", bad)
-        self.skipped[bad.kind] += 1
+        self.tally.skipped[bad.kind] += 1
 
 
-def holds_records(path: Path) -> bool:
-    return path.name.endswith(JSON_LINES + PARQUET)
-
-
-def read_records(paths: list[Path], text_key: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
+def read_records(files: Iterable[tuple[str, Path, Form]], text_key: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
     """Yield `(file:number, text)` of every record; blank lines are nothing.
 
+    Args:
+        files: name, path and form of each.
     Raises:
         ValueError: a file that cannot be read, or a record without text (if those are refused).
     """
-    for path in paths:
-        reader = _parquet_rows if path.name.endswith(PARQUET) else _json_lines
-        yield from reader(path, text_key, bad)
-
-
-def _json_lines(path: Path, text_key: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    text = _text_of_line(line, text_key, f"{path}:{number}")
-                except BadRecord as failure:
-                    bad.meet(failure)
-                else:
-                    yield f"{path.name}:{number}", text
-    except (gzip.BadGzipFile, EOFError) as failure:
-        raise ValueError(f"{path} is cut or no gzip file ({failure}): fetch it again") from failure
-
-
-def _text_of_line(line: bytes, text_key: str, where: str) -> str:
     way_out = f'every line must be like {{"{text_key}": "..."}}; another key is named with --text-key'
+    for name, path, form in files:
+        for number, row in read_rows(path, form, way_out, [text_key]):
+            bad.tally.met += 1
+            try:
+                text = _text_of(row, text_key, f"{path}:{number}", way_out)
+            except BadRecord as failure:
+                bad.meet(failure)
+            else:
+                yield f"{name}:{number}", text
+
+
+def read_rows(
+    path: Path, form: Form, way_out: str, columns: list[str] | None = None
+) -> Iterator[tuple[int, dict | BadRecord]]:
+    """Yield each record of a file with its number: lines and entries from 1, rows of Parquet from 0.
+
+    Args:
+        way_out: what to do about a line that is no JSON object.
+        columns: those of a Parquet file that are wanted (default: all).
+    Raises:
+        ValueError: the file is damaged or cut, is no JSON array where it begins as one, or lacks a column.
+    """
+    with opened(path, form.compressed) as file:
+        if form.format == "parquet":
+            with _seekable(file, form.compressed) as whole:
+                yield from _parquet_rows(path, whole, columns)
+            return
+        for number, line in _json_lines(path, file, form.suffix in (".jsonl", ".ndjson")):
+            try:
+                yield number, _object_of(line, f"{path}:{number}", way_out)
+            except BadRecord as failure:
+                yield number, failure
+
+
+def _json_lines(path: Path, file: BinaryIO, only_lines: bool) -> Iterator[tuple[int, object]]:
+    """Yield each line that is not blank, or each entry of the array, or the one object, that the file is."""
+    lines = ((number, line) for number, line in enumerate(_lines(path, file), 1) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if not only_lines and _begins_a_whole(first[1]):
+        # Held in memory at once.
+        held = [first, *lines]
+        try:
+            content = json.loads(decode(b"".join(line for _, line in held)))
+        except (ValueError, RecursionError) as error:
+            if not first[1].lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+                raise ValueError(f"{path} begins as a JSON array and is none ({error}): mend it") from None
+            lines = iter(held[1:])
+        else:
+            yield from enumerate(content if isinstance(content, list) else [content], 1)
+            return
+    yield first
+    yield from lines
+
+
+def _begins_a_whole(line: bytes) -> bool:
+    """Whether a first line begins an array, or an object that it does not end."""
+    text = line.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text.startswith(b"{"):
+        return text.startswith(b"[")
     try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        raise BadRecord("not UTF-8", f"{where} is no JSON in UTF-8: {way_out}") from None
+        json.loads(text)
     except (ValueError, RecursionError):
-        raise BadRecord("no JSON", f"{where} is no JSON: {way_out}") from None
+        return True
+    return False
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Lines in UTF-8 that end at a line feed, whatever the encoding that the file's mark tells."""
+    encoding, _ = encoding_of(file.peek(4)[:4])  # type: ignore[attr-defined]  # whatever `opened` gives can
+    if encoding == "utf-8":
+        yield from file
+        return
+    try:
+        for number, line in enumerate(io.TextIOWrapper(file, encoding, newline="\n")):
+            yield (line.removeprefix("\ufeff") if number == 0 else line).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(not_text(path, error)) from None
+
+
+def _object_of(line, where: str, way_out: str) -> dict:
+    """A record of a line, or of an entry that has been read already."""
+    record = line
+    if isinstance(line, bytes):
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            raise BadRecord("not UTF-8", f"{where} is no JSON in UTF-8: {way_out}") from None
+        except (ValueError, RecursionError):
+            raise BadRecord("no JSON", f"{where} is no JSON: {way_out}") from None
     if not isinstance(record, dict):
         raise BadRecord("no object", f"{where} is a JSON {type(record).__name__}, no object: {way_out}")
-    if text_key not in record:
+    return record
+
+
+@contextlib.contextmanager
+def _seekable(file: BinaryIO, compressed: str) -> Iterator[BinaryIO]:
+    """The file, or one on disk with what a packed one holds: Parquet is read from its end."""
+    if not compressed:
+        yield file
+        return
+    with tempfile.TemporaryFile() as whole:
+        shutil.copyfileobj(file, whole)
+        whole.seek(0)
+        yield whole
+
+
+def _parquet_rows(path: Path, file: BinaryIO, columns: list[str] | None) -> Iterator[tuple[int, dict | BadRecord]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as table:
+        there = table.schema_arrow.names
+        lacking = [name for name in columns or () if name not in there]
+        if lacking:
+            raise ValueError(
+                f"{path} has no column {lacking[0]!r} (it has {', '.join(there)}): name the text column with --text-key"
+            )
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for place in range(len(batch)):
+                try:
+                    yield number, {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+                except UnicodeDecodeError:
+                    yield number, BadRecord("not UTF-8", f"{path}:{number} is not UTF-8: mend the file")
+                number += 1
+
+
+def _text_of(row: dict | BadRecord, text_key: str, where: str, way_out: str) -> str:
+    if isinstance(row, BadRecord):
+        raise row
+    if text_key not in row:
         raise BadRecord(
-            "no text key", f"{where} has no key {text_key!r} (it has {', '.join(record) or 'none'}): {way_out}"
+            "no text key", f"{where} has no key {text_key!r} (it has {', '.join(row) or 'none'}): {way_out}"
         )
-    text = record[text_key]
+    text = row[text_key]
     if not isinstance(text, str):
         raise BadRecord("no string", f"{where} has {text!r:.40} under {text_key!r}, no string: {way_out}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadRecord(
-            "half a surrogate pair", f"{where} holds half a surrogate pair, which is no character: {way_out}"
-        ) from None
-    return text
-
-
-def _parquet_rows(path: Path, text_key: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as failure:
-        raise ValueError(f"{path} is no Parquet file, or is cut ({failure}): fetch it again") from failure
-    with file:
-        columns = file.schema_arrow.names
-        if text_key not in columns:
-            raise ValueError(
-                f"{path} has no column {text_key!r} (it has {', '.join(columns)}): name the text column with --text-key"
-            )
-        number = 0
-        for batch in _parquet_batches(path, file, text_key):
-            for value in batch.column(0):
-                try:
-                    text = _text_of_cell(value, f"{path}:{number}", text_key)
-                except BadRecord as failure:
-                    bad.meet(failure)
-                else:
-                    yield f"{path.name}:{number}", text
-                number += 1
-
-
-def _parquet_batches(path: Path, file, text_key: str):
-    import pyarrow
-
-    try:
-        yield from file.iter_batches(batch_size=1024, columns=[text_key])
-    except (pyarrow.ArrowException, OSError) as failure:
-        raise ValueError(f"{path} cannot be read to its end ({failure}): fetch it again") from failure
-
-
-def _text_of_cell(value, where: str, text_key: str) -> str:
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError:
-        raise BadRecord("not UTF-8", f"row {where} is not UTF-8: mend the file") from None
-    if not isinstance(text, str):
-        raise BadRecord(
-            "no string",
-            f"row {where} has {text!r:.40} in column {text_key!r}, no string: name the text column with --text-key",
-        )
+        message = f"{where} holds half a surrogate pair, which is no character: {way_out}"
+        raise BadRecord("half a surrogate pair", message) from None
     return text

@@ -7,6 +7,8 @@ a single initial; and a line end is an end.
 
 import re
 
+from slope_megatron.config.text_file import lines_of
+
 END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s+[^\sa-z])")
 LAST_WORD = re.compile(r"(?:^|[\s(\"'])([^\s(\"']+)$")
 ABBREVIATIONS = frozenset(
@@ -19,7 +21,7 @@ ABBREVIATIONS = frozenset(
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of `text` without the white space around them; none of them is empty."""
-    return [sentence for line in text.splitlines() for sentence in _sentences_of_line(line)]
+    return [sentence for line in lines_of(text) for sentence in _sentences_of_line(line)]
 
 
 def _sentences_of_line(line: str) -> list[str]:

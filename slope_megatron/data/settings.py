@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from slope_megatron.data.formats import FORMATS
+
 KINDS = ("gpt", "bert")
 TRAINED = ("sentencepiece", "bpe", "wordpiece")
 
@@ -14,6 +16,8 @@ class PrepareSettings:
         kind: `gpt`: a document is one sequence that ends with EOD; `bert`: it is a list of sentences.
         tokenizer: one of TRAINED, or where a finished one lies; None: what fits the kind.
         split_seed: split as `datasets`' `train_test_split(valid_percent / 100, seed)` does, and not by hash.
+        format: what local files hold, whatever their suffix; auto: their suffixes tell, and all must tell the same.
+        include: patterns of the files of a folder that are read, with commas; empty: all of the one format.
         bad_records: `refuse` or `skip` records that cannot be read.
         max_document_bytes: longer documents are passed over; 0: none is.
         eod: the token that ends a document, where the tokenizer does not say.
@@ -24,6 +28,8 @@ class PrepareSettings:
     tokenizer: str | None = None
     vocab_size: int = 4096
     text_key: str = "text"
+    format: str = "auto"
+    include: str = ""
     valid_percent: float = 5.0
     test_percent: float = 2.0
     split_seed: int | None = None
@@ -38,7 +44,8 @@ class PrepareSettings:
         # 0 and 0.0 are the same setting, and must be the same bytes in the manifest.
         for name in ("valid_percent", "test_percent"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        for name, choices in (("kind", KINDS), ("bad_records", ("refuse", "skip"))):
+        choices_of = {"kind": KINDS, "format": ("auto", *FORMATS), "bad_records": ("refuse", "skip")}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")

@@ -10,16 +10,22 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from slope_megatron.config.text_file import decode
+from slope_megatron.data.compressed import opened
+from slope_megatron.data.folder import FolderWalk
+from slope_megatron.data.formats import Form, choose, form_of
 from slope_megatron.data.hub import hub_documents
-from slope_megatron.data.records import BadRecords, holds_records, read_records
+from slope_megatron.data.records import BadRecords, read_records
+from slope_megatron.data.tally import Tally
 
 # Nobody wrote a file of this size by hand; in a standard library it would be a table.
 MAX_STDLIB_FILE = 10_000_000
-FORMS = "stdlib, a folder of text, a text file, a .jsonl or .parquet file, or hf:NAME[:CONFIG]"
+FORMS = "stdlib, a folder, a text file, a .jsonl, .json or .parquet file (packed or not), or hf:NAME[:CONFIG]"
 # Reasons for which documents are passed over here, whatever the source.
 EMPTY, TOO_LONG = "empty", "over the byte limit"
 
 Documents = Iterator[tuple[str, str]]
+Files = list[tuple[str, Path, Form]]
 logger = logging.getLogger(__name__)
 
 
@@ -30,8 +36,8 @@ class Source:
     spec: str
     # What a document's split follows from. Records have no name that would outlive a reshuffle: there, the text.
     split_by: str
-    # (counts of what is passed over, rows to leave out at the start) -> documents.
-    read: Callable[[collections.Counter, int], Documents]
+    # (count of what is met and passed over, rows to leave out at the start) -> documents.
+    read: Callable[[Tally, int], Documents]
     # The local folder that is read, for those who must not write into it.
     folder: Path | None = None
     # What is read: size and time of each tell whether it changed between two readings. None: nothing local.
@@ -39,8 +45,12 @@ class Source:
     # Whether `read` can leave rows out without reading them.
     seeks: bool = False
     max_bytes: int = 0
-    # reason -> files or records passed over; complete once `documents` is exhausted.
-    skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    tally: Tally = dataclasses.field(default_factory=Tally)
+
+    @property
+    def skipped(self) -> collections.Counter:
+        """Reason -> files, links or records passed over; complete once `documents` is exhausted."""
+        return self.tally.skipped
 
     def documents(self, start: int = 0, skipped: dict[str, int] | None = None) -> Documents:
         """Yield `(name, text)`; names are unique, texts are not empty.
@@ -51,14 +61,15 @@ class Source:
         Raises:
             ValueError: a bad record (names file and line), an unreachable hub, or no document at all.
         """
-        self.skipped.clear()
+        self.tally = Tally()
         if self.seeks and start:
             self.skipped.update(skipped or {})
             rows, drop = start + self.skipped.total(), 0
         else:
             rows, drop = 0, start
+        self.tally.met = rows
         kept = start - drop
-        for name, text in self.read(self.skipped, rows):
+        for name, text in self.read(self.tally, rows):
             if not text:
                 self.skipped[EMPTY] += 1
             elif self.max_bytes and len(text) * 4 > self.max_bytes and len(text.encode()) > self.max_bytes:
@@ -69,6 +80,7 @@ class Source:
                 kept += 1
                 if kept > drop:
                     yield name, text
+        self.tally.check(documents=kept)
         if not kept:
             passed = f" (passed over: {describe_skipped(self.skipped)})" if self.skipped else ""
             raise ValueError(f"source {self.spec} holds no text{passed}: give one of {FORMS}, with text in it")
@@ -116,20 +128,32 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
 
-def open_source(
-    spec: str, text_key: str = "text", *, refuse_bad_records: bool = True, max_document_bytes: int = 0
-) -> Source:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How local files and records are read; as in PrepareSettings."""
+
+    text_key: str = "text"
+    refuse_bad_records: bool = True
+    max_document_bytes: int = 0
+    format: str = "auto"
+    include: str = ""
+
+
+def open_source(spec: str, text_key: str = "text", **options) -> Source:
     """The source that `spec` names; nothing is read yet.
 
+    Args:
+        options: as in Reading.
     Raises:
         ValueError: no such file or folder, or not of a known form.
     """
-    source = _open(spec, text_key, refuse_bad_records)
-    source.max_bytes = max_document_bytes
+    reading = Reading(text_key=text_key, **options)
+    source = _open(spec, reading)
+    source.max_bytes = reading.max_document_bytes
     return source
 
 
-def _open(spec: str, text_key: str, refuse: bool) -> Source:
+def _open(spec: str, reading: Reading) -> Source:
     if spec == "stdlib":
         return _stdlib()
     if spec.startswith("hf:"):
@@ -137,74 +161,83 @@ def _open(spec: str, text_key: str, refuse: bool) -> Source:
         if not name:
             raise ValueError(f"source {spec!r} names no dataset: write hf:NAME or hf:NAME:CONFIG")
 
-        def stream(skipped: collections.Counter, start: int) -> Documents:
-            return hub_documents(name, config or None, text_key, BadRecords(refuse, skipped), start)
+        def stream(tally: Tally, start: int) -> Documents:
+            bad = BadRecords(reading.refuse_bad_records, tally)
+            return hub_documents(name, config or None, reading.text_key, bad, start)
 
         return Source(spec, "text", stream, seeks=True)
     path = Path(spec)
     if path.is_dir():
-        return _folder(spec, path, text_key, refuse)
+        walk = FolderWalk(path)
+        chosen = choose(walk.files, spec, reading.format, reading.include)
+        return _files(spec, chosen.files, walk.passed + chosen.passed, reading, folder=path)
     if not path.is_file():
         raise ValueError(f"source {spec} does not exist: give {FORMS}")
-    if holds_records(path):
-        return _records(spec, [path], text_key, refuse)
-    return Source(spec, "name", lambda skipped, _: _texts([(path.name, path)], skipped), files=[path])
+    form = form_of(path, reading.format)
+    if form.format == "other":
+        raise ValueError(f"source {spec} is of no format that is read ({form.suffix}): give {FORMS}")
+    return _files(spec, [(path.name, path, form)], collections.Counter(), reading)
 
 
-def _records(spec: str, paths: list[Path], text_key: str, refuse: bool, folder: Path | None = None) -> Source:
-    def read(skipped: collections.Counter, _: int) -> Documents:
-        return read_records(paths, text_key, BadRecords(refuse, skipped))
+def _files(
+    spec: str, files: Files, passed: collections.Counter, reading: Reading, folder: Path | None = None
+) -> Source:
+    """Local files of one format.
 
-    return Source(spec, "text", read, folder=folder, files=paths)
+    Args:
+        passed: reason -> what of the folder is not among them.
+    """
+    records = any(form.format != "text" for _, _, form in files)
+
+    def read(tally: Tally, _: int) -> Documents:
+        for reason, count in passed.items():
+            tally.pass_over(reason, count)
+        if records:
+            return read_records(files, reading.text_key, BadRecords(reading.refuse_bad_records, tally))
+        return _texts(files, tally)
+
+    paths = [path for _, path, _ in files]
+    return Source(spec, "text" if records else "name", read, folder=folder, files=paths)
 
 
 def _stdlib() -> Source:
     """The source text of the running Python's standard library, tests included."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    outside = {"site-packages", "dist-packages", "__pycache__"}
-    files = [(name, path) for name, path in _walk(root, outside) if path.suffix == ".py"]
-    return Source(
-        "stdlib",
-        "name",
-        lambda skipped, _: _texts(files, skipped, limit=MAX_STDLIB_FILE),
-        folder=root,
-        files=[path for _, path in files],
-    )
+    walk = FolderWalk(root, frozenset({"site-packages", "dist-packages", "__pycache__"}))
+    files = [(name, path, Form("text", ".py")) for name, path in walk.files if path.suffix == ".py"]
+
+    def read(tally: Tally, _: int) -> Documents:
+        for reason, count in walk.passed.items():
+            tally.pass_over(reason, count)
+        if others := len(walk.files) - len(files):
+            tally.pass_over("no .py file", others)
+        return _texts(files, tally, limit=MAX_STDLIB_FILE)
+
+    return Source("stdlib", "name", read, folder=root, files=[path for _, path, _ in files])
 
 
-def _folder(spec: str, root: Path, text_key: str, refuse: bool) -> Source:
-    """All text files below `root`; where every file holds records, the records of all of them."""
-    files = list(_walk(root, {"__pycache__"}))
-    paths = [path for _, path in files]
-    if files and all(map(holds_records, paths)):
-        return _records(spec, paths, text_key, refuse, folder=root)
-    return Source(spec, "name", lambda skipped, _: _texts(files, skipped), folder=root, files=paths)
+def _texts(files: Files, tally: Tally, limit: int | None = None) -> Documents:
+    """One document per file. Decoded from bytes, so that line ends stay what they are.
 
-
-def _walk(root: Path, outside: set[str]) -> list[tuple[str, Path]]:
-    """`(relative name, path)` of every file below `root`, hidden ones left out, sorted by name."""
-    found: list[tuple[str, Path]] = []
-    for folder, children, files in os.walk(root):
-        children[:] = [child for child in children if child not in outside and not child.startswith(".")]
-        paths = [Path(folder, file) for file in files if not file.startswith(".")]
-        found.extend((path.relative_to(root).as_posix(), path) for path in paths)
-    return sorted(found)
-
-
-def _texts(files: list[tuple[str, Path]], skipped: collections.Counter, limit: int | None = None) -> Documents:
-    """One document per file. Decoded from bytes, so that line ends stay what they are."""
-    for name, path in files:
-        try:
-            content = path.read_bytes()
-        except OSError:
-            skipped["unreadable"] += 1
+    Raises:
+        ValueError: a file that breaks off while it is read, or is packed and damaged.
+    """
+    for name, path, form in files:
+        tally.met += 1
+        if not os.access(path, os.R_OK):
+            tally.skipped["unreadable"] += 1
             continue
+        with opened(path, form.compressed) as file:
+            content = file.read()
         if limit is not None and len(content) > limit:
-            skipped[f"over {limit // 1_000_000} MB"] += 1
-        elif b"\0" in content:
-            skipped["binary"] += 1
+            tally.skipped[f"over {limit // 1_000_000} MB"] += 1
+            continue
+        try:
+            text = decode(content)
+        except UnicodeDecodeError:
+            tally.skipped["binary" if b"\0" in content else "not UTF-8"] += 1
+            continue
+        if "\0" in text:
+            tally.skipped["binary"] += 1
         else:
-            try:
-                yield name, content.decode()
-            except UnicodeDecodeError:
-                skipped["not UTF-8"] += 1
+            yield name, text

@@ -1,12 +1,13 @@
 """GLUE: sentences and pairs of them, classified (STS-B: scored); each task by its own metric."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from slope_megatron.data.formats import form_of
+from slope_megatron.data.records import BadRecord, read_rows
 from slope_megatron.evaluation import metrics
 from slope_megatron.evaluation.fine_tuning import (
     FineTuning,
@@ -58,38 +59,45 @@ TASKS = {
 
 
 def read_split(name: str, split: str, data: Path | None) -> list[dict]:
-    """Rows {text columns, label} of a local `data`/SPLIT.jsonl, or from the hub.
+    """Rows {text columns, label} of a local `data`/SPLIT.jsonl (or .json, .parquet, packed or not), or from the hub.
 
     Raises:
         ValueError: no such file, a row without a column, or an unreachable hub.
     """
     if data is None:
         return hub_rows(HUB_NAME, name, split, "--data FOLDER with train.jsonl and validation.jsonl")
-    path = data / f"{split}.jsonl"
-    if not path.is_file():
-        wanted = " and ".join(f"{part}.jsonl" for part in ("train", *TASKS[name].splits))
-        raise ValueError(f"{path} is no file: --data wants {wanted} in one folder")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
+    path = split_file(name, split, data)
+    way_out = 'each record is a row such as {"label": 0, ...}'
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f'{path}, line {number} is no JSON object: each line is a row such as {{"label": 0, ...}}')
+    for number, row in read_rows(path, form_of(path), way_out):
+        if isinstance(row, BadRecord):
+            raise ValueError(str(row))
         missing = [key for key in (*TASKS[name].texts, "label") if key not in row]
         if missing:
-            raise ValueError(f"{path}, line {number} has no {missing[0]!r}: {name} has {(*TASKS[name].texts, 'label')}")
+            raise ValueError(f"{path}:{number} has no {missing[0]!r}: {name} has {(*TASKS[name].texts, 'label')}")
         rows.append(row)
     if not rows:
-        raise ValueError(f'{path} holds no row: each line is a row such as {{"label": 0, ...}}')
+        raise ValueError(f"{path} holds no row: {way_out}")
     return rows
+
+
+def split_file(name: str, split: str, data: Path) -> Path:
+    """The one file of `data` that is named after a split and holds records, packed or not.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [
+        path
+        for path in sorted(data.glob(f"{split}.*"))
+        if path.name.lower().split(".")[0] == split and form_of(path).format in ("json", "parquet")
+    ]
+    if not found:
+        wanted = " and ".join(f"{part}.jsonl" for part in ("train", *TASKS[name].splits))
+        raise ValueError(f"{data / split}.jsonl is no file: --data wants {wanted} in one folder, or .json, or .parquet")
+    if len(found) > 1:
+        raise ValueError(f"{data} has {found[0].name} and {found[1].name}: leave one of them there")
+    return found[0]
 
 
 def encode(row: dict, task: Task, tokenizer, max_length: int) -> dict:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from slope_megatron.config.text_file import decode
+from slope_megatron.data.compressed import opened
+from slope_megatron.data.formats import form_of
 from slope_megatron.evaluation import metrics
 from slope_megatron.evaluation.fine_tuning import (
     FineTuning,
@@ -37,15 +40,17 @@ def read_questions(path: Path) -> list[dict]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is no file: give a SQuAD v1.1 JSON file, such as train-v1.1.json")
+    with opened(path, form_of(path).compressed) as file:
+        content = file.read()
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        articles = json.loads(decode(content))["data"]
         return [
             {"context": paragraph["context"], **{key: question[key] for key in ("id", "question", "answers")}}
             for article in articles
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} has not the form of SQuAD v1.1 ({type(error).__name__}: {error})") from None
 
 
