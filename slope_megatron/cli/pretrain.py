@@ -176,7 +176,9 @@ def train(config: Config, origins: dict[str, str], launcher: "Launcher | None" =
         # Each rank has its own device.
         print(f"slope: error: {error}", file=sys.stderr, flush=True)
         return OUT_OF_MEMORY
-    say(f"{config.train.out}: step {summary['steps']}, validation loss {summary['val_loss']:.4f} nats per token")
+    loss = summary["val_loss"]
+    found = "nothing validated" if loss is None else f"validation loss {loss:.4f} nats per token"
+    say(f"{config.train.out}: step {summary['steps']}, {found}")
     if summary["unsaved"]:
         say(f"slope: error: the last checkpoint could not be written: {summary['unsaved']}")
         return UNSAVED

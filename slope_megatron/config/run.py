@@ -76,7 +76,7 @@ class TrainConfig:
         "that add in a fixed order, which are slower. CPUs always compute so",
     )
     eval_interval: int = option(200, "steps between two validations")
-    eval_samples: int = option(64, "validation samples, the same ones each time")
+    eval_samples: int = option(64, "validation samples, the same ones each time; 0: none")
     save_interval: int = option(500, "steps between two checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
     keep_every: int | None = option(None, "checkpoints of every n-th step are kept for ever; unset: none")
@@ -99,7 +99,6 @@ class TrainConfig:
         for name in (
             "steps",
             "eval_interval",
-            "eval_samples",
             "save_interval",
             "keep_checkpoints",
             "keep_every",
@@ -107,6 +106,8 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if self.eval_samples < 0:
+            raise ValueError(f"--eval-samples is {self.eval_samples}: it must be at least 1, or 0 to validate nothing")
         if self.stop_at is not None and self.stop_at < 0:
             raise ValueError(f"--stop-at is {self.stop_at}: it must be a step, or 0 to train none")
         given = [flag for flag in ("resume", "auto_resume", "overwrite") if getattr(self, flag)]

@@ -7,11 +7,11 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 AGAIN = "fetch it again"
 
 

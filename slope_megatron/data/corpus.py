@@ -132,6 +132,8 @@ def read_corpus(
         skipped = dict(source.skipped)
         if progress.duplicates:
             skipped[DUPLICATE] = progress.duplicates
+        kept = sum(len(np.load(part / "bytes.npy")) for part in sealed_parts(folder))
+        assert progress.read == kept + progress.duplicates, f"{progress.read} read, {kept} kept, {progress.duplicates}"
         write_whole(finished, json.dumps(skipped).encode())
     return _open_corpus(folder, json.loads(finished.read_text()))
 

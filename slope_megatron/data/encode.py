@@ -107,7 +107,8 @@ def _set_up(tokenizer: Path, kind: str) -> None:
 
 
 def encode_part(part: TextPart, splits_D: np.ndarray, target: Path) -> int:
-    """Write `target/SPLIT.bin` and `.npz` (lengths, sequences of each document, token counts, bytes of text).
+    """Write `target/SPLIT.bin` and `.npz` (lengths, sequences of each document, token counts, bytes of text,
+    documents that gave no sequence).
 
     Returns:
         bytes of text.
@@ -118,10 +119,11 @@ def encode_part(part: TextPart, splits_D: np.ndarray, target: Path) -> int:
     tokens: list[list[np.ndarray]] = [[] for _ in SPLITS]
     lengths: list[list[int]] = [[] for _ in SPLITS]
     sequences: list[list[int]] = [[] for _ in SPLITS]
-    sizes = [0] * len(SPLITS)
+    sizes, dropped = [0] * len(SPLITS), [0] * len(SPLITS)
     documents = zip(sequences_of(part.texts(), tokenizer), splits_D.tolist(), part.bytes_D.tolist(), strict=True)
     for ids_S, split, size in documents:
-        if not ids_S:
+        if not ids_S:  # bert: no sentence in it
+            dropped[split] += 1
             continue
         count = sum(map(len, ids_S))
         tokens[split].append(np.fromiter(itertools.chain.from_iterable(ids_S), dtype=dtype, count=count))
@@ -138,6 +140,7 @@ def encode_part(part: TextPart, splits_D: np.ndarray, target: Path) -> int:
                 sequences_D=np.array(sequences[index], dtype=np.int64),
                 counts_V=np.bincount(whole, minlength=tokenizer.vocab_size),
                 bytes=sizes[index],
+                dropped=dropped[index],
             )
     return int(part.bytes_D.sum())
 

@@ -8,6 +8,25 @@ from slope_megatron.data.indexed import unigram_entropy
 from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.splits import SPLITS
 
+NO_SENTENCE = "without a sentence"
+
+
+def check_counts(corpora: list[Corpus], counts: list[dict[str, dict]], chosen: PrepareSettings) -> None:
+    """Every document that was read is in a split or counted as dropped, and no split that was asked for is empty.
+
+    Raises:
+        ValueError: a split came out empty.
+    """
+    for corpus, splits in zip(corpora, counts, strict=True):
+        written = sum(split["documents"] + split["dropped"] for split in splits.values())
+        assert written == len(corpus.keys_D), f"{len(corpus.keys_D)} documents read, {written} written or dropped"
+    asked = {"train": 100.0, "valid": chosen.valid_percent, "test": chosen.test_percent}
+    for name, percent in asked.items():
+        if percent and not sum(splits[name]["tokens"] for splits in counts):
+            dropped = sum(splits[name]["dropped"] for splits in counts)
+            way_out = "give more text" if name == "train" else f"give more text, or --{name}-percent 0"
+            raise ValueError(f"the {name} split has no tokens ({dropped} documents {NO_SENTENCE}): {way_out}")
+
 
 def figures_of(corpora: list[Corpus], counts: list[dict[str, dict]], specs: list[str], weights) -> dict:
     """`corpus`, `splits` (both over all sources) and `sources` (each one's own).
@@ -23,7 +42,7 @@ def figures_of(corpora: list[Corpus], counts: list[dict[str, dict]], specs: list
                 "documents": len(corpus.keys_D),
                 "bytes": corpus.bytes,
                 "sha256": corpus.sha256,
-                "skipped": corpus.skipped,
+                "skipped": _skipped(corpus, counts[number]),
             },
             "splits": {split: _figures([counts[number][split]]) for split in SPLITS},
         }
@@ -37,6 +56,12 @@ def figures_of(corpora: list[Corpus], counts: list[dict[str, dict]], specs: list
         "splits": {split: _figures([each[split] for each in counts]) for split in SPLITS},
         "sources": sources,
     }
+
+
+def _skipped(corpus: Corpus, splits: dict[str, dict]) -> dict[str, int]:
+    """What was passed over while the text was read, and while it was encoded."""
+    dropped = sum(split["dropped"] for split in splits.values())
+    return {**corpus.skipped, **({NO_SENTENCE: dropped} if dropped else {})}
 
 
 def _figures(parts: list[dict]) -> dict:

@@ -55,15 +55,17 @@ def join_parts(folder: Path, name: str, dtype: np.dtype, parts: Sequence[Path], 
     """Write `folder/name.bin` and `.idx` from one split of encoded parts (see `encode`).
 
     Returns:
-        the split's figures: documents, bytes of text, tokens, sequences, and the counts of each token `counts_V`.
+        the split's figures: documents, those that gave no sequence (`dropped`), bytes of text, tokens, sequences, and
+        the counts of each token `counts_V`.
     """
-    lengths, sequences, size, counts_V = [], [], 0, 0
+    lengths, sequences, size, dropped, counts_V = [], [], 0, 0, 0
     with (folder / f"{name}.bin").open("wb") as target:
         for part in parts:
             with np.load(part / f"{split}.npz") as arrays:
                 lengths.append(arrays["lengths_S"])
                 sequences.append(arrays["sequences_D"])
                 size += int(arrays["bytes"])
+                dropped += int(arrays["dropped"])
                 counts_V = counts_V + arrays["counts_V"]
             with (part / f"{split}.bin").open("rb") as tokens:
                 shutil.copyfileobj(tokens, target, 1 << 22)
@@ -71,6 +73,7 @@ def join_parts(folder: Path, name: str, dtype: np.dtype, parts: Sequence[Path], 
     write_index(folder / f"{name}.idx", dtype, lengths_S, sequences_D)
     return {
         "documents": len(sequences_D),
+        "dropped": dropped,
         "bytes": size,
         "tokens": int(lengths_S.sum()),
         "sequences": len(lengths_S),

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from slope_megatron.data import manifest as manifests
 from slope_megatron.data.corpus import Corpus, read_corpus
 from slope_megatron.data.encode import Task, encode_parts
-from slope_megatron.data.figures import command_of, figures_of
+from slope_megatron.data.figures import check_counts, command_of, figures_of
 from slope_megatron.data.indexed import join_parts, token_dtype
 from slope_megatron.data.prepared_tokenizer import given_tokenizer, prepared_tokenizer
 from slope_megatron.data.scratch import explain, workspace_beside
@@ -69,17 +69,7 @@ def prepare(
         raise ValueError(f"--workers is {workers}: it must be at least 1; leave it out to use every core")
     out = folders.output_folder(out, "--out")
     specs, weights = parse_specs([source] if isinstance(source, str) else source)
-    texts = [
-        open_source(
-            spec,
-            chosen.text_key,
-            refuse_bad_records=chosen.bad_records == "refuse",
-            max_document_bytes=chosen.max_document_bytes,
-            format=chosen.format,
-            include=chosen.include,
-        )
-        for spec in specs
-    ]
+    texts = [open_source(spec, **chosen.reading()) for spec in specs]
     given = given_tokenizer(chosen)
     _check_target(out, texts, chosen, overwrite)
     identity = {
@@ -213,6 +203,7 @@ def _write(work: Path, corpora, specs, weights, chosen: PrepareSettings, given, 
     for number, parts in enumerate(encoded):
         names = {split: manifests.dataset_name(split, number, len(corpora)) for split in SPLITS}
         counts.append({split: join_parts(folder, names[split], dtype, parts, split) for split in SPLITS})
+    check_counts(corpora, counts, chosen)
     manifest = {
         "source": ", ".join(specs),
         "kind": chosen.kind,

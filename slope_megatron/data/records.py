@@ -92,7 +92,8 @@ def read_rows(
 
 def _json_lines(path: Path, file: BinaryIO, only_lines: bool) -> Iterator[tuple[int, object]]:
     """Yield each line that is not blank, or each entry of the array, or the one object, that the file is."""
-    lines = ((number, line) for number, line in enumerate(_lines(path, file), 1) if line.strip())
+    numbered = enumerate(_lines(path, file), 1)
+    lines: Iterator[tuple[int, bytes]] = ((number, line) for number, line in numbered if line.strip())
     first = next(lines, None)
     if first is None:
         return

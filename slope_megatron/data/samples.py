@@ -7,6 +7,7 @@ folder that is then renamed: a run killed meanwhile leaves no half-written index
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from slope_megatron.data.manifest import CACHE, dataset_name, fingerprint, load_
 from slope_megatron.data.scratch import scratch_beside
 from slope_megatron.data.tokenizer import load_tokenizer
 
+logger = logging.getLogger(__name__)
 SAMPLED = ("train", "valid")
 MASKING = ("mlm_probability", "mlm_whole_words", "short_sequences")
 
@@ -33,17 +35,22 @@ def datasets_for(config: Config):
         ValueError: as `build_datasets`, and data that was prepared for another architecture.
     """
     data = config.data
-    kind = load_manifest(data.data)["kind"]
+    manifest = load_manifest(data.data)
+    kind = manifest["kind"]
     if kind != config.model.architecture:
         raise ValueError(
             f"{data.data} was prepared with --kind {kind} and --architecture is {config.model.architecture}: prepare "
             f"the text with --kind {config.model.architecture}"
         )
+    valid_samples = config.train.eval_samples
+    if valid_samples and manifest["settings"]["valid_percent"] == 0:
+        logger.warning("%s was prepared with --valid-percent 0: nothing is validated", data.data)
+        valid_samples = 0
     return build_datasets(
         data.data,
         seq_length=data.seq_length,
         train_samples=config.train.steps * data.global_batch_size,
-        valid_samples=config.train.eval_samples,
+        valid_samples=valid_samples,
         seed=config.train.seed,
         cache=data.cache,
         masking=data,
@@ -136,9 +143,10 @@ def _check_lengths(folder: Path, kind: str, seq_length: int, parts: dict, sample
             name = part.prefix.name
             # Labels are the next tokens: one token more than the sample is long.
             if kind == "gpt" and part.tokens < seq_length + 1:
+                without = ", or --eval-samples 0" if split == "valid" else ""
                 raise ValueError(
                     f"the {name} split of {folder} has {part.tokens} tokens: one sample of --seq-length {seq_length} "
-                    f"needs {seq_length + 1}; take a shorter --seq-length, or prepare more text"
+                    f"needs {seq_length + 1}; take a shorter --seq-length, or prepare more text{without}"
                 )
             if kind == "bert" and not bert.usable_documents(part.prefix):
                 raise ValueError(

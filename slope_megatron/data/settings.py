@@ -80,6 +80,16 @@ class PrepareSettings:
                 "leave one of them out"
             )
 
+    def reading(self) -> dict:
+        """Those that `open_source` takes."""
+        return {
+            "text_key": self.text_key,
+            "refuse_bad_records": self.bad_records == "refuse",
+            "max_document_bytes": self.max_document_bytes,
+            "format": self.format,
+            "include": self.include,
+        }
+
     @property
     def tokenizer_or_default(self) -> str:
         return self.tokenizer or ("wordpiece" if self.kind == "bert" else "sentencepiece")

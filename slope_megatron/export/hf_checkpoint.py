@@ -8,7 +8,6 @@ Weights are read from safetensors only: nothing is unpickled.
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import warnings
@@ -17,13 +16,16 @@ from pathlib import Path
 import torch
 
 from slope_megatron.config import ModelConfig
+from slope_megatron.config.json_file import read_json
 from slope_megatron.config.yaml_file import write_yaml
 from slope_megatron.export.hf_import import HfWeights, as_dict, model_config
 from slope_megatron.export.output_folder import new_folder
 from slope_megatron.export.trained_run import TOKENIZER_FILES
 from slope_megatron.inference.packed_file import SafetensorsFolder
+from slope_megatron.inference.weight_files import BESIDE
 from slope_megatron.models.shapes import canonical_shapes, own_rows
 
+ADAPTER = "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -35,12 +37,17 @@ def open_folder(folder: Path) -> tuple[dict, HfWeights]:
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"{folder} holds no config.json: give the folder of a Hugging Face model")
-    try:
-        fields = as_dict(json.loads(config.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config} is no JSON ({error}): download the model again") from None
-    if not any(folder.glob("*.safetensors")) and any(path for kind in PICKLED for path in folder.glob(kind)):
+        raise ValueError(
+            f"{folder} holds no config.json{where_it_may_be(folder)}: give the folder of a Hugging Face model"
+        )
+    fields = as_dict(read_json(config, "download the model again"))
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model ({ADAPTER}): merge it (`merge_and_unload` of peft), or take "
+            "the adapter's files out of the folder to import the model without it"
+        )
+    safetensors = [path for path in folder.glob("*.safetensors") if not path.name.startswith(BESIDE)]
+    if not safetensors and any(path for kind in PICKLED for path in folder.glob(kind)):
         raise ValueError(
             f"{folder} has pickled weights only, which can run code when they are read: convert them to safetensors "
             "(`model.save_pretrained` of transformers writes them)"
@@ -50,6 +57,16 @@ def open_folder(folder: Path) -> tuple[dict, HfWeights]:
     weights = HfWeights(state, fields)
     check_shapes(state, weights, model)
     return fields, weights
+
+
+def where_it_may_be(folder: Path) -> str:
+    """A hint for folders that are near one: an adapter, the maker's own form, the hub's cache."""
+    if (folder / ADAPTER).is_file():
+        return " but an adapter (merge it into its model first: `merge_and_unload` of peft)"
+    if (folder.parent / "config.json").is_file():
+        return f" (the folder around it, {folder.parent}, does)"
+    snapshots = sorted((folder / "snapshots").glob("*/config.json"))
+    return f" ({snapshots[-1].parent} does)" if snapshots else ""
 
 
 def check_shapes(state: SafetensorsFolder, weights: HfWeights, model: ModelConfig) -> None:

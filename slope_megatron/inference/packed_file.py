@@ -20,6 +20,7 @@ from safetensors import safe_open
 from slope_megatron.config import ModelConfig
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
+from slope_megatron.inference.weight_files import FETCH, INDEX, weight_files
 
 FORMAT = 1
 AGAIN = "copy it again, or export the run again"
@@ -27,22 +28,23 @@ PATTERN = "_pattern"
 
 
 class SafetensorsFolder(Mapping[str, torch.Tensor]):
-    """`{name: tensor}` of all .safetensors files of a folder; each tensor is read when it is asked for.
+    """`{name: tensor}` of a folder's `weight_files`; each tensor is read when it is asked for.
 
     Raises:
-        ValueError: the folder has none, or a file of them is damaged.
+        ValueError: what `weight_files` raises, or a file is damaged or lacks a tensor.
     """
 
     def __init__(self, folder: Path):
         self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path, wanted in weight_files(folder).items():
             try:
                 with safe_open(path, framework="pt") as opened:
-                    self.files.update(dict.fromkeys(opened.keys(), path))
+                    found = set(opened.keys())
             except Exception as error:  # the library's own exception type, or a plain OSError
                 raise ValueError(f"{path} is no complete safetensors file ({error}): copy it again") from None
-        if not self.files:
-            raise ValueError(f"{folder} holds no .safetensors file: give the folder of a model that was saved as such")
+            if wanted is not None and wanted - found:
+                raise ValueError(f"{path} lacks {min(wanted - found)}, which {INDEX} says it has: {FETCH}")
+            self.files.update(dict.fromkeys(sorted(wanted or found), path))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self.files[name], framework="pt") as opened:

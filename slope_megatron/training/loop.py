@@ -50,7 +50,9 @@ class Run:
         train_set, valid_set = datasets
         micro = config.data.micro_batch_size
         self.batches = MicroBatches(train_set, config.data.global_batch_size, micro, replica, replicas)
-        self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
+        self.validation: ValidationBatches | None = None
+        if valid_set is not None:
+            self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
         self.saver = Saver(engine, run)
         self.steps = StepWatch(config.watch, config.data.global_batch_size)
         engine.before_step = self.before_step
@@ -187,8 +189,10 @@ class Run:
             self.saver.finish()
 
     def validate(self, done: int) -> None:
-        self.val_loss = self.engine.evaluate(self.validation)
-        self.record(step=done, val_loss=self.val_loss, double_pruning=accounting.double_pruning(self.engine))
+        found: dict[str, float] = {}
+        if self.validation is not None:
+            self.val_loss = found["val_loss"] = self.engine.evaluate(self.validation)
+        self.record(step=done, **found, double_pruning=accounting.double_pruning(self.engine))
 
     def speed(self) -> dict[str, float] | None:
         """Of the median step here, which neither compiling nor searching kernels distorts; MFU where the peak is known.
@@ -202,8 +206,10 @@ class Run:
         found = flops.speed(counts, tokens_per_second, dist.get_world_size(), self.peak)
         return {"tokens_per_second": tokens_per_second, **found}
 
-    def unigram_entropy(self) -> float:
+    def unigram_entropy(self) -> float | None:
         """What knowing the frequencies of the validated tokens, and nothing else, would reach: nats per token."""
+        if self.validation is None:
+            return None
         counts = torch.zeros(self.vocabulary, dtype=torch.int64, device=self.engine.device)
         for batch in self.validation:
             counted = batch["labels"][batch["loss_mask"] > 0].to(counts.device)
@@ -213,7 +219,7 @@ class Run:
 
     def summary(self, wall_seconds: float) -> dict:
         """The run in figures; seconds, tokens/s and counts of steps are those of all its attempts."""
-        if self.val_loss is None:
+        if self.val_loss is None and self.validation is not None:
             self.validate(self.engine.steps_done)
         self.attempt["wall_seconds"] = wall_seconds
         return {
