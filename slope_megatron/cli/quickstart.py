@@ -12,10 +12,13 @@ from pathlib import Path
 
 from slope_megatron.cli.parser import Parser, manual
 from slope_megatron.config.json_file import read_json
+from slope_megatron.data.formats import FORMATS
 from slope_megatron.launch.ports import free_port
 from slope_megatron.storage import folders, whole
 from slope_megatron.versions import check_core
 
+# Flags that go to `slope data prepare` as they are.
+PREPARED = ("vocab_size", "format", "include")
 EPILOG = """\
 examples:
   slope quickstart
@@ -40,6 +43,8 @@ def add_parser(subcommands) -> None:
     add = parser.add_argument
     add("--out", default="runs/quickstart", help="folder of everything that is written (default: %(default)s)")
     add("--source", default="stdlib", help="corpus: stdlib, a folder, .txt, .jsonl, or hf:NAME (default: %(default)s)")
+    add("--format", default="auto", choices=("auto", *FORMATS), help="of a folder's files, as in `slope data prepare`")
+    add("--include", default="", metavar="PATTERN,...", help="files of a folder, as in `slope data prepare`")
     add("--vocab-size", type=int, default=2048, help="SentencePiece pieces (default: %(default)s)")
     add("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
     add("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
@@ -267,7 +272,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     stage(f"data: {arguments.source} -> {out / 'data'}")
     try:
-        manifest = prepare(arguments.source, out / "data", vocab_size=arguments.vocab_size)
+        manifest = prepare(arguments.source, out / "data", **{name: getattr(arguments, name) for name in PREPARED})
     except ValueError:
         if not (out / "data").exists():
             folders.remove(out)  # an unusable corpus leaves nothing behind

@@ -177,11 +177,13 @@ def _parquet_rows(path: Path, file: BinaryIO, columns: list[str] | None) -> Iter
             )
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for place in range(len(batch)):
+            names = batch.schema.names
+            for cells in zip(*batch.columns, strict=True):
                 try:
-                    yield number, {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+                    row: dict | BadRecord = {name: cell.as_py() for name, cell in zip(names, cells, strict=True)}
                 except UnicodeDecodeError:
-                    yield number, BadRecord("not UTF-8", f"{path}:{number} is not UTF-8: mend the file")
+                    row = BadRecord("not UTF-8", f"{path}:{number} is not UTF-8: mend the file")
+                yield number, row
                 number += 1
 
 

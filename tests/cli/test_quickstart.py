@@ -83,6 +83,18 @@ def test_an_empty_corpus_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mixed_folder_is_read_as_it_is_told(tmp_path):
+    """`--format` reaches the reader: what is refused then is the vocabulary of the little text that is left."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "README.md").write_text("words about it")
+    (folder / "a.jsonl").write_text("".join(f'{{"text": "record {number}"}}\n' for number in range(20)))
+    for flags, message in (([], "holds files of several formats"), (["--format", "json"], "--vocab-size is 2048")):
+        result = quickstart("--source", folder, "--out", tmp_path / "out", *flags)
+        assert result.returncode == 2 and message in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("do not lose me")
     result = quickstart("--out", tmp_path, "--overwrite")

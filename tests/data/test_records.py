@@ -135,3 +135,13 @@ def test_a_stream_goes_on_at_its_row(monkeypatch):
     fetched.clear()
     assert list(source.documents(2, {"empty": 1})) == [("x:4", "c"), ("x:5", "d")]
     assert len(fetched) == 3 and source.skipped == {"empty": 1, "no string": 1}
+
+
+def test_cells_that_are_no_utf8_are_counted(tmp_path):
+    raw = pyarrow.array([b"good", b"caf\xe9", b"too"])
+    text = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    path = write_parquet(tmp_path / "c.parquet", text=text)
+    texts, source = texts_of(path, refuse_bad_records=False)
+    assert texts == ["good", "too"] and source.skipped == {"not UTF-8": 1}
+    with pytest.raises(ValueError, match=r"c.parquet:1 is not UTF-8: mend the file; to pass such records over"):
+        texts_of(path)

@@ -17,6 +17,10 @@ from slope_megatron.data.sentences import split_sentences
         ("A title\n\n  Its text... More.\r\n", ["A title", "Its text...", "More."]),
         ("Go to plan B. Then stop.", ["Go to plan B. Then stop."]),
         (" \n ", []),
+        (
+            "Form\x0cfeeds, U+0085\x85 and\u2028others end no line.",
+            ["Form\x0cfeeds, U+0085\x85 and\u2028others end no line."],
+        ),
     ],
 )
 def test_sentences(text, sentences):
