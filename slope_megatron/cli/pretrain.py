@@ -59,7 +59,8 @@ METRICS
   mfu            model_tflops / peak; mfu_actual: actual_tflops / peak
 
 CHECKPOINTS
-  One appears by one rename when every file of it is on disk, with the SHA-256 of each, and loads at any TP, PP and DP.
+  One appears by one rename when every file of it is on disk, with checksums that every reader compares, and loads at
+  any TP, PP and DP. Nothing in it is executed: an index or object that asks for more than data is refused.
   A save that fails (disk full, read-only) is logged, leaves older ones as they are, and is tried again at the next
   --save-interval. A state that is not finite is never saved. At most --keep-checkpoints are there, one more while it
   is written, and those of --keep-every.
@@ -70,7 +71,7 @@ SIGNALS
 
 EXIT CODES
    0  done, or stopped by --stop-at; a finished run that is resumed stays as it is
-   2  bad input or configuration: one sentence says what; nothing was written
+   2  bad input or configuration: one sentence says what; nothing was written. Or data found damaged while it trained
   65  --max-bad-steps in a row: the loss or gradients were not finite; the last good checkpoint is kept
   70  a rank died, or hung for --hang-timeout: named; go on with --resume
   71  a GPU has too little memory for this run: what was taken, and what to change

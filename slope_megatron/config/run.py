@@ -89,8 +89,9 @@ class TrainConfig:
     resume: bool = option(False, "go on from the newest checkpoint of the run folder")
     auto_resume: bool = option(
         False,
-        "go on if the run folder has a checkpoint, else start: for jobs that are requeued; a corrupt newest checkpoint "
-        "is set aside, and the one before it taken",
+        "go on if the run folder has a checkpoint, else start: for jobs that are requeued; a newest checkpoint "
+        "that is corrupt, or that a rank cannot read, is set aside, and the one before it taken; without an intact one "
+        "it stops",
     )
     overwrite: bool = option(False, "delete the run that is in the run folder, and start anew")
 

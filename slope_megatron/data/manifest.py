@@ -1,9 +1,11 @@
 """manifest.json: what a prepared folder holds, and whether it still does."""
 
-import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from slope_megatron.storage import sums
 
 NAME = "manifest.json"
 # The folder for Megatron's index files, which a run adds later.
@@ -16,22 +18,21 @@ def dataset_name(split: str, source: int, sources: int) -> str:
     return split if sources == 1 else f"{split}_{source}"
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def describe_files(folder: Path) -> dict[str, dict]:
-    """`{name: {bytes, sha256}}` of every file in `folder`, but for the manifest."""
+    """`{name: {bytes, sha256, xxh3_128}}` of every file in `folder`, but for the manifest.
+
+    SHA-256 says which data it is, XXH3 quickly whether it still is.
+    """
+    names = ("sha256", sums.ALGORITHM)
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
-    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
+    return {
+        path.name: {"bytes": path.stat().st_size, **dict(zip(names, sums.file_sums(path, *names), strict=True))}
+        for path in paths
+    }
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    text = json.dumps({"format": FORMAT, **manifest}, indent=2, ensure_ascii=True)
+    text = json.dumps(sums.signed({"format": FORMAT, **manifest}), indent=2, ensure_ascii=True)
     (folder / NAME).write_text(text + "\n")
 
 
@@ -73,6 +74,11 @@ def load_manifest(folder: str | Path) -> dict:
             f"{folder / NAME} is of format {found}, this version reads {FORMAT}: "
             "prepare the data again, with --overwrite"
         )
+    if sums.is_signed_right(manifest) is False:
+        raise ValueError(
+            f"{folder / NAME} is not what was written (it has another checksum): copy it again, or prepare the data "
+            "again, with --overwrite"
+        )
     for name, expected in files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
@@ -84,22 +90,24 @@ def load_manifest(folder: str | Path) -> dict:
     return manifest
 
 
-def verify_hashes(folder: str | Path) -> dict:
+def verify(folder: str | Path, names: Callable[[str], bool] = sums.every) -> dict:
     """`load_manifest`, with every byte read and compared.
 
+    Args:
+        names: whether a file is looked at.
     Raises:
         ValueError: what `load_manifest` raises, or a file that is not the one that was written.
     """
     manifest = load_manifest(folder)
     for name, expected in manifest["files"].items():
-        if file_sha256(Path(folder) / name) != expected["sha256"]:
+        if names(name) and (found := sums.difference(Path(folder) / name, expected)):
             raise ValueError(
-                f"{Path(folder) / name} is not the file that was written (its sha256 differs): "
-                "copy it again, or prepare the data again, with --overwrite"
+                f"{Path(folder) / name} is not the file that was written (it {found}): copy it again, or prepare the "
+                "data again, with --overwrite"
             )
     return manifest
 
 
 def fingerprint(folder: str | Path) -> str:
     """The manifest's sha256: it stands for the content of the whole folder."""
-    return file_sha256(Path(folder) / NAME)
+    return sums.file_sums(Path(folder) / NAME, "sha256")[0]

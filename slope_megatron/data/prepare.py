@@ -140,7 +140,7 @@ def _finished(out: Path, corpora: list[Corpus], weights: list[float] | None) -> 
     """
     if not (out / manifests.NAME).is_file():
         return None
-    finished = manifests.load_manifest(out)
+    finished = manifests.verify(out)
     before = [(part["corpus"]["sha256"], part["weight"]) for part in finished["sources"]]
     now = list(zip([corpus.sha256 for corpus in corpora], weights or itertools.repeat(None), strict=False))
     if before != now:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from slope_megatron.data.blend import Blend, samples_needed
 from slope_megatron.data.manifest import CACHE, dataset_name, fingerprint, load_manifest
 from slope_megatron.data.scratch import scratch_beside
 from slope_megatron.data.tokenizer import load_tokenizer
+from slope_megatron.storage import folders, sums
 
 logger = logging.getLogger(__name__)
 SAMPLED = ("train", "valid")
@@ -196,7 +196,7 @@ def _cache_name(folder: Path, seq_length: int, samples: dict[str, int], seed: in
 
 
 def _write_index_once(place: Path, build: Callable[[Path], object]) -> None:
-    """Rank 0 writes the index folder unless it is there; then every rank looks whether it sees it.
+    """Rank 0 writes the index folder unless it is there and whole; then every rank looks whether it sees it.
 
     Raises:
         ValueError: on every rank, if one of them failed: a rank that raised alone would leave the others waiting.
@@ -212,6 +212,8 @@ def _write_index_once(place: Path, build: Callable[[Path], object]) -> None:
             f"rank {dist.get_rank()} does not see the index folder {place} that rank 0 wrote: put the data on a file "
             "system that all nodes share"
         )
+    if error is None and (found := _unreadable_array(place)):
+        error = f"the data's index {place} is damaged: its file {found}; remove that folder, and it is built anew"
     errors = [error]
     if not alone:
         errors = [None] * dist.get_world_size()
@@ -223,16 +225,40 @@ def _write_index_once(place: Path, build: Callable[[Path], object]) -> None:
 def _write_index(place: Path, build: Callable[[Path], object]) -> str | None:
     """Returns what went wrong, if anything."""
     if place.is_dir():
-        return None
+        damage = _index_damage(place)
+        if damage is None:
+            return None
+        logger.warning("the data's index %s is damaged (its file %s): it is built anew", place, damage)
     try:
         with scratch_beside(place) as scratch:
             finished = scratch / "index"
             finished.mkdir()
             build(finished)
-            os.rename(finished, place)
+            sums.write_manifest(finished)
+            folders.put(finished, place, sums.FOLDER)
     except (OSError, ValueError) as failure:
         # Another run may have been faster; its index is the same.
-        if place.is_dir():
+        if place.is_dir() and _index_damage(place) is None:
             return None
         return f"the data's index cannot be written to {place.parent} ({failure}): give a cache folder you may write to"
+    return None
+
+
+def _index_damage(place: Path) -> str | None:
+    """The first file of an index that is not what was written, and how it differs."""
+    if not sums.manifest_of(place):
+        sums.note_absence(place)
+        return _unreadable_array(place)
+    return sums.find_damage(place) or _unreadable_array(place)
+
+
+def _unreadable_array(place: Path) -> str | None:
+    """The first file that is no plain array: Megatron would unpickle it, which may execute what it holds."""
+    for path in sorted(place.glob("*.npy")):
+        try:
+            plain = isinstance(np.load(path, mmap_mode="r", allow_pickle=False), np.ndarray)
+        except (OSError, ValueError, EOFError):
+            plain = False
+        if not plain:
+            return f"{path.name} is no array"
     return None

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from slope_megatron.config.json_file import read_json
+from slope_megatron.inference.packed_file import check_written
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def check_exported(folder: Path) -> dict:
     """config.json of a Hugging Face folder of an encoder.
 
     Raises:
-        ValueError: a run, or something else.
+        ValueError: a run, something else, or weights that are not what was written.
     """
     if (folder / "run.json").is_file():
         raise ValueError(
@@ -67,6 +68,7 @@ def check_exported(folder: Path) -> dict:
         raise ValueError(
             f"{folder} is a {fields.get('model_type')} model: SQuAD and GLUE are for bert; use `slope eval lm`"
         )
+    check_written(folder, lambda name: name.endswith(".safetensors"))
     return fields
 
 
@@ -79,7 +81,7 @@ def open_model(folder: Path, auto, **options) -> torch.nn.Module:
     Raises:
         ValueError: adapters, and `peft` is not installed.
     """
-    model = in_full_precision(auto.from_pretrained(folder, **options))
+    model = in_full_precision(auto.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options))
     if not (folder / "adapter").is_dir():
         return model
     try:

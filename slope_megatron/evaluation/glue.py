@@ -143,7 +143,7 @@ def evaluate(
     fields = check_exported(folder)
     nm = fields.get("slope", {}).get("nm") if fields.get("slope", {}).get("zeros_kept") else None
     rows = {split: read_split(name, split, data) for split in ("train", *task.splits)}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     samples = {
         split: [encode(row, task, tokenizer, settings.max_length) for row in part] for split, part in rows.items()
     }

@@ -175,7 +175,7 @@ def evaluate(
         "train": read_questions(train) if train else from_hub("train"),
         "dev": read_questions(dev) if dev else from_hub("validation"),
     }
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     samples = {
         split: [sample for question in asked for sample in windows(question, tokenizer, settings.max_length, stride)]
         for split, asked in questions.items()

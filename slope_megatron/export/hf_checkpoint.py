@@ -3,6 +3,7 @@
     .metadata, *.distcp    megatron-core's torch_dist format, whole dense tensors by canonical name
     model.yaml             the architecture, for `slope pretrain --config`
     tokenizer files        as they came
+    checksums.json         sizes and checksums
 
 Weights are read from safetensors only: nothing is unpickled.
 """
@@ -24,6 +25,7 @@ from slope_megatron.export.trained_run import TOKENIZER_FILES
 from slope_megatron.inference.packed_file import SafetensorsFolder
 from slope_megatron.inference.weight_files import BESIDE
 from slope_megatron.models.shapes import canonical_shapes, own_rows
+from slope_megatron.storage import sums
 
 ADAPTER = "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -52,6 +54,9 @@ def open_folder(folder: Path) -> tuple[dict, HfWeights]:
             f"{folder} has pickled weights only, which can run code when they are read: convert them to safetensors "
             "(`model.save_pretrained` of transformers writes them)"
         )
+    if sums.manifest_of(folder):
+        # Exported by this program: its weights are checked, the rest may have been edited.
+        sums.check_folder(folder, "export the run again", lambda name: name.endswith(".safetensors"))
     state = SafetensorsFolder(folder)
     model = model_config(fields)
     weights = HfWeights(state, fields)
@@ -97,16 +102,20 @@ def import_hf(folder: Path, target: Path, dtype: torch.dtype = torch.float32) ->
     """Convert; the whole model is in memory once. `target` appears when it is complete."""
     from torch.distributed import checkpoint
 
+    from slope_megatron.storage.tensors import SummingWriter
+
     _, weights = open_folder(folder)
     with new_folder(target, total_bytes(weights, dtype), ".metadata") as partial:
+        writer = SummingWriter(partial)
         state = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
         with warnings.catch_warnings():
             # That one process writes is the intent.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(partial), no_dist=True)
+            checkpoint.save(state, storage_writer=writer, no_dist=True)
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
         content = {key: value for key, value in dataclasses.asdict(weights.model).items() if value is not None}
         write_yaml(partial / "model.yaml", {"model": content})
+        sums.write_manifest(partial, writer.entries)
     return weights.model

@@ -1,6 +1,6 @@
 """`slope export hf`: a run's checkpoint as a `transformers` model, tensor by tensor.
 
-    config.json, generation_config.json, tokenizer files
+    config.json, generation_config.json, tokenizer files, checksums.json
     model*.safetensors     dense, zeros where pruned; tied tensors once
     adapter/               with `--adapters lora`: the adapters as a PEFT LoRA folder
 
@@ -21,6 +21,7 @@ from slope_megatron.export.hf_names import FAMILIES
 from slope_megatron.export.hf_tokenizer import TokenIds, plan_tokenizer, write_tokenizer
 from slope_megatron.export.output_folder import Entry, check_target, new_folder, plan_files, write_files, write_json
 from slope_megatron.export.trained_run import TrainedRun
+from slope_megatron.storage import sums
 
 ADAPTERS = ("fold", "lora", "drop")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -87,7 +88,7 @@ class HfPlan:
         if self.adapter is not None:
             size = sum(entry.bytes for entry in self.adapter)
             lines.append(f"  adapter/adapter_model.safetensors  {len(self.adapter)} tensors, {size / 1e6:,.1f} MB")
-        small = ["config.json", "generation_config.json", *plan_tokenizer(source.tokenizer)]
+        small = ["config.json", "generation_config.json", *plan_tokenizer(source.tokenizer), sums.FOLDER]
         return "\n".join([*lines, *(f"  {name}" for name in small)])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from slope_megatron.storage import folders
+from slope_megatron.storage import folders, sums
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Configuration, tokenizer, headers of the files.
@@ -109,7 +109,8 @@ def check_target(target: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path, size: int, seal: str = "config.json") -> Iterator[Path]:
-    """A folder to write `size` bytes into, which gets its name when the block ends; nothing is left if it fails.
+    """A folder to write `size` bytes into, which gets checksums and its name when the block ends; nothing is left if it
+    fails.
 
     Args:
         seal: the file without which no reader takes the folder for complete.
@@ -121,6 +122,8 @@ def new_folder(target: Path, size: int, seal: str = "config.json") -> Iterator[P
     partial.mkdir(parents=True)
     try:
         yield partial
+        if not sums.manifest_of(partial):
+            sums.write_manifest(partial)
         for path in sorted(partial.rglob("*")):
             flush(path)
         flush(partial)

@@ -10,6 +10,7 @@ from slope_megatron.config.saved import saved_form
 from slope_megatron.export.output_folder import Entry, new_folder, plan_files, write_files, write_json
 from slope_megatron.export.trained_run import TrainedRun
 from slope_megatron.inference.packed_file import FORMAT, PATTERN
+from slope_megatron.storage import sums
 
 
 def plan(source: TrainedRun, max_shard_bytes: int = 5 * 10**9) -> dict[str, list[Entry]]:
@@ -46,7 +47,8 @@ def describe(source: TrainedRun, files: dict[str, list[Entry]], target: Path) ->
     if sizes["dense"]:
         share = sizes["packed"] / sizes["dense"]
         lines.append(f"  sparse linears: {sizes['packed']:,} bytes, {share:.4f} of the same ones dense")
-    return "\n".join([*lines, "  config.json", *(f"  {name}" for name in tokenizer_files(source))])
+    small = ["config.json", *tokenizer_files(source), sums.FOLDER]
+    return "\n".join([*lines, *(f"  {name}" for name in small)])
 
 
 def tokenizer_files(source: TrainedRun) -> dict[str, bytes]:

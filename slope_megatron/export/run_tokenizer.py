@@ -3,9 +3,11 @@
 import logging
 from pathlib import Path
 
+from slope_megatron.config.json_file import read_json
 from slope_megatron.data.fast_tokenizer import FastTokenizer
 from slope_megatron.data.probes import first_difference
 from slope_megatron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from slope_megatron.storage import sums
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +16,7 @@ def choose_tokenizer(run: Path, data: Path, given: Path | None) -> Path | None:
     """The folder or file of the tokenizer; None, with a line in the log, where there is none any more.
 
     Raises:
-        ValueError: there is nothing at `given`.
+        ValueError: there is nothing at `given`, or the run's own is damaged.
     """
     if given is not None:
         if not given.exists():
@@ -23,7 +25,22 @@ def choose_tokenizer(run: Path, data: Path, given: Path | None) -> Path | None:
     found = own_tokenizer(run, data)
     if found is None:
         logger.warning("the run's data folder %s is gone: no tokenizer; give --tokenizer", data)
+    else:
+        check_written(found)
     return found
+
+
+def check_written(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a tokenizer's file in prepared data is not what was written.
+    """
+    manifest = folder / "manifest.json"
+    entries = read_json(manifest, "give --tokenizer").get("files", {}) if manifest.is_file() else {}
+    for name, entry in entries.items():
+        found = None if name.endswith((".bin", ".idx")) else sums.difference(folder / name, entry)
+        if found:
+            raise ValueError(f"{folder / name} is not what was written (it {found}): copy it, or give --tokenizer")
 
 
 def own_tokenizer(run: Path, data: Path) -> Path | None:

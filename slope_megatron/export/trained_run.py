@@ -8,7 +8,6 @@ with zeros where its mask has them.
 import dataclasses
 import functools
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from slope_megatron.export.run_tokenizer import check_given, choose_tokenizer, own_tokenizer
 from slope_megatron.models.shapes import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack, unpack_bits
-from slope_megatron.storage import latest
+from slope_megatron.storage import latest, sums
 
 STEP = re.compile(r"step_\d{8,}")
 LEFT_OUT = (".weight_column", "_extra_state")
@@ -75,17 +74,14 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     return latest.find(complete)
 
 
-def check_sizes(folder: Path) -> None:
-    """
+def check_files(folder: Path) -> None:
+    """Sizes of all files, and the contents of all but those with the tensors, which are checked as they are read.
+
     Raises:
-        ValueError: a file of the checkpoint is missing or cut.
+        ValueError: a file of the checkpoint is missing or not what was written.
     """
-    for name, expected in read_json(folder / "manifest.json", OTHER_STEP).items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
-            raise ValueError(f"checkpoint {folder} is corrupt: its file {name} {found}; take another with --step")
+    if damage := sums.find_damage(folder, contents=lambda name: not name.endswith(".distcp")):
+        raise ValueError(f"checkpoint {folder} is corrupt: its file {damage}; {OTHER_STEP}")
 
 
 class TrainedRun(Mapping[str, torch.Tensor]):
@@ -96,22 +92,24 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         step: of the checkpoint; None: the newest.
         tokenizer: file or folder that overrides the data's.
     Raises:
-        ValueError: what `find_checkpoint`, `check_sizes` and `SavedConfig.check` raise, or the vocabulary's size cannot
+        ValueError: what `find_checkpoint`, `check_files` and `SavedConfig.check` raise, or the vocabulary's size cannot
             be known.
     """
 
     def __init__(self, run: Path | str, step: int | None = None, tokenizer: Path | None = None):
-        from torch.distributed.checkpoint import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        from slope_megatron.storage.tensors import CheckedReader
 
         self.run = Path(run)
         self.folder = find_checkpoint(self.run, step)
-        check_sizes(self.folder)
+        check_files(self.folder)
         state = read_json(self.folder / "state.json", OTHER_STEP)
         self.config = SavedConfig.read(state).check(self.folder, WEIGHTS).config()
         self.step = state["steps_done"]
         self.adapters_active = self.config.slope.adapters_count(self.config.train.steps, self.step)
-        entries = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        self.reader = CheckedReader(self.folder, OTHER_STEP)
+        entries = self.reader.read_metadata().state_dict_metadata
         self.entries = {
             name: entry
             for name, entry in entries.items()
@@ -185,16 +183,17 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         return self.read([name])[name]
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Some tensors at once."""
-        from torch.distributed import checkpoint
+        """Some tensors at once.
+
+        Raises:
+            ValueError: they are not what was written.
+        """
+        from slope_megatron.storage.tensors import read_tensors
 
         masks = [f"{name}{MASK}" for name in names if f"{name}{MASK}" in self.masks]
         state = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
         state |= {name: torch.empty(self.masks[name].size, dtype=torch.uint8) for name in masks}
-        with warnings.catch_warnings():
-            # That one process reads is the intent.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
+        read_tensors(state, self.reader)
         for name in masks:
             state[name.removesuffix(MASK)] *= unpack_bits(state.pop(name))
         return {

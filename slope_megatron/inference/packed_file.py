@@ -7,11 +7,12 @@
         X.weight_pattern   [N, K/8]    bitmask uint8: which weights are kept
         X.adapter_l, _r    [R, K], [N, R]   adapters, where they were active: Y += (1/R) (X L) R
     tokenizer.model and others    as the run's data had them
+    checksums.json       size and checksum of each of them
 
 The names and the fused Q, K, V (group after group) are those of the checkpoints, so that nothing is reordered.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from slope_megatron.config import ModelConfig
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.inference.weight_files import FETCH, INDEX, weight_files
+from slope_megatron.storage import sums
 
 FORMAT = 1
 AGAIN = "copy it again, or export the run again"
@@ -65,6 +67,18 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
             return tuple(opened.get_slice(name).get_shape())
 
 
+def check_written(folder: Path, names: Callable[[str], bool] = sums.every) -> None:
+    """Compare an exported folder with its manifest; one without is of an older version, and a line in the log says so.
+
+    Raises:
+        ValueError: a file is not what was written.
+    """
+    if sums.manifest_of(folder):
+        sums.check_folder(folder, AGAIN, names)
+    else:
+        sums.note_absence(folder)
+
+
 def is_packed_folder(folder: Path) -> bool:
     """Whether `slope export packed` wrote it."""
     config = folder / "config.json"
@@ -75,10 +89,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict]:
     """Architecture, and all of config.json.
 
     Raises:
-        ValueError: not such a folder, of another format, or with settings that this version does not have.
+        ValueError: not such a folder, damaged, of another format, or with settings that this version does not have.
     """
     if not is_packed_folder(folder):
         raise ValueError(f"{folder} holds no packed model: give a folder that `slope export packed` wrote")
+    # A tokenizer may be gone: --tokenizer gives another.
+    check_written(folder, lambda name: name.endswith(".safetensors") or (folder / name).exists())
     content = read_json(folder / "config.json", AGAIN)
     if content["format"] != FORMAT:
         raise ValueError(

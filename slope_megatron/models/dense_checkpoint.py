@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from slope_megatron.models.shapes import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack_bits
+from slope_megatron.storage import metadata
+from slope_megatron.storage.tensors import CheckedReader, read_tensors
 
 LAYER = re.compile(r"^((?:decoder|encoder)\.layers\.)(\d+)\.(.+)$")
 
@@ -28,19 +29,20 @@ class MegatronCheckpoint(Mapping):
         vocabulary: entries that count; Megatron-LM's padding depends on its tensor-parallel size, so the rows behind
             them are left out.
     Raises:
-        ValueError: no such checkpoint, or one without a dense model.
+        ValueError: no such checkpoint, one without a dense model, or what `CheckedReader` says no to.
     """
 
     def __init__(self, folder: Path | str, prefix: str = "", vocabulary: int | None = None):
         self.folder = Path(folder)
-        if not (self.folder / ".metadata").is_file():
+        if not (self.folder / metadata.NAME).is_file():
             found = "holds no Megatron checkpoint of the torch_dist format" if self.folder.is_dir() else "is no folder"
             raise ValueError(
                 f"{self.folder} {found}: give a run folder, a folder that `slope import hf` wrote, or that of one "
                 "iteration of Megatron-LM, such as iter_0001000"
             )
         self.prefix, self.vocabulary = prefix, vocabulary
-        entries = checkpoint.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        self.reader = CheckedReader(self.folder)
+        entries = self.reader.read_metadata().state_dict_metadata
         self.stored: dict[str, TensorStorageMetadata] = {
             name.removeprefix(prefix): entry
             for name, entry in entries.items()
@@ -71,7 +73,7 @@ class MegatronCheckpoint(Mapping):
         state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         if f"{stored}_mask" in self.masks:
             state[mask] = torch.empty(self.masks[f"{stored}_mask"].size, dtype=torch.uint8)
-        checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(self.folder), no_dist=True)
+        read_tensors(state, self.reader)
         if mask in state:
             state[key] *= unpack_bits(state[mask])
         if name in VOCABULARY_ROWS:

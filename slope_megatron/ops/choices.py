@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from slope_megatron.ops import libraries
-from slope_megatron.storage import whole
+from slope_megatron.storage import sums, whole
 
 logger = logging.getLogger(__name__)
 # As tables of before 0.2 have them.
@@ -252,20 +252,22 @@ def save(path: Path) -> None:
     """Write the table."""
     table = {str(key): dataclasses.asdict(decision) for key, decision in _table.items()}
     content = {"machine": machine(), "choices": dict(sorted(table.items()))}
-    whole.write_json(Path(path), content)
+    whole.write_json(Path(path), sums.signed(content))
 
 
 def load(path: Path) -> bool:
-    """Adopt a saved table; False, with a log line, when it was made on another machine or cannot be read."""
+    """Adopt a saved table; False, with a log line, when it was made on another machine or is not what was written."""
     here = machine()
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         table = {Key.parse(text): _read(fields) for text, fields in saved["choices"].items()}
-        dict(saved["machine"])
+        elsewhere = dict(saved["machine"]) != here
+        if not elsewhere and sums.is_signed_right(saved) is False:
+            raise ValueError("it has another checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s cannot be read (%s): products are measured anew", path, " ".join(str(error).split()))
         return False
-    if saved["machine"] != here:
+    if elsewhere:
         different = sorted(name for name in here if saved["machine"].get(name) != here[name])
         logger.info("%s was measured with another %s: products are measured anew", path, ", ".join(different))
         return False

@@ -1,1 +1,1 @@
-"""How this program treats a disk: locks, what appears whole, links, and what an earlier command left."""
+"""How this program treats a disk: locks, what appears whole, links, what an earlier command left, and checksums."""

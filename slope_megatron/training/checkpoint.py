@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00000500/   megatron-core distributed checkpoint: values, patterns, adapters, masters, moments
                     .../state.json   configuration, steps done, optimizer step counters
-                    .../manifest.json  size and SHA-256 of every file
+                    .../manifest.json  sizes and checksums of every file, and of each tensor in it
     RUN/checkpoints/latest           name of the newest complete one, written last
 
 A checkpoint appears by one rename when all of it is on disk, and disappears by one. Random states and the data position
@@ -10,7 +10,6 @@ are functions of the step, so nothing of them is saved.
 """
 
 import copy
-import json
 import logging
 import os
 import re
@@ -18,11 +17,11 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
 from slope_megatron.config import Config
+from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import FIXED_ON_RESUME, SavedConfig, saved_form
-from slope_megatron.storage import latest
+from slope_megatron.storage import latest, sums
 from slope_megatron.training import files
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.engine_state import (
@@ -33,11 +32,13 @@ from slope_megatron.training.engine_state import (
     optimizer_steps,
     sharded_engine_state,
 )
+from slope_megatron.training.sharded_load import load_sharded
 from slope_megatron.training.snapshot import Snapshot, Written
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
 STEP = re.compile(r"step_(\d{8,})")
+SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt.*")
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -110,7 +111,7 @@ class Saving:
         try:
             manifest = self.snapshot.write_index(self.partial, parts)
             files.write_json(self.partial / "state.json", self.state)
-            manifest["state.json"] = files.seal(self.partial / "state.json")
+            manifest["state.json"] = sums.seal(self.partial / "state.json")
             publish(self.partial, self.target, manifest)
         except Exception as error:
             return f"rank 0: {files.reason(error)}"
@@ -144,15 +145,52 @@ def publish(partial: Path, target: Path, manifest: dict[str, dict]) -> None:
     latest.point_at(target)
 
 
+def entries(run: Path, form: re.Pattern = STEP) -> list[Path]:
+    """What bears a checkpoint's name, whole or not, oldest first.
+
+    Args:
+        form: of the names; `SET_ASIDE` has those that were found damaged.
+
+    Raises:
+        ValueError: the folder cannot be listed.
+    """
+    folder = run / "checkpoints"
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if form.fullmatch(name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be listed ({error.strerror}): make it readable, or mend its disk") from None
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Sealed checkpoints of a run, oldest first."""
-    found = (run / "checkpoints").glob("step_*/manifest.json")
-    return sorted(path.parent for path in found if STEP.fullmatch(path.parent.name))
+    """Sealed checkpoints of a run, oldest first; whether they are intact is another question."""
+    return [folder for folder in entries(run) if _is_sealed(folder)]
+
+
+def newest_known(run: Path) -> Path | None:
+    """For messages: the newest sealed checkpoint, as far as the folder can be listed now."""
+    try:
+        return next(reversed(complete_checkpoints(run)), None)
+    except ValueError:
+        return None
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        return (folder / sums.CHECKPOINT).exists()
+    except OSError:  # not to be looked at: it is there, and whoever verifies it says why it cannot be read
+        return True
 
 
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
     """Remove all but the newest `keep`, and those of every `keep_every`-th step; what cannot be removed is logged."""
-    for folder in complete_checkpoints(run)[:-keep]:
+    try:
+        old = complete_checkpoints(run)[:-keep]
+    except ValueError as error:
+        logger.warning("no old checkpoint is removed: %s", error)
+        return
+    for folder in old:
         if keep_every and step_of(folder) % keep_every == 0:
             continue
         try:
@@ -198,49 +236,19 @@ def verify(folder: Path) -> None:
     Raises:
         CorruptCheckpoint: a file is missing or differs; names it, and the checkpoint to use instead.
     """
-    damage = find_damage(folder)
+    refuse(folder, sums.find_damage(folder))
+
+
+def refuse(folder: Path, damage: str | None) -> None:
+    """Raise `verify`'s error, if there is damage."""
     if damage:
-        others = [other.name for other in complete_checkpoints(folder.parent.parent) if other != folder]
-        way_out = f"remove {folder} to resume from {others[-1]}" if others else "start anew with --overwrite"
-        raise CorruptCheckpoint(f"checkpoint {folder} is corrupt: its file {damage}; {way_out}")
+        raise CorruptCheckpoint(f"checkpoint {folder} is corrupt: its file {damage}; {way_out(folder)}")
 
 
-def find_damage(folder: Path) -> str | None:
-    """The first file that is not what was written, and how it differs."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        expected_of = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json cannot be read"
-    for name, (size, digest) in expected_of.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if files.sha256(path) != digest:
-            return f"{name} has another checksum"
-    return None
-
-
-def newest_good(run: Path, config: Config) -> Path:
-    """For jobs that nobody watches: the newest checkpoint that is intact; corrupt ones after it are set aside.
-
-    Raises:
-        ValueError: none is intact, or it is of another run.
-    """
-    candidates = complete_checkpoints(run)[::-1]
-    for index, folder in enumerate(candidates):
-        damage = find_damage(folder)
-        if damage is None:
-            check_state(folder, config)
-            for corrupt in candidates[:index]:
-                aside = corrupt.with_name(f"{corrupt.name}.corrupt")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(corrupt, aside)
-            return folder
-        logger.warning("checkpoint %s is corrupt (its file %s): set aside, taking the one before it", folder, damage)
-    raise ValueError(f"no checkpoint of {run} is intact ({len(candidates)} looked at): start anew with --overwrite")
+def way_out(folder: Path) -> str:
+    """What to do about a checkpoint that is damaged."""
+    others = [other.name for other in complete_checkpoints(folder.parent.parent) if other != folder]
+    return f"remove {folder} to resume from {others[-1]}" if others else "start anew with --overwrite"
 
 
 def read_state(folder: Path, config: Config) -> dict:
@@ -255,7 +263,7 @@ def read_state(folder: Path, config: Config) -> dict:
 
 def check_state(folder: Path, config: Config) -> dict:
     """`state.json` of an intact checkpoint; raises ValueError as `read_state` does."""
-    state = json.loads((folder / "state.json").read_text())
+    state = read_json(folder / "state.json", way_out(folder))
     if state["format"] != FORMAT:
         raise ValueError(
             f"checkpoint {folder} has format {state['format']} and this version reads {FORMAT}: use the "
@@ -271,11 +279,15 @@ def check_state(folder: Path, config: Config) -> dict:
 
 
 def load(engine: Engine, folder: Path) -> None:
-    """Restore an engine built from the same configuration; all ranks call it. Rank 0 has called `read_state`."""
-    state = json.loads((folder / "state.json").read_text())
+    """Restore an engine built from the same configuration; all ranks call it. Rank 0 has called `read_state`.
+
+    Raises:
+        Damaged, Refused: on every rank, as `load_sharded`; the engine can load another checkpoint then.
+    """
     link_optimizer_state(engine)
     sharded = sharded_engine_state(engine, filled=False)
-    loaded = dist_checkpointing.load(sharded, str(folder))
+    loaded = load_sharded(sharded, folder, way_out(folder))
+    state = read_json(folder / "state.json", way_out(folder))
     install_engine_state(engine, loaded, state["optimizer_steps"])
     install_loss_scaler(engine, state.get("loss_scaler"))
     engine.steps_done = state["steps_done"]

@@ -1,26 +1,11 @@
-"""Files of a run: written whole (`storage.whole`), sealed by checksums, and what went wrong with one in words."""
+"""Files of a run: written whole (`storage.whole`), and what went wrong with one in words."""
 
-import hashlib
 import os
 from pathlib import Path
 
 from slope_megatron.storage.whole import write_json, write_text
 
-__all__ = ["reason", "seal", "sha256", "sync_folder", "write_json", "write_text"]
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream) -> str:
-    """`hashlib.file_digest`, which Python 3.10 lacks."""
-    digest = hashlib.sha256()
-    while piece := stream.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
+__all__ = ["reason", "sync_folder", "write_json", "write_text"]
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,11 +15,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def seal(path: Path) -> dict:
-    """Size and SHA-256 of a file, as manifests hold them."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def reason(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from slope_megatron.config import Config
 from slope_megatron.config.json_file import read_json
+from slope_megatron.storage import sums
 from slope_megatron.training import checkpoint, run_folder
 
 
@@ -25,7 +26,7 @@ def finished(config: Config) -> str | None:
         return None
     folder = checkpoint.newest(run)
     step = checkpoint.step_of(folder)
-    if step < config.train.last_step or not has_summary(run, step) or checkpoint.find_damage(folder):
+    if step < config.train.last_step or not has_summary(run, step) or sums.find_damage(folder):
         return None
     checkpoint.check_state(folder, config)
     run_folder.check_same_data(run, config)

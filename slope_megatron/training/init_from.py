@@ -1,26 +1,28 @@
 """`--init-from`: a new run starts from the weights of another one, dense (then pruned) or packed (then as they are)."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader
 
 from slope_megatron.config import Config, SlopeConfig
+from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.models.canonical import sharded_state_dict
 from slope_megatron.models.dense import load_dense
 from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
 from slope_megatron.models.fill import sparse_modules
+from slope_megatron.storage import metadata, sums
+from slope_megatron.storage.tensors import CheckedReader
 from slope_megatron.training import checkpoint, wanda
+from slope_megatron.training.sharded_load import load_sharded
 
 logger = logging.getLogger(__name__)
 ADAPTERS = (".adapter_l", ".adapter_r")
 # What decides names, shapes and meaning of packed tensors.
 PACKED_FORM = ("nm", "nm_by_block", "dense_blocks", "dense_first_linear", "sparse_attention", "sparse_mlp")
+OTHER_START = "copy it again, or give another --init-from"
 FREE_IN_MODEL = ("dropout", "init_std", "max_positions")
 
 
@@ -35,6 +37,8 @@ def check_init(config: Config, samples: int, origins: Mapping[str, str] | None =
             without anybody's having asked for that.
     """
     folder = checkpoint_of(config)
+    if sums.manifest_of(folder):
+        sums.check_folder(folder, OTHER_START)
     if not is_packed(folder):
         MegatronCheckpoint(folder)
         check_pattern(config, folder, origins)
@@ -44,8 +48,7 @@ def check_init(config: Config, samples: int, origins: Mapping[str, str] | None =
         raise ValueError(
             f"{folder} holds a packed model and this run's weights are dense: leave --no-slope or --slope-method out"
         )
-    checkpoint.verify(folder)
-    state = json.loads((folder / "state.json").read_text())
+    state = read_json(folder / "state.json", OTHER_START)
     saved = SavedConfig.read(state).check(folder, WEIGHTS).values
     differences = [
         f"{section}.{key}: {saved[section][key]!r} there, {value!r} here"
@@ -140,9 +143,9 @@ def checkpoint_of(config: Config) -> Path:
 
 def stored_names(folder: Path) -> set[str]:
     """Names of the tensors of a checkpoint; none where it is no checkpoint."""
-    if not (folder / ".metadata").is_file():
+    if not (folder / metadata.NAME).is_file():
         return set()
-    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    return set(CheckedReader(folder).read_metadata().state_dict_metadata)
 
 
 def is_packed(folder: Path) -> bool:
@@ -173,11 +176,11 @@ def load_packed(model: torch.nn.Module, folder: Path) -> None:
 
     The optimizer starts anew, from masters that are these weights.
     """
-    written = json.loads((folder / "state.json").read_text())
+    written = read_json(folder / "state.json", OTHER_START)
     kept = _adapters_count(SavedConfig.read(written).values, written["steps_done"])
     state = {name: entry for name, entry in sharded_state_dict(model).items() if kept or not name.endswith(ADAPTERS)}
     fresh = not kept and any(name.endswith(ADAPTERS) for name in model.state_dict())
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = load_sharded(state, folder, OTHER_START)
     model.load_state_dict(loaded, strict=False)
     for module in sparse_modules(model):
         module.drop_operands()

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from slope_megatron.data.batches import MicroBatches, ValidationBatches
 from slope_megatron.ops.backend import choose
 from slope_megatron.training import accounting, attempts, checkpoint, flops, kernel_choices, memory
+from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine, StepResult
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.layer_stats import LayerStats
@@ -30,6 +31,7 @@ class Run:
         vocabulary: entries of the tokenizer.
         writers: where metrics go; empty but on rank 0.
         layer_stats: figures of each layer, if asked for.
+        data_check: of the data that it trains on, if it goes on in the background.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Run:
         watch: RankWatch,
         writers: list,
         layer_stats: LayerStats | None = None,
+        data_check: DataCheck | None = None,
     ):
         config = engine.config
         self.engine, self.config, self.run, self.vocabulary, self.watch = engine, config, run, vocabulary, watch
         self.first = dist.get_rank() == 0
-        self.writers, self.layer_stats = writers, layer_stats
+        self.writers, self.layer_stats, self.data_check = writers, layer_stats, data_check
+        self.began = engine.steps_done
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         train_set, valid_set = datasets
         micro = config.data.micro_batch_size
@@ -101,6 +105,7 @@ class Run:
         finally:
             progress.close()
         self.saver.finish()
+        self.await_data_check()
         return self.summary(time.perf_counter() - started)
 
     def before_adapters(self) -> None:
@@ -178,15 +183,35 @@ class Run:
             writer.write(values)
 
     def agree(self) -> None:
-        """Whether any rank was told to stop (USR1 or TERM): all then save after the same step. And whether every rank
-        has written its part of a checkpoint: all then publish it."""
-        here = [int(self.watch.stop_requested.is_set()), int(self.saver.busy())]
-        told = torch.tensor(here, device=self.engine.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        stop, busy = map(bool, told.tolist())
+        """Whether any rank was told to stop (USR1 or TERM): all then save after the same step. Whether every rank has
+        written its part of a checkpoint: all then publish it. And whether the data has been found damaged.
+
+        Raises:
+            DamagedData: it has; nothing more is saved.
+        """
+        damaged = self.data_check is not None and self.data_check.problem is not None
+        stop, busy, bad_data = self.any_rank(self.watch.stop_requested.is_set(), self.saver.busy(), damaged)
+        if self.data_check is not None and bad_data:
+            saved = [folder for folder in checkpoint.entries(self.run) if checkpoint.step_of(folder) > self.began]
+            self.data_check.stop(self.began, self.engine.steps_done, [folder.name for folder in saved])
         self.stopped = stop
         if self.saver.pending and not busy:
             self.saver.finish()
+
+    def any_rank(self, *facts: bool) -> list[bool]:
+        """Whether each is so on any rank; collective."""
+        told = torch.tensor([int(fact) for fact in facts], device=self.engine.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return [bool(fact) for fact in told.tolist()]
+
+    def await_data_check(self) -> None:
+        """A run that ends before its data was read to the end waits for that, unless it was told to stop."""
+        if self.data_check is None or self.stopped:
+            return
+        while self.any_rank(self.data_check.busy())[0]:
+            self.watch.reach(self.engine.steps_done, "checkpoint")
+            time.sleep(0.1)
+        self.agree()
 
     def validate(self, done: int) -> None:
         found: dict[str, float] = {}
@@ -248,10 +273,10 @@ class Run:
 
 def what_is_safe(run: Path) -> str:
     """For the message of a fault: what is kept, and how to go on."""
-    complete = checkpoint.complete_checkpoints(run)
-    if not complete:
+    newest = checkpoint.newest_known(run)
+    if newest is None:
         return "No checkpoint was written yet: start anew with --overwrite."
-    return f"Checkpoint {complete[-1]} is complete: the same command with --resume goes on from it."
+    return f"Checkpoint {newest} is complete: the same command with --resume goes on from it."
 
 
 def entropy(counts: torch.Tensor) -> float:

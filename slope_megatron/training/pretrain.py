@@ -10,7 +10,7 @@ from slope_megatron.config import Config
 from slope_megatron.data.batches import datasets_for, load_manifest
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.table import sparsity_table
-from slope_megatron.storage import folders
+from slope_megatron.storage import folders, metadata, sums
 from slope_megatron.training import (
     accounting,
     checkpoint,
@@ -22,8 +22,10 @@ from slope_megatron.training import (
     memory,
     parallel,
     places,
+    recovery,
     run_folder,
 )
+from slope_megatron.training.data_check import DamagedData, DataCheck
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.faults import RankWatch
 from slope_megatron.training.finished import Finished, finished
@@ -31,31 +33,16 @@ from slope_megatron.training.init_from import check_init, load_init
 from slope_megatron.training.launcher import Launcher
 from slope_megatron.training.loop import Run, what_is_safe
 from slope_megatron.training.places import Place
+from slope_megatron.training.together import agreed, from_every_rank, on_first_rank
 from slope_megatron.training.watch import Diverged
 from slope_megatron.training.writers import check_installed, open_writers
 
 logger = logging.getLogger(__name__)
 
 
-def on_first_rank(function):
-    """Call `function` on rank 0 only; its result, or its ValueError, reaches every rank."""
-    outcome: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise ValueError(outcome[1])
-    return outcome[0]
-
-
 def every_place() -> list[Place]:
     """Where each rank runs; collective."""
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, places.here(dist.get_rank()))
-    return found
+    return from_every_rank(places.here(dist.get_rank()))
 
 
 def resolve_dtype(config: Config) -> str:
@@ -94,6 +81,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     on_first_rank(lambda: check_installed(config))
     on_first_rank(lambda: disk.probe(run))
     manifest = on_first_rank(lambda: load_manifest(config.data.data))
+    data_check = DataCheck(Path(config.data.data), {name: entry["bytes"] for name, entry in manifest["files"].items()})
     # Before anything is written or built: a split may be too short for the sequence length.
     datasets = datasets_for(config)
     dtype = on_first_rank(lambda: resolve_dtype(config))
@@ -101,17 +89,13 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
         on_first_rank(lambda: check_start(config, len(datasets[0]), origins))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
-    resume_from = on_first_rank(lambda: find_checkpoint(config, run))
+    resume_from = recovery.find_checkpoint(config, run)
     on_first_rank(lambda: remove_leftovers(run))
     timeout = config.watch.hang_timeout
     watch = RankWatch(run, every_place(), dist.get_rank(), lambda: what_is_safe(run), timeout, launcher)
     watch.start()
     logger.info("%s", sparsity_table(config))
-    try:
-        engine, start = build_engine(config, manifest["vocab_size"], DTYPES[dtype], datasets[0], resume_from)
-    except torch.OutOfMemoryError:
-        held = memory.measure(torch.cuda.current_device())
-        raise memory.OutOfMemory(memory.explain(config, dist.get_rank(), "building the model", held)) from None
+    engine, start = build_watched(watch, config, manifest["vocab_size"], DTYPES[dtype], datasets[0], resume_from)
     size = accounting.checkpoint_bytes(engine)
     try:
         on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
@@ -124,18 +108,8 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     writers: list = []
     on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
     stats = layer_stats.LayerStats(engine, start) if start is not None else None
-    try:
-        summary = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats).train()
-    except torch.OutOfMemoryError:
-        held = memory.measure(engine.device)
-        reason = memory.explain(config, dist.get_rank(), f"in step {engine.steps_done + 1}", held)
-        raise memory.OutOfMemory(f"{reason}. {what_is_safe(run)}") from None
-    except RuntimeError:
-        watch.await_verdict()
-        raise
-    except Diverged:
-        leave(watch)
-        raise
+    training = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats, data_check)
+    summary = train_watched(training)
     summary["dtype"] = dtype
     if dist.get_rank() == 0:
         write_results(run, summary, config.train.steps)
@@ -145,16 +119,45 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     return summary
 
 
+def train_watched(training: Run) -> dict:
+    """`Run.train`, with what its failures mean for the other ranks and for the user."""
+    engine, watch = training.engine, training.watch
+    try:
+        return training.train()
+    except torch.OutOfMemoryError:
+        held = memory.measure(engine.device)
+        reason = memory.explain(engine.config, dist.get_rank(), f"in step {engine.steps_done + 1}", held)
+        raise memory.OutOfMemory(f"{reason}. {what_is_safe(training.run)}") from None
+    except RuntimeError:
+        watch.await_verdict()
+        raise
+    except (Diverged, DamagedData):
+        leave(watch)
+        raise
+
+
+def build_watched(watch: RankWatch, config: Config, *arguments):
+    """`build_engine`, with what its failures mean for the other ranks and for the user."""
+    try:
+        return build_engine(config, *arguments)
+    except torch.OutOfMemoryError:
+        held = memory.measure(torch.cuda.current_device())
+        raise memory.OutOfMemory(memory.explain(config, dist.get_rank(), "building the model", held)) from None
+    except (sums.Damaged, metadata.Refused):
+        leave(watch)
+        raise
+
+
 def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set, resume_from: Path | None):
     """The engine at the step that the run begins with, and for the layers' figures what its weights began with."""
     model = build_model(config, vocabulary, dtype)
     wants_layers = config.watch.layer_stats_interval > 0
     if config.train.init_from and (wants_layers or not resume_from):
-        load_init(model, config, vocabulary, train_set)
+        agreed(lambda: load_init(model, config, vocabulary, train_set))
     start = layer_stats.sample_all(model) if wants_layers else None
     engine = Engine(model, config, dtype)
     if resume_from:
-        checkpoint.load(engine, resume_from)
+        recovery.load(engine, resume_from)
     return engine, start
 
 
@@ -173,17 +176,6 @@ def write_results(run: Path, summary: dict, steps: int) -> None:
             files.write_text(run / "DONE", f"{steps} steps\n")
     except OSError as error:
         summary["unsaved"] = summary["unsaved"] or files.reason(error)
-
-
-def find_checkpoint(config: Config, run: Path) -> Path | None:
-    """The verified checkpoint to go on from; None: the run starts."""
-    if not run_folder.is_resumed(config):
-        return None
-    if config.train.auto_resume:
-        return checkpoint.newest_good(run, config)
-    folder = checkpoint.newest(run)
-    checkpoint.read_state(folder, config)
-    return folder
 
 
 def remove_leftovers(run: Path) -> None:

@@ -10,7 +10,7 @@ from slope_megatron.config import Config
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import saved_form
 from slope_megatron.data.manifest import fingerprint
-from slope_megatron.storage import folders, locks
+from slope_megatron.storage import folders, locks, sums
 from slope_megatron.training import checkpoint, files
 from slope_megatron.versions import versions
 
@@ -36,14 +36,15 @@ class RunLock:
 
 
 def is_resumed(config: Config) -> bool:
-    """Whether this run goes on from a checkpoint: as asked, or because `--auto-resume` finds one.
+    """Whether this run goes on from a checkpoint: as asked, or because `--auto-resume` finds one, whole or not.
 
     Raises:
-        ValueError: `--resume`, and no run is there.
+        ValueError: `--resume`, and no run is there; or the folder of checkpoints cannot be listed.
     """
     run = Path(config.train.out)
     if config.train.auto_resume:
-        return bool(checkpoint.complete_checkpoints(run))
+        # Damaged ones count: a run that none of them can be read of is not begun anew unasked.
+        return bool(checkpoint.entries(run) or checkpoint.entries(run, checkpoint.SET_ASIDE))
     if config.train.resume and not (run / "run.json").is_file():
         raise ValueError(f"{run} holds no run to resume: leave --resume out to start one")
     return config.train.resume
@@ -97,13 +98,13 @@ def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
         "versions": versions(),
         "machine": platform.platform(),
     }
-    files.write_json(run / "run.json", content)
+    files.write_json(run / "run.json", sums.signed(content))
     return lock
 
 
 def check_same_data(run: Path, config: Config) -> None:
     """The data may have moved, but must be what the run began with."""
-    began_with = read_json(run / "run.json", DAMAGED_RUN, holds=("data_sha256",))["data_sha256"]
+    began_with = description(run, "data_sha256")["data_sha256"]
     if fingerprint(config.data.data) != began_with:
         raise ValueError(
             f"{config.data.data} is not the data that {run} began with: give that --data, or another --out"
@@ -112,5 +113,19 @@ def check_same_data(run: Path, config: Config) -> None:
 
 def saved_dtype(run: Path) -> str | None:
     """The parameter type of the run in this folder, if there is one."""
-    description = run / "run.json"
-    return read_json(description, DAMAGED_RUN, holds=("dtype",))["dtype"] if description.is_file() else None
+    return description(run, "dtype")["dtype"] if (run / "run.json").is_file() else None
+
+
+def description(run: Path, *holds: str) -> dict:
+    """run.json.
+
+    Args:
+        holds: keys that it must have.
+    Raises:
+        ValueError: it is not what was written.
+    """
+    path = run / "run.json"
+    content = read_json(path, DAMAGED_RUN, holds=holds)
+    if sums.is_signed_right(content) is False:
+        raise ValueError(f"{path} is damaged (it has another checksum): {DAMAGED_RUN}")
+    return content

@@ -57,8 +57,8 @@ class Saver:
             self.thread.join()
         self.failure = self.saving.finish()
         if self.failure:
-            kept = checkpoint.complete_checkpoints(self.run)
-            safe = f"{kept[-1].name} is kept" if kept else "there is none before it"
+            kept = checkpoint.newest_known(self.run)
+            safe = f"{kept.name} is kept" if kept else "there is none before it"
             name = self.saving.target.name
             logger.error("checkpoint %s could not be written (%s): %s; the run goes on", name, self.failure, safe)
         self.saving = self.thread = None

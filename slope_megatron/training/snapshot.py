@@ -17,14 +17,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
-from torch.distributed.checkpoint import FileSystemWriter, SavePlan
+from torch.distributed.checkpoint import SavePlan
 
-from slope_megatron.training import files
+from slope_megatron.storage import sums
+from slope_megatron.storage.tensors import SummingWriter
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What one rank wrote: torch's results for the index, and size and SHA-256 of each file by name."""
+    """What one rank wrote: torch's results for the index, and its files' entries in the manifest by name."""
 
     results: list
     manifest: dict[str, dict]
@@ -69,14 +70,10 @@ class Snapshot:
             return Written([], {})
         # The number of the rank in the file's name comes from its place among the plans.
         before = [SavePlan([])] * self.rank
-        plan = self.writer(folder).prepare_global_plan([*before, self.plan])[self.rank]
-        results = self.writer(folder).write_data(plan, self.planner).wait()
-        names = sorted({result.storage_data.relative_path for result in results})
-        return Written(results, {name: files.seal(folder / name) for name in names})
-
-    @staticmethod
-    def writer(folder: Path) -> FileSystemWriter:
-        return FileSystemWriter(str(folder), thread_count=1, sync_files=True, per_thread_copy_ahead=0)
+        plan = SummingWriter(folder).prepare_global_plan([*before, self.plan])[self.rank]
+        writer = SummingWriter(folder)
+        results = writer.write_data(plan, self.planner).wait()
+        return Written(results, writer.entries)
 
     def check_finite(self) -> None:
         """A state that cannot be trained on is no checkpoint."""
@@ -94,10 +91,10 @@ class Snapshot:
             raise RuntimeError(f"rank {self.rank} does not know where all tensors lie: rank 0 writes the index")
         torch.save(self.common, folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        self.writer(folder).finish(self.metadata, [part.results for part in parts])
+        SummingWriter(folder).finish(self.metadata, [part.results for part in parts])
         manifest = {name: entry for part in parts for name, entry in part.manifest.items()}
         for name in ("common.pt", "metadata.json", ".metadata"):
             with open(folder / name, "rb") as stream:
                 os.fsync(stream.fileno())
-            manifest[name] = files.seal(folder / name)
+            manifest[name] = sums.seal(folder / name)
         return manifest

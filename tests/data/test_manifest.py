@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from slope_megatron.data.manifest import load_manifest, verify_hashes
+from slope_megatron.data.manifest import load_manifest, verify
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def folder(prepared, tmp_path):
 
 
 def test_a_whole_folder_loads(folder):
-    assert load_manifest(str(folder)) == verify_hashes(folder) == json.loads((folder / "manifest.json").read_text())
+    assert load_manifest(str(folder)) == verify(folder) == json.loads((folder / "manifest.json").read_text())
 
 
 def test_no_folder(tmp_path):
@@ -71,5 +71,26 @@ def test_changed_file(folder):
     with (folder / "train.bin").open("r+b") as file:
         file.write(b"\xff")
     load_manifest(folder)
-    with pytest.raises(ValueError, match=r"train.bin is not the file that was written \(its sha256 differs\)"):
-        verify_hashes(folder)
+    with pytest.raises(ValueError, match=r"train.bin is not the file that was written \(it has another checksum\)"):
+        verify(folder)
+
+
+def test_a_manifest_that_was_changed(folder):
+    """Its figures, such as a source's weight, decide what is trained on."""
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"vocab_size": 400', '"vocab_size": 401'))
+    with pytest.raises(ValueError, match=r"manifest.json is not what was written \(it has another checksum\): copy it"):
+        load_manifest(folder)
+
+
+def test_prepared_again_over_damaged_data_says_so(folder, corpus_folder):
+    from slope_megatron.data.prepare import prepare
+
+    settings = {"vocab_size": 400, "valid_percent": 10, "test_percent": 5}
+    assert prepare(str(corpus_folder), folder, **settings) == load_manifest(folder)
+    with (folder / "train.bin").open("r+b") as file:
+        file.write(b"\xff")
+    with pytest.raises(ValueError, match=r"train\.bin is not the file that was written"):
+        prepare(str(corpus_folder), folder, **settings)
+    prepare(str(corpus_folder), folder, overwrite=True, **settings)
+    verify(folder)

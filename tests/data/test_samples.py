@@ -1,10 +1,12 @@
 """Samples are the prepared documents, shuffled and laid end to end; every rank sees the same ones."""
 
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 
+from helpers.payload import Payload
 from slope_megatron.data.indexed import indexed_dataset_module
 from slope_megatron.data.manifest import load_manifest
 from slope_megatron.data.samples import build_datasets
@@ -67,8 +69,8 @@ def test_the_index_is_written_once_into_the_data_folder(prepared, tmp_path, one_
     build_datasets(folder, SEQ, 50, 10, seed=1)
     (place,) = (folder / "cache").iterdir()
     before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
-    # Four files a split: Megatron found all that was written, and added nothing.
-    assert len(before) == 8
+    # Four files a split and their checksums: Megatron found all that was written, and added nothing.
+    assert len(before) == 9
     build_datasets(folder, SEQ, 50, 10, seed=1)
     assert {path: path.stat().st_mtime_ns for path in place.iterdir()} == before
     build_datasets(folder, SEQ, 60, 10, seed=1)
@@ -118,3 +120,63 @@ def test_a_folder_that_other_nodes_do_not_see(prepared, tmp_path, monkeypatch, o
     monkeypatch.setattr(samples, "_write_index", lambda *_: None)
     with pytest.raises(ValueError, match=r"rank 0 does not see the index folder .*: put the data on a file system"):
         build_datasets(prepared, SEQ, 5, 5, seed=1, cache=tmp_path / "cache")
+
+
+def test_a_damaged_index_is_built_anew(prepared, tmp_path, one_rank, caplog):
+    """A turned bit in it is another order of samples, and nobody would see it."""
+
+    def samples():
+        train, _ = build_datasets(prepared, SEQ, 50, 10, seed=1, cache=tmp_path / "cache")
+        return [train[number]["tokens"].tolist() for number in range(50)]
+
+    expected = samples()
+    (place,) = (tmp_path / "cache").iterdir()
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    (victim,) = place.glob("*train-shuffle_index.npy")
+    content = bytearray(before[victim.name])
+    content[-8] ^= 1
+    victim.write_bytes(content)
+    assert samples() == expected
+    assert (
+        f"the data's index {place} is damaged (its file {victim.name} has another checksum): it is built" in caplog.text
+    )
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [place.name], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("kind", ["pickle", "npz", "objects"])
+def test_an_index_is_never_unpickled(prepared, tmp_path, one_rank, caplog, kind, sealed):
+    """Megatron reads arrays with `allow_pickle`; whoever can write a cache folder would run code in every run."""
+    from slope_megatron.storage import sums
+
+    build_datasets(prepared, SEQ, 50, 10, seed=1, cache=tmp_path / "cache")
+    (place,) = (tmp_path / "cache").iterdir()
+    (victim,) = place.glob("*train-document_index.npy")
+    payload = Payload(tmp_path / "ran")
+    with open(victim, "wb") as stream:
+        if kind == "pickle":
+            pickle.dump(payload, stream)
+        elif kind == "npz":
+            np.savez(stream, a=np.array([payload], dtype=object))
+        else:
+            np.save(stream, np.array([payload], dtype=object))
+    (place / sums.FOLDER).unlink()
+    if sealed:
+        sums.write_manifest(place)
+    train, _ = build_datasets(prepared, SEQ, 50, 10, seed=1, cache=tmp_path / "cache")
+    assert train[49]["tokens"].shape == (SEQ,) and not (tmp_path / "ran").exists()
+    assert f"is damaged (its file {victim.name} is no array): it is built anew" in caplog.text
+
+
+def test_an_index_of_before_is_used_and_the_log_says_that_it_has_no_sums(prepared, tmp_path, one_rank, caplog):
+    from slope_megatron.storage import sums
+
+    build_datasets(prepared, SEQ, 50, 10, seed=1, cache=tmp_path / "cache")
+    (place,) = (tmp_path / "cache").iterdir()
+    (place / sums.FOLDER).unlink()
+    before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
+    with caplog.at_level("INFO"):
+        build_datasets(prepared, SEQ, 50, 10, seed=1, cache=tmp_path / "cache")
+    assert f"{place} carries no checksums" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in place.iterdir()} == before

@@ -65,6 +65,7 @@ def test_runs_and_packed_models_of_other_versions(run, tmp_path, capsys):
     del config["model"]["norm_eps"]
     config["model"]["qk_norm"] = False
     (packed / "config.json").write_text(json.dumps(config))
+    (packed / "checksums.json").unlink()
     assert main(["generate", str(packed), "--prompt", "def f", "--max-tokens", "2"]) == 0
     edit_state(folder, model={"qk_norm": True}, active=("model.qk_norm",))
     config["config_active"].append("model.qk_norm")
@@ -127,11 +128,7 @@ def without_vocabulary(run, copy):
     shutil.copytree(run, copy)
     (copy / "vocab.txt").write_text("[PAD]\n")
     (folder,) = (copy / "checkpoints").glob("step_*")
-    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
-    state["config"]["model"]["vocab_size"] = None
-    (folder / "state.json").write_text(json.dumps(state))
-    manifest["state.json"]["bytes"] = (folder / "state.json").stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_state(folder, model={"vocab_size": None})
     return copy
 
 
@@ -269,18 +266,8 @@ def test_another_tokenizer_is_not_the_models(run, data, tmp_path, capsys, caplog
 
     # Where the run's configuration leaves the vocabulary to its data.
     copy = shutil.copytree(run, tmp_path / "copy")
-    state = next((copy / "checkpoints").glob("step_*/state.json"))
-    content = json.loads(state.read_text())
-    content["config"]["model"]["vocab_size"] = None
-    content["config"]["data"]["data"] = str(tmp_path / "own")
-    before = state.stat().st_size
-    state.write_text(json.dumps(content))
-    manifest = state.with_name("manifest.json")
-    sizes = json.loads(manifest.read_text())
-    if "state.json" in sizes:
-        assert sizes["state.json"]["bytes"] == before
-        sizes["state.json"]["bytes"] = state.stat().st_size
-        manifest.write_text(json.dumps(sizes))
+    (folder,) = (copy / "checkpoints").glob("step_*")
+    edit_state(folder, model={"vocab_size": None}, data={"data": str(tmp_path / "own")})
     shutil.copytree(data, tmp_path / "own")
     (tmp_path / "own" / "manifest.json").write_text(json.dumps({"vocab_size": 300}))
     assert TrainedRun(copy, tokenizer=tmp_path / "290").vocabulary == 300

@@ -27,6 +27,7 @@ def nan_from_step_7(rank):
 
 
 def test_step_after_step_that_is_not_finite_ends_the_run(fault_data, tmp_path):
+    from slope_megatron.storage import sums
     from slope_megatron.training import checkpoint
 
     config = ranks.settings(fault_data, tmp_path / "run", 1)
@@ -42,7 +43,7 @@ def test_step_after_step_that_is_not_finite_ends_the_run(fault_data, tmp_path):
     newest = checkpoint.newest(tmp_path / "run")
     assert f"Checkpoint {newest} is complete" in said
     # Saved at the eighth step: the second bad one, whose state is still that of step 6.
-    assert newest.name == "step_00000008" and checkpoint.find_damage(newest) is None
+    assert newest.name == "step_00000008" and sums.find_damage(newest) is None
     lines = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"bad": true' in line]
     assert len(lines) == 3 and not (tmp_path / "run" / "DONE").exists()
 

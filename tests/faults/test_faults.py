@@ -22,6 +22,7 @@ class Outcome:
 
 def endure(moment: Moment, data, folder, expected: dict[int, float]) -> Outcome:
     """Let the fault happen, check that it was noticed and said, resume as an unattended job does, and compare."""
+    from slope_megatron.storage import sums
     from slope_megatron.training import checkpoint
 
     run, logs = folder / "run", folder / "logs"
@@ -43,7 +44,7 @@ def endure(moment: Moment, data, folder, expected: dict[int, float]) -> Outcome:
         name = ranks.damage(newest, moment.kind, seed=str(moment))
         with pytest.raises(checkpoint.CorruptCheckpoint, match=f"its file {name} .*remove .* to resume from step_"):
             checkpoint.verify(newest)
-    good = [folder for folder in checkpoint.complete_checkpoints(run) if checkpoint.find_damage(folder) is None]
+    good = [folder for folder in checkpoint.complete_checkpoints(run) if sums.find_damage(folder) is None]
     resumed_from = int(good[-1].name.removeprefix("step_"))
     if moment.kind != "disk full":
         again = ranks.start(ranks.settings(data, run, moment.tensor_parallel, auto_resume=True), logs)

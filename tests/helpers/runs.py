@@ -26,6 +26,7 @@ def save_run(model, config, run: Path, step: int) -> Path:
     """`run` with one checkpoint of `model`; one rank calls it. Returns the checkpoint's folder."""
     from slope_megatron.config.saved import saved_form
     from slope_megatron.models.canonical import sharded_state_dict
+    from slope_megatron.storage import sums
     from slope_megatron.training import checkpoint, files
     from slope_megatron.training.snapshot import Snapshot
 
@@ -37,7 +38,7 @@ def save_run(model, config, run: Path, step: int) -> Path:
     content = saved_form(config.to_dict())
     state = {"format": checkpoint.FORMAT, "steps_done": step, "optimizer_steps": {}, **content}
     files.write_json(partial / "state.json", state)
-    manifest["state.json"] = files.seal(partial / "state.json")
+    manifest["state.json"] = sums.seal(partial / "state.json")
     files.write_json(run / "run.json", {**content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
     checkpoint.publish(partial, target, manifest)
     return target
@@ -114,6 +115,13 @@ def edit_state(checkpoint: Path, *, active: tuple[str, ...] = (), **changes: dic
         part = {**state["config"].get(section, {}), **values}
         state["config"][section] = {key: value for key, value in part.items() if value is not ...}
     files.write_json(checkpoint / "state.json", state)
+    reseal(checkpoint, "state.json")
+
+
+def reseal(checkpoint: Path, name: str) -> None:
+    """Let a checkpoint's manifest have what a file holds now."""
+    from slope_megatron.storage import sums
+
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["state.json"] = files.seal(checkpoint / "state.json")
-    files.write_json(checkpoint / "manifest.json", manifest)
+    manifest[name] = sums.seal(checkpoint / name)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))

@@ -64,6 +64,36 @@ def test_another_machine_s_choices_are_ignored(fresh_choices, tmp_path, caplog):
     assert fresh_choices.find(KEY) is None
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda text: text.replace("0.75", "0.25"), "it has another checksum"),
+        (lambda text: text[:-20], "measured anew"),
+        (lambda text: "[1]", "measured anew"),
+    ],
+)
+def test_damaged_choices_are_made_anew(fresh_choices, tmp_path, caplog, spoil, said):
+    fresh_choices.record(KEY, CHOICE)
+    path = tmp_path / "choices.json"
+    fresh_choices.save(path)
+    path.write_text(spoil(path.read_text()))
+    fresh_choices.clear()
+    assert not fresh_choices.load(path)
+    assert f"{path} cannot be read" in caplog.text and said in caplog.text and "measured anew" in caplog.text
+    assert fresh_choices.find(KEY) is None
+
+
+def test_choices_of_before_carry_no_sum(fresh_choices, tmp_path):
+    fresh_choices.record(KEY, CHOICE)
+    path = tmp_path / "choices.json"
+    fresh_choices.save(path)
+    saved = json.loads(path.read_text())
+    del saved["xxh3_128"]
+    path.write_text(json.dumps(saved))
+    fresh_choices.clear()
+    assert fresh_choices.load(path) and fresh_choices.find(KEY) == CHOICE
+
+
 def test_one_rank_decides(fresh_choices):
     sent = []
 

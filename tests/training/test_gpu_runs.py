@@ -40,7 +40,7 @@ def losses(run):
 def files_of(checkpoint):
     """Name -> checksum of everything that a checkpoint holds of the model and the optimizer."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".distcp")}
+    return {name: entry["xxh3_128"] for name, entry in manifest.items() if name.endswith(".distcp")}
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ def folder(saved, tmp_path):
 
 def test_a_run_goes_on_after_an_upgrade(folder):
     """Neither `--resume` nor `--auto-resume` minds settings that the checkpoint is older than."""
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training import checkpoint, recovery
 
     edit_state(folder, slope={"fp8": ..., "fp8_wgrad": ...}, optimizer={"lamb_trust_no_decay": ...}, watch=None)
     config = small_config(steps=10)
     assert checkpoint.read_state(folder, config)["steps_done"] == 1
-    assert checkpoint.newest_good(folder.parent.parent, config) == folder
+    assert recovery.newest_good(folder.parent.parent, config) == folder
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lamb_trust_no_decay=True))
     with pytest.raises(ValueError, match=r"of another run \(optimizer.lamb_trust_no_decay: False then, True now\)"):
         checkpoint.read_state(folder, other)
