@@ -11,6 +11,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Tests that name no generator draw the same numbers in each run, alone or among others."""
+    from helpers.seeds import seed_everything, seed_of
+
+    seed_everything(seed_of(request.node.nodeid))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    from helpers.seeds import seed_of
+
+    report = yield
+    if report.failed:
+        report.sections.append(("random numbers", f"helpers.seeds.seed_everything({seed_of(item.nodeid)})"))
+    return report
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks.run(function, *arguments, world=, tensor_parallel=)`: see helpers.distributed."""

@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from helpers.seeds import seed_everything
 from helpers.servers import fork_server, gpu_context
 
 # For an answer, and of a collective. GPUs are fast, and hours on them dear.
@@ -66,6 +67,7 @@ def _start_groups(place: Place) -> None:
         # All groups are gloo's: no second set of them.
         for name in [name for name in vars(parallel_state) if name.endswith("_GLOO")]:
             setattr(parallel_state, name, getattr(parallel_state, name.removesuffix("_GLOO")))
+    seed_everything(1)
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
