@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slope_megatron.config import OptimizerConfig, add_config_arguments, read_config
+from slope_megatron.config import add_config_arguments, read_config
 from slope_megatron.config.yaml_file import read_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,8 +18,6 @@ MODELS = {
     "gpt2-small-openwebtext": "gpt2-small",
     "gpt2-large-openwebtext": "gpt2-large",
 }
-SCHEDULES = "lr_schedule" in {field.name for field in dataclasses.fields(OptimizerConfig)}
-needs_schedules = pytest.mark.skipif(not SCHEDULES, reason="this tree has no --lr-schedule and no --optimizer yet")
 
 
 def config_of(path, *flags):
@@ -32,7 +30,6 @@ def test_every_family_has_a_recipe():
     assert {path.stem for path in RECIPES} >= {*MODELS, "opt-2.6b", "opt-66b", "llama-3-8b", "mistral-7b"}
 
 
-@needs_schedules
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses_and_is_of_its_model(path):
     config = config_of(path)
@@ -55,7 +52,6 @@ def test_every_value_names_its_source(path):
         assert re.search(r"\[(S|B|L|O|L2|L3|ours)\]|the same|phase 1|last 100", comment), line
 
 
-@needs_schedules
 def test_berts_published_schedule():
     """7,038 + 1,563 steps, poly of degree 0.5, warm-up over 28.43 and 12.8 %."""
     one, two = (config_of(ROOT / "launch" / "recipes" / f"bert-large-phase{phase}.yaml") for phase in (1, 2))
@@ -68,7 +64,6 @@ def test_berts_published_schedule():
     assert one.model == two.model, "phase 2 takes phase 1's weights"
 
 
-@needs_schedules
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", ["1.0", "0.1", "0.01", "0.0001"])
 def test_scaled_recipes_are_whole(path, scale):
@@ -92,7 +87,6 @@ def test_scaled_recipes_are_whole(path, scale):
         assert small.model.num_layers < full.model.num_layers
 
 
-@needs_schedules
 def test_scaled_phases_still_fit_each_other():
     one, two = (
         config_of(ROOT / "launch" / "recipes" / f"bert-large-phase{phase}.yaml", "--scale", "0.003") for phase in (1, 2)

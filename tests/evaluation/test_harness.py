@@ -8,7 +8,6 @@ import torch
 from helpers.runs import made_run
 from slope_megatron.cli import main
 
-pytest.importorskip("lm_eval")
 CHOICE = """\
 task: tiny_choice
 dataset_path: json

@@ -74,9 +74,9 @@ def test_the_forward_product_reads_the_parameter_itself(kernels_here, fresh_choi
     assert torch.equal(ours.forward(x), theirs.forward(x))
 
 
+@pytest.mark.gpu
 def test_a_parameter_off_the_line_is_copied_and_said_once(kernels_here, fresh_choices, caplog):
-    if kernels_here.type == "cpu":
-        pytest.skip("the twin reads any address")
+    """The plain-torch twin of a CPU reads any address."""
     weight, ours, theirs = both(kernels_here)
     flat = torch.zeros(weight.values.numel() + 1, dtype=DTYPE, device=kernels_here)
     ours.rebind(flat[1:].view_as(weight.values).copy_(weight.values))

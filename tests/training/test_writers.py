@@ -60,7 +60,6 @@ def test_a_full_disk_costs_lines_and_is_said_once(tmp_path, monkeypatch, caplog)
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from slope_megatron.training.writers import open_writers
