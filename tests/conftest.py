@@ -19,6 +19,14 @@ def seeded(request):
     seed_everything(seed_of(request.node.nodeid))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("this machine has no CUDA device")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     from helpers.seeds import seed_of

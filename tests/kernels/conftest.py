@@ -15,8 +15,3 @@ def device():
     """Where kernels run in these tests."""
     pytest.importorskip("triton", reason="triton is not installed")
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")

@@ -1,14 +1,17 @@
 """The adapters' two products against plain torch: whole numbers, so equal to the bit, on poisoned outputs."""
 
+import functools
+
 import pytest
 import torch
+
+from helpers import numerics
 
 # The interpreter multiplies the bits of bf16 as if they were integers.
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 
 
-def whole_numbers(*shape, device):
-    return torch.randint(-1, 2, shape, device=device).to(DTYPE)
+whole_numbers = functools.partial(numerics.whole_numbers, dtype=DTYPE)
 
 
 def poisoned(*shape, device):

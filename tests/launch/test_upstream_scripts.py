@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from launch.test_patches import CHECKOUTS, PATCHES, apply
 
 from slope_megatron.launch.ports import free_port
@@ -221,7 +220,6 @@ def check_like_reference(script, common):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 @pytest.mark.parametrize(
     ("version", "name"),
     [("core_v0.16.1", "pretrain_gpt"), ("core_v0.16.1", "pretrain_bert"), ("main_d98e8a64", "pretrain_gpt")],
@@ -236,7 +234,6 @@ def test_megatron_lm_on_a_gpu_is_as_on_the_reference_backend(version, name, tmp_
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 def test_megatron_deepspeed_on_a_gpu_is_as_on_the_reference_backend(tmp_path):
     """Where it stands still, every thread's stack is on standard error, each 30 s."""
     script = checkout_of("main_4efb479d", "pretrain_gpt", tmp_path)

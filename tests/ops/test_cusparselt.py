@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.numerics import relative_error
+from helpers.numerics import relative_error, whole_numbers
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.choices import Choice, Key, Product
@@ -22,10 +22,6 @@ def both(device, rows=128, columns=192, seed=0, dtype=DTYPE):
     weight = packed_weight(rows, columns, dtype, device, seed=seed, whole_numbers=True)
     ours = PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
     return weight, ours, reference.build(weight.values, weight.row, weight.column)
-
-
-def whole_numbers(*shape, device, dtype=DTYPE):
-    return torch.randint(-1, 2, shape, device=device).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,55 +144,6 @@ def test_random_products_are_as_near_fp64_as_dense_ones(rows, columns, tokens, d
         exact = x.double() @ dense.double()
         bound = 2 * relative_error(x @ dense, exact)
         assert relative_error(getattr(ours, kind)(x), exact) <= bound
-
-
-@pytest.mark.gpu
-def test_under_a_cuda_graph(device, fresh_choices):
-    """Captured once, replayed on new inputs and new values."""
-    weight, ours, theirs = both(device, rows=512, columns=256)
-    x, dy = whole_numbers(64, 256, device=device), whole_numbers(64, 512, device=device)
-    run = lambda: (ours.forward(x), ours.dgrad(dy), ours.wgrad(dy, x))  # noqa: E731
-    with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        run()
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-    x.copy_(whole_numbers(64, 256, device=device))
-    dy.copy_(whole_numbers(64, 512, device=device))
-    for operands in (ours, theirs):
-        operands.refresh(-weight.values)
-    graph.replay()
-    expected = (theirs.forward(x), theirs.dgrad(dy), theirs.wgrad(dy, x))
-    assert all(torch.equal(found, wanted) for found, wanted in zip(outputs, expected, strict=True))
-
-
-@pytest.mark.gpu
-def test_on_another_stream(device, fresh_choices):
-    _, ours, theirs = both(device, rows=512, columns=256)
-    x = whole_numbers(64, 256, device=device)
-    expected = theirs.forward(x)
-    ours.forward(x)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        late = x + 0
-        found = ours.forward(late)
-    stream.synchronize()
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.gpu
-def test_the_product_of_a_step_does_not_synchronize(device, fresh_choices):
-    weight, ours, _ = both(device, rows=512, columns=256)
-    x, dy = whole_numbers(64, 256, device=device), whole_numbers(64, 512, device=device)
-    step = lambda: (ours.refresh(weight.values), ours.forward(x), ours.dgrad(dy), ours.wgrad(dy, x))  # noqa: E731
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.numerics import relative_error
+from helpers.numerics import relative_error, whole_numbers
 from helpers.packed import packed_weight
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops import choices
@@ -23,10 +23,6 @@ KEYS = {
     Product.FORWARD: Key(Product.FORWARD, ROWS, COLUMNS, 48, DTYPE, RANK),
     Product.DGRAD: Key(Product.DGRAD, COLUMNS, ROWS, 48, DTYPE, RANK),
 }
-
-
-def whole_numbers(*shape, device, high=2):
-    return torch.randint(-1, high, shape, device=device).to(DTYPE)
 
 
 def operands_of(device, *, whole=True, dense=False):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.packed import packed_weight
+from helpers.upcast import UpcastOperands
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.operands import reference
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
@@ -47,19 +48,6 @@ def test_torch_compile_sees_one_graph(rank, device, fresh_choices):
     assert all(torch.equal(found, expected) for found, expected in zip(compiled, eager, strict=True))
 
 
-class Upcast(reference.ReferenceOperands):
-    """The reference with its three products in fp32: what the rounding of products changes."""
-
-    def forward(self, x_TK):
-        return (x_TK.float() @ self.forward_NK.float().t()).to(x_TK.dtype)
-
-    def dgrad(self, dy_TN):
-        return (dy_TN.float() @ self.backward_NK.float()).to(dy_TN.dtype)
-
-    def wgrad(self, dy_TN, x_TK, draws=None):
-        return (dy_TN.float().t() @ x_TK.float()).gather(1, self.index_NC).to(dy_TN.dtype)
-
-
 def operands_of(kind, weight):
     if kind == "cusparselt":
         return PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
@@ -68,7 +56,8 @@ def operands_of(kind, weight):
     if kind == "emulated":
         operands = EmulatedFloat8Operands(weight.row, weight.values.dtype, reference.PRODUCTS, wgrad=True)
     else:
-        operands = (Upcast if kind == "upcast" else reference.ReferenceOperands)(weight.row, weight.values.dtype)
+        kept = UpcastOperands if kind == "upcast" else reference.ReferenceOperands
+        operands = kept(weight.row, weight.values.dtype)
     operands.set_column_pattern(weight.column, weight.values)
     return operands
 

@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.greedy import answers, shortfall
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
@@ -35,6 +30,31 @@ def slope(*arguments, code=0):
 def losses(run):
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def answers(folder, prompts: list[str], tokens: int, **how) -> list[list[int]]:
+    """The tokens that a run or a packed export answers with, all prompts in one batch; `how`: of `open_decoder`."""
+    from slope_megatron.evaluation.models import open_decoder
+    from slope_megatron.inference.generate import Sampling, generate
+
+    decoder, text = open_decoder(folder, **how)
+    found: list[list[int]] = [[] for _ in prompts]
+    encoded = [text.encode(prompt) for prompt in prompts]
+    for row, token in generate(decoder, encoded, Sampling(tokens, temperature=0.0), text.eod):
+        found[row].append(token)
+    return found
+
+
+@torch.no_grad()
+def shortfall(model, prompts: list[list[int]], found: list[list[int]]) -> float:
+    """By how much, at most, the logit of an answer's token is below the largest one of `model`, of transformers."""
+    worst = 0.0
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([[*prompt, *answer]], device=model.device)
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        worst = max([worst, *(logits.amax(1) - chosen).tolist()])
+    return worst
 
 
 def files_of(checkpoint):

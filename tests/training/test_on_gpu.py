@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.gpu import gpu_config, one_rank, trained_losses
+from helpers.upcast import UpcastOperands
 from slope_megatron.layers.packed_weight import PackedWeight
 from slope_megatron.ops.choices import Product
 from slope_megatron.ops.custom_ops import products
@@ -25,29 +26,14 @@ def rank():
         yield
 
 
-def in_fp32(monkeypatch):
-    """The reference with its three products in fp32."""
-
-    def forward(self, x_TK):
-        return (x_TK.float() @ self.forward_NK.float().t()).to(x_TK.dtype)
-
-    def dgrad(self, dy_TN):
-        return (dy_TN.float() @ self.backward_NK.float()).to(dy_TN.dtype)
-
-    def wgrad(self, dy_TN, x_TK, draws=None):
-        return (dy_TN.float().t() @ x_TK.float()).gather(1, self.index_NC).to(dy_TN.dtype)
-
-    for function in (forward, dgrad, wgrad):
-        monkeypatch.setattr(reference.ReferenceOperands, function.__name__, function)
-
-
 @pytest.fixture(scope="module")
 def bound(rank):
     """The reference's losses, and those with its products in fp32."""
     config = gpu_config(slope={"backend": "reference"})
     theirs = torch.tensor(trained_losses(config, STEPS))
     with pytest.MonkeyPatch.context() as patch:
-        in_fp32(patch)
+        for product in reference.PRODUCTS:
+            patch.setattr(reference.ReferenceOperands, product, getattr(UpcastOperands, product))
         upcast = torch.tensor(trained_losses(config, STEPS))
     assert theirs[-20:].mean() < 0.7 * theirs[:20].mean()
     return theirs, upcast
