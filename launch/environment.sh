@@ -1,12 +1,16 @@
 # Sourced by launch/quickstart.sh and tests/run.sh: makes (or finds) the virtual environment with pinned versions.
 #
-#   SLOPE_VENV    where the environment is (default: .venv in the repository)
+#   SLOPE_VENV    where the environment is (default: .venv in the repository); none: use the python on PATH as it is
 #   PYTHON        the interpreter that makes it (default: python3)
 #
 # It is made anew when setup.cfg, constraints.txt or the interpreter has changed, and left alone otherwise.
 
 slope_environment() {
   local root=$1
+  if [ "${SLOPE_VENV:-}" = none ]; then
+    export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+    return
+  fi
   local venv=${SLOPE_VENV:-$root/.venv}
   local python=${PYTHON:-python3}
   local stamp
