@@ -5,7 +5,6 @@ import torch
 
 from helpers.numerics import relative_error, whole_numbers
 from helpers.packed import packed_weight
-from slope_megatron.linear import slope_linear
 from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.ops.operands import patterns, reference
@@ -102,18 +101,6 @@ def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_
     assert torch.equal(ours.sparse[Product.FORWARD].buffer, before)
     dy = whole_numbers(48, 128, device=device)
     assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
-
-
-def test_the_autograd_function_on_these_operands(device, fresh_choices):
-    weight, ours, theirs = both(device)
-    x, dy = whole_numbers(2, 24, 192, device=device), whole_numbers(2, 24, 128, device=device)
-    results = []
-    for operands in (ours, theirs):
-        leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
-        y = slope_linear(leaf, values, operands)
-        y.backward(dy)
-        results.append((y.detach(), leaf.grad, values.grad))
-    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
 
 
 def test_reasons_for_refusing_a_weight():

@@ -114,19 +114,6 @@ def test_forward_alone_keeps_metadata_alone(kernels_here, fresh_choices):
     assert ours.sparse[Product.FORWARD].metadata.nbytes == 128 * 256 // 8
 
 
-def test_the_autograd_function_on_these_operands(kernels_here, fresh_choices):
-    weight, ours, theirs = both(kernels_here)
-    x = whole_numbers(2, 24, 192, device=kernels_here)
-    dy = whole_numbers(2, 24, 128, device=kernels_here)
-    results = []
-    for operands in (ours, theirs):
-        leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
-        y = slope_linear(leaf, values, operands)
-        y.backward(dy)
-        results.append((y.detach(), leaf.grad, values.grad))
-    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
-
-
 @pytest.mark.slow
 def test_torch_compile_sees_one_graph(kernels_here, fresh_choices):
     weight, ours, _ = both(kernels_here)

@@ -90,18 +90,6 @@ def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_
     assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
 
 
-def test_the_autograd_function_on_these_operands(device, fresh_choices):
-    weight, ours, theirs = both(device)
-    x, dy = whole_numbers(2, 24, 192, device=device), whole_numbers(2, 24, 128, device=device)
-    results = []
-    for operands in (ours, theirs):
-        leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
-        y = slope_linear(leaf, values, operands)
-        y.backward(dy)
-        results.append((y.detach(), leaf.grad, values.grad))
-    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
-
-
 def test_the_transposed_gradient_is_shared_and_does_not_outlive_the_gradient(device, fresh_choices):
     _, ours, theirs = both(device)
     x, dy = whole_numbers(48, 192, device=device), whole_numbers(48, 128, device=device)

@@ -1,6 +1,6 @@
-"""A step's products on the GPU's streams: captured in a CUDA graph, on another stream, without a synchronization.
+"""What every class of operands does: gradients by autograd; on a GPU, CUDA graphs, streams, and steps without a sync.
 
-One set of tests for every class of operands; wgrad of `full` mode has its own beside its draws, in test_wgrad.py.
+On a CPU the ops' plain-torch kernels stand in. wgrad of `full` mode has such tests beside its draws, in test_wgrad.py.
 """
 
 import pytest
@@ -8,11 +8,11 @@ import torch
 
 from helpers.numerics import whole_numbers
 from helpers.packed import packed_weight
+from slope_megatron.linear import slope_linear
 from slope_megatron.ops.operands import cutlass, reference
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.ops.operands.packed import PackedOperands
 
-pytestmark = pytest.mark.gpu
 ROWS, COLUMNS, TOKENS = 512, 256, 64
 DTYPE = torch.bfloat16
 
@@ -20,7 +20,7 @@ DTYPE = torch.bfloat16
 @pytest.fixture(params=["cusparselt", "cutlass", "float8"])
 def operands(request, device, fresh_choices):
     """A weight of whole numbers, operands of one class, and those that they must equal to the bit."""
-    if request.param == "cutlass" and cutlass.unsupported():
+    if request.param == "cutlass" and device.type == "cuda" and cutlass.unsupported():
         pytest.skip(cutlass.unsupported())
     weight = packed_weight(ROWS, COLUMNS, DTYPE, device, whole_numbers=True)
     packed = (weight.values, weight.row_bits, weight.column_bits)
@@ -43,6 +43,20 @@ def products(operands, x, dy):
     return operands.forward(x), operands.dgrad(dy), operands.wgrad(dy, x)
 
 
+def test_the_autograd_function(operands, inputs):
+    """Y, dX and dW of a batch of two samples."""
+    weight, *both = operands
+    x, dy = (tensor.unflatten(0, (2, -1)) for tensor in inputs)
+    results = []
+    for side in both:
+        leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
+        y = slope_linear(leaf, values, side)
+        y.backward(dy)
+        results.append((y.detach(), leaf.grad, values.grad))
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
 def test_under_a_cuda_graph(operands, inputs):
     """Captured once, replayed on new inputs and new values."""
     weight, ours, theirs = operands
@@ -63,6 +77,7 @@ def test_under_a_cuda_graph(operands, inputs):
     assert all(torch.equal(found, wanted) for found, wanted in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.gpu
 def test_on_another_stream(operands, inputs):
     _, ours, theirs = operands
     expected = products(theirs, *inputs)
@@ -76,6 +91,7 @@ def test_on_another_stream(operands, inputs):
     assert all(torch.equal(found, wanted) for found, wanted in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.gpu
 def test_the_products_of_a_step_do_not_synchronize(operands, inputs):
     weight, ours, _ = operands
     ours.refresh(weight.values)
