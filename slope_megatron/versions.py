@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 def unsupported_core(version: str | None = None) -> str | None:
     """Why models cannot be built with megatron-core, and the way out; None: they can, or it is not installed.
 
-    The plugin for Megatron-LM's scripts (`launch.megatron_plugin`) builds none, and runs on later versions too.
+    The plugin for Megatron-LM's scripts (`integrations.megatron_lm.plugin`) builds none, and runs on later ones too.
 
     Args:
         version: of megatron-core; None: the installed one.

@@ -73,4 +73,4 @@ def test_doctor_says_it_and_others_go_on(later_core, tmp_path, capsys):
 
 
 def test_the_plugin_goes_on(later_core):
-    import slope_megatron.launch.megatron_plugin  # noqa: F401
+    import slope_megatron.integrations.megatron_lm.plugin  # noqa: F401

@@ -2,8 +2,6 @@
 
 import argparse
 import importlib
-import sys
-from pathlib import Path
 
 from slope_megatron.cli.parser import Parser, manual
 
@@ -31,7 +29,6 @@ examples:
   slope bench block --models opt-13b --modes paper full --out measured
   slope plan --cluster mine.env --rates measured/gemm.csv          the planner with these rates
 """
-FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
 def add_parser(subcommands) -> None:
@@ -50,16 +47,8 @@ def add_parser(subcommands) -> None:
 
 
 def load(name: str):
-    """The benchmark's module: files of the checkout, not of the installed package.
-
-    Raises:
-        ValueError: there is no checkout.
-    """
-    if not FOLDER.is_dir():
-        raise ValueError(f"slope bench needs a source checkout: {FOLDER} does not exist; clone the repository")
-    if str(FOLDER) not in sys.path:
-        sys.path.insert(0, str(FOLDER))
-    return importlib.import_module(f"bench_{name}")
+    """The benchmark's module."""
+    return importlib.import_module(f"slope_megatron.bench.bench_{name}")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -107,7 +107,7 @@ def read_vocabulary(arguments, config) -> int:
 
 def asked_layout(config, origins: dict[str, str]):
     """What flags or files fix of the layout; the rest is free."""
-    from slope_megatron.launch.layout import FIELDS, Layout
+    from slope_megatron.planner.layout import FIELDS, Layout
 
     fixed: dict[str, Any] = {"tensor": 0, "pipeline": 0, "data": 0, "zero": 0, "recompute": ""}
     for name, field in {"tensor": "tensor_parallel", **{name: field for name, (field, _) in FIELDS.items()}}.items():
@@ -123,8 +123,8 @@ def question(arguments, config):
         ValueError: a number that makes no sense, or an unknown cluster.
     """
     from slope_megatron.launch.cluster import read_cluster
-    from slope_megatron.launch.planner import Question
-    from slope_megatron.launch.speed import Rates, own_rates, read_rates
+    from slope_megatron.planner.plan import Question
+    from slope_megatron.planner.speed import Rates, own_rates, read_rates
 
     cluster = read_cluster(arguments.cluster)
     mfu = STATED_MFU if arguments.mfu is None else arguments.mfu
@@ -162,24 +162,24 @@ def question(arguments, config):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from slope_megatron.launch import planner
+    from slope_megatron.planner import plan
 
     config, origins = read_config(arguments)
     if arguments.check or arguments.check_build:
         return check(arguments, config)
     asked = question(arguments, config)
     only = asked_layout(config, origins)
-    found = planner.rows(asked, arguments.nodes, only)
+    found = plan.rows(asked, arguments.nodes, only)
     kind = "sparse" if config.slope.enabled else "dense"
     if not found:
         raise ValueError(refusals(asked, arguments.nodes, only))
     if arguments.flags:
-        best, why = planner.recommend(found, kind, asked.name(kind))
+        best, why = plan.recommend(found, kind, asked.name(kind))
         print(" ".join(best.layout.flags()))
         print(f"{best.layout}, {best.gib:.1f} GiB a GPU, bubble {best.bubble:.1%}: {why}", file=sys.stderr)
         return 0
     if arguments.print_deepspeed_config:
-        best, _ = planner.recommend(found, kind, asked.name(kind))
+        best, _ = plan.recommend(found, kind, asked.name(kind))
         print(json.dumps(deepspeed_json(config, best.layout), indent=2))
         return 0
     show(arguments, asked, found, only)
@@ -192,7 +192,7 @@ def deepspeed_json(config, layout) -> dict:
 
     # DeepSpeed greets on standard output, where only the JSON belongs.
     with contextlib.redirect_stdout(sys.stderr):
-        from slope_megatron.training.zero import deepspeed_config
+        from slope_megatron.training.zero.partitions import deepspeed_config
 
     parallel = dataclasses.replace(
         config.parallel,
@@ -207,12 +207,12 @@ def deepspeed_json(config, layout) -> dict:
 
 def refusals(asked, nodes: int, only) -> str:
     """Why no layout is left: the first reason against one that was asked for."""
-    from slope_megatron.launch import planner
-    from slope_megatron.launch.layout import layouts
+    from slope_megatron.planner import plan
+    from slope_megatron.planner.layout import layouts
 
     per_node = asked.cluster.gpus_per_node
     gpus = nodes * per_node
-    reasons = [no for layout, no in layouts(asked.config, gpus, per_node) if planner.matches(layout, only) and no]
+    reasons = [no for layout, no in layouts(asked.config, gpus, per_node) if plan.matches(layout, only) and no]
     if not reasons:
         wanted = ", ".join(f"{key} {value}" for key, value in vars(only).items() if value)
         return (
@@ -222,7 +222,7 @@ def refusals(asked, nodes: int, only) -> str:
 
 
 def show(arguments, asked, found, only) -> None:
-    from slope_megatron.launch import planner
+    from slope_megatron.planner import plan
 
     cluster, data = asked.cluster, asked.config.data
     tokens = data.global_batch_size * data.seq_length
@@ -236,18 +236,18 @@ def show(arguments, asked, found, only) -> None:
         f"products of {rates.source}" if rates.measured else f"assumed: MFU {rates.mfu}, 2:4 x{rates.sparse_speedup}"
     )
     print(f"times are estimates; {source}\n")
-    print(planner.table(found, tokens, asked.name("sparse")))
-    for kind in planner.KINDS:
+    print(plan.table(found, tokens, asked.name("sparse")))
+    for kind in plan.KINDS:
         name = asked.name(kind)
         try:
-            best, why = planner.recommend(found, kind, asked.name(kind))
+            best, why = plan.recommend(found, kind, asked.name(kind))
             print(f"\n{name}: take {best.layout}: {why}\n  slope pretrain flags: {' '.join(best.layout.flags())}")
             parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in best.bytes.items())
             print(f"  {best.gib:.1f} GiB on the fullest GPU: {parts}")
         except ValueError as error:
             print(f"\n{name}: {error}")
         if arguments.find_nodes:
-            needed = planner.nodes_needed(asked, kind)
+            needed = plan.nodes_needed(asked, kind)
             text = f"{needed[0]} nodes ({needed[1].layout})" if needed else f"more than {cluster.max_nodes} nodes"
             print(f"  the fewest, any layout: {text}")
     write_files(arguments, asked, found)
@@ -258,7 +258,7 @@ def write_files(arguments, asked, found) -> None:
         rows = [{**dataclasses.asdict(row), "gib": row.gib, "tokens_per_step": tokens_of(asked)} for row in found]
         whole.write_json(arguments.json, rows)
     if arguments.png:
-        from slope_megatron.launch.plan_plot import draw
+        from slope_megatron.planner.plot import draw
 
         data = asked.config.data
         title = (
@@ -275,7 +275,7 @@ def tokens_of(asked) -> int:
 
 def check(arguments, config) -> int:
     """Planner against reality; exit code 1 when they differ by more than 2 %."""
-    from slope_megatron.launch import meta_build, state_check
+    from slope_megatron.planner import meta_build, state_check
 
     found = []
     if arguments.check:

@@ -37,9 +37,9 @@ def add_parser(subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.cli.plan import read_vocabulary
-    from slope_megatron.launch import node_checks, preflight
     from slope_megatron.launch.cluster import read_cluster
     from slope_megatron.launch.ranks import resolve
+    from slope_megatron.preflight import node_checks, preflight
     from slope_megatron.versions import versions
 
     arguments.vocabulary = None
@@ -66,14 +66,14 @@ def measured(report) -> list[str]:
 
 def within(cluster) -> list:
     """The all-reduce inside this node, where there are GPUs."""
-    from slope_megatron.launch import bandwidth
+    from slope_megatron.preflight import bandwidth
 
     return [] if cluster.gpu == "none" else bandwidth.within_node(cluster.bandwidth_floor_gbs)
 
 
 def together(arguments, cluster, ranks, mine) -> int:
     """Two rounds: each node by itself, then, if all are sound, all at once."""
-    from slope_megatron.launch import bandwidth, preflight
+    from slope_megatron.preflight import bandwidth, preflight
 
     seconds = arguments.patience
     names = preflight.node_names(os.environ, ranks.world)

@@ -11,7 +11,7 @@ from slope_megatron.config import Config, add_config_arguments, read_config
 from slope_megatron.versions import check_core
 
 if TYPE_CHECKING:
-    from slope_megatron.training.launcher import Launcher
+    from slope_megatron.training.watch.launcher import Launcher
 
 logger = logging.getLogger(__name__)
 # As in sysexits.h. EX_TEMPFAIL: told to stop, the checkpoint is saved, start me again. EX_IOERR: the last checkpoint
@@ -122,7 +122,7 @@ def check(config: Config) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config.data.micro_batches(config.parallel.data_parallel(ranks))
     if os.environ.get("RANK", "0") == "0":  # another rank may look when rank 0 has made the folder already
-        from slope_megatron.training.run_folder import check_free
+        from slope_megatron.training.checkpoint.run_folder import check_free
 
         check_free(config)
     warmup = config.optimizer.warmup(config.train.steps)
@@ -134,7 +134,7 @@ def check(config: Config) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from slope_megatron.training.launcher import Launcher
+    from slope_megatron.training.watch.launcher import Launcher
 
     check_core()
     # Before the frameworks load, which takes a while: a rank whose launcher goes meanwhile would wait for the others.
@@ -148,8 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
     if config.parallel.tensor_parallel > 1:
         # Kernels start in the order in which they were asked for: a collective before the product that hides it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from slope_megatron.launch.megatron_args import value_table
-    from slope_megatron.training import cpu_host
+    from slope_megatron.integrations import cpu_host
+    from slope_megatron.integrations.megatron_lm.args import value_table
 
     if not arguments.brief:
         logger.info("%s", value_table(config, origins))
@@ -160,10 +160,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(config: Config, origins: dict[str, str], launcher: "Launcher | None" = None) -> int:
     """Train; returns the exit code, and says on the first rank how it went."""
-    from slope_megatron.training.finished import Finished
-    from slope_megatron.training.memory import OutOfMemory
+    from slope_megatron.training.checkpoint.finished import Finished
     from slope_megatron.training.pretrain import pretrain
-    from slope_megatron.training.watch import Diverged
+    from slope_megatron.training.telemetry.memory import OutOfMemory
+    from slope_megatron.training.watch.bad_steps import Diverged
 
     try:
         summary = pretrain(config, origins, launcher)

@@ -12,6 +12,7 @@ from slope_megatron.config.optimizer import OptimizerConfig
 from slope_megatron.config.parallel import ParallelConfig
 from slope_megatron.config.run import DataConfig, TrainConfig
 from slope_megatron.config.scale import scale_values
+from slope_megatron.config.shipped import config_file
 from slope_megatron.config.slope import SlopeConfig, parse_nm
 from slope_megatron.config.watch import WatchConfig
 
@@ -124,7 +125,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="YAML",
-        help="configuration file; may be given more than once, later ones win",
+        help="configuration file, or `models/NAME` or `recipes/NAME` that come with this package; may be given more "
+        "than once, later ones win",
     )
     parser.add_argument(
         "--scale",
@@ -150,7 +152,7 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
     origins: dict[str, str] = {}
     classes = {section: config_class for section, (config_class, _, _) in SECTIONS.items()}
     for path in arguments.config:
-        for section, content in load_yaml(Path(path), classes).items():
+        for section, content in load_yaml(config_file(Path(path)), classes).items():
             values[section].update(content)
             origins.update({f"{section}.{key}": path for key in content})
     given = vars(arguments)

@@ -6,10 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from slope_megatron.config import shipped
 from slope_megatron.config.text_file import lines_of, read_text
 
 # In a checkout; an installed package is given the file's path.
-CLUSTERS = Path(__file__).resolve().parents[2] / "launch" / "clusters"
+CLUSTERS = shipped.folder("clusters")
 LINE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpirun")
 

@@ -18,14 +18,7 @@ from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.kept_operands import KeptOperands, Seen
 from slope_megatron.layers.passing_operands import PassingOperands
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.ops.backend import (
-    PRODUCTS,
-    Operands,
-    Product,
-    TokenDraws,
-    build_operands,
-    choose_column_bits,
-)
+from slope_megatron.ops.backend import PRODUCTS, Operands, Product, TokenDraws, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern

@@ -4,8 +4,8 @@ import torch
 
 from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.models.fill import masked_modules
-from slope_megatron.training import zero
-from slope_megatron.training.phases import Phases
+from slope_megatron.training.schedule import Phases
+from slope_megatron.training.zero import partitions
 
 
 def add_decay(model: torch.nn.Module, optimizer, sparse_group: str) -> None:
@@ -35,7 +35,7 @@ def add_decay(model: torch.nn.Module, optimizer, sparse_group: str) -> None:
 @torch.no_grad()
 def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
     """The decay of one weight, for the part of it that lies in this rank's flat fp32 partition."""
-    place = zero.mapping_of(module.weight)
+    place = partitions.mapping_of(module.weight)
     if place is None or partition.grad is None or not module.masking:
         return
     part, flat = place.lp_fragment_address, place.hp_fragment_address

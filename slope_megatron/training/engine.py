@@ -17,12 +17,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from slope_megatron.config import Config
 from slope_megatron.models.draws import attach_draws
 from slope_megatron.models.fill import pruned_modules, sparse_modules
-from slope_megatron.training import accumulation, baselines, gradients, zero
-from slope_megatron.training import optimizer as optim
+from slope_megatron.training import baselines
 from slope_megatron.training.objectives import OBJECTIVES, counts
+from slope_megatron.training.optim import optimizer as optim
 from slope_megatron.training.parallel import ModelParallelUnit, seed_step
-from slope_megatron.training.phases import Phases
-from slope_megatron.training.skipping import Skipping
+from slope_megatron.training.schedule import Phases
+from slope_megatron.training.zero import accumulation, gradients, partitions
+from slope_megatron.training.zero.skipping import Skipping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Engine:
     """A model under DeepSpeed ZeRO, and the step counter."""
 
     def __init__(self, model: torch.nn.Module, config: Config, dtype: torch.dtype):
-        zero.check_offload(config)
+        partitions.check_offload(config)
         self.config = config
         self.dtype = dtype
         self.phases = Phases(config)
@@ -77,7 +78,7 @@ class Engine:
             model=model,
             optimizer=optim.build_optimizer(groups, config),
             mpu=ModelParallelUnit,
-            config=zero.deepspeed_config(config, dtype, parallel_state.get_data_parallel_world_size()),
+            config=partitions.deepspeed_config(config, dtype, parallel_state.get_data_parallel_world_size()),
         )
         if config.optimizer.optimizer == "lamb":
             optim.attach_lamb(self.optimizer, self.members)
@@ -145,7 +146,7 @@ class Engine:
         baselines.enter_phase(self.model, self.phases, step)
         self.draws.step = step
         if self.phases.adapters_join(step):
-            zero.reset_state(self.optimizer, optim.ADAPTERS)
+            partitions.reset_state(self.optimizer, optim.ADAPTERS)
 
     def forward_backward_reduce(self, batches: list[dict]) -> float:
         """Reduced gradients of all micro-batches; returns the mean loss over the global batch."""
@@ -169,7 +170,7 @@ class Engine:
             tensors = [tensor for tensor in tensors if tensor is not None]
             width = tensors[0].element_size() if tensors else torch.float32.itemsize
             adapters = self.phases.adapters_on(self.steps_done)
-            self.held_gradients = HeldGradients(zero.storage_bytes(tensors), width, adapters)
+            self.held_gradients = HeldGradients(partitions.storage_bytes(tensors), width, adapters)
 
     def to_device(self, batch: dict) -> dict:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -215,7 +216,7 @@ class Engine:
         for module in sparse_modules(self.model):
             if not choose and not module.has_operands:
                 continue
-            with zero.gathered(module.weight):
+            with partitions.gathered(module.weight):
                 if choose:
                     module.update_column_pattern()
                 else:

@@ -11,14 +11,16 @@ from megatron.core import parallel_state
 
 from slope_megatron.data.batches import MicroBatches, ValidationBatches
 from slope_megatron.ops.backend import choose
-from slope_megatron.training import accounting, attempts, checkpoint, flops, kernel_choices, memory
+from slope_megatron.training import kernel_choices
+from slope_megatron.training.checkpoint import attempts, store
+from slope_megatron.training.checkpoint.saver import Saver
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine, StepResult
-from slope_megatron.training.faults import RankWatch
-from slope_megatron.training.layer_stats import LayerStats
-from slope_megatron.training.metrics import Progress
-from slope_megatron.training.saver import Saver
-from slope_megatron.training.watch import Diverged, StepWatch
+from slope_megatron.training.telemetry import accounting, flops, memory
+from slope_megatron.training.telemetry.layer_stats import LayerStats
+from slope_megatron.training.telemetry.metrics import Progress
+from slope_megatron.training.watch.bad_steps import Diverged, StepWatch
+from slope_megatron.training.watch.rank_watch import RankWatch
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +194,7 @@ class Run:
         damaged = self.data_check is not None and self.data_check.problem is not None
         stop, busy, bad_data = self.any_rank(self.watch.stop_requested.is_set(), self.saver.busy(), damaged)
         if self.data_check is not None and bad_data:
-            saved = [folder for folder in checkpoint.entries(self.run) if checkpoint.step_of(folder) > self.began]
+            saved = [folder for folder in store.entries(self.run) if store.step_of(folder) > self.began]
             self.data_check.stop(self.began, self.engine.steps_done, [folder.name for folder in saved])
         self.stopped = stop
         if self.saver.pending and not busy:
@@ -273,7 +275,7 @@ class Run:
 
 def what_is_safe(run: Path) -> str:
     """For the message of a fault: what is kept, and how to go on."""
-    newest = checkpoint.newest_known(run)
+    newest = store.newest_known(run)
     if newest is None:
         return "No checkpoint was written yet: start anew with --overwrite."
     return f"Checkpoint {newest} is complete: the same command with --resume goes on from it."

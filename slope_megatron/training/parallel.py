@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from slope_megatron.config import Config
 from slope_megatron.sparsity import counter
-from slope_megatron.training import meeting
+from slope_megatron.training.watch import meeting
 
 logger = logging.getLogger(__name__)
 SHARE_GPUS = meeting.SHARE_GPUS

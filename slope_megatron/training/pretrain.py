@@ -11,38 +11,28 @@ from slope_megatron.data.batches import datasets_for, load_manifest
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.table import sparsity_table
 from slope_megatron.storage import folders, metadata, sums
-from slope_megatron.training import (
-    accounting,
-    checkpoint,
-    deterministic,
-    disk,
-    files,
-    kernel_choices,
-    layer_stats,
-    memory,
-    parallel,
-    places,
-    recovery,
-    run_folder,
-)
+from slope_megatron.training import deterministic, files, kernel_choices, parallel
+from slope_megatron.training.checkpoint import disk, recovery, run_folder, store
+from slope_megatron.training.checkpoint.finished import Finished, finished
+from slope_megatron.training.checkpoint.init_from import check_init, load_init
 from slope_megatron.training.data_check import DamagedData, DataCheck
 from slope_megatron.training.engine import Engine
-from slope_megatron.training.faults import RankWatch
-from slope_megatron.training.finished import Finished, finished
-from slope_megatron.training.init_from import check_init, load_init
-from slope_megatron.training.launcher import Launcher
 from slope_megatron.training.loop import Run, what_is_safe
-from slope_megatron.training.places import Place
+from slope_megatron.training.telemetry import accounting, layer_stats, memory
+from slope_megatron.training.telemetry.writers import check_installed, open_writers
 from slope_megatron.training.together import agreed, from_every_rank, on_first_rank
-from slope_megatron.training.watch import Diverged
-from slope_megatron.training.writers import check_installed, open_writers
+from slope_megatron.training.watch import process
+from slope_megatron.training.watch.bad_steps import Diverged
+from slope_megatron.training.watch.launcher import Launcher
+from slope_megatron.training.watch.process import Place
+from slope_megatron.training.watch.rank_watch import RankWatch
 
 logger = logging.getLogger(__name__)
 
 
 def every_place() -> list[Place]:
     """Where each rank runs; collective."""
-    return from_every_rank(places.here(dist.get_rank()))
+    return from_every_rank(process.here(dist.get_rank()))
 
 
 def resolve_dtype(config: Config) -> str:
@@ -182,4 +172,4 @@ def remove_leftovers(run: Path) -> None:
     """What an earlier process of this run left: announcements of its ranks, half a checkpoint."""
     for path in (run / "ranks").glob("*"):
         path.unlink()
-    checkpoint.remove_partial(run)
+    store.remove_partial(run)

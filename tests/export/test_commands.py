@@ -102,7 +102,7 @@ def test_an_import_is_what_init_from_reads(ranks, tmp_path, capsys):
     from helpers.runs import batch, started_logits
     from slope_megatron.config import read_config
     from slope_megatron.config.model import ModelConfig
-    from slope_megatron.training.init_from import check_init
+    from slope_megatron.training.checkpoint.init_from import check_init
 
     theirs = hf_model(hf_config("llama")).float()
     theirs.save_pretrained(tmp_path / "theirs")

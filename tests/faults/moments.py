@@ -67,8 +67,10 @@ def arm(moment: Moment) -> None:
     """Let the fault happen in this process when its moment comes, once."""
     from torch.distributed.checkpoint import filesystem
 
-    from slope_megatron.training import checkpoint, faults, files
-    from slope_megatron.training.snapshot import Snapshot
+    from slope_megatron.training import files
+    from slope_megatron.training.checkpoint import store
+    from slope_megatron.training.checkpoint.snapshot import Snapshot
+    from slope_megatron.training.watch import rank_watch
 
     struck = []
 
@@ -92,7 +94,7 @@ def arm(moment: Moment) -> None:
         return folder in str(path)
 
     if moment.point in PARTS:
-        before(faults.RankWatch, "reach", lambda _, step, part: (step, part) == (moment.step, moment.point))
+        before(rank_watch.RankWatch, "reach", lambda _, step, part: (step, part) == (moment.step, moment.point))
     elif moment.point == "before the file":
         before(Snapshot, "write", lambda _, path: in_save(path))
     elif moment.point == "in the file":
@@ -106,4 +108,4 @@ def arm(moment: Moment) -> None:
     elif moment.point == "pointer":
         before(files, "write_text", lambda path, text: path.name == "latest" and in_save(text))
     else:
-        before(checkpoint, "prune", lambda run, *rest: (run / "checkpoints" / folder).exists())
+        before(store, "prune", lambda run, *rest: (run / "checkpoints" / folder).exists())

@@ -28,7 +28,7 @@ def nan_from_step_7(rank):
 
 def test_step_after_step_that_is_not_finite_ends_the_run(fault_data, tmp_path):
     from slope_megatron.storage import sums
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     config = ranks.settings(fault_data, tmp_path / "run", 1)
     config = dataclasses.replace(config, watch=WatchConfig(max_bad_steps=3))
@@ -40,7 +40,7 @@ def test_step_after_step_that_is_not_finite_ends_the_run(fault_data, tmp_path):
         "3 steps in a row had a loss or gradients that are not finite (--max-bad-steps), the last with samples 32 to"
         in said
     )
-    newest = checkpoint.newest(tmp_path / "run")
+    newest = store.newest(tmp_path / "run")
     assert f"Checkpoint {newest} is complete" in said
     # Saved at the eighth step: the second bad one, whose state is still that of step 6.
     assert newest.name == "step_00000008" and sums.find_damage(newest) is None
@@ -62,14 +62,14 @@ def disk_full_from_step_8(rank):
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_exit_code(fault_data, undisturbed, tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     run = tmp_path / "run"
     ended = ranks.start(ranks.settings(fault_data, run, 1), tmp_path / "logs", prepare_rank=disk_full_from_step_8)
     assert ended.codes == [74, 74], ended.said
     assert "slope: error: the last checkpoint could not be written: rank 0: No space left on device" in ended.said
     assert ranks.losses(run) == undisturbed(1)
-    assert checkpoint.newest(run).name == "step_00000006" and not (run / "DONE").exists()
+    assert store.newest(run).name == "step_00000006" and not (run / "DONE").exists()
     again = ranks.start(ranks.settings(fault_data, run, 1, resume=True), tmp_path / "logs")
     assert again.codes == [0, 0] and (run / "DONE").exists()
     assert ranks.losses(run) == undisturbed(1)
@@ -77,7 +77,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_exit_code(fault_data, un
 
 def stuck_in_step_6(rank):
     """The second rank's main thread sleeps for ever; its heartbeat goes on."""
-    from slope_megatron.training import gradients
+    from slope_megatron.training.zero import gradients
 
     original, calls = gradients.sum_sequence_parallel, []
 

@@ -23,7 +23,7 @@ class Outcome:
 def endure(moment: Moment, data, folder, expected: dict[int, float]) -> Outcome:
     """Let the fault happen, check that it was noticed and said, resume as an unattended job does, and compare."""
     from slope_megatron.storage import sums
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     run, logs = folder / "run", folder / "logs"
     patience = {"hang_timeout": ranks.HANG_TIMEOUT} if moment.kind == "stopped" else {}
@@ -40,11 +40,11 @@ def endure(moment: Moment, data, folder, expected: dict[int, float]) -> Outcome:
         assert "is complete: the same command with --resume goes on from it" in named[0]
     reached = max(ranks.losses(run))
     if moment.kind in ("truncated", "corrupted"):
-        newest = checkpoint.complete_checkpoints(run)[-1]
+        newest = store.complete_checkpoints(run)[-1]
         name = ranks.damage(newest, moment.kind, seed=str(moment))
-        with pytest.raises(checkpoint.CorruptCheckpoint, match=f"its file {name} .*remove .* to resume from step_"):
-            checkpoint.verify(newest)
-    good = [folder for folder in checkpoint.complete_checkpoints(run) if sums.find_damage(folder) is None]
+        with pytest.raises(store.CorruptCheckpoint, match=f"its file {name} .*remove .* to resume from step_"):
+            store.verify(newest)
+    good = [folder for folder in store.complete_checkpoints(run) if sums.find_damage(folder) is None]
     resumed_from = int(good[-1].name.removeprefix("step_"))
     if moment.kind != "disk full":
         again = ranks.start(ranks.settings(data, run, moment.tensor_parallel, auto_resume=True), logs)
@@ -55,7 +55,7 @@ def endure(moment: Moment, data, folder, expected: dict[int, float]) -> Outcome:
     assert found.keys() == expected.keys()
     assert not list((run / "checkpoints").glob("*.partial"))
     assert (run / "DONE").is_file()
-    checkpoint.verify(checkpoint.newest(run))
+    store.verify(store.newest(run))
     wrong = sum(found[step] != loss for step, loss in expected.items())
     return Outcome(lost=max(0, reached - resumed_from), wrong=wrong)
 

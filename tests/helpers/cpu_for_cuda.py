@@ -109,7 +109,7 @@ def exchange_megatron() -> None:
 
 def look_at_operands() -> None:
     """Of a script with `--slope`, whose plugin is imported before it runs."""
-    import slope_megatron.launch.megatron_plugin as plugin
+    import slope_megatron.integrations.megatron_lm.plugin as plugin
     from helpers.observed_operands import observe
 
     def flag(name: str) -> int:

@@ -5,7 +5,7 @@ import importlib
 
 import torch
 
-from slope_megatron.training import cpu_host
+from slope_megatron.integrations import cpu_host
 
 # A pool of threads would not survive the fork.
 torch.set_num_threads(1)

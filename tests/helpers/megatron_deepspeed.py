@@ -76,7 +76,7 @@ def main(checkout: str, script: str) -> None:
 
     stand_in(APEX)
     stand_in(TORCHVISION)
-    import slope_megatron.launch.megatron_deepspeed_plugin as plugin
+    import slope_megatron.integrations.megatron_deepspeed.plugin as plugin
 
     plugin.complete_deepspeed()
     import deepspeed

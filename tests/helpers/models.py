@@ -115,7 +115,7 @@ def go_on(engine, until: int, save_at=(), run=None) -> list[tuple[float, float]]
     """Losses and gradient norms up to step `until`; after the steps of `save_at` a checkpoint is saved in `run`."""
     from megatron.core import parallel_state
 
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     results = []
@@ -123,5 +123,5 @@ def go_on(engine, until: int, save_at=(), run=None) -> list[tuple[float, float]]
         result = engine.train_step(step_batches(engine.config, engine.steps_done, replica, replicas))
         results.append((result.loss, result.grad_norm))
         if engine.steps_done in save_at:
-            checkpoint.save(engine, run)
+            store.save(engine, run)
     return results

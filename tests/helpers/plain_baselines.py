@@ -84,7 +84,7 @@ def plain_training(config):
     """SR-STE and FST in a dense model of one process: losses and gradient norms, and the final weights and masks."""
     from slope_megatron.models.layer_spec import block_linears, sparse_linears
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.optimizer import parameter_groups
+    from slope_megatron.training.optim.optimizer import parameter_groups
 
     slope, settings, steps = config.slope, config.optimizer, config.train.steps
     dense = dataclasses.replace(config, slope=dataclasses.replace(slope, enabled=False))

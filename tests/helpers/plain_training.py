@@ -35,8 +35,8 @@ def reference(config, steps):
     from slope_megatron.models.canonical import shards
     from slope_megatron.models.fill import sparse_modules
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.optimizer import ADAPTERS, parameter_groups
-    from slope_megatron.training.phases import Phases
+    from slope_megatron.training.optim.optimizer import ADAPTERS, parameter_groups
+    from slope_megatron.training.schedule import Phases
 
     model = build_model(config, VOCABULARY, torch.float32)
     phases = Phases(config)

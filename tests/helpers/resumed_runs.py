@@ -30,11 +30,11 @@ def uninterrupted(config, dtype, run, save_at):
 
 
 def resumed(config, dtype, run, step):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config, dtype)
-    folder = checkpoint.folder_of(run, step)
-    checkpoint.read_state(folder, config)
+    folder = store.folder_of(run, step)
+    store.read_state(folder, config)
     # Garbage everywhere: what is right afterwards came from the files.
     with torch.no_grad():
         for parameter in engine.model.parameters():
@@ -42,7 +42,7 @@ def resumed(config, dtype, run, step):
         for name, buffer in engine.model.named_buffers():
             if name.endswith(("_pattern", "_column")):
                 buffer.fill_(255)
-    checkpoint.load(engine, folder)
+    store.load(engine, folder)
     return go_on(engine, 10), state_of(engine)
 
 

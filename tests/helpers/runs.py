@@ -1,4 +1,4 @@
-"""Run folders without training: a built model saved in the form that `training.checkpoint` writes."""
+"""Run folders without training: a built model saved in the form that `training.checkpoint.store` writes."""
 
 import dataclasses
 import json
@@ -27,20 +27,21 @@ def save_run(model, config, run: Path, step: int) -> Path:
     from slope_megatron.config.saved import saved_form
     from slope_megatron.models.canonical import sharded_state_dict
     from slope_megatron.storage import sums
-    from slope_megatron.training import checkpoint, files
-    from slope_megatron.training.snapshot import Snapshot
+    from slope_megatron.training import files
+    from slope_megatron.training.checkpoint import store
+    from slope_megatron.training.checkpoint.snapshot import Snapshot
 
-    target = checkpoint.folder_of(run, step)
+    target = store.folder_of(run, step)
     partial = target.with_name(f"{target.name}.partial")
     partial.mkdir(parents=True)
     snapshot = Snapshot({"model": sharded_state_dict(model)})
     manifest = snapshot.write_index(partial, [snapshot.write(partial)])
     content = saved_form(config.to_dict())
-    state = {"format": checkpoint.FORMAT, "steps_done": step, "optimizer_steps": {}, **content}
+    state = {"format": store.FORMAT, "steps_done": step, "optimizer_steps": {}, **content}
     files.write_json(partial / "state.json", state)
     manifest["state.json"] = sums.seal(partial / "state.json")
     files.write_json(run / "run.json", {**content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
-    checkpoint.publish(partial, target, manifest)
+    store.publish(partial, target, manifest)
     return target
 
 

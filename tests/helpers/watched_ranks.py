@@ -6,8 +6,8 @@ import time
 import types
 from pathlib import Path
 
-from slope_megatron.training import faults, heartbeat, own_time, places
-from slope_megatron.training.places import Place
+from slope_megatron.training.watch import heartbeat, own_time, process, rank_watch
+from slope_megatron.training.watch.process import Place
 
 LAYOUTS = {
     "blocks": [f"node{rank // 4}" for rank in range(24)],
@@ -35,10 +35,10 @@ class Cluster:
         self.places = [Place(rank, host, 1000 + rank, 7) for rank, host in enumerate(hosts)]
         self.gone: set[int] = set()
         self.stopped: set[int] = set()
-        monkeypatch.setattr(places, "born", lambda pid: None if pid - 1000 in self.gone else 7)
+        monkeypatch.setattr(process, "born", lambda pid: None if pid - 1000 in self.gone else 7)
         monkeypatch.setattr(own_time, "MOST_SECONDS_A_TURN", most)
         monkeypatch.setattr(own_time, "time", types.SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(faults, "time", types.SimpleNamespace(sleep=self.sleep))
+        monkeypatch.setattr(rank_watch, "time", types.SimpleNamespace(sleep=self.sleep))
         monkeypatch.setattr(os, "_exit", self.exit)
         self.watches = [self.watch(place.rank, hang_timeout) for place in self.places]
         for watch in self.watches:
@@ -52,8 +52,8 @@ class Cluster:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def watch(self, rank: int, hang_timeout: float) -> faults.RankWatch:
-        watch = faults.RankWatch(self.run, self.places, rank, lambda: "All is saved.", hang_timeout)
+    def watch(self, rank: int, hang_timeout: float) -> rank_watch.RankWatch:
+        watch = rank_watch.RankWatch(self.run, self.places, rank, lambda: "All is saved.", hang_timeout)
         os.close(watch.wake_read)
         os.close(watch.wake_write)
         return watch
@@ -90,7 +90,7 @@ class Cluster:
             ended |= self.turn(seconds)
             if len(ended) == len(alive):
                 break
-        assert ended == dict.fromkeys(alive, faults.DEAD_PEER_EXIT_CODE)
+        assert ended == dict.fromkeys(alive, rank_watch.DEAD_PEER_EXIT_CODE)
         named = ", ".join(str(self.places[rank]) for rank in sorted(ranks))
         said = f"slope: error: {named} died; the run stops. All is saved.\n"
         assert (self.run / "ranks" / "failure.txt").read_text() == said

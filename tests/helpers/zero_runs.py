@@ -29,7 +29,7 @@ def canonical_state(engine):
     """This rank's parts of model, masters and moments by canonical name, and the step counters."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from slope_megatron.training import engine_state
+    from slope_megatron.training.checkpoint import engine_state
 
     engine_state.link_optimizer_state(engine)
     parts = []
@@ -47,7 +47,7 @@ def canonical_state(engine):
 def train(config, dtype):
     """What a run did and became, what its ranks hold, and whether operands were there between two steps."""
     from slope_megatron.models.fill import sparse_modules
-    from slope_megatron.training import accounting
+    from slope_megatron.training.telemetry import accounting
 
     engine = build_engine(config, dtype)
     steps = go_on(engine, 4)
@@ -112,22 +112,23 @@ def check_against_oracle(ranks, config, *, replicas=2, family="opt"):
 
 
 def save_and_go_on(config, run):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config)
     go_on(engine, 7)
-    checkpoint.save(engine, run)
+    store.save(engine, run)
     state = canonical_state(engine)
     return state, go_on(engine, 9), canonical_state(engine)
 
 
 def load_and_go_on(config, run):
-    from slope_megatron.training import checkpoint, zero
+    from slope_megatron.training.checkpoint import store
+    from slope_megatron.training.zero import partitions
 
     engine = build_engine(config)
     # Garbage everywhere: what is right afterwards came from the files.
     with torch.no_grad():
-        for partition in zero.partitions(engine.optimizer):
+        for partition in partitions.of(engine.optimizer):
             partition.masters.fill_(7.0)
         for parameter in engine.model.parameters():
             parameter.fill_(7.0)
@@ -136,9 +137,9 @@ def load_and_go_on(config, run):
         for name, buffer in engine.model.named_buffers():
             if name.endswith(("_pattern", "_column")):
                 buffer.fill_(255)
-    folder = checkpoint.newest(run)
-    checkpoint.read_state(folder, config)
-    checkpoint.load(engine, folder)
+    folder = store.newest(run)
+    store.read_state(folder, config)
+    store.load(engine, folder)
     state = canonical_state(engine)
     return state, go_on(engine, 9), canonical_state(engine)
 

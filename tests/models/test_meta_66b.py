@@ -67,7 +67,7 @@ def build_rank(config, rank):
 
 def build_all(pipe, config):
     """All ranks, one after the other, in a process of its own: the groups are not real and the device is none."""
-    from slope_megatron.training import cpu_host
+    from slope_megatron.integrations import cpu_host
 
     cpu_host.prepare()
     try:

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from slope_megatron.sparsity.operand import metadata_sm90, slot_places
-from slope_megatron.sparsity.operand_cutlass import (
-    from_sm90,
-    metadata_bytes,
-    metadata_cutlass,
-    places_cutlass,
-)
+from slope_megatron.sparsity.operand_cutlass import from_sm90, metadata_bytes, metadata_cutlass, places_cutlass
 from slope_megatron.sparsity.pattern import random_pattern
 
 # The lowest address bit first, of a nibble in its block of 64 rows (r) x 16 groups (g).

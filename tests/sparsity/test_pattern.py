@@ -6,13 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slope_megatron.sparsity import counter
-from slope_megatron.sparsity.pattern import (
-    column_pattern,
-    extra_zeros,
-    magnitude_pattern,
-    random_pattern,
-    top_n_of_m,
-)
+from slope_megatron.sparsity.pattern import column_pattern, extra_zeros, magnitude_pattern, random_pattern, top_n_of_m
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (2, 8)]
 

@@ -29,7 +29,7 @@ DAMAGE = {
 @pytest.mark.parametrize("reader", ["resume", "export"])
 def test_a_damaged_pointer_is_passed_over(complete, caplog, damage, reader):
     from slope_megatron.export.trained_run import find_checkpoint
-    from slope_megatron.training.checkpoint import newest
+    from slope_megatron.training.checkpoint.store import newest
 
     run = complete[0].parent.parent
     content, said = DAMAGE[damage]

@@ -54,7 +54,7 @@ def test_what_else_goes_wrong_names_the_file(tmp_path, monkeypatch):
 def test_a_run_and_a_prepare_begin_without_locks(tmp_path, monkeypatch, caplog, number):
     """Neither takes the missing lock for another process."""
     from slope_megatron.data.scratch import workspace_beside
-    from slope_megatron.training.run_folder import RunLock
+    from slope_megatron.training.checkpoint.run_folder import RunLock
 
     refuse_locks(monkeypatch, number)
     with caplog.at_level(logging.WARNING):
@@ -67,7 +67,7 @@ def test_a_run_and_a_prepare_begin_without_locks(tmp_path, monkeypatch, caplog, 
 
 
 def test_whose_lock_it_is_may_be_unreadable(tmp_path):
-    from slope_megatron.training.run_folder import RunLock
+    from slope_megatron.training.checkpoint.run_folder import RunLock
 
     held = RunLock(tmp_path)
     (tmp_path / "lock").write_bytes(b"\xff\xfe\0")

@@ -28,25 +28,25 @@ LAYOUTS = [
 
 def whole_parts(engine):
     from slope_megatron.models.canonical import shards
-    from slope_megatron.training import zero
+    from slope_megatron.training.zero import partitions
 
-    with zero.gathered(*engine.model.parameters()):
+    with partitions.gathered(*engine.model.parameters()):
         return [(shard.name, shard.offset, shard.shape, shard.data.detach().clone()) for shard in shards(engine.model)]
 
 
 def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
     """Losses and gradient norms, and the final shards of this rank."""
 
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config)
     if resume_at:
         with torch.no_grad():
             for tensor in (*engine.model.parameters(), *engine.model.buffers()):
                 tensor.fill_(7)
-        folder = checkpoint.folder_of(run, resume_at)
-        checkpoint.read_state(folder, config)
-        checkpoint.load(engine, folder)
+        folder = store.folder_of(run, resume_at)
+        store.read_state(folder, config)
+        store.load(engine, folder)
     return go_on(engine, until, save_at, run), whole_parts(engine)
 
 
@@ -194,12 +194,12 @@ def saved_weights(config, run):
     """A checkpoint of a masked model after three steps, and what the model multiplies with by canonical name."""
     from slope_megatron.models.dense import assemble as assemble_dense
     from slope_megatron.models.dense import dense_parts
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config)
     for step in range(3):
         engine.train_step(step_batches(config, step, 0, 1))
-    checkpoint.save(engine, run)
+    store.save(engine, run)
     return assemble_dense(dense_parts(engine.model))
 
 

@@ -62,7 +62,7 @@ def train(config, first, last, save=False, resume=False):
     from slope_megatron.data.batches import MicroBatches, ValidationBatches, datasets_for
     from slope_megatron.data.manifest import load_manifest
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
     from slope_megatron.training.engine import Engine
 
     train_set, valid_set = datasets_for(config)
@@ -73,10 +73,10 @@ def train(config, first, last, save=False, resume=False):
     vocabulary = load_manifest(config.data.data)["vocab_size"]
     engine = Engine(build_model(config, vocabulary, torch.float32), config, torch.float32)
     if resume:
-        checkpoint.load(engine, checkpoint.newest(Path(config.train.out)))
+        store.load(engine, store.newest(Path(config.train.out)))
     losses = [engine.train_step(batches.step(step)).loss for step in range(first, last)]
     if save:
-        checkpoint.save(engine, Path(config.train.out))
+        store.save(engine, Path(config.train.out))
     asked = torch.cat([batch["labels"][batch["loss_mask"] > 0] for batch in validation])
     shares = torch.bincount(asked).double() / len(asked)
     entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum().item()

@@ -43,20 +43,20 @@ def copy_of(run_folder, tmp_path):
 
 
 def test_the_newest_two_are_kept_and_the_tracker_names_the_last(run_folder):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
-    names = [folder.name for folder in checkpoint.complete_checkpoints(run_folder)]
+    names = [folder.name for folder in store.complete_checkpoints(run_folder)]
     assert names == ["step_00000002", "step_00000003"]
-    assert checkpoint.newest(run_folder).name == "step_00000003"
+    assert store.newest(run_folder).name == "step_00000003"
     assert not list((run_folder / "checkpoints").glob("*.partial"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_corrupt_checkpoint_is_named_with_the_way_out(run_folder, tmp_path, damage):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     run = copy_of(run_folder, tmp_path)
-    folder = checkpoint.newest(run)
+    folder = store.newest(run)
     victim = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     if damage == "flip":
@@ -68,53 +68,53 @@ def test_a_corrupt_checkpoint_is_named_with_the_way_out(run_folder, tmp_path, da
         victim.unlink()
     problem = {"flip": "another checksum", "cut": "bytes instead of", "remove": "is missing"}[damage]
     with pytest.raises(ValueError, match=problem) as error:
-        checkpoint.read_state(folder, small_config(steps=10))
+        store.read_state(folder, small_config(steps=10))
     assert victim.name in str(error.value)
     assert f"remove {folder} to resume from step_00000002" in str(error.value)
     import shutil
 
     shutil.rmtree(folder)
-    assert checkpoint.newest(run).name == "step_00000002"
+    assert store.newest(run).name == "step_00000002"
 
 
 def test_a_half_written_checkpoint_does_not_count(run_folder, tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     run = copy_of(run_folder, tmp_path)
     partial = run / "checkpoints" / "step_00000009.partial"
     partial.mkdir()
     (partial / "manifest.json").write_text("{}")
-    assert checkpoint.newest(run).name == "step_00000003"
+    assert store.newest(run).name == "step_00000003"
 
 
 def test_a_checkpoint_of_another_model_is_refused(run_folder):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
-    folder = checkpoint.newest(run_folder)
+    folder = store.newest(run_folder)
     with pytest.raises(ValueError, match=r"of another run \(slope.nm: '2:4' then, '1:2' now\)"):
-        checkpoint.read_state(folder, small_config(steps=10, slope={"nm": "1:2"}))
+        store.read_state(folder, small_config(steps=10, slope={"nm": "1:2"}))
     with pytest.raises(ValueError, match=r"train.steps: 10 then, 11 now"):
-        checkpoint.read_state(folder, small_config(steps=11))
-    assert checkpoint.read_state(folder, small_config(steps=10, log_interval=3))["steps_done"] == 3
+        store.read_state(folder, small_config(steps=11))
+    assert store.read_state(folder, small_config(steps=10, log_interval=3))["steps_done"] == 3
 
 
 def test_nothing_to_resume_from(tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
-        checkpoint.newest(tmp_path)
+        store.newest(tmp_path)
 
 
 def test_the_manifest_covers_every_file(run_folder):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
-    folder = checkpoint.newest(run_folder)
+    folder = store.newest(run_folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest) == {path.name for path in folder.iterdir()} - {"manifest.json"}
 
 
 def test_only_rank_0_writes_the_index(tmp_path):
-    from slope_megatron.training.snapshot import Snapshot
+    from slope_megatron.training.checkpoint.snapshot import Snapshot
 
     snapshot = object.__new__(Snapshot)
     snapshot.rank, snapshot.metadata = 1, None

@@ -10,37 +10,37 @@ from helpers.models import small_config
 def sealed(run, *steps):
     """Checkpoints of two small files."""
     from slope_megatron.storage import sums
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     for step in steps:
-        partial = checkpoint.folder_of(run, step).with_suffix(".partial")
+        partial = store.folder_of(run, step).with_suffix(".partial")
         partial.mkdir(parents=True)
         state = {"format": 1, "steps_done": step, "config": small_config().to_dict()}
         (partial / "state.json").write_text(json.dumps(state))
         (partial / "data.distcp").write_bytes(bytes(100))
         manifest = {path.name: sums.seal(path) for path in partial.iterdir()}
-        checkpoint.publish(partial, checkpoint.folder_of(run, step), manifest)
+        store.publish(partial, store.folder_of(run, step), manifest)
 
 
 def steps_of(run):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
-    return [int(folder.name.removeprefix("step_")) for folder in checkpoint.complete_checkpoints(run)]
+    return [int(folder.name.removeprefix("step_")) for folder in store.complete_checkpoints(run)]
 
 
 def test_every_nth_checkpoint_is_kept_for_ever(tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     for step in range(1, 11):
         sealed(tmp_path, step)
-        checkpoint.prune(tmp_path, 2, 4)
+        store.prune(tmp_path, 2, 4)
     assert steps_of(tmp_path) == [4, 8, 9, 10]
-    checkpoint.prune(tmp_path, 1, None)
+    store.prune(tmp_path, 1, None)
     assert steps_of(tmp_path) == [10]
 
 
 def test_leftovers_are_removed_and_checkpoints_are_not(tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     sealed(tmp_path, 2, 4)
     folder = tmp_path / "checkpoints"
@@ -48,19 +48,19 @@ def test_leftovers_are_removed_and_checkpoints_are_not(tmp_path):
     (folder / "step_00000006.partial" / "__0_0.distcp").write_bytes(bytes(10))
     (folder / "latest.partial").write_text("step_00000006")
     (folder / "step_00000003.corrupt").mkdir()
-    checkpoint.remove_partial(tmp_path)
+    store.remove_partial(tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["latest", "step_00000002", "step_00000003.corrupt", "step_00000004"]
 
 
 def test_saving_a_step_again_replaces_it_in_one_rename(tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     sealed(tmp_path, 2)
     sealed(tmp_path, 2)
     assert steps_of(tmp_path) == [2]
-    checkpoint.verify(checkpoint.newest(tmp_path))
-    checkpoint.remove_partial(tmp_path)
+    store.verify(store.newest(tmp_path))
+    store.remove_partial(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
 
 
@@ -70,7 +70,7 @@ def test_what_is_no_checkpoint_any_more_or_not_yet_is_nobodys(tmp_path, name):
     import dataclasses
 
     from slope_megatron.export import trained_run
-    from slope_megatron.training.run_folder import is_resumed
+    from slope_megatron.training.checkpoint.run_folder import is_resumed
 
     config = small_config()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, out=str(tmp_path), auto_resume=True))
@@ -87,7 +87,7 @@ def test_what_is_no_checkpoint_any_more_or_not_yet_is_nobodys(tmp_path, name):
 
 
 def test_an_unattended_job_takes_the_newest_intact_checkpoint(tmp_path, caplog):
-    from slope_megatron.training import recovery
+    from slope_megatron.training.checkpoint import recovery
 
     sealed(tmp_path, 2, 4, 6)
     folder = tmp_path / "checkpoints"

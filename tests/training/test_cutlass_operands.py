@@ -31,8 +31,8 @@ def train(config):
     from slope_megatron.ops import backend
     from slope_megatron.ops.operands import cutlass
     from slope_megatron.sparsity.operand_cutlass import metadata_bytes
-    from slope_megatron.training import accounting
     from slope_megatron.training.engine import Engine
+    from slope_megatron.training.telemetry import accounting
 
     told = mock.patch.object(backend, "choose", lambda requested: requested)
     with told, mock.patch.object(cutlass, "unsupported_weight", lambda values, bits: None):

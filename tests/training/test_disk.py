@@ -24,7 +24,7 @@ def small_disk(tmp_path):
 
 
 def test_a_run_that_cannot_fit_is_refused(small_disk):
-    from slope_megatron.training.disk import check_space
+    from slope_megatron.training.checkpoint.disk import check_space
 
     mib = 2**20
     train = TrainConfig(steps=100, save_interval=10, keep_checkpoints=2)
@@ -41,7 +41,7 @@ def test_a_run_that_cannot_fit_is_refused(small_disk):
 
 
 def test_a_read_only_place_is_refused(small_disk):
-    from slope_megatron.training.disk import probe
+    from slope_megatron.training.checkpoint.disk import probe
 
     probe(small_disk / "not" / "yet" / "there")
     assert not list(small_disk.iterdir())
@@ -55,9 +55,9 @@ def test_a_read_only_place_is_refused(small_disk):
 def save_around_a_full_disk(run, filler):
     """Save, fill the disk, fail to save in the background, free the disk, save again; returns what is there then."""
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
+    from slope_megatron.training.checkpoint.saver import Saver
     from slope_megatron.training.engine import Engine
-    from slope_megatron.training.saver import Saver
 
     config = small_config(layers=1)
     engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
@@ -73,9 +73,9 @@ def save_around_a_full_disk(run, filler):
         failures.append(saver.failure)
         assert not list((run / "checkpoints").glob("*.partial"))
         filler.unlink(missing_ok=True)
-    for folder in checkpoint.complete_checkpoints(run):
-        checkpoint.verify(folder)
-    return failures, [folder.name for folder in checkpoint.complete_checkpoints(run)]
+    for folder in store.complete_checkpoints(run):
+        store.verify(folder)
+    return failures, [folder.name for folder in store.complete_checkpoints(run)]
 
 
 def test_a_save_that_fills_the_disk_harms_nothing(ranks, small_disk):

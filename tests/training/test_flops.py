@@ -11,7 +11,7 @@ from slope_megatron.config import WatchConfig
 
 def test_a_block_by_hand():
     """Width 64, FFN 256, 2 blocks, sequence 16, 2:4; block 0's QKV is dense."""
-    from slope_megatron.training.flops import flops_per_token
+    from slope_megatron.training.telemetry.flops import flops_per_token
 
     qkv, proj, mlp = 3 * 64 * 64, 64 * 64, 2 * 64 * 256
     attention, output = 2 * 16 * 64, 96 * 64  # multiply-adds a token: scores and values; the padded vocabulary
@@ -53,7 +53,7 @@ def counted(config):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["opt", "llama"])
 def test_a_dense_model_does_what_is_counted(ranks, gated):
-    from slope_megatron.training.flops import flops_per_token
+    from slope_megatron.training.telemetry.flops import flops_per_token
 
     config = small_config(gated=gated, slope={"enabled": False})
     [found] = ranks.run(counted, config, world=1)
@@ -61,7 +61,7 @@ def test_a_dense_model_does_what_is_counted(ranks, gated):
 
 
 def test_mfu_is_left_out_where_the_peak_is_unknown():
-    from slope_megatron.training import flops
+    from slope_megatron.training.telemetry import flops
 
     counts = flops.Flops(dense_equivalent=3e9, actual=2e9)
     assert flops.speed(counts, 1e6, 8, None) == {"model_tflops": 375.0, "actual_tflops": 250.0}
@@ -85,7 +85,7 @@ def test_mfu_is_left_out_where_the_peak_is_unknown():
     ],
 )
 def test_known_gpus(monkeypatch, name, peak):
-    from slope_megatron.training import flops
+    from slope_megatron.training.telemetry import flops
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)

@@ -34,11 +34,11 @@ def runs(ranks, tmp_path_factory):
 def attempt(config, reader):
     """What a reader says; it reads behind whatever would find the damage first."""
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training import checkpoint, init_from, recovery
+    from slope_megatron.training.checkpoint import init_from, recovery, store
 
     try:
         if reader == "resume":
-            recovery.load(build_engine(config), checkpoint.newest(Path(config.train.out)))
+            recovery.load(build_engine(config), store.newest(Path(config.train.out)))
         elif reader == "check":
             init_from.check_init(config, samples=8)
         else:

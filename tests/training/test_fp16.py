@@ -24,18 +24,18 @@ def results_of(config, run=None, resume=False):
     """(loss, loss scale, skipped, learning rate) of the steps, and the optimizer's counters."""
     from megatron.core import parallel_state
 
-    from slope_megatron.training import checkpoint, engine_state
+    from slope_megatron.training.checkpoint import engine_state, store
 
     engine = build_engine(config, torch.float16)
     if resume:
-        checkpoint.load(engine, checkpoint.newest(run))
+        store.load(engine, store.newest(run))
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = []
     while engine.steps_done < STEPS:
         result = engine.train_step(step_batches(config, engine.steps_done, replica, replicas))
         found.append((result.loss, result.loss_scale, result.skipped, result.learning_rate))
         if run and engine.steps_done == 5 and not resume:
-            checkpoint.save(engine, run)
+            store.save(engine, run)
     engine_state.link_optimizer_state(engine)
     return found, engine_state.optimizer_steps(engine), engine.skipped_steps
 

@@ -66,10 +66,10 @@ def exact_engine(config):
     import deepspeed
 
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training import zero
     from slope_megatron.training.engine import Engine
+    from slope_megatron.training.zero import partitions
 
-    zero.NAMES[torch.float64] = "fp32"
+    partitions.NAMES[torch.float64] = "fp32"
     deepspeed.DeepSpeedEngine._DeepSpeedEngine__check_params = lambda *_: None
     model = build_model(config, VOCABULARY, torch.float64)
     model.compute_language_model_loss = lambda labels, logits: cross_entropy(
@@ -165,17 +165,17 @@ def test_a_run_goes_on_with_another_micro_batch(ranks, tmp_path):
 def go_on_from(config, run, first, last):
     """Losses from step `first` on, which is saved or to be saved."""
     from helpers.models import build_engine
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config)
     if first:
-        checkpoint.read_state(checkpoint.newest(run), config)
-        checkpoint.load(engine, checkpoint.newest(run))
+        store.read_state(store.newest(run), config)
+        store.load(engine, store.newest(run))
     losses = []
     while engine.steps_done < last:
         losses.append(engine.train_step(own_batches(config)).loss)
         if not first and engine.steps_done == 2:
-            checkpoint.save(engine, run)
+            store.save(engine, run)
     return losses
 
 

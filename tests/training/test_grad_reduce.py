@@ -78,18 +78,18 @@ def test_auto_is_fp32_for_bf16s_sums_and_else_the_parameters_type(ranks):
 def sent(config, dtype):
     """Bytes of gradients that this rank sends in a step, and the formula's."""
     sys.path.insert(0, str(bench.FOLDER))
-    from collectives import Counted
     from megatron.core import parallel_state
 
-    from slope_megatron.launch.traffic import data_parallel_bytes
-    from slope_megatron.training import zero
+    from slope_megatron.bench.collectives import Counted
+    from slope_megatron.planner.traffic import data_parallel_bytes
+    from slope_megatron.training.zero import partitions
 
     engine = build_engine(config, dtype)
     go_on(engine, 1)
     with Counted({"data": parallel_state.get_data_parallel_group()}) as counted:
         go_on(engine, 2)
     replicas = parallel_state.get_data_parallel_world_size()
-    elements = sum(zero.shape_of(parameter).numel() for group in engine.members.values() for parameter in group)
+    elements = sum(partitions.shape_of(parameter).numel() for group in engine.members.values() for parameter in group)
     stage, asked = config.parallel.zero_stage, config.parallel.grad_reduce_dtype
     formula = data_parallel_bytes(elements, replicas, stage, config.data.micro_batches(replicas), "bf16", asked)
     kinds = ("all-reduce", "reduce-scatter")
@@ -133,7 +133,7 @@ def test_resume_is_exact_with_bf16_sums(ranks, tmp_path, stage):
 
 
 def test_deepspeeds_json_says_nothing_where_nothing_is_asked():
-    from slope_megatron.training.zero import deepspeed_config
+    from slope_megatron.training.zero.partitions import deepspeed_config
 
     for reduced, dtype in (("auto", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         settings = deepspeed_config(config_for(2, reduced), dtype, 2)

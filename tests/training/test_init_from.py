@@ -24,14 +24,14 @@ def begin(config, steps):
     from megatron.core import parallel_state
 
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
     from slope_megatron.training.engine import Engine
 
     engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for step in range(steps):
         engine.train_step(step_batches(config, step, replica, replicas))
-    checkpoint.save(engine, Path(config.train.out))
+    store.save(engine, Path(config.train.out))
     return shards_of(engine.model)
 
 
@@ -40,8 +40,8 @@ def start_from(config):
     from megatron.core import parallel_state
 
     from slope_megatron.models.provider import build_model
+    from slope_megatron.training.checkpoint.init_from import check_init, load_init
     from slope_megatron.training.engine import Engine
-    from slope_megatron.training.init_from import check_init, load_init
 
     check_init(config, samples=8)
     model = build_model(config, VOCABULARY, torch.float32)
@@ -97,19 +97,19 @@ def test_adapters_that_had_not_joined_are_no_matter(ranks, tmp_path, rank):
 def begin_from(config):
     """What `--init-from X --stop-at 0` saves."""
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
+    from slope_megatron.training.checkpoint.init_from import load_init
     from slope_megatron.training.engine import Engine
-    from slope_megatron.training.init_from import load_init
 
     model = build_model(config, VOCABULARY, torch.float32)
     load_init(model, config, VOCABULARY, dataset=None)
-    checkpoint.save(Engine(model, config, torch.float32), Path(config.train.out))
+    store.save(Engine(model, config, torch.float32), Path(config.train.out))
 
 
 def test_joined_adapters_are_part_of_a_run_that_begins_with_them(ranks, tmp_path):
     """Also before its first step: exported, or handed on to a third run."""
     from slope_megatron.export.trained_run import TrainedRun
-    from slope_megatron.training.init_from import check_init
+    from slope_megatron.training.checkpoint.init_from import check_init
 
     plain = small_config()
     plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, vocab_size=VOCABULARY))
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
     def changed(section, **values):
         return dataclasses.replace(second, **{section: dataclasses.replace(getattr(second, section), **values)})
 
-    from slope_megatron.training.init_from import check_init
+    from slope_megatron.training.checkpoint.init_from import check_init
 
     check_init(changed("slope", lazy_fraction=1.0), samples=8)
     longer = second.data.seq_length * 2
@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
 
 def test_trained_weights_are_pruned_at_random_only_by_name(ranks, tmp_path, caplog):
     """The default is refused, a file's word is warned of, a flag's is taken; packed weights are not pruned at all."""
-    from slope_megatron.training.init_from import check_init
+    from slope_megatron.training.checkpoint.init_from import check_init
 
     dense = with_run(small_config(slope={"enabled": False}), tmp_path / "dense")
     ranks.run(begin, dense, 1, world=1)

@@ -24,8 +24,8 @@ def one_process(config):
     """The published update, parameter by parameter; the adapters' moments begin when they join."""
     from slope_megatron.models.fill import sparse_modules
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.optimizer import parameter_groups
-    from slope_megatron.training.phases import Phases
+    from slope_megatron.training.optim.optimizer import parameter_groups
+    from slope_megatron.training.schedule import Phases
 
     model, phases, settings = build_model(config, VOCABULARY, torch.float32), Phases(config), config.optimizer
     groups = parameter_groups(model, config)
@@ -97,7 +97,7 @@ def test_lamb_offloaded(ranks, stage):
 
 def test_a_piece_of_a_parameter_gets_the_whole_parameters_ratio():
     """Two halves of a parameter on two ranks, one of them sharing its flat tensor with another: exact numbers."""
-    from slope_megatron.training.lamb import Lamb
+    from slope_megatron.training.optim.lamb import Lamb
 
     def ranks_part(weights, gradients, pieces, others):
         flat = torch.nn.Parameter(torch.tensor(weights))
@@ -125,7 +125,7 @@ def test_a_piece_of_a_parameter_gets_the_whole_parameters_ratio():
 
 def test_a_closure_gives_gradients_and_loss():
     """As torch's own optimizers take it: the weight 3 moves by its whole norm against the gradient's sign."""
-    from slope_megatron.training.lamb import Lamb
+    from slope_megatron.training.optim.lamb import Lamb
 
     weight = torch.nn.Parameter(torch.tensor([3.0]))
     optimizer = Lamb([{"params": [weight], "weight_decay": 1e-30}], lr=1.0, betas=(0.0, 0.0), eps=0.0)

@@ -11,12 +11,12 @@ import time
 import pytest
 
 from slope_megatron.launch.ports import free_port
-from slope_megatron.training import launcher, places
+from slope_megatron.training.watch import launcher
 
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-multiple 192".split()
 STEPS = "--steps 100000 --global-batch-size 4 --micro-batch-size 2 --eval-samples 4 --eval-interval 100000".split()
 STEPS += "--warmup-steps 2 --log-interval 1 --save-interval 100000".split()
-SHOW = "from slope_megatron.training.launcher import found_above; print(found_above('RANK'))"
+SHOW = "from slope_megatron.training.watch.launcher import found_above; print(found_above('RANK'))"
 PATIENCE = 120.0
 
 
@@ -71,7 +71,7 @@ def test_a_process_without_a_launcher_misses_none():
 def test_a_launcher_that_ends_is_named():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     watched = launcher.Launcher("")
-    watched.processes = {process.pid: (places.born(process.pid), "torchrun")}
+    watched.processes = {process.pid: (process.born(process.pid), "torchrun")}
     assert watched.gone() is None
     process.kill()
     deadline = time.monotonic() + 10
@@ -111,7 +111,7 @@ def await_steps(run, log, count: int) -> None:
     ],
 )
 def test_ranks_save_and_end_when_their_launcher_goes(name, number, corpus, tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     run, log = tmp_path / "run", tmp_path / "log"
     process = start(name, log, corpus, run)
@@ -119,22 +119,22 @@ def test_ranks_save_and_end_when_their_launcher_goes(name, number, corpus, tmp_p
     try:
         await_steps(run, log, 3)
         announced = [json.loads((run / "ranks" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-        ranks = [(beat["pid"], places.born(beat["pid"])) for beat in announced]
+        ranks = [(beat["pid"], process.born(beat["pid"])) for beat in announced]
         process.send_signal(number)
         process.wait(30)
         deadline = time.monotonic() + 20
-        while any(places.born(pid) == start for pid, start in ranks):
+        while any(process.born(pid) == start for pid, start in ranks):
             assert time.monotonic() < deadline, f"ranks train on: {log.read_text()}"
             time.sleep(0.05)
     finally:
         process.kill()
         for pid, began in ranks:
-            if places.born(pid) == began:
+            if process.born(pid) == began:
                 os.kill(pid, signal.SIGKILL)
     said = log.read_text()
     if number != signal.SIGHUP:  # which torchrun passes on
         assert "has lost its launcher (" in said and "saving after this step" in said
-    [saved] = checkpoint.complete_checkpoints(run)
+    [saved] = store.complete_checkpoints(run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["stopped_early"] and saved.name == f"step_{summary['steps']:08d}" and not summary["unsaved"]
 
@@ -152,13 +152,13 @@ def test_a_launcher_that_goes_before_training_leaves_nothing_waiting(corpus, tmp
         command = [sys.executable, str(script), *rank, *MODEL, *STEPS]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True)
         pid = int(process.stdout.readline())
-        began = places.born(pid)
+        began = process.born(pid)
         time.sleep(3.0)
-        assert places.born(pid) == began, (tmp_path / "log").read_text()
+        assert process.born(pid) == began, (tmp_path / "log").read_text()
         process.kill()
         process.wait()
     deadline = time.monotonic() + 20
-    while places.born(pid) == began:
+    while process.born(pid) == began:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert (

@@ -17,7 +17,7 @@ def figures_after_two_steps(config):
     from slope_megatron.models.fill import sparse_modules
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.engine import Engine
-    from slope_megatron.training.layer_stats import LayerStats, canonical_names, matrices, sample_all
+    from slope_megatron.training.telemetry.layer_stats import LayerStats, canonical_names, matrices, sample_all
 
     model = build_model(config, VOCABULARY, torch.float32)
     start, whole = sample_all(model), {name: value.detach().clone() for name, value in matrices(model).items()}
@@ -96,7 +96,7 @@ def figures_of_fp16(config):
 
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.engine import Engine
-    from slope_megatron.training.layer_stats import LayerStats, sample_all
+    from slope_megatron.training.telemetry.layer_stats import LayerStats, sample_all
 
     model = build_model(config, VOCABULARY, torch.float16)
     start = sample_all(model)

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from slope_megatron.training import meeting
+from slope_megatron.training.watch import meeting
 
 
 def meet(gpus: dict[int, str], world: int, seconds: float = 30.0) -> dict[int, str]:

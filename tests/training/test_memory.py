@@ -7,8 +7,8 @@ import pytest
 from test_pretrain import ENVIRONMENT, MODEL, RUN, SLOPE
 
 from helpers.models import small_config
-from slope_megatron.training import memory
-from slope_megatron.training.memory import GIB, Memory
+from slope_megatron.training.telemetry import memory
+from slope_megatron.training.telemetry.memory import GIB, Memory
 
 ROOMY = Memory(allocated=3 * GIB, peak=5 * GIB, reserved=6 * GIB, free=2 * GIB, total=8 * GIB)
 TIGHT = Memory(allocated=3 * GIB, peak=6 * GIB, reserved=6 * GIB, free=0, total=8 * GIB)
@@ -70,9 +70,10 @@ def test_the_adapters_need_is_what_they_take(ranks):
 
 FULL_DEVICE = """
 import sys, torch
-from slope_megatron.training import cpu_host
+from slope_megatron.integrations import cpu_host
 cpu_host.prepare()
-from slope_megatron.training import engine, memory
+from slope_megatron.training import engine
+from slope_megatron.training.telemetry import memory
 memory.measure = lambda device: memory.Memory(allocated=1 << 20, peak=1 << 30, reserved=1 << 30, free=0, total=1 << 30)
 step = engine.Engine.train_step
 def train_step(self, batches):

@@ -12,12 +12,12 @@ from helpers.runs import edit_state
 
 def saved_run(config, run):
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
     from slope_megatron.training.engine import Engine
 
     engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
     engine.train_step(step_batches(config, 0, 0, 1))
-    checkpoint.save(engine, run)
+    store.save(engine, run)
 
 
 @pytest.fixture(scope="module")
@@ -29,38 +29,38 @@ def saved(ranks, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
-    return checkpoint.newest(shutil.copytree(saved, tmp_path / "run"))
+    return store.newest(shutil.copytree(saved, tmp_path / "run"))
 
 
 def test_a_run_goes_on_after_an_upgrade(folder):
     """Neither `--resume` nor `--auto-resume` minds settings that the checkpoint is older than."""
-    from slope_megatron.training import checkpoint, recovery
+    from slope_megatron.training.checkpoint import recovery, store
 
     edit_state(folder, slope={"fp8": ..., "fp8_wgrad": ...}, optimizer={"lamb_trust_no_decay": ...}, watch=None)
     config = small_config(steps=10)
-    assert checkpoint.read_state(folder, config)["steps_done"] == 1
+    assert store.read_state(folder, config)["steps_done"] == 1
     assert recovery.newest_good(folder.parent.parent, config) == folder
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lamb_trust_no_decay=True))
     with pytest.raises(ValueError, match=r"of another run \(optimizer.lamb_trust_no_decay: False then, True now\)"):
-        checkpoint.read_state(folder, other)
+        store.read_state(folder, other)
 
 
 def test_a_run_does_not_go_on_where_a_setting_cannot_be_obeyed(folder):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     edit_state(folder, parallel={"later": 1}, train={"z_loss": 0.0})
     config = small_config(steps=10)
     # What the writing version knew to have no effect is not in its list.
-    assert checkpoint.read_state(folder, config)["steps_done"] == 1
+    assert store.read_state(folder, config)["steps_done"] == 1
     edit_state(folder, train={"z_loss": 0.5}, active=("train.z_loss",))
     with pytest.raises(ValueError, match=r"settings that this version does not have \(train.z_loss 0.5\)"):
-        checkpoint.read_state(folder, config)
+        store.read_state(folder, config)
 
 
 def test_init_from_reads_the_same_way(folder):
-    from slope_megatron.training.init_from import check_init
+    from slope_megatron.training.checkpoint.init_from import check_init
 
     config = small_config(steps=10)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(folder)))

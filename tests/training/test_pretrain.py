@@ -164,7 +164,7 @@ def test_a_signal_saves_and_auto_resume_goes_on(corpus, tmp_path):
 
 
 def test_one_folder_has_one_writer(tmp_path):
-    from slope_megatron.training.run_folder import RunLock
+    from slope_megatron.training.checkpoint.run_folder import RunLock
 
     lock = RunLock(tmp_path)
     with pytest.raises(ValueError, match=rf"is being written by process {os.getpid()} on .*: wait for it to end"):
@@ -193,9 +193,9 @@ def test_a_dead_rank_is_named_and_the_run_resumes(corpus, tmp_path):
     assert f"rank 2 (process {victim['pid']}" in said and "died; the run stops" in said
     assert "is complete: the same command with --resume goes on from it" in said
 
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
-    checkpoint.verify(checkpoint.newest(killed))
+    store.verify(store.newest(killed))
     resume = launched(4, *common, "--out", killed, "--resume")
     subprocess.run(resume, env=ENVIRONMENT, check=True, capture_output=True, timeout=900)
     assert losses(killed) == losses(whole)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from helpers.watched_ranks import LAYOUTS, Cluster, Left
-from slope_megatron.training import faults, hangs, heartbeat, places
-from slope_megatron.training.places import Place
+from slope_megatron.training.watch import hangs, heartbeat, process, rank_watch
+from slope_megatron.training.watch.process import Place
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -25,14 +25,14 @@ def hosts(request):
 def test_nobody_is_missed_and_nobody_looks_at_many(hosts):
     everybody = [Place(rank, host, rank, 0) for rank, host in enumerate(hosts)]
     several = len(set(hosts)) > 1
-    looked_at = [place for rank in range(len(hosts)) for place in places.afar(everybody, rank)]
+    looked_at = [place for rank in range(len(hosts)) for place in process.afar(everybody, rank)]
     assert {place.rank for place in looked_at} == (set(range(len(hosts))) if several else set())
     assert len(looked_at) <= 2 * len(hosts)
     for rank, host in enumerate(hosts):
-        assert {place.rank for place in places.beside(everybody, rank)} == {
+        assert {place.rank for place in process.beside(everybody, rank)} == {
             other for other, name in enumerate(hosts) if name == host and other != rank
         }
-        assert len({place.host for place in places.afar(everybody, rank)} | {host}) == 1 + several
+        assert len({place.host for place in process.afar(everybody, rank)} | {host}) == 1 + several
 
 
 def test_any_rank_that_dies_is_named(hosts, tmp_path, monkeypatch, capsys):
@@ -101,7 +101,7 @@ def test_a_judge_that_says_nothing_is_replaced(tmp_path, monkeypatch, capsys):
     while cluster.now < 1000.0 + 30.0 + hangs.JUDGEMENT_SECONDS:
         assert cluster.turn(1.0) == {}
     assert not (tmp_path / "ranks" / "failure.txt").exists()
-    assert {**cluster.turn(1.0), **cluster.turn(1.0)} == {3: faults.DEAD_PEER_EXIT_CODE}
+    assert {**cluster.turn(1.0), **cluster.turn(1.0)} == {3: rank_watch.DEAD_PEER_EXIT_CODE}
     assert "hangs: no progress for more than 30 seconds" in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def test_no_clock_but_ones_own_matters(skew, tmp_path, monkeypatch, capsys):
     # Hosts "b" and "d", at once: each is found by a host that is left.
     victims = [rank for rank, host in enumerate(hosts) if host in "bd"]
     healthy.die(victims)
-    for _ in range(int(faults.SILENCE_SECONDS // 2)):
+    for _ in range(int(rank_watch.SILENCE_SECONDS // 2)):
         assert healthy.turn(2.0) == {}
     healthy.check_named(victims, capsys, seconds=2.0, turns=4)
 
@@ -172,10 +172,10 @@ def test_a_disk_that_cannot_be_written_keeps_nobody_from_being_alive(tmp_path, m
 
 def test_hosts_of_one_name_are_told_apart(tmp_path, monkeypatch):
     """Containers are often all called the same: another one's process number says nothing."""
-    here = places.here(0)
+    here = process.here(0)
     everybody = [here, dataclasses.replace(here, rank=1, pid=1, born=1, kernel="another boot")]
-    assert places.beside(everybody, 0) == [] and places.afar(everybody, 0) == [everybody[1]]
-    assert places.kernel() and here.kernel == places.kernel()
+    assert process.beside(everybody, 0) == [] and process.afar(everybody, 0) == [everybody[1]]
+    assert process.kernel() and here.kernel == process.kernel()
 
 
 def test_a_full_disk_does_not_keep_the_verdict_from_the_others(tmp_path, monkeypatch, capsys):
@@ -187,7 +187,7 @@ def test_a_full_disk_does_not_keep_the_verdict_from_the_others(tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         return open(path, mode, *arguments, **keywords)
 
-    monkeypatch.setattr(faults, "open", full, raising=False)
+    monkeypatch.setattr(rank_watch, "open", full, raising=False)
     cluster.die([5])
     with pytest.raises(Left):
         cluster.watches[6].look([])

@@ -40,7 +40,7 @@ def become_file(path):
     ],
 )
 def test_an_unreadable_newest_one_is_passed_over_and_kept(tmp_path, caplog, spoil, said):
-    from slope_megatron.training import recovery
+    from slope_megatron.training.checkpoint import recovery
 
     sealed(tmp_path, 2, 4)
     newest = tmp_path / "checkpoints" / "step_00000004"
@@ -55,7 +55,7 @@ def test_an_unreadable_newest_one_is_passed_over_and_kept(tmp_path, caplog, spoi
 @pytest.mark.parametrize("name", ["manifest.json", "data.distcp"])
 def test_a_disk_that_fails(tmp_path, caplog, monkeypatch, code, name):
     from slope_megatron.storage import sums
-    from slope_megatron.training import recovery
+    from slope_megatron.training.checkpoint import recovery
 
     sealed(tmp_path, 2, 4)
     refuse_to_open(monkeypatch.setattr, sums, f"step_00000004/{name}", code)
@@ -79,7 +79,7 @@ def refuse_to_open(set_attribute, module, ending, code):
 
 
 def test_what_is_set_aside_twice_is_kept_twice(tmp_path):
-    from slope_megatron.training import recovery
+    from slope_megatron.training.checkpoint import recovery
 
     for number in range(3):
         sealed(tmp_path, *([2, 4] if number == 0 else [4]))
@@ -90,7 +90,7 @@ def test_what_is_set_aside_twice_is_kept_twice(tmp_path):
 
 
 def test_a_run_of_which_none_can_be_read_is_not_begun_anew(tmp_path, caplog):
-    from slope_megatron.training import recovery, run_folder
+    from slope_megatron.training.checkpoint import recovery, run_folder
 
     sealed(tmp_path, 2, 4)
     for step in (2, 4):
@@ -111,7 +111,7 @@ def test_a_run_of_which_none_can_be_read_is_not_begun_anew(tmp_path, caplog):
 
 
 def test_checkpoints_that_cannot_be_listed(tmp_path):
-    from slope_megatron.training import run_folder
+    from slope_megatron.training.checkpoint import run_folder
 
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(ValueError, match=r"checkpoints cannot be listed \(Not a directory\): make it readable"):
@@ -120,7 +120,8 @@ def test_checkpoints_that_cannot_be_listed(tmp_path):
 
 def test_a_changed_description_of_the_run_is_told(tmp_path):
     from slope_megatron.storage import sums
-    from slope_megatron.training import files, run_folder
+    from slope_megatron.training import files
+    from slope_megatron.training.checkpoint import run_folder
 
     files.write_json(tmp_path / "run.json", sums.signed({"dtype": "bf16", "data_sha256": "5f"}))
     assert run_folder.saved_dtype(tmp_path) == "bf16"
@@ -145,7 +146,7 @@ def see_and_load(config, run, when):
     import torch.distributed as dist
 
     from slope_megatron.storage import sums, tensors
-    from slope_megatron.training import recovery
+    from slope_megatron.training.checkpoint import recovery
 
     if dist.get_rank() == 1 and when == "verified":
         refuse_to_open(setattr_raw, sums, "step_00000002/.metadata", 5)

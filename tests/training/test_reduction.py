@@ -78,7 +78,7 @@ def reduced(config, sent, at_once):
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from slope_megatron.training import reduction
+    from slope_megatron.training.zero import reduction
 
     reduction.ELEMENTS_AT_ONCE = at_once
     engine = build(config)

@@ -18,25 +18,25 @@ def config_of(family, sizes, slope=SLOPE, **more):
 
 
 def save_and_go_on(config, dtype, run):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config, dtype)
     go_on(engine, SAVED)
-    checkpoint.save(engine, run)
+    store.save(engine, run)
     state = canonical_state(engine)
     return state, [loss for loss, _ in go_on(engine, END)]
 
 
 def load_and_go_on(config, dtype, run):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config, dtype)
     with torch.no_grad():
         for parameter in engine.model.parameters():
             parameter.fill_(7.0)
-    folder = checkpoint.newest(run)
-    checkpoint.read_state(folder, config)
-    checkpoint.load(engine, folder)
+    folder = store.newest(run)
+    store.read_state(folder, config)
+    store.load(engine, folder)
     state = canonical_state(engine)
     return state, [loss for loss, _ in go_on(engine, END)]
 

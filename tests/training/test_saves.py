@@ -11,8 +11,8 @@ def saved_in_the_background(config, run, dtype):
     """Saves of steps 2 and 4 by thread while steps go on; the writer is held until two more steps are done."""
     import threading
 
-    from slope_megatron.training.saver import Saver
-    from slope_megatron.training.snapshot import Snapshot
+    from slope_megatron.training.checkpoint.saver import Saver
+    from slope_megatron.training.checkpoint.snapshot import Snapshot
 
     engine = build_engine(config, dtype)
     saver, gate, original = Saver(engine, run), threading.Event(), Snapshot.write
@@ -41,7 +41,7 @@ def test_steps_do_not_leak_into_a_save_that_is_still_being_written(ranks, tmp_pa
 
 
 def save_a_state_that_is_not_finite(config, run):
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config, torch.float32)
     go_on(engine, 1, (1,), run)
@@ -49,8 +49,8 @@ def save_a_state_that_is_not_finite(config, run):
         engine.optimizer.optimizer.param_groups[0]["params"][0].view(-1)[7] = torch.nan
     engine.steps_done = 2
     with pytest.raises(OSError, match=r"could not be written: rank 0: optimizer\.fp32\..* holds numbers that are not"):
-        checkpoint.save(engine, run)
-    return [folder.name for folder in checkpoint.complete_checkpoints(run)], sorted(
+        store.save(engine, run)
+    return [folder.name for folder in store.complete_checkpoints(run)], sorted(
         path.name for path in (run / "checkpoints").iterdir()
     )
 

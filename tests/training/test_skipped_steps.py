@@ -99,7 +99,7 @@ def run_to_the_end(engine, spoil, scale_falls=False, save_at=None, run=None):
 
     Without `spoil` the steps in question are passed by.
     """
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     taken = []
     while engine.steps_done < STEPS:
@@ -115,7 +115,7 @@ def run_to_the_end(engine, spoil, scale_falls=False, save_at=None, run=None):
         else:
             passed_by(engine, scale_falls)
         if engine.steps_done == save_at:
-            checkpoint.save(engine, run)
+            store.save(engine, run)
     parts, counters = canonical_state(engine)
     return taken, parts, counters
 
@@ -130,7 +130,7 @@ def assert_same(found, expected):
 
 def compare(config, dtype, run):
     """Each way to spoil a step beside the run that passes it by; and a resume right after a spoiled step."""
-    from slope_megatron.training import checkpoint
+    from slope_megatron.training.checkpoint import store
 
     passing = {}
     for spoil in SPOILERS:
@@ -141,7 +141,7 @@ def compare(config, dtype, run):
         saves = {"save_at": SPOILED[-1] + 1, "run": run} if spoil is spoil_forward else {}
         assert_same(run_to_the_end(build_engine(config, dtype), spoil, scale_falls, **saves), expected)
     resumed = build_engine(config, dtype)
-    checkpoint.load(resumed, checkpoint.newest(run))
+    store.load(resumed, store.newest(run))
     assert_same(run_to_the_end(resumed, None), passing[False])
 
 

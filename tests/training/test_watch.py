@@ -13,7 +13,7 @@ from slope_megatron.config import WatchConfig
 def build(config, dtype):
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.engine import Engine
-    from slope_megatron.training.watch import StepWatch
+    from slope_megatron.training.watch.bad_steps import StepWatch
 
     engine = Engine(build_model(config, VOCABULARY, dtype), config, dtype)
     return engine, StepWatch(config.watch, config.data.global_batch_size)
@@ -21,10 +21,10 @@ def build(config, dtype):
 
 def state_of(engine):
     """Masters and moments of this rank, and its weights (with ZeRO-3: the parts that it keeps)."""
-    from slope_megatron.training import zero
+    from slope_megatron.training.zero import partitions
 
     tensors = [getattr(parameter, "ds_tensor", parameter).detach().clone() for parameter in engine.model.parameters()]
-    for partition in zero.partitions(engine.optimizer):
+    for partition in partitions.of(engine.optimizer):
         state = engine.optimizer.optimizer.state[partition.masters].values()
         tensors += [partition.masters.detach().clone(), *(value.clone() for value in state if torch.is_tensor(value))]
     return tensors
@@ -57,7 +57,7 @@ def train_with_bad_steps(config, dtype, spoil, culprits, bad_steps):
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from slope_megatron.training.watch import Diverged
+    from slope_megatron.training.watch.bad_steps import Diverged
 
     engine, watch = build(config, dtype)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -121,7 +121,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(ranks):
 
 
 def bare_watch(**settings):
-    from slope_megatron.training.watch import StepWatch
+    from slope_megatron.training.watch.bad_steps import StepWatch
 
     watch = StepWatch.__new__(StepWatch)
     import collections
@@ -141,7 +141,7 @@ def test_a_jump_is_told_from_noise():
 
 
 def beat(rank, **values):
-    from slope_megatron.training.heartbeat import Heartbeat
+    from slope_megatron.training.watch.heartbeat import Heartbeat
 
     usual = {"pid": 100 + rank, "host": "here", "step": 7, "part": "gradients", "still": 9.0}
     return Heartbeat(rank, **{**usual, "where": "training/engine.py:1", "waits": True, **values})
@@ -157,7 +157,7 @@ def beat(rank, **values):
     ],
 )
 def test_the_rank_that_the_others_wait_for_is_named(odd, why):
-    from slope_megatron.training.hangs import describe_hang, suspects
+    from slope_megatron.training.watch.hangs import describe_hang, suspects
 
     beats = [beat(0), beat(1, **odd), beat(2)]
     assert [found.rank for found in suspects(beats, 5.0)] == [1], why
@@ -168,7 +168,7 @@ def test_the_rank_that_the_others_wait_for_is_named(odd, why):
 
 
 def test_where_no_rank_stands_out_all_are_shown():
-    from slope_megatron.training.hangs import describe_hang, suspects
+    from slope_megatron.training.watch.hangs import describe_hang, suspects
 
     beats = [beat(0), beat(1)]
     assert suspects(beats, 5.0) == beats
@@ -176,10 +176,10 @@ def test_where_no_rank_stands_out_all_are_shown():
 
 
 def test_a_heartbeat_is_rewritten_in_place_and_survives_what_cannot_be_read(tmp_path):
-    from slope_megatron.training import heartbeat, places
-    from slope_megatron.training.own_time import OwnTime
+    from slope_megatron.training.watch import heartbeat, process
+    from slope_megatron.training.watch.own_time import OwnTime
 
-    pulse = heartbeat.Pulse(tmp_path, places.here(3), OwnTime())
+    pulse = heartbeat.Pulse(tmp_path, process.here(3), OwnTime())
     pulse.announce()
     path = heartbeat.file_of(tmp_path, 3)
     place, size = path.stat().st_ino, path.stat().st_size
@@ -188,7 +188,7 @@ def test_a_heartbeat_is_rewritten_in_place_and_survives_what_cannot_be_read(tmp_
     found = heartbeat.read(tmp_path, 3)
     assert (found.step, found.part, found.reached) == (41, "update", (41, 4))
     assert (path.stat().st_ino, path.stat().st_size) == (place, size)
-    assert not places.here(3).is_gone and dataclasses.replace(places.here(3), born=1).is_gone
+    assert not process.here(3).is_gone and dataclasses.replace(process.here(3), born=1).is_gone
     path.write_text('{"rank": 3, "pi')
     assert heartbeat.read(tmp_path, 3) is None
     assert heartbeat.read(tmp_path, 4) is None

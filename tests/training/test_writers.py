@@ -19,7 +19,7 @@ def configured(**watch):
 
 
 def test_lines_of_steps_to_be_done_again_are_dropped(tmp_path):
-    from slope_megatron.training.writers import open_writers
+    from slope_megatron.training.telemetry.writers import open_writers
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 3, "lo')
@@ -38,7 +38,7 @@ def test_lines_of_steps_to_be_done_again_are_dropped(tmp_path):
 
 
 def test_a_full_disk_costs_lines_and_is_said_once(tmp_path, monkeypatch, caplog):
-    from slope_megatron.training import writers
+    from slope_megatron.training.telemetry import writers
 
     [writer] = writers.open_writers(configured(), tmp_path, 0)
     writer.write({"step": 1})
@@ -62,7 +62,7 @@ def test_a_full_disk_costs_lines_and_is_said_once(tmp_path, monkeypatch, caplog)
 def test_tensorboard_holds_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from slope_megatron.training.writers import open_writers
+    from slope_megatron.training.telemetry.writers import open_writers
 
     _, writer = open_writers(configured(tensorboard=True), tmp_path, 0)
     writer.write({"step": 3, "loss": 2.5, "adapters": True, "layers": {"fc1": {"drift": 0.25}}, "note": None})
@@ -75,7 +75,7 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
 
 def test_weights_and_biases_is_offline_unless_told(tmp_path, monkeypatch):
     """What our side says to the package; the package itself is played."""
-    from slope_megatron.training.writers import open_writers
+    from slope_megatron.training.telemetry.writers import open_writers
 
     calls = []
     run = types.SimpleNamespace(log=lambda *a, **k: calls.append((a, k)), finish=lambda: calls.append("finish"))
@@ -94,7 +94,7 @@ def test_weights_and_biases_is_offline_unless_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("watch", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
 def test_a_missing_package_is_one_sentence(monkeypatch, watch, package):
-    from slope_megatron.training import writers
+    from slope_megatron.training.telemetry import writers
 
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"--{package} needs the package {package}: pip install {package}, or leave"):
@@ -103,7 +103,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch, watch, package):
 
 
 def test_a_writer_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch, caplog):
-    from slope_megatron.training import writers
+    from slope_megatron.training.telemetry import writers
 
     def broken(*_):
         raise RuntimeError("no route")
@@ -127,7 +127,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_one_unreadable_line_costs_itself_alone(tmp_path, caplog, damage):
     """A resumed run keeps the others and goes on writing; the damaged one is kept beside them."""
-    from slope_megatron.training.writers import open_writers
+    from slope_megatron.training.telemetry.writers import open_writers
 
     line, lost = DAMAGE[damage]
     path = tmp_path / "metrics.jsonl"
@@ -143,7 +143,7 @@ def test_one_unreadable_line_costs_itself_alone(tmp_path, caplog, damage):
 
 
 def test_metrics_that_cannot_be_read_at_all_are_set_aside(tmp_path, caplog):
-    from slope_megatron.training.writers import open_writers
+    from slope_megatron.training.telemetry.writers import open_writers
 
     (tmp_path / "metrics.jsonl").mkdir()
     [writer] = open_writers(configured(), tmp_path, 3)

@@ -49,11 +49,11 @@ def test_bytes_in_bf16_are_the_formulas(ranks, stage, replicas):
 
 
 def masters_of(configs, dtype):
-    from slope_megatron.training import zero
+    from slope_megatron.training.zero import partitions
 
     engines = [build_engine(config, dtype) for config in configs]
     parameters = {parameter.dtype for engine in engines for parameter in engine.model.parameters()}
-    return parameters, {part.masters.dtype for engine in engines for part in zero.partitions(engine.optimizer)}
+    return parameters, {part.masters.dtype for engine in engines for part in partitions.of(engine.optimizer)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

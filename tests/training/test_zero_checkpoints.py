@@ -46,14 +46,14 @@ def test_offloaded_resume_is_exact_and_loads_without(ranks, tmp_path, stage):
 @pytest.mark.slow
 def test_state_on_an_nvme_disk_resumes_exactly_and_loads_without(ranks, tmp_path):
     """The sparse group is large enough to be swapped, the others stay in host memory; adapters join in between."""
-    from slope_megatron.training import nvme
+    from slope_megatron.training.zero import offload
 
     config = config_of(3, parallel={"offload_optimizer": "nvme", "offload_path": str(tmp_path / "disk")})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_size=256, ffn_hidden_size=1024))
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     if not list(root.rglob("async_io.so")):
         pytest.skip("DeepSpeed's async_io, which takes minutes to compile, is not built: AsyncIOBuilder().load() does")
-    reason = nvme.unsupported(config)
+    reason = offload.unsupported(config)
     if reason:
         pytest.skip(f"state cannot be swapped {reason}")
     in_memory = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, offload_optimizer="cpu"))

@@ -12,7 +12,7 @@ from slope_megatron.config import ParallelConfig
 
 
 def test_what_cannot_run_is_refused_with_the_reason(ranks):
-    from slope_megatron.training import nvme
+    from slope_megatron.training.zero import offload
 
     with pytest.raises(ValueError, match="--zero-stage is 2 with --pipeline-parallel 2: stages 2 and 3 reduce"):
         ParallelConfig(zero_stage=2, pipeline_parallel=2)
@@ -21,7 +21,7 @@ def test_what_cannot_run_is_refused_with_the_reason(ranks):
     with pytest.raises(ValueError, match="--zero3-resident-operands is given with --zero-stage 1"):
         ParallelConfig(zero3_resident_operands=True)
     with pytest.raises(ValueError, match="nvme without --offload-path, a folder on the NVMe disk; use"):
-        nvme.settings(config_of(3, parallel={"offload_optimizer": "nvme"}))
+        offload.settings(config_of(3, parallel={"offload_optimizer": "nvme"}))
     refused = {
         "--offload-optimizer is nvme with --zero-stage 2: DeepSpeed swaps": config_of(
             2, parallel={"offload_optimizer": "nvme"}
@@ -55,24 +55,24 @@ def test_step_counters_as_every_adam_keeps_them(kept):
     """torch: a tensor; DeepSpeed: a number; apex: a number of the group."""
     from types import SimpleNamespace
 
-    from slope_megatron.training import zero
+    from slope_megatron.training.zero import partitions
 
     masters = torch.zeros(4)
     group = {"name": "adapters", "params": [masters], **({"step": 7} if kept == "group" else {})}
     state = {"exp_avg": torch.ones(4), **({"tensor": {"step": torch.tensor(7.0)}, "number": {"step": 7}}.get(kept, {}))}
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group], state={masters: state}))
-    (part,) = zero.partitions(optimizer)
-    assert zero.step_count(optimizer, part) == 7.0
-    zero.set_step_count(optimizer, part, 5.0)
-    assert zero.step_count(optimizer, part) == 5.0
-    zero.reset_state(optimizer, "dense")
-    assert zero.step_count(optimizer, part) == 5.0
-    zero.reset_state(optimizer, "adapters")
-    assert zero.step_count(optimizer, part) == 0.0 and state["exp_avg"].abs().sum() == 0
+    (part,) = partitions.of(optimizer)
+    assert partitions.step_count(optimizer, part) == 7.0
+    partitions.set_step_count(optimizer, part, 5.0)
+    assert partitions.step_count(optimizer, part) == 5.0
+    partitions.reset_state(optimizer, "dense")
+    assert partitions.step_count(optimizer, part) == 5.0
+    partitions.reset_state(optimizer, "adapters")
+    assert partitions.step_count(optimizer, part) == 0.0 and state["exp_avg"].abs().sum() == 0
 
 
 def test_deepspeeds_json():
-    from slope_megatron.training.zero import deepspeed_config
+    from slope_megatron.training.zero.partitions import deepspeed_config
 
     plain = deepspeed_config(config_of(1), torch.float32, 2)
     assert plain["zero_optimization"] == {"stage": 1, "overlap_comm": False, "contiguous_gradients": True}

@@ -16,13 +16,7 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_megatron.ops import choices
-from slope_megatron.sparsity.operand import (
-    backward_slots,
-    metadata_sm90,
-    places_sm90,
-    scatter_slots,
-    slot_places,
-)
+from slope_megatron.sparsity.operand import backward_slots, metadata_sm90, places_sm90, scatter_slots, slot_places
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 

@@ -1,0 +1,1 @@
+"""`slope bench`: 2:4 products, blocks, steps and models against dense ones on this machine."""

@@ -1,0 +1,28 @@
+"""Files beside the code: clusters, models, recipes and measured rates, found in a checkout and in an installed wheel.
+
+Each exists once, under `launch/` or `kernels/results` of the repository; setup.cfg maps them into the wheel.
+"""
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "clusters": "launch/clusters",
+    "models": "launch/models",
+    "recipes": "launch/recipes",
+    "results": "kernels/results",
+}
+
+
+def folder(name: str) -> Path:
+    """Where the files of a kind are; `name` is a key of FOLDERS."""
+    checkout = PACKAGE.parent / FOLDERS[name]
+    return checkout if checkout.is_dir() else PACKAGE / "shipped" / name
+
+
+def config_file(path: Path) -> Path:
+    """The file of a `--config`: `launch/models/opt-13b.yaml`, or `models/opt-13b`, is found from any folder."""
+    if path.exists() or path.parent.name not in ("models", "recipes"):
+        return path
+    shipped = folder(path.parent.name) / f"{path.name.removesuffix('.yaml')}.yaml"
+    return shipped if shipped.is_file() else path

@@ -1,0 +1,1 @@
+"""`--slope` in Megatron-DeepSpeed's scripts."""

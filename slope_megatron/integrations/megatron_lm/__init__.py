@@ -1,0 +1,1 @@
+"""`--slope` in Megatron-LM's scripts."""

@@ -1,0 +1,210 @@
+"""2:4 layers in NVIDIA's own training scripts: what the two lines that `patches/` adds to them call.
+
+    from slope_megatron.integrations.megatron_lm.plugin import install as install_slope
+    install_slope(globals())
+
+and `pretrain_bert.py`, before it imports a layer spec:
+
+    from slope_megatron.integrations.megatron_lm.specs import complete_bert_specs
+    complete_bert_specs()
+
+Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with a sentence. What is done:
+
+    megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
+    GPTModel, BertModel, in the module that builds it    block linears replaced, then filled: the same at every TP size
+    megatron.training.training.train_step                adapters join at their step; after it, operands follow weights
+    megatron.training.training.evaluate                  in the phase of the steps that are done
+
+Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
+Layers watch their values (`PrunedLinear.watches_values`), for about 2 % of a product: when fused or distributed
+optimizers, or a checkpoint that is loaded, write the weights is the upstream's affair, and nothing here knows for sure.
+"""
+
+import functools
+import logging
+import sys
+
+from slope_megatron.integrations.megatron_lm.args import add_slope_arguments, refusals, slope_config_from_args
+
+logger = logging.getLogger(__name__)
+# Where the scripts build their model: a module, or the script itself.
+BUILDERS = (("gpt_builders", "GPTModel"), ("megatron.training.models.gpt", "GPTModel"), (None, "BertModel"))
+
+
+def install(script: dict) -> None:
+    """Hook into a script's namespace and the modules it has imported. Twice is once."""
+    import megatron.training.arguments as arguments
+    import megatron.training.training as training
+
+    wrap(vars(arguments), "add_megatron_arguments", with_flags, arguments.__name__)
+    wrap(vars(training), "train_step", with_phase_and_refresh, training.__name__)
+    wrap(vars(training), "evaluate", with_phase, training.__name__)
+    found = 0
+    for module, name in BUILDERS:
+        namespace = script if module is None else vars(sys.modules[module]) if module in sys.modules else {}
+        if name in namespace:
+            wrap(namespace, name, with_sparse_layers, module or "the script")
+            found += 1
+    if not found:
+        raise ValueError("this script builds neither GPTModel nor BertModel by name: --slope cannot reach its model")
+
+
+def wrap(namespace: dict, name: str, wrapper, where: str) -> None:
+    """Replace a function by its wrapped form, once; the original stays reachable as `__wrapped__`."""
+    if name not in namespace:
+        raise ValueError(f"{where} has no {name}: this Megatron-LM is not one that patches/README.md lists")
+    if not getattr(namespace[name], "slope_hook", False):
+        namespace[name] = wrapper(namespace[name])
+        namespace[name].slope_hook = True
+
+
+def with_flags(add_megatron_arguments):
+    """The parser with one group more."""
+
+    @functools.wraps(add_megatron_arguments)
+    def add(parser):
+        return add_slope_arguments(add_megatron_arguments(parser))
+
+    return add
+
+
+def settings():
+    """(Megatron's args, the SlopeConfig they mean), refused where they cannot be served.
+
+    Raises:
+        ValueError: all that stands against it, in one sentence.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    slope = slope_config_from_args(args).with_rank_for(args.hidden_size)
+    wrong = refusals(args) + unsupported_here(slope) + adapter_refusals(args, slope) if slope.enabled else []
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return args, slope
+
+
+def adapter_refusals(args, slope) -> list[str]:
+    """Settings of Megatron-LM under which adapters that are not used yet, or join, would fail."""
+    if not slope.adapter_rank:
+        return []
+    wrong = []
+    if args.overlap_grad_reduce:
+        wrong.append(
+            "--overlap-grad-reduce is on with --slope-adapter-rank: it waits for gradients of every parameter, and "
+            "adapters have none before their step; leave it out"
+        )
+    if args.use_distributed_optimizer and not (args.bf16 or args.fp16):
+        wrong.append(
+            "--use-distributed-optimizer is on with --slope-adapter-rank in fp32: adapters cannot start anew in its "
+            "shards; leave it out, or give --bf16"
+        )
+    return wrong
+
+
+def unsupported_here(slope) -> list[str]:
+    """Settings of SLoPe that need an optimizer or schedule of ours: refused, never ignored."""
+    wrong = []
+    if slope.method != "slope" or slope.mode != "paper":
+        wrong.append(
+            f"--slope-method {slope.method} and --slope-mode {slope.mode}: baselines and pruned gradients are "
+            "`slope pretrain`'s; use slope and paper"
+        )
+    if slope.pattern == "wanda":
+        wrong.append(
+            "--slope-pattern is wanda: it needs a trained model, as `slope pretrain --init-from` has; use random"
+        )
+    for name in ("lr_multiplier", "adapter_lr_multiplier"):
+        if getattr(slope, name) != 1.0:
+            flag = "--slope-" + name.replace("_", "-")
+            wrong.append(f"{flag} is {getattr(slope, name)}: the upstream's optimizer has one learning rate; use 1.0")
+    return wrong
+
+
+def with_sparse_layers(model_class):
+    """The model with its block linears replaced; a dense one, untouched, without `--slope`."""
+
+    # No functools.wraps: the class's own dictionary does not belong on a function.
+    def build(*positional, **keywords):
+        from slope_megatron.integrations.megatron_lm.specs import refuse_no_spec, sparse_block_spec
+        from slope_megatron.models.fill import fill_model
+
+        args, slope = settings()
+        refuse_no_spec(keywords["transformer_layer_spec"])
+        if not slope.enabled:
+            return model_class(*positional, **keywords)
+        if keywords.get("vp_stage") is not None:
+            raise ValueError("--slope has no virtual pipeline: leave --num-layers-per-virtual-pipeline-stage out")
+        config = keywords["config"]
+        keywords["transformer_layer_spec"] = sparse_block_spec(keywords["transformer_layer_spec"], slope, config)
+        # Megatron's own initialisation is left out: every parameter is filled below.
+        config.perform_initialization = False
+        # Blocks differ (the first QKV is dense): checkpoints must not stack their tensors over layers.
+        config.hetereogenous_dist_checkpoint = True
+        model = model_class(*positional, **keywords)
+        if hasattr(model, "attn_mask_dimensions"):
+            # BERT's mask as one row for all queries: where padding asks too, no row is all forbidden.
+            model.attn_mask_dimensions = "b11s"
+        fill_model(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
+        return model
+
+    return functools.update_wrapper(build, model_class, assigned=(), updated=())
+
+
+def with_phase_and_refresh(train_step):
+    """The step; before it the adapters' phase, after it the operands, with a new column pattern in its turn."""
+
+    @functools.wraps(train_step)
+    def step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords):
+        from slope_megatron.integrations.megatron_lm.adapters import adapter_phase
+
+        args, slope = settings()
+        if not slope.enabled:
+            return train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
+        at = {"step": args.curr_iteration, "steps": args.train_iters, "seed": args.seed}
+        with adapter_phase(model, optimizer, slope, **at):
+            result = train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
+        refresh_operands(model, slope, args.curr_iteration + 1)
+        return result
+
+    return step
+
+
+def with_phase(evaluate):
+    """An evaluation, also one without training (`--skip-train`), with the adapters that its checkpoint trained."""
+
+    @functools.wraps(evaluate)
+    def run(forward_step_func, data_iterator, model, *positional, **keywords):
+        from slope_megatron.integrations.megatron_lm.adapters import use_adapters
+
+        args, slope = settings()
+        start = slope.adapter_start(args.train_iters or 0)
+        if start is not None:
+            # The step last made: of this run, or of the one whose checkpoint it is.
+            use_adapters(model, getattr(args, "curr_iteration", args.iteration - 1) >= start)
+        return evaluate(forward_step_func, data_iterator, model, *positional, **keywords)
+
+    return run
+
+
+def refresh_operands(chunks, slope, step: int) -> None:
+    """New values into the operands now, and the column pattern where its step has come.
+
+    Args:
+        chunks: the parts of the model on this rank, or the engines around them.
+        step: optimizer steps made.
+    Raises:
+        ValueError: there is nothing packed: a dense model would train in silence.
+    """
+    from slope_megatron.layers.packed_weight import PackedWeight
+
+    modules = [module for chunk in chunks for module in chunk.modules() if isinstance(module, PackedWeight)]
+    if not modules:
+        raise ValueError(
+            "--slope was given and the model has no 2:4 layer: it was built where the hook does not reach; "
+            "use a version that patches/README.md lists, or leave --slope out"
+        )
+    interval = slope.backward_mask_interval
+    choose = interval > 0 and step % interval == 0
+    for module in modules:
+        module.update_column_pattern() if choose else module.refresh()

@@ -1,0 +1,1 @@
+"""`slope plan`: memory and time of a layout, from the configuration alone."""

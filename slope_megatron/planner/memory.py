@@ -1,0 +1,177 @@
+"""Bytes on one GPU, by what they are for. P parameters on this GPU (packed ones counted as kept values), D replicas.
+
+weights        b P                    b: 2 (bf16, fp16) or 4
+patterns       1/8 + n/(8 m)          a dense weight: row bitmask, column bitmask; of a baseline the mask, 1/8
+operands       of the backend         see `operand_bytes`; of a baseline the masked copy, b
+gradients      g P                    g: 4 (fp32 accumulation) or b
+optimizer      12 P / D               fp32 master and two moments (ZeRO-1)
+ZeRO-2: gradients / D; ZeRO-3: weights / D too
+activations    of the micro-batches in flight
+scratch        the larger of: one dense weight gradient; what AdamW and DeepSpeed allocate inside a step
+"""
+
+import dataclasses
+import math
+
+from slope_megatron.config import Config
+from slope_megatron.models.counts import Counts, stage_counts
+from slope_megatron.models.shapes import block_linears, padded_rows
+from slope_megatron.planner.layout import Layout
+
+GIB = 2**30
+# CUDA context, NCCL's buffers and libraries' workspaces; and what the allocator loses to fragmentation. Assumed.
+CONTEXT_BYTES = 1.5 * GIB
+FRAGMENTATION = 0.05
+# DeepSpeed's default bucket, in elements.
+BUCKET = 500_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The weights' type; bytes of one weight, of one gradient as it is held, and of one value in a kernel's operand."""
+
+    dtype: str
+    weight: int
+    gradient: int
+    operand: int
+
+
+def precision(dtype: str, gradients: str, fp8: bool = False) -> Precision:
+    """Bytes of each kind of number.
+
+    Args:
+        dtype: bf16, fp16 or fp32.
+        gradients: fp32 or bf16 (that is, of the weights' type).
+        fp8: e4m3 operands.
+    """
+    weight = 4 if dtype == "fp32" else 2
+    return Precision(dtype, weight, 4 if gradients == "fp32" else weight, 1 if fp8 else weight)
+
+
+def operand_bytes(counts: Counts, bytes_of: Precision, backend: str) -> float:
+    """Forward and backward operand of packed weights.
+
+    reference: two dense copies, an int64 index and a bool of each kept value. Kernels: half of the values (2:4 slots
+    hold sparser patterns too) and one bit of metadata a dense weight, twice. cutlass: its forward product reads the
+    parameter's own values.
+    """
+    dense = counts.packed_dense
+    if backend == "reference":
+        return 2 * dense * bytes_of.weight + counts.packed * (8 + 1)
+    copies = 1 if backend == "cutlass" else 2
+    return copies * dense / 2 * bytes_of.operand + 2 * dense / 8
+
+
+def state_bytes(counts: Counts, bytes_of: Precision, backend: str, replicas: int = 1) -> dict[str, float]:
+    """What stays from step to step, of a model held whole by ZeRO-1's `replicas`."""
+    dense = counts.packed_dense
+    return {
+        "weights": counts.trained * bytes_of.weight,
+        "patterns": dense / 8 + counts.packed / 8 + counts.masked / 8,
+        "operands": operand_bytes(counts, bytes_of, backend) + counts.masked * bytes_of.weight,
+        "gradients": counts.trained * bytes_of.gradient,
+        "optimizer": 12 * counts.trained / replicas,
+    }
+
+
+def block_activation_bytes(config: Config, layout: Layout, b: int) -> float:
+    """What one block keeps of one micro-batch for its backward, with flash attention.
+
+    In units of tokens x b: both norms' inputs and outputs (whole on every rank without sequence parallelism), Q, K, V,
+    the other linears' inputs and the MLP's inside; plus flash attention's statistics (4 bytes a token and head), plus
+    dropout masks (1 byte).
+    """
+    model = config.model
+    tokens = config.data.seq_length * config.data.micro_batch_size
+    linears = block_linears(model)
+    inside = linears["linear_fc1"].out + (2 if model.gated_mlp else 1) * model.ffn
+    cut = b * (linears["linear_qkv"].out + linears["linear_proj"].width + inside) + 4 * model.num_attention_heads
+    stream = (4 * b + (2 if model.dropout else 0)) * model.hidden_size
+    return tokens * (cut / layout.tensor + stream / stream_parts(layout))
+
+
+def stream_parts(layout: Layout) -> int:
+    """Over how many ranks the residual stream is cut."""
+    return layout.tensor if layout.sequence_parallel else 1
+
+
+def activation_bytes(config: Config, layout: Layout, vocabulary: int, b: int, stage: int) -> float:
+    """Activations of one stage at its fullest: 1F1B keeps PP - stage micro-batches alive there."""
+    tokens = config.data.seq_length * config.data.micro_batch_size
+    blocks = config.model.num_layers // layout.pipeline
+    block = block_activation_bytes(config, layout, b)
+    if layout.recompute == "full":
+        # A block keeps its input; one block at a time is computed again in full.
+        kept = blocks * b * tokens * config.model.hidden_size / stream_parts(layout)
+        extra = block
+    else:
+        kept, extra = blocks * block, 0.0
+    in_flight = min(layout.pipeline - stage, config.data.micro_batches(layout.data))
+    logits = 0.0
+    if stage == layout.pipeline - 1:
+        # Logits, their fp32 copy for the softmax, and its gradient.
+        logits = tokens * padded_rows(config.model, vocabulary) / layout.tensor * (b + 4 + 4)
+    return in_flight * kept + extra + logits
+
+
+def scratch_bytes(
+    counts: Counts, config: Config, layout: Layout, bytes_of: Precision, fused: bool
+) -> tuple[float, float]:
+    """What is allocated and freed again: during backward (beside the activations), and inside the optimizer's step."""
+    widest = max(linear.out * linear.width for linear in block_linears(config.model).values()) / layout.tensor
+    backward = widest * bytes_of.weight
+    partition = counts.trained / layout.data
+    # AdamW's foreach form holds one temporary of the partition's size; the fused one none.
+    step = 0.0 if fused else 4 * partition
+    if bytes_of.gradient != 4:
+        # ZeRO makes an fp32 copy of the gradients' partition, and reduces through a bucket.
+        step += 4 * partition
+        backward += min(BUCKET, counts.trained) * bytes_of.weight
+    return backward, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    """How a run holds its state.
+
+    Args:
+        backend: whose operands: "reference", "kernels" (cuSPARSELt's) or "cutlass".
+        offload: the optimizer's state in host memory.
+        fused: AdamW in its fused form.
+    """
+
+    precision: Precision
+    backend: str
+    offload: bool = False
+    fused: bool = False
+
+
+def gpu_bytes(config: Config, layout: Layout, vocabulary: int, how: Holding, stage: int) -> dict[str, float]:
+    """Everything on one GPU of a pipeline stage; the sum is the peak."""
+    bytes_of = how.precision
+    counts = stage_counts(config, vocabulary, layout.pipeline, stage, layout.tensor)
+    sizes = state_bytes(counts, bytes_of, how.backend, layout.data)
+    if layout.zero >= 2:
+        sizes["gradients"] /= layout.data
+    if layout.zero == 3:
+        # Patterns stay; values are gathered, and operands rebuilt, for one block at a time (two with prefetch).
+        share = min(1.0, 2 * layout.pipeline / config.model.num_layers)
+        sizes["weights"] = sizes["weights"] * (1 / layout.data + share)
+        if not config.parallel.zero3_resident_operands:
+            sizes["operands"] *= share
+    backward, step = scratch_bytes(counts, config, layout, bytes_of, how.fused)
+    if how.offload:
+        sizes["optimizer"], step = 0.0, 0.0
+    # Activations are gone when the optimizer steps: the larger of the two counts.
+    sizes["activations"] = activation_bytes(config, layout, vocabulary, bytes_of.weight, stage)
+    sizes["scratch"] = max(backward, step - sizes["activations"])
+    sizes["context"] = CONTEXT_BYTES
+    sizes["fragmentation"] = FRAGMENTATION * sum(sizes.values())
+    return sizes
+
+
+def fullest_gpu(config: Config, layout: Layout, vocabulary: int, how: Holding) -> dict[str, float]:
+    """`gpu_bytes` of the stage that needs most; only the ends and their neighbours can be it."""
+    stages = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+    found = [gpu_bytes(config, layout, vocabulary, how, stage) for stage in stages]
+    return max(found, key=lambda sizes: math.fsum(sizes.values()))

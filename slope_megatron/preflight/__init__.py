@@ -1,0 +1,1 @@
+"""`slope preflight`: looks at nodes before a run."""

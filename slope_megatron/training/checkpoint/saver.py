@@ -1,0 +1,64 @@
+"""Checkpoints while training goes on: a thread of each rank writes, the step loop only begins and finishes.
+
+A thread, not a process: when its rank is killed it is gone too, its errors are ordinary exceptions, and nothing is
+forked from a process that holds a GPU and process groups. It spends its time in system calls and checksums, which
+leave the interpreter to the step loop.
+"""
+
+import logging
+import threading
+from pathlib import Path
+
+from slope_megatron.training.checkpoint import store
+from slope_megatron.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves an engine's state to a run folder; every method is called by all ranks together, but `busy`.
+
+    Attributes:
+        failure: why the newest state that was to be saved is not on disk; None: it is.
+    """
+
+    def __init__(self, engine: Engine, run: Path):
+        self.engine, self.run = engine, run
+        self.background = engine.config.train.async_save
+        self.saving: store.Saving | None = None
+        self.thread: threading.Thread | None = None
+        self.failure: str | None = None
+
+    def busy(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self.thread is not None and self.thread.is_alive()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has begun and is not finished; the same on every rank."""
+        return self.saving is not None
+
+    def save(self) -> None:
+        """Begin a checkpoint of the present step, once the last one is finished."""
+        self.finish()
+        self.saving = store.Saving(self.engine, self.run)
+        if self.background:
+            self.thread = threading.Thread(target=self.saving.write, name="checkpoint-writer", daemon=True)
+            self.thread.start()
+        else:
+            self.saving.write()
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save that has begun, if one has, and publish it."""
+        if self.saving is None:
+            return
+        if self.thread is not None:
+            self.thread.join()
+        self.failure = self.saving.finish()
+        if self.failure:
+            kept = store.newest_known(self.run)
+            safe = f"{kept.name} is kept" if kept else "there is none before it"
+            name = self.saving.target.name
+            logger.error("checkpoint %s could not be written (%s): %s; the run goes on", name, self.failure, safe)
+        self.saving = self.thread = None

@@ -1,0 +1,1 @@
+"""Optimizers, and which parameters are in which group."""

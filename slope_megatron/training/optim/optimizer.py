@@ -1,0 +1,103 @@
+"""Parameter groups, and the optimizer over them."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.common.language_module.language_module import LanguageModule
+
+from slope_megatron.config import Config
+from slope_megatron.layers.marks import mark
+from slope_megatron.models.layer_spec import twin_weights
+from slope_megatron.training.optim.adam import build_adamw
+from slope_megatron.training.optim.lamb import Lamb
+from slope_megatron.training.parallel import is_counted_here
+from slope_megatron.training.zero import partitions
+
+SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
+
+
+def parameter_groups(model: LanguageModule, config: Config) -> list[dict]:
+    """Named groups: packed values, other matrices, biases and norms (no decay), adapters. Empty groups are left out."""
+    # The dense twin groups the same weights, so that bytes and learning rates compare like with like.
+    sparse = {id(weight) for weight in twin_weights(model, config.slope)}
+    members: dict[str, list] = {SPARSE: [], DENSE: [], NO_DECAY: [], ADAPTERS: []}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in sparse:
+            members[SPARSE].append(parameter)
+        elif is_adapter(name):
+            members[ADAPTERS].append(parameter)
+        elif parameter.dim() < 2:
+            members[NO_DECAY].append(parameter)
+        else:
+            members[DENSE].append(parameter)
+    fill_empty_groups(model, members)
+    decay = dict.fromkeys(members, config.optimizer.weight_decay) | {NO_DECAY: 0.0}
+    if config.slope.enabled:
+        decay[SPARSE] = config.optimizer.sparse_decay
+    return [
+        {"name": name, "params": parameters, "weight_decay": decay[name]}
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((".adapter_l", ".adapter_r"))
+
+
+def fill_empty_groups(model: LanguageModule, members: dict[str, list]) -> None:
+    """Give this stage a placeholder in each group that only other pipeline stages have.
+
+    DeepSpeed sums the gradient norm over the model-parallel ranks group by group: with other groups on each stage (a
+    middle one has no embedding) the ranks would wait for each other for ever.
+    """
+    everywhere: list = [None] * parallel_state.get_model_parallel_group().size()
+    here = [name for name, parameters in members.items() if parameters]
+    dist.all_gather_object(everywhere, here, group=parallel_state.get_model_parallel_group())
+    for name in sorted({name for names in everywhere for name in names} - set(here)):
+        like = next(model.parameters())
+        placeholder = torch.nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+        mark(placeholder, is_placeholder=True)
+        # The block's own parameters, of which it has none, are in no checkpoint.
+        model.decoder.register_parameter(f"placeholder_{name}", placeholder)
+        members[name].append(placeholder)
+
+
+def model_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """`named_parameters` without the placeholders."""
+    named = model.named_parameters()
+    return ((name, parameter) for name, parameter in named if not getattr(parameter, "is_placeholder", False))
+
+
+def build_optimizer(groups: list[dict], config: Config) -> torch.optim.Optimizer:
+    """AdamW or LAMB over the named groups; DeepSpeed puts its fp32 partitions in their place."""
+    settings = config.optimizer
+    if settings.optimizer == "adamw":
+        return build_adamw(groups, config)
+    betas = (settings.beta1, settings.beta2)
+    return Lamb(groups, lr=settings.lr, betas=betas, eps=settings.eps, trust_no_decay=settings.lamb_trust_no_decay)
+
+
+def attach_lamb(zero_optimizer, members: dict[str, list[torch.nn.Parameter]]) -> None:
+    """Tell LAMB where ZeRO has put the parameters, and over which ranks their norms are summed.
+
+    Args:
+        members: the parameters of each group by its name, as they were before `deepspeed.initialize`.
+    """
+    group = parallel_state.get_tensor_and_data_parallel_group()
+    device = torch.device(torch.cuda.current_device())
+
+    def piece(segment: partitions.Segment) -> tuple[slice, bool]:
+        return slice(segment.start, segment.start + segment.numel), is_counted_here(segment.parameter)
+
+    def sum_over_ranks(squares: torch.Tensor) -> None:
+        # Offloaded state is on the CPU, where NCCL cannot reach.
+        total = squares.to(device)
+        dist.all_reduce(total, group=group)
+        squares.copy_(total)
+
+    flats = [partition.masters for partition in partitions.of(zero_optimizer)]
+    pieces = [[piece(segment) for segment in own] for own in partitions.segments(zero_optimizer, members)]
+    zero_optimizer.optimizer.attach(list(zip(flats, pieces, strict=True)), sum_over_ranks)

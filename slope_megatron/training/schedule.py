@@ -1,0 +1,49 @@
+"""What changes from step to step, as functions of the step: learning rates, the adapters' entry, the column pattern."""
+
+import dataclasses
+
+from slope_megatron.config import Config
+from slope_megatron.training.optim.optimizer import ADAPTERS, SPARSE
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """The schedule of one run; steps are counted from 0."""
+
+    config: Config
+
+    def adapters_on(self, step: int) -> bool:
+        """Whether the adapters take part in step `step`."""
+        start = self.config.adapter_start
+        return start is not None and step >= start
+
+    def adapters_join(self, step: int) -> bool:
+        """Whether `step` is the adapters' first."""
+        return self.config.adapter_start == step
+
+    def new_column_pattern(self, steps_done: int) -> bool:
+        """Whether the second pruning is chosen anew once `steps_done` steps are done (DESIGN: interval)."""
+        interval = self.config.slope.backward_mask_interval
+        return self.config.slope.enabled and interval > 0 and steps_done % interval == 0
+
+    def masking(self, step: int) -> bool:
+        """Whether a baseline prunes in step `step`: FST's last steps are dense."""
+        slope = self.config.slope
+        if slope.method != "fst" or not slope.fst_dense_tail:
+            return True
+        return step < int((1.0 - slope.fst_dense_tail) * self.config.train.steps + 1e-9)
+
+    def new_mask(self, steps_done: int) -> bool:
+        """Whether a baseline chooses its masks anew once `steps_done` steps are done: SR-STE does after each."""
+        interval = self.config.slope.fst_mask_interval if self.config.slope.method == "fst" else 1
+        return self.masking(steps_done) and steps_done % interval == 0
+
+    def learning_rate(self, step: int, group: str) -> float:
+        """The learning rate of one parameter group in step `step`."""
+        base = self.config.optimizer.lr_at(step, self.config.train.steps)
+        slope = self.config.slope
+        if group == SPARSE and slope.enabled:
+            return base * slope.lr_multiplier
+        if group == ADAPTERS:
+            return base * slope.adapter_lr_multiplier if self.adapters_on(step) else 0.0
+        return base

@@ -1,0 +1,103 @@
+"""GPU memory of one rank: what is taken, what the adapters add when they join, and ways out if it is too little."""
+
+import dataclasses
+
+import torch
+from megatron.core import parallel_state
+
+from slope_megatron.config import Config
+from slope_megatron.models.fill import pruned_modules
+from slope_megatron.training.engine import Engine
+from slope_megatron.training.telemetry import accounting
+
+GIB = 2**30
+
+
+class OutOfMemory(ValueError):
+    """The device has no room for what a step needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on this rank's GPU: of tensors now and at the highest so far, held by torch, and not taken by anybody."""
+
+    allocated: int
+    peak: int
+    reserved: int
+    free: int
+    total: int
+
+    @property
+    def room(self) -> int:
+        """What the highest moment so far left over; fragments may make it less."""
+        return self.free + self.reserved - self.peak
+
+
+def measure(device: torch.device | int) -> Memory | None:
+    """None: no GPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return Memory(
+        allocated=torch.cuda.memory_allocated(device),
+        peak=torch.cuda.max_memory_allocated(device),
+        reserved=torch.cuda.memory_reserved(device),
+        free=free,
+        total=total,
+    )
+
+
+def adapters_need(engine: Engine) -> dict[str, int]:
+    """Bytes that the adapters take on this rank from their first step on, beyond what they have from the start.
+
+    Their weights and optimizer state are there from the start. T tokens of a micro-batch, R rank, b bytes a number:
+
+        gradients     as the ZeRO stage holds them, and the widest layer's own before they are added up
+        activations   X L, b T R a layer and micro-batch in flight; recomputed blocks hold one block's
+    """
+    config, width = engine.config, engine.dtype.itemsize
+    modules = [module for module in pruned_modules(engine.model) if hasattr(module, "adapter_l")]
+    elements = [accounting.elements(module.adapter_l) + accounting.elements(module.adapter_r) for module in modules]
+    with_them, without = (accounting.formula_rank_bytes(engine, adapters=on)["gradients"] for on in (True, False))
+    tokens = config.data.seq_length * config.data.micro_batch_size
+    hidden = tokens * config.slope.rank * width
+    in_flight = parallel_state.get_pipeline_model_parallel_world_size()
+    held = min(len(modules), 4) if config.parallel.recompute == "full" else len(modules) * in_flight
+    return {
+        "gradients": with_them - without + width * max(elements, default=0),
+        "activations": hidden * held,
+    }
+
+
+def adapters_report(need: dict[str, int], memory: Memory | None) -> tuple[str, bool]:
+    """What the log says right before the adapters join, and whether they fit as far as can be told."""
+    added = f"they add {gib(need['gradients'])} of gradients and {gib(need['activations'])} of activations"
+    if memory is None:
+        return f"adapters join: {added}", True
+    taken = f"{gib(memory.allocated)} taken now, {gib(memory.peak)} at the highest so far, of {gib(memory.total)}"
+    fits = sum(need.values()) <= memory.room
+    verdict = f"{gib(memory.room)} are left for them" + ("" if fits else ", which is not enough")
+    return f"adapters join: {taken}; {added}; {verdict}", fits
+
+
+def gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
+
+
+def explain(config: Config, rank: int, where: str, memory: Memory | None) -> str:
+    """One sentence for a rank whose GPU is full: where it happened, what was taken, what to change."""
+    taken = ""
+    if memory is not None:
+        others = memory.total - memory.free - memory.reserved
+        taken = f" ({gib(memory.peak)} at the highest of {gib(memory.total)}, {gib(max(0, others))} by others)"
+    data, parallel = config.data, config.parallel
+    replicas_help = parallel.zero_stage < 3 and parallel.pipeline_parallel == 1
+    ways = [
+        (data.micro_batch_size > 1, f"a --micro-batch-size under {data.micro_batch_size}"),
+        (parallel.recompute != "full", "--recompute full"),
+        (replicas_help, f"a --zero-stage above {parallel.zero_stage}, with several replicas"),
+        (parallel.offload_optimizer == "none", "--offload-optimizer cpu"),
+        (True, f"a --tensor-parallel above {parallel.tensor_parallel}"),
+    ]
+    advice = ", ".join(way for helps, way in ways if helps)
+    return f"rank {rank} ran out of GPU memory {where}{taken}: take {advice}"

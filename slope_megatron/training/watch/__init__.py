@@ -1,0 +1,1 @@
+"""Looking at a run while it trains: ranks that die, steps that go wrong."""

@@ -1,0 +1,216 @@
+"""What ranks tell each other through RUN/ranks.
+
+rank_N.json    each rank: that it lives, and how far its main thread has come
+verdict.json   whoever finds that the run cannot go on: why; blank until then
+
+A rank lives as long as what it writes changes. When it was written is of no interest: that is another machine's clock.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from slope_megatron.training import files
+from slope_megatron.training.watch.own_time import OwnTime
+from slope_megatron.training.watch.process import Place
+
+# Parts of a step in the order in which the main thread reaches them.
+PARTS = ("start", "batch", "forward and backward", "gradients", "update", "validation", "checkpoint")
+# Written in place in one piece of always the same size: no new space is needed, even on a full disk.
+RECORD_BYTES = 512
+VERDICT_BYTES = 4096
+PACKAGE = f"{os.sep}slope_megatron{os.sep}"
+COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Heartbeat:
+    """One rank's last word.
+
+    Args:
+        step: steps done; `part`: what it was doing then.
+        still: seconds for which its main thread had not come further; negative: not watched yet.
+        where: the place in the code, and `waits`: whether that is a wait for other ranks.
+        beats: its number, by which one differs from the last.
+        silent: seconds for which the reader has found it unchanged.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    step: int
+    part: str
+    still: float
+    where: str
+    waits: bool
+    beats: int = 0
+    silent: float = 0.0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        return self.step, PARTS.index(self.part)
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.json"
+
+
+def mark(folder: Path, rank: int) -> tuple[str, int] | None:
+    """What a rank has written, and the time that its disk gave it: any change of either is a sign of life.
+
+    Returns:
+        None: not announced yet, done, or not to be read now.
+    """
+    try:
+        with open(file_of(folder, rank)) as stream:
+            return stream.read(), os.fstat(stream.fileno()).st_mtime_ns
+    except (OSError, ValueError):
+        return None
+
+
+def read(folder: Path, rank: int) -> Heartbeat | None:
+    """A rank's last word; None: not announced yet, done, or being written."""
+    written = mark(folder, rank)
+    try:
+        return Heartbeat(**json.loads(written[0])) if written else None
+    except (ValueError, TypeError):
+        return None
+
+
+def is_announced(folder: Path, rank: int) -> bool:
+    """Whether a rank takes part in the run and is not done."""
+    return os.path.exists(file_of(folder, rank))
+
+
+class Listener:
+    """How long this rank has heard nothing new of others; they are heard when they are asked for."""
+
+    def __init__(self, folder: Path, clock: OwnTime):
+        self.folder, self.clock = folder, clock
+        self.heard: dict[int, tuple[tuple[str, int], float]] = {}
+
+    def silence(self, rank: int) -> float | None:
+        """Seconds of our own since a rank's last word was new to us; None: not announced yet, done, or unreadable."""
+        written = mark(self.folder, rank)
+        if written is None:
+            self.heard.pop(rank, None)
+            return None
+        if rank not in self.heard or self.heard[rank][0] != written:
+            self.heard[rank] = written, self.clock.seconds
+        return self.clock.seconds - self.heard[rank][1]
+
+    def last_word(self, rank: int) -> Heartbeat | None:
+        """A rank's last word, with its silence; None: not announced yet, done, or being written."""
+        silent = self.silence(rank)
+        found = read(self.folder, rank)
+        return dataclasses.replace(found, silent=silent) if found and silent is not None else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why the run ends, for those who did not find out themselves.
+
+    Args:
+        hung: ranks that do not end by themselves.
+    """
+
+    hung: list[int]
+
+
+def make_room_for_verdict(folder: Path) -> None:
+    """Take the space that one will need, where there is none yet."""
+    with contextlib.suppress(FileExistsError), open(folder / "verdict.json", "x") as stream:
+        stream.write(" " * VERDICT_BYTES)
+
+
+def write_verdict(folder: Path, verdict: Verdict) -> None:
+    """In place, in one piece.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = json.dumps(dataclasses.asdict(verdict)).ljust(VERDICT_BYTES)
+    descriptor = os.open(folder / "verdict.json", os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, content.encode())
+        os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)
+
+
+def read_verdict(folder: Path) -> Verdict | None:
+    """None: there is none, or it is being written."""
+    try:
+        return Verdict(**json.loads((folder / "verdict.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remove_verdict(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / "verdict.json").unlink(missing_ok=True)
+
+
+class Pulse:
+    """Writes this rank's heartbeat, and remembers how far the main thread has come."""
+
+    def __init__(self, folder: Path, place: Place, clock: OwnTime):
+        self.folder, self.own, self.rank, self.clock = folder, place, place.rank, clock
+        self.main = threading.main_thread().ident or 0
+        self.progress = (0, "start", clock.seconds)
+        self.watched = False
+        self.beats = 0
+
+    def reach(self, step: int, part: str) -> None:
+        """The main thread begins `part` after `step` steps."""
+        self.progress = (step, part, self.clock.seconds)
+
+    def announce(self) -> None:
+        """The first word: this creates the file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(file_of(self.folder, self.rank), self.record())
+
+    def beat(self) -> None:
+        """The next one. A disk that cannot be written now is no reason to die: the time of the file changes then."""
+        self.beats += 1
+        path = file_of(self.folder, self.rank)
+        try:
+            with open(path, "r+b", buffering=0) as stream:
+                stream.write(self.record().encode())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            file_of(self.folder, self.rank).unlink(missing_ok=True)
+
+    def still(self) -> float:
+        return self.clock.seconds - self.progress[2] if self.watched else -1.0
+
+    def record(self) -> str:
+        step, part, _ = self.progress
+        where, waits = self.place()
+        content = {"rank": self.rank, "pid": self.own.pid, "host": self.own.host, "step": step}
+        content |= {"part": part, "still": round(self.still(), 1), "where": where[-120:], "waits": waits}
+        content["beats"] = self.beats
+        return json.dumps(content).ljust(RECORD_BYTES - 1) + "\n"
+
+    def place(self) -> tuple[str, bool]:
+        """The innermost line of this program that the main thread is in, and whether it waits in a collective."""
+        frame = sys._current_frames().get(self.main)
+        waits = False
+        while frame is not None:
+            name = frame.f_code.co_filename
+            waits = waits or any(part in name for part in COLLECTIVES)
+            if PACKAGE in name:
+                return f"{name.rpartition(PACKAGE)[2]}:{frame.f_lineno}", waits
+            frame = frame.f_back
+        return "outside this program", waits

@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO: what it partitions, and how gradients come to its partitions."""
