@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch.test_patches import CHECKOUTS, PATCHES, apply
+from integrations.test_patches import CHECKOUTS, PATCHES, apply
 
 from slope_megatron.launch.ports import free_port
 
