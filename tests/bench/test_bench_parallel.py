@@ -20,7 +20,6 @@ TINY = "--sequence 32 --tokens 64 --micro-batches 1 --vocabulary 100 --blocks 1 
 
 def rows_of(settings):
     """What one rank of the benchmark measures, in groups that are there already."""
-    sys.path.insert(0, str(bench.FOLDER))
     from slope_megatron.bench import parallel
     from slope_megatron.bench.models import Model
 
@@ -130,7 +129,6 @@ def test_rows_are_kept_after_each_round(ranks):
 
 
 def kept_rows_of(settings):
-    sys.path.insert(0, str(bench.FOLDER))
     from slope_megatron.bench import parallel
     from slope_megatron.bench.models import TINY
 
@@ -169,19 +167,18 @@ def test_a_failed_start_costs_its_own_rows_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_ranks_that_hang_past_the_budget_say_where(tmp_path):
-    hung = f"""
+    hung = """
 import sys, time, types
-sys.path[:0] = [{str(bench.FOLDER)!r}]
 from slope_megatron.bench import ranks
 from slope_megatron.bench.work import Work
 from slope_megatron.bench.models import TINY
 ranks.GRACE = 0
 def stuck_in_a_collective(work):
     time.sleep(60)
-sys.modules["parallel"] = types.SimpleNamespace(play=stuck_in_a_collective)
+sys.modules["slope_megatron.bench.parallel"] = types.SimpleNamespace(play=stuck_in_a_collective)
 ranks.play_rank(0, 1, 0, Work(TINY, ("dense",), 1, 1, 64, 32, 1, 100, 3, False, "", seconds=0.0, started=0.0))
 """
-    found = subprocess.run([sys.executable, "-c", hung], capture_output=True, text=True, timeout=50)
+    found = subprocess.run([sys.executable, "-c", hung], cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert found.returncode == 1 and "in stuck_in_a_collective" in found.stderr
 
 

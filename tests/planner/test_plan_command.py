@@ -9,6 +9,7 @@ import pytest
 
 from helpers import commands
 from slope_megatron.cli import plan
+from slope_megatron.planner import plan as planner
 
 
 def slope_plan(*flags):
@@ -59,7 +60,7 @@ def test_the_vocabulary_is_the_one_that_training_would_take(flags, expected, tmp
     """`--vocab-size` counts in training whatever the data's tokenizer has: it may only be larger."""
     (tmp_path / "manifest.json").write_text('{"vocab_size": 300}')
     seen = []
-    monkeypatch.setattr(plan, "rows", lambda question, *_: seen.append(question.vocabulary) or [])
+    monkeypatch.setattr(planner, "rows", lambda question, *_: seen.append(question.vocabulary) or [])
     with pytest.raises(ValueError, match="no layout"):
         slope_plan("--cluster", "narval", *MODEL, "--tensor-parallel", 3, "--data", tmp_path, *flags)
     assert seen == [expected]

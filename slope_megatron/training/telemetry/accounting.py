@@ -88,11 +88,11 @@ def state_bytes(engine: Engine) -> dict[str, dict[str, int]]:
     """Bytes of one model: tensor-parallel shards added up, replicas counted once, the ZeRO partitions all added up."""
     local = local_bytes(engine)
     shards = torch.tensor([[local[scope][kind] for kind in KINDS] for scope in local], device=engine.device)
-    partitions = shards.clone()
+    over_replicas = shards.clone()
     dist.all_reduce(shards, group=parallel_state.get_model_parallel_group())
-    dist.all_reduce(partitions)
+    dist.all_reduce(over_replicas)
     optimizer = KINDS.index("optimizer")
-    shards[:, optimizer] = partitions[:, optimizer]
+    shards[:, optimizer] = over_replicas[:, optimizer]
     return {scope: dict(zip(KINDS, row, strict=True)) for scope, row in zip(local, shards.tolist(), strict=True)}
 
 

@@ -67,12 +67,12 @@ class Bf16Gradients:
 
     def measured_here(self) -> list[torch.Tensor]:
         """Views of the own partitions: of every parameter's part that no other rank measures."""
-        partitions = self.optimizer.fp32_groups_gradient_flat_partition
+        flats = self.optimizer.fp32_groups_gradient_flat_partition
         cut = partitions.segments(self.optimizer, self.members)
         # The empty one: a norm needs at least one tensor.
-        return [partitions[0][:0]] + [
+        return [flats[0][:0]] + [
             partition.narrow(0, segment.start, segment.numel)
-            for partition, segments in zip(partitions, cut, strict=True)
+            for partition, segments in zip(flats, cut, strict=True)
             for segment in segments
             if is_measured_here(segment.parameter)
         ]
