@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 
 from slope_megatron.layers.marks import mark
 from slope_megatron.training.parallel import is_counted_here
+from slope_megatron.training.zero import partitions
 
 # Elements that are converted and sent at once, and again as many while the ones before travel.
 ELEMENTS_AT_ONCE = 2**26
