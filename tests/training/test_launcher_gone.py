@@ -11,7 +11,7 @@ import time
 import pytest
 
 from slope_megatron.launch.ports import free_port
-from slope_megatron.training.watch import launcher
+from slope_megatron.training.watch import launcher, process
 
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-multiple 192".split()
 STEPS = "--steps 100000 --global-batch-size 4 --micro-batch-size 2 --eval-samples 4 --eval-interval 100000".split()
@@ -69,16 +69,16 @@ def test_a_process_without_a_launcher_misses_none():
 
 
 def test_a_launcher_that_ends_is_named():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     watched = launcher.Launcher("")
-    watched.processes = {process.pid: (process.born(process.pid), "torchrun")}
+    watched.processes = {child.pid: (process.born(child.pid), "torchrun")}
     assert watched.gone() is None
-    process.kill()
+    child.kill()
     deadline = time.monotonic() + 10
     while watched.gone() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert watched.gone() == f"torchrun, process {process.pid}", "dead, and not even collected yet"
-    process.wait()
+    assert watched.gone() == f"torchrun, process {child.pid}", "dead, and not even collected yet"
+    child.wait()
 
 
 def start(name: str, log, corpus, run):
@@ -114,20 +114,20 @@ def test_ranks_save_and_end_when_their_launcher_goes(name, number, corpus, tmp_p
     from slope_megatron.training.checkpoint import store
 
     run, log = tmp_path / "run", tmp_path / "log"
-    process = start(name, log, corpus, run)
+    child = start(name, log, corpus, run)
     ranks: list = []
     try:
         await_steps(run, log, 3)
         announced = [json.loads((run / "ranks" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
         ranks = [(beat["pid"], process.born(beat["pid"])) for beat in announced]
-        process.send_signal(number)
-        process.wait(30)
+        child.send_signal(number)
+        child.wait(30)
         deadline = time.monotonic() + 20
         while any(process.born(pid) == start for pid, start in ranks):
             assert time.monotonic() < deadline, f"ranks train on: {log.read_text()}"
             time.sleep(0.05)
     finally:
-        process.kill()
+        child.kill()
         for pid, began in ranks:
             if process.born(pid) == began:
                 os.kill(pid, signal.SIGKILL)
@@ -150,18 +150,18 @@ def test_a_launcher_that_goes_before_training_leaves_nothing_waiting(corpus, tmp
     rank = [sys.executable, "-m", "slope_megatron", "pretrain", "--data", str(corpus), "--out", str(tmp_path / "run")]
     with open(tmp_path / "log", "w") as stream:
         command = [sys.executable, str(script), *rank, *MODEL, *STEPS]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True)
-        pid = int(process.stdout.readline())
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True)
+        pid = int(child.stdout.readline())
         began = process.born(pid)
         time.sleep(3.0)
         assert process.born(pid) == began, (tmp_path / "log").read_text()
-        process.kill()
-        process.wait()
+        child.kill()
+        child.wait()
     deadline = time.monotonic() + 20
     while process.born(pid) == began:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert (
-        f"slope: the launcher (launch.py, process {process.pid}) is gone: ended before training"
+        f"slope: the launcher (launch.py, process {child.pid}) is gone: ended before training"
         in (tmp_path / "log").read_text()
     )
