@@ -1,8 +1,8 @@
 """Operands that are kept from one product to the next, and what they were made of.
 
 Autograd's version counters miss fused optimizers and writes through `.data`; addresses and objects miss writes in
-place. So a layer that nobody tells of changes brings its operands up to date in every training forward, and in the
-first evaluating one after it; in between it looks at all three (`Seen`).
+place. So a layer that nobody tells of changes brings its operands up to date wherever an optimizer may have come before
+(`PrunedLinear.watches_values` says where); elsewhere it looks at all three (`Seen`).
 
 A backward product may come after others have been multiplied with these operands: under a pipeline, or where
 `torch.func.functional_call` gives one weight after the other. `recall` then brings them back to what forward read.

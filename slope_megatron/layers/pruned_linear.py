@@ -35,11 +35,15 @@ class PrunedLinear(torch.nn.Module):
     tp_group: dist.ProcessGroup
     # Names of the buffers that say which weights count.
     PATTERNS: tuple[str, ...] = ()
-    # True: under any optimizer and loop, operands are refreshed in every training forward and in the first evaluating
-    # one after it, which is about 2 % of a product; a write through `.data` in the midst of evaluating forwards is the
-    # one thing that is not seen. False: whoever trains calls `refresh` or `drop_operands` after every change, as our
-    # engine does, and forwards refresh nothing unless autograd has counted a write.
+    # True: under any optimizer and loop, operands are refreshed, for about 2 % of a product, in every training forward,
+    # in every evaluating one while a gradient waits (under Megatron's DDP, whose `main_grad` stays, in all of them), in
+    # the first one after that, and in every one once a CUDA graph has been captured with this layer in it. Not seen is
+    # a write through `.data` between evaluating forwards with no gradient about. False: whoever trains calls `refresh`
+    # or `drop_operands` after every change, as our engine does, and forwards refresh nothing unless autograd has
+    # counted a write.
     watches_values = True
+    # Sticky: a replayed graph may change values, and runs no Python that could note it.
+    _captured = False
     _kept: KeptOperands | None = None
     _present: frozenset[str] = frozenset()
 
@@ -139,6 +143,9 @@ class PrunedLinear(torch.nn.Module):
         """The kept operands, of the present values of `weight`: the parameter, or what was given in its place."""
         kept, patterns = self._kept, self.pattern_buffers()
         training = self.training or (torch.is_grad_enabled() and weight.requires_grad)
+        # An optimizer may come before the next product.
+        waits = gradient_waits(weight)
+        self._captured = self._captured or is_being_captured(weight)
         if kept is not None and not kept.fits(weight):
             kept = None
         if kept is None:
@@ -146,8 +153,8 @@ class PrunedLinear(torch.nn.Module):
         elif not self.watches_values:
             same_values, same_patterns = kept.unwritten(weight, patterns)
         else:
-            # Where a gradient waits, an optimizer may have come between two evaluating forwards.
-            quiet = not (training or kept.suspect or (weight.is_leaf and weight.grad is not None))
+            # A capture has to record the refresh, also where nothing has changed yet.
+            quiet = not (training or kept.suspect or waits or self._captured)
             same_values, same_patterns = quiet and kept.weight.still(weight), kept.still(patterns)
         if kept is None or not same_patterns:
             # Others may still be wanted by a backward pass: new ones, not these ones changed.
@@ -156,7 +163,7 @@ class PrunedLinear(torch.nn.Module):
             kept.refresh(weight)
         else:
             kept.rebind(weight)
-        kept.suspect = self.watches_values and training
+        kept.suspect = self.watches_values and (training or waits)
         return kept
 
     def operands(self) -> Following:
@@ -230,6 +237,16 @@ class PrunedLinear(torch.nn.Module):
         if in_product:
             return bias_gradient(output, bias)
         return output if bias is None else output + bias
+
+
+def gradient_waits(weight: torch.Tensor) -> bool:
+    """Whether a gradient of this parameter is there for an optimizer, autograd's or the one Megatron's DDP keeps."""
+    return weight.is_leaf and (weight.grad is not None or getattr(weight, "main_grad", None) is not None)
+
+
+def is_being_captured(weight: torch.Tensor) -> bool:
+    """Whether what is done with this weight now goes into a CUDA graph."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_unsupported(config, **asked) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
+from helpers.graph_replays import captured_in_evaluation, graphs, replayed
 from helpers.numerics import relative_error
 from helpers.present_values import BOUND, IN, OUT, Subject, build, random
 from slope_megatron.sparsity.packing import pack, pack_bits
@@ -32,6 +33,36 @@ def steps_of(optimizer_of):
 def adamw(**options):
     # A step moves each value by about 0.5.
     return steps_of(lambda parameters: torch.optim.AdamW(parameters, lr=0.5, **options))
+
+
+def evaluated_before_the_step(subject: Subject):
+    """An evaluation between backward and the step, after which no gradient is left to tell of it."""
+    optimizer = torch.optim.AdamW(subject.layer.parameters(), lr=0.5, fused=True)
+    for _ in range(2):
+        yield from subject.train()
+        yield from subject.evaluate()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield from subject.evaluate()
+        yield from subject.evaluate()
+
+
+def gradients_in_main_grad(subject: Subject):
+    """Megatron's DDP: autograd's gradient is moved to a buffer of its own, which stays."""
+    weight = subject.layer.weight
+
+    def move(parameter):
+        parameter.main_grad, parameter.grad = parameter.grad, None
+
+    hook = weight.register_post_accumulate_grad_hook(move)
+    for _ in range(2):
+        x = subject.x.clone().requires_grad_()
+        subject.call(x).backward(subject.dy)
+        for factor in (-2.0, 3.0):
+            yield from subject.evaluate()
+            weight.data.mul_(factor)
+            yield from subject.evaluate()
+    hook.remove()
 
 
 def writes_through_data(subject: Subject):
@@ -185,6 +216,10 @@ CASES = {
     "eager AdamW": adamw(foreach=False, fused=False),
     "foreach AdamW": adamw(foreach=True),
     "fused AdamW": adamw(fused=True),
+    "evaluated before the step": evaluated_before_the_step,
+    "main_grad": gradients_in_main_grad,
+    "replayed": replayed,
+    "captured in evaluation": captured_in_evaluation,
     "data": writes_through_data,
     "replaced": a_replaced_parameter,
     "vector_to_parameters": vectors_to_parameters,
@@ -205,6 +240,7 @@ OF_KIND = {
 ON_GPU = {
     "capturable AdamW": adamw(capturable=True),
     "capturable fused AdamW": adamw(capturable=True, fused=True),
+    "graphs": graphs,
 }
 
 

@@ -16,8 +16,9 @@ Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with 
     megatron.training.training.evaluate                  in the phase of the steps that are done
 
 Nothing changes without `--slope`. Megatron's own optimizer, schedule and checkpoints see ordinary, smaller parameters.
-Layers watch their values (`PrunedLinear.watches_values`), for about 2 % of a product: when fused or distributed
-optimizers, or a checkpoint that is loaded, write the weights is the upstream's affair, and nothing here knows for sure.
+Layers watch their values (`PrunedLinear.watches_values`), for about 2 % of a product, in evaluation too: Megatron's DDP
+keeps its gradients, so there is no telling whether one was used. When fused or distributed optimizers, or a checkpoint
+that is loaded, write the weights is the upstream's affair, and nothing here knows for sure.
 """
 
 import functools
