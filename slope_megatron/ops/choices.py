@@ -257,20 +257,41 @@ def save(path: Path) -> None:
 
 def load(path: Path) -> bool:
     """Adopt a saved table; False, with a log line, when it was made on another machine or is not what was written."""
-    here = machine()
+    saved = read(path)
+    if saved is None or not is_from_here(saved, path):
+        return False
+    adopt(saved)
+    return True
+
+
+def read(path: Path) -> dict | None:
+    """A saved table, of whatever machine, for `is_from_here` and `adopt`; None, with a log line, when it is damaged."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        table = {Key.parse(text): _read(fields) for text, fields in saved["choices"].items()}
-        elsewhere = dict(saved["machine"]) != here
-        if not elsewhere and sums.is_signed_right(saved) is False:
+        _parsed(saved)
+        if dict(saved["machine"]) == machine() and sums.is_signed_right(saved) is False:
             raise ValueError("it has another checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s cannot be read (%s): products are measured anew", path, " ".join(str(error).split()))
-        return False
-    if elsewhere:
-        different = sorted(name for name in here if saved["machine"].get(name) != here[name])
-        logger.info("%s was measured with another %s: products are measured anew", path, ", ".join(different))
-        return False
-    for key, decision in table.items():
+        return None
+    return saved
+
+
+def is_from_here(saved: dict, path: Path) -> bool:
+    """Whether what `read` gave was made on a machine like this one; a log line where it was not."""
+    here = machine()
+    if saved["machine"] == here:
+        return True
+    different = sorted(name for name in here if saved["machine"].get(name) != here[name])
+    logger.info("%s was measured with another %s: products are measured anew", path, ", ".join(different))
+    return False
+
+
+def adopt(saved: dict) -> None:
+    """Record every choice of a table that `read` gave."""
+    for key, decision in _parsed(saved).items():
         record(key, decision)
-    return True
+
+
+def _parsed(saved: dict) -> dict[Key, Decision]:
+    return {Key.parse(text): _read(fields) for text, fields in saved["choices"].items()}

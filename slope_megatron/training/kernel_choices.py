@@ -1,7 +1,9 @@
 """The measured kernel choices as run state: the first rank of each stage decides, a resumed run takes them over."""
 
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -18,18 +20,48 @@ def file_of(run: Path) -> Path:
 
 
 def share(run: Path, *, resumed: bool) -> None:
-    """Let the ranks of this stage agree on every choice, and take over those of the run that goes on."""
-    if resumed and file_of(run).is_file():
-        choices.load(file_of(run))
+    """Let the ranks of this stage agree on every choice, and take over those of the run that goes on.
+
+    A table is taken over by all of them or by none: a rank that made a choice anew would wait for the others to do so.
+    """
     group = parallel_state.get_tensor_and_data_parallel_group()
     first = dist.get_global_rank(group, 0)
+    decides, alone = dist.get_rank() == first, group.size() == 1
 
-    def broadcast(choice: dict | None) -> dict:
-        box: list = [choice]
+    def broadcast(content: dict | None) -> Any:
+        box: list = [content]
         dist.broadcast_object_list(box, src=first, group=group)
         return box[0]
 
-    choices.agree_over(broadcast if group.size() > 1 else None, decides=dist.get_rank() == first)
+    if resumed:
+        path = file_of(run)
+        saved = choices.read(path) if decides and os.path.exists(path) else None
+        take_over(saved if alone else broadcast(saved), path, group)
+    choices.agree_over(None if alone else broadcast, decides=decides)
+
+
+def take_over(saved: dict | None, path: Path, group: dist.ProcessGroup) -> None:
+    """Adopt the table that the first rank has read where all ranks of the group run on the machine that made it.
+
+    Args:
+        saved: the same on every rank; None: there is none, or it is damaged.
+        path: where it was read, for the log.
+    """
+    if saved is None:
+        choices.clear()
+        return
+    from_here = [choices.is_from_here(saved, path)] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(from_here, from_here[0], group=group)
+    if all(from_here):
+        choices.adopt(saved)
+        return
+    choices.clear()
+    if from_here[group.rank()]:
+        elsewhere = ", ".join(str(dist.get_global_rank(group, rank)) for rank, here in enumerate(from_here) if not here)
+        logger.info(
+            "%s was not measured on machines like those of ranks %s: products are measured anew", path, elsewhere
+        )
 
 
 def save(run: Path) -> None:
