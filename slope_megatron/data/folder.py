@@ -5,6 +5,7 @@ is a folder around the one that is read, is not entered again. (The hub's cache 
 """
 
 import collections
+import heapq
 import os
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class FolderWalk:
         self.left_out = left_out
         self.files: list[tuple[str, Path]] = []
         self.passed: collections.Counter = collections.Counter()
+        # A heap: names in their order, also those that turn up in folders behind links.
         self.links: list[tuple[str, Path]] = []
         self.folders = [("", root, self.root)]
         self.seen = {self.root}
@@ -39,8 +41,7 @@ class FolderWalk:
                 entered += entries is not None
                 met += len(entries or ())
             else:
-                self.links.sort(reverse=True)
-                self._follow(*self.links.pop())
+                self._follow(*heapq.heappop(self.links))
         assert met == entered + len(self.files) + self.passed.total(), "something in the folder was not counted"
         self.files.sort()
 
@@ -50,6 +51,8 @@ class FolderWalk:
         try:
             with os.scandir(path) as scan:
                 entries = list(scan)
+            # Names may be there to read, and nothing of what they name (mode 0444): this asks for a folder's search.
+            os.stat(os.path.join(path, "."))
         except OSError:
             self.passed[CLOSED] += 1
             return None
@@ -58,7 +61,7 @@ class FolderWalk:
             if entry.name.startswith("."):
                 self.passed[HIDDEN] += 1
             elif entry.is_symlink():
-                self.links.append((name, place))
+                heapq.heappush(self.links, (name, place))
             elif entry.name in self.left_out and entry.is_dir():
                 self.passed[LEFT_OUT] += 1
             else:

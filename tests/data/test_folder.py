@@ -1,8 +1,13 @@
 """What is below a folder: links once, no loops, and all that is not read has a reason."""
 
+import contextlib
+import json
+import math
 import os
+import subprocess
+import sys
 from collections import Counter
-
+from pathlib import Path
 from slope_megatron.data.folder import FolderWalk
 from slope_megatron.data.sources import open_source
 
@@ -61,3 +66,68 @@ def test_hidden_and_left_out_things_pipes_and_closed_folders_are_counted(tmp_pat
     assert names_of(walk) == ["real/a.txt"]
     reasons = {"hidden": 2, "left-out folder": 1, "neither file nor folder": 1, "unreadable folder": 1}
     assert walk.passed == Counter(reasons)
+
+
+WALK_AS_NOBODY = """
+import json, os, pathlib, tempfile
+import slope_megatron.data.folder
+if os.geteuid() == 0:
+    os.setuid(65534)
+with tempfile.TemporaryDirectory() as folder:
+    root = pathlib.Path(folder)
+    for name in ("listed", "open"):
+        (root / name).mkdir()
+        (root / name / "a.txt").write_text("text")
+    (root / "link").symlink_to(root / "listed")
+    (root / "listed").chmod(0o444)
+    walk = slope_megatron.data.folder.FolderWalk(root)
+    (root / "listed").chmod(0o755)
+print(json.dumps([[name for name, _ in walk.files], walk.passed]))
+"""
+
+
+def test_a_folder_that_names_its_files_and_opens_none_is_unreadable():
+    """Mode 0444, by a user who is not root: root enters every folder."""
+    done = subprocess.run([sys.executable, "-c", WALK_AS_NOBODY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["open/a.txt"], {"unreadable folder": 1, "link to what is read already": 1}]
+
+
+class Name(str):
+    """Counts comparisons, of longer names made of it too."""
+
+    compared = 0
+
+    def __lt__(self, other):
+        Name.compared += 1
+        return str.__lt__(self, other)
+
+    def __radd__(self, before):
+        return Name(before + str(self))
+
+
+class Entry:
+    def __init__(self, entry):
+        self.name, self.is_symlink, self.is_dir = Name(entry.name), entry.is_symlink, entry.is_dir
+
+
+def test_links_are_put_in_order_once_and_not_before_each(tmp_path, monkeypatch):
+    """The hub's cache has folders of 100,000 links. For N of them a heap compares at most 2 log N times a link."""
+    blobs, links, count = tmp_path / "blobs", tmp_path / "links", 256
+    blobs.mkdir()
+    links.mkdir()
+    for number in range(count):
+        (blobs / str(number)).write_text("x")
+        (links / f"{number:03}").symlink_to(blobs / str(number))
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def counted(path):
+        with scandir(path) as scan:
+            yield map(Entry, scan)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    monkeypatch.setattr(Name, "compared", 0)
+    assert names_of(FolderWalk(links)) == [f"{number:03}" for number in range(count)]
+    # A push and a pop, and the files' own sort: log N each.
+    assert 0 < Name.compared <= 4 * count * math.log2(count)
