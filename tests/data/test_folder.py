@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
+
 from slope_megatron.data.folder import FolderWalk
 from slope_megatron.data.sources import open_source
 
