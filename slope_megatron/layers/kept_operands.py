@@ -24,6 +24,15 @@ def version_of(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def lent(weight: torch.Tensor) -> torch.Tensor:
+    """What operands get of a weight, and some read where it lies from then on.
+
+    A parameter itself: whoever kept its present memory would keep it from being freed, as ZeRO-3 does between uses. Of
+    a tensor that was computed the values alone, without the graph behind them.
+    """
+    return weight if weight.is_leaf else weight.detach()
+
+
 class Seen:
     """One tensor as it was when operands were made of it: which one, where it lay, how often it had been written.
 
@@ -82,7 +91,7 @@ class KeptOperands(Generic[Made]):
 
     def refresh(self, weight: torch.Tensor) -> None:
         """Bring the operands up to the present values; the patterns are the same."""
-        self.operands.refresh(weight.detach())
+        self.operands.refresh(lent(weight))
         self.follows(weight)
 
     def follows(self, weight: torch.Tensor) -> None:
@@ -92,7 +101,7 @@ class KeptOperands(Generic[Made]):
     def rebind(self, weight: torch.Tensor) -> None:
         """The same values may lie elsewhere: for operands that read them where they are."""
         if hasattr(self.operands, "rebind"):
-            self.operands.rebind(weight.detach())
+            self.operands.rebind(lent(weight))
 
     def recall(self, generation: int, weight: torch.Tensor) -> None:
         """Before a backward product: the operands of what forward read, which autograd has saved and checked.

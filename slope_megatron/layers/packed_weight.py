@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.kept_operands import KeptOperands, Seen
+from slope_megatron.layers.kept_operands import KeptOperands, Seen, lent
 from slope_megatron.layers.passing_operands import PassingOperands
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.ops.backend import PRODUCTS, Operands, Product, TokenDraws, build_operands, choose_column_bits
@@ -121,7 +121,7 @@ class PackedWeight(PrunedLinear):
     @torch.no_grad()
     def update_column_pattern(self) -> None:
         """Choose the second pruning anew, by magnitude of the present values, and rewrite the backward operand."""
-        values = self.weight.detach()
+        values = lent(self.weight)
         self.weight_column.copy_(choose_column_bits(values, self.weight_pattern, self.slope.n, self.slope.m))
         self.mark_present("weight_column")
         kept = self._kept
@@ -144,7 +144,7 @@ class PackedWeight(PrunedLinear):
         self.check_initialized()
         return build_operands(
             self.slope.backend,
-            weight.detach(),
+            lent(weight),
             self.weight_pattern,
             self.weight_column,
             products,

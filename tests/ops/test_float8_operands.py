@@ -18,10 +18,10 @@ DTYPE = torch.bfloat16
 ALL = ("forward", "dgrad", "wgrad")
 
 
-def both(device, rows=128, columns=192, seed=0, dtype=DTYPE, wgrad=True):
+def both(device, rows=128, columns=192, seed=0, dtype=DTYPE, wgrad=True, dense=False):
     """A weight of whole numbers, our operands and the emulated ones."""
     weight = packed_weight(rows, columns, dtype, device, seed=seed, whole_numbers=True)
-    ours = Float8Operands(weight.values, weight.row_bits, weight.column_bits, wgrad=wgrad, dense_allowed=False)
+    ours = Float8Operands(weight.values, weight.row_bits, weight.column_bits, wgrad=wgrad, dense_allowed=dense)
     theirs = EmulatedFloat8Operands(weight.row, dtype, ALL, wgrad=wgrad)
     theirs.set_column_pattern(weight.column, weight.values)
     return weight, ours, theirs
@@ -66,12 +66,15 @@ def test_products_equal_the_emulated_ones(tokens, wgrad, dtype, device, fresh_ch
 
 
 @pytest.mark.parametrize("kind", ["forward", "dgrad"])
-def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(kind, device, fresh_choices):
-    weight, ours, theirs = both(device)
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(kind, allowed, device, fresh_choices):
+    """Where it is not allowed, as with a backend asked for by name, the 2:4 kernel runs in its place."""
+    weight, ours, theirs = both(device, dense=allowed)
     shape = (128, 192) if kind == "forward" else (192, 128)
     fresh_choices.record(Key(Product(kind), *shape, 48, E4M3), Choice(False))
     operand = whole_numbers(48, shape[1], device=device)
     assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))
+    assert list(ours.dense) == ([kind] if allowed else [])
     for operands in (ours, theirs):
         operands.refresh(weight.values * 2)
     assert torch.equal(getattr(ours, kind)(operand), getattr(theirs, kind)(operand))

@@ -128,6 +128,19 @@ def test_an_augmented_operand_stands_in_the_place_of_the_plain_one(device, strat
             operands.set_column_pattern(column, -weight.values)
 
 
+def test_an_augmented_operand_leaves_no_dense_copy_behind(device, fresh_choices):
+    """One that another number of tokens wanted before the adapters joined: nothing reads it any more."""
+    _, ours = operands_of(device, dense=True)
+    plain = dataclasses.replace(KEYS[Product.FORWARD], rank=0)
+    fresh_choices.record(plain, Choice(True))
+    fresh_choices.record(dataclasses.replace(plain, tokens=32), Choice(False))
+    x = whole_numbers(32, COLUMNS, device=device)
+    expected = ours.forward(x)
+    assert list(ours.dense) == [Product.FORWARD]
+    ours.augment(Product.FORWARD, Strategy.COLUMN_AUGMENTED, RANK)
+    assert not ours.dense and torch.equal(ours.forward(x), expected)
+
+
 def column_pattern_of(values, weight):
     """A second pruning by the magnitudes of other values."""
     return pack(column_pattern(unpack(values, weight.row), weight.row, 2, 4), weight.row)

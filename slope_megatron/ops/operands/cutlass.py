@@ -6,8 +6,8 @@ T tokens, R rows and S columns of the sparse operand, N out, K in, C = K/2 kept 
     slope::packed_wgrad      the kept half [N, C] of P(dY)^T X, from an operand in CUTLASS's order of metadata
 The values are read where they lie: for the forward product in the parameter itself, so a weight has no forward operand
 but metadata, 1 byte a dense weight less than with cuSPARSELt. The price is that the product reads what the parameter
-holds when it runs, and that it must know where the parameter is now. On a CPU the ops' plain-torch twins read the same
-metadata.
+holds when it runs. What is kept is the parameter, not its memory, which ZeRO-3 frees after each use. On a CPU the ops'
+plain-torch twins read the same metadata.
 """
 
 import functools
@@ -149,14 +149,14 @@ class CutlassOperand(SparseOperand):
         return from_sm90(self.patterns.metadata_sm90(self.of), rows, columns // 4)
 
     def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-        return cutlass_mm(self.values_RC, self.metadata, x_TS, bias_R, False)
+        return cutlass_mm(self.packed_values(), self.metadata, x_TS, bias_R, False)
 
     def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-        cutlass_mm_add_(y_TR, self.values_RC, self.metadata, x_TS, bias_R)
+        cutlass_mm_add_(y_TR, self.packed_values(), self.metadata, x_TS, bias_R)
         return y_TR
 
     def packed_values(self) -> torch.Tensor:
-        return self.values_RC
+        return self.values_RC.detach()
 
     def set_values(self, values_NC: torch.Tensor) -> None:
         if self.borrows_values:

@@ -124,12 +124,17 @@ class Float8Operands:
 
     # -- choices ------------------------------------------------------------------------------------------------------
 
-    def _choice(self, product: Product, tokens: int) -> Choice:
+    def _runs_dense(self, product: Product, tokens: int) -> bool:
+        """Whether a product of so many tokens reads the dense copy; chosen now, and the copy made, if need be."""
         key = Key(product, *self.patterns.shape(product), tokens, E4M3)
         choice = choices.find(key)
-        if choice is not None and (choice.sparse or product in self.dense):
-            return choice
-        return uncompiled(self._adopt)(key)
+        if choice is None or (self._is_dense(choice) and product not in self.dense):
+            choice = uncompiled(self._adopt)(key)
+        return self._is_dense(choice)
+
+    def _is_dense(self, choice: Choice) -> bool:
+        """A choice that another backend's operands made, in this process, may be one that is not allowed here."""
+        return self.dense_allowed and not choice.sparse
 
     @torch.no_grad()
     def _adopt(self, key: Key) -> Choice:
@@ -137,7 +142,7 @@ class Float8Operands:
         allowed = self.dense_allowed
         measured = functools.partial(measure.measure, key, self.device, dense_allowed=allowed, among=("cusparselt",))
         choice = resolve(key, self.device, measured, on_cpu=Choice(True))
-        if not choice.sparse and key.product not in self.dense:
+        if self._is_dense(choice) and key.product not in self.dense:
             self.dense[key.product] = self._unpacked(key.product)
         return choice
 
@@ -150,12 +155,12 @@ class Float8Operands:
     # -- products -----------------------------------------------------------------------------------------------------
 
     def _product(self, product: Product, q: torch.Tensor, scale: torch.Tensor, tokens: int, bias=None) -> torch.Tensor:
-        if self._choice(product, tokens).sparse:
+        if self._runs_dense(product, tokens):
+            y = float8_products.dense_mm(q, self.dense[product], scale, self.scale, bias, self.dtype)
+        else:
             rows = self.patterns.shape(product)[0]
             arguments = (q, scale, rows, bias, self.dtype, self.targets[product])
             y = float8_products.sparse_mm(self.operands[product], self.scale, *arguments)
-        else:
-            y = float8_products.dense_mm(q, self.dense[product], scale, self.scale, bias, self.dtype)
         return y[:tokens]
 
     def _aim(self, product: Product, x: torch.Tensor) -> None:

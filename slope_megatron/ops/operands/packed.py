@@ -213,5 +213,6 @@ class PackedOperands:
         return AugmentedOperand(plain, strategy, rank)
 
     def augment(self, product: Product, strategy: Strategy, rank: int) -> None:
-        """Put an operand with room for adapters in the place of the plain one."""
+        """Put an operand with room for adapters in the place of the plain one, and of its dense copy."""
         self.sparse[product] = self.augmented_copy(product, strategy, rank)
+        self.dense.pop(product, None)

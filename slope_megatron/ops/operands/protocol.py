@@ -33,7 +33,8 @@ class SparseOperand(WeightOperand, Protocol):
 
     # Whose kernels read it, of `ops.libraries`.
     library: str
-    # Whether it reads the packed values where they lie: they are then set before each use.
+    # Whether it reads the packed values where they lie: they are then set before each use, as the parameter itself
+    # where there is one, whose memory may come and go.
     borrows_values: bool = False
 
     def set_metadata(self) -> None:
