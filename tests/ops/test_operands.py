@@ -12,6 +12,7 @@ from slope_megatron.linear import slope_linear
 from slope_megatron.ops.operands import cutlass, reference
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.ops.operands.packed import PackedOperands
+from slope_megatron.ops.operands.protocol import SparseOperand
 
 ROWS, COLUMNS, TOKENS = 512, 256, 64
 DTYPE = torch.bfloat16
@@ -102,3 +103,11 @@ def test_the_products_of_a_step_do_not_synchronize(operands, inputs):
         products(ours, *inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("forgotten", ["product", "add", "set_values", "set_metadata", "packed_values"])
+def test_an_operand_that_lacks_a_method_cannot_be_made(forgotten):
+    """A base class that did nothing in its place would leave stale operands in silence."""
+    methods = {name: lambda self, *_: None for name in SparseOperand.__abstractmethods__ - {forgotten}}
+    with pytest.raises(TypeError, match=f"abstract method {forgotten}"):
+        type("Forgetful", (SparseOperand,), methods)()

@@ -4,6 +4,7 @@ T tokens, N out, K in, C kept per row; an operand W is R x S: W^R `[N, K]` for t
 W^{R,C} `[K, N]` for dgrad. So either product is Y `[T, R]` = X `[T, S]` W^T.
 """
 
+import abc
 import dataclasses
 from typing import Protocol
 
@@ -28,8 +29,8 @@ class WeightOperand(Protocol):
         """New packed values, same patterns."""
 
 
-class SparseOperand(WeightOperand, Protocol):
-    """A 2:4 one; one form, whose values a refresh sets, unless a class says otherwise."""
+class SparseOperand(abc.ABC):
+    """A 2:4 one, a `WeightOperand`; one form, whose values a refresh sets, unless a class says otherwise."""
 
     # Whose kernels read it, of `ops.libraries`.
     library: str
@@ -37,9 +38,23 @@ class SparseOperand(WeightOperand, Protocol):
     # where there is one, whose memory may come and go.
     borrows_values: bool = False
 
+    @abc.abstractmethod
+    def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+        """As of every `WeightOperand`."""
+
+    @abc.abstractmethod
+    def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+        """As of every `WeightOperand`."""
+
+    @abc.abstractmethod
+    def set_values(self, values_NC: torch.Tensor) -> None:
+        """As of every `WeightOperand`."""
+
+    @abc.abstractmethod
     def set_metadata(self) -> None:
         """The patterns are others; values follow by `set_values`."""
 
+    @abc.abstractmethod
     def packed_values(self) -> torch.Tensor:
         """`[N, C]`: what a forward operand holds, or reads."""
 
