@@ -9,7 +9,7 @@ from helpers.numerics import integers
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import build_operands
 from slope_megatron.sparsity import reference
-from slope_megatron.sparsity.packing import pack, unpack
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack
 from slope_megatron.sparsity.pattern import column_pattern, magnitude_pattern
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (2, 8)]
@@ -33,7 +33,7 @@ def problem(n, m, rank, seed, dtype=torch.float64, rows=24, columns=64, tokens=(
 def test_products_and_gradients_equal_the_oracle_to_the_bit(n, m, rank, seed):
     weight, mask, column, x, dy, adapter_l, adapter_r = problem(n, m, rank, seed)
     values = torch.nn.Parameter(pack(weight, mask))
-    operands = build_operands("reference", values.detach(), mask, pack(column, mask))
+    operands = build_operands("reference", values.detach(), pack_bits(mask), pack_bits(pack(column, mask)))
     x = x.requires_grad_()
     adapters = None
     if rank:
@@ -57,7 +57,7 @@ def test_dgrad_reads_the_doubly_pruned_weight():
     weight, mask, column, _, dy, *_ = problem(2, 4, 0, 0)
     assert (mask & ~column).any()
     values = pack(weight, mask)
-    operands = build_operands("reference", values, mask, pack(column, mask))
+    operands = build_operands("reference", values, pack_bits(mask), pack_bits(pack(column, mask)))
     dx = operands.dgrad(dy.flatten(0, 1))
     assert not torch.equal(dx, dy.flatten(0, 1) @ (weight * mask))
 
@@ -65,7 +65,7 @@ def test_dgrad_reads_the_doubly_pruned_weight():
 def test_the_adapters_change_nothing_while_r_is_zero():
     weight, mask, column, x, _, adapter_l, _ = problem(2, 4, 4, 0)
     values = pack(weight, mask)
-    operands = build_operands("reference", values, mask, pack(column, mask))
+    operands = build_operands("reference", values, pack_bits(mask), pack_bits(pack(column, mask)))
     with_adapters = slope_linear(x, values, operands, adapters=(adapter_l.t(), torch.zeros(24, 4, dtype=x.dtype)))
     assert torch.equal(with_adapters, slope_linear(x, values, operands))
 
@@ -84,7 +84,7 @@ def test_the_exact_parts_pass_gradcheck():
         """Reference operands of whatever values come in: gradcheck moves them."""
 
         def __init__(self, values):
-            self.inner = build_operands("reference", values.detach(), mask, pack(column, mask))
+            self.inner = build_operands("reference", values.detach(), pack_bits(mask), pack_bits(pack(column, mask)))
             self.forward, self.dgrad, self.wgrad = self.inner.forward, self.inner.dgrad, self.inner.wgrad
 
     def function(x, values, adapter_l, adapter_r):
@@ -99,7 +99,7 @@ def test_the_exact_parts_pass_gradcheck():
 def test_frozen_weights_get_no_gradient():
     weight, mask, column, x, dy, *_ = problem(2, 4, 0, 0)
     values = pack(weight, mask)
-    operands = build_operands("reference", values, mask, pack(column, mask))
+    operands = build_operands("reference", values, pack_bits(mask), pack_bits(pack(column, mask)))
     x = x.requires_grad_()
     slope_linear(x, values, operands).backward(dy)
     assert values.grad is None
@@ -111,7 +111,7 @@ def test_of_two_factors_one_may_be_frozen(trained):
     """Fine-tuning R over a fixed L, say: the other factor's gradient is the same as if both were trained."""
     weight, mask, column, x, dy, adapter_l, adapter_r = problem(2, 4, 4, 0)
     values = pack(weight, mask)
-    operands = build_operands("reference", values, mask, pack(column, mask))
+    operands = build_operands("reference", values, pack_bits(mask), pack_bits(pack(column, mask)))
     factors = {"l": adapter_l.t().contiguous(), "r": adapter_r.t().contiguous()}
     factors[trained].requires_grad_()
     slope_linear(x, values, operands, adapters=tuple(factors.values())).backward(dy)
@@ -126,7 +126,7 @@ def test_autocast_leaves_the_products_in_the_type_of_the_values(rank, on_in_back
     """These numbers fit bf16, so what autocast does to the input before it changes nothing."""
     weight, mask, column, x, dy, adapter_l, adapter_r = problem(2, 4, rank, 0, dtype=torch.float32)
     values = torch.nn.Parameter(pack(weight, mask))
-    operands = build_operands("reference", values.detach(), mask, pack(column, mask))
+    operands = build_operands("reference", values.detach(), pack_bits(mask), pack_bits(pack(column, mask)))
     adapters = (adapter_l.t(), adapter_r.t()) if rank else None
     x = x.bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -95,11 +95,6 @@ class PrunedLinear(torch.nn.Module):
         """Those of weight and patterns that nobody has filled or loaded yet."""
         return [name for name in ("weight", *self.PATTERNS) if name not in self._present]
 
-    @property
-    def initialized(self) -> bool:
-        """Whether weight and patterns are all there; products are refused before."""
-        return not self.absent
-
     def check_initialized(self) -> None:
         """
         Raises:

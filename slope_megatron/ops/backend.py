@@ -51,8 +51,8 @@ class Following(Products, Protocol):
 class Operands(Following, Protocol):
     """What one backend derives from a packed weight. N out, C kept per row."""
 
-    def set_column_pattern(self, column: torch.Tensor, values_NC: torch.Tensor) -> None:
-        """A new second pruning (bool `[N, C]` or its bitmask uint8 `[N, C/8]`), with the values to go with it."""
+    def set_column_pattern(self, column_bits: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning (a bitmask uint8 `[N, C/8]`), with the values to go with it."""
 
 
 FIRST, *OTHERS = libraries.load().items()
@@ -93,24 +93,14 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def bits_of(pattern: torch.Tensor) -> torch.Tensor:
-    """A pattern, bool or bitmask, as its bitmask."""
-    return pack_bits(pattern) if pattern.dtype == torch.bool else pattern
-
-
-def mask_of(pattern: torch.Tensor) -> torch.Tensor:
-    """A pattern, bool or bitmask, as bool."""
-    return pattern if pattern.dtype == torch.bool else unpack_bits(pattern)
-
-
-def choose_for(backend: str, values_NC: torch.Tensor, row: torch.Tensor) -> str:
+def choose_for(backend: str, values_NC: torch.Tensor, row_bits: torch.Tensor) -> str:
     """The backend of one weight: the chosen one, or `reference` where "auto"'s choice cannot run this weight.
 
     Raises:
         ValueError: a backend was asked for by name and cannot run here, or not this weight.
     """
     name = choose(backend)
-    reason = BACKENDS[name].unsupported_weight(values_NC, bits_of(row)) if name != "reference" else None
+    reason = BACKENDS[name].unsupported_weight(values_NC, row_bits) if name != "reference" else None
     if reason is None:
         return name
     if backend != "auto":
@@ -119,32 +109,32 @@ def choose_for(backend: str, values_NC: torch.Tensor, row: torch.Tensor) -> str:
     return "reference"
 
 
-def build_forward(backend: str, values_NC: torch.Tensor, row: torch.Tensor) -> ForwardProduct:
+def build_forward(backend: str, values_NC: torch.Tensor, row_bits: torch.Tensor) -> ForwardProduct:
     """What inference reads of one packed weight.
 
     On 2:4 units that is always the sparse operand: a dense copy beside it would make the model larger than a dense one.
 
     Args:
-        row: as for `build_operands`.
+        row_bits: as for `build_operands`.
     Raises:
         ValueError: as there.
     """
-    name = choose_for(backend, values_NC, row)
+    name = choose_for(backend, values_NC, row_bits)
     if name == "reference":
-        return reference.ForwardOnly(values_NC, mask_of(row))
+        return reference.ForwardOnly(values_NC, unpack_bits(row_bits))
     return PackedOperands(
-        values_NC, bits_of(row), None, library=name, dense_allowed=False, products_wanted=(Product.FORWARD,)
+        values_NC, row_bits, None, library=name, dense_allowed=False, products_wanted=(Product.FORWARD,)
     )
 
 
 def build_operands(
-    backend: str, values_NC, row, column, products_wanted=PRODUCTS, *, float8_kinds: tuple[str, ...] = ()
+    backend: str, values_NC, row_bits, column_bits, products_wanted=PRODUCTS, *, float8_kinds: tuple[str, ...] = ()
 ) -> Operands:
     """Operands of one packed weight.
 
     Args:
-        row: the row pattern, bool `[N, K]` or its bitmask uint8 `[N, K/8]`; bitmasks are kept by reference.
-        column: the second pruning, bool `[N, C]` or its bitmask uint8 `[N, C/8]`.
+        row_bits: the row pattern, a bitmask uint8 `[N, K/8]`; both bitmasks are kept by reference.
+        column_bits: the second pruning, a bitmask uint8 `[N, C/8]`.
         products_wanted: those that they will serve.
         float8_kinds: the products that are in e4m3: none, ("forward", "dgrad"), or all three.
     Raises:
@@ -153,28 +143,27 @@ def build_operands(
     if float8_kinds:
         choose(backend)
         return build_float8_operands(
-            backend, values_NC, row, column, products_wanted, wgrad=Product.WGRAD in float8_kinds
+            backend, values_NC, row_bits, column_bits, products_wanted, wgrad=Product.WGRAD in float8_kinds
         )
-    name = choose_for(backend, values_NC, row)
+    name = choose_for(backend, values_NC, row_bits)
     if name == "reference":
-        return reference.build(values_NC, mask_of(row), mask_of(column), products_wanted)
+        return reference.build(values_NC, row_bits, column_bits, products_wanted)
     return PackedOperands(
         values_NC,
-        bits_of(row),
-        bits_of(column),
+        row_bits,
+        column_bits,
         library=name,
         dense_allowed=backend == "auto",
         products_wanted=products_wanted,
     )
 
 
-def build_float8_operands(backend: str, values_NC, row, column, products_wanted, *, wgrad: bool) -> Operands:
+def build_float8_operands(backend: str, values_NC, row_bits, column_bits, products_wanted, *, wgrad: bool) -> Operands:
     """The same for products in e4m3; off the GPU, or where the backend `reference` was asked for, emulated.
 
     Raises:
         ValueError: this GPU or this weight has no such product: nobody wants a slow emulation there.
     """
-    row_bits, column_bits = bits_of(row), bits_of(column)
     if values_NC.device.type == "cuda" and backend != "reference":
         reason = float8.unsupported() or float8.unsupported_weight(values_NC, row_bits)
         if reason:

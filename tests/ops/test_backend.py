@@ -53,12 +53,12 @@ def test_the_library_s_reason_reaches_the_user(machine, monkeypatch, caplog):
     with caplog.at_level("INFO"):
         weight = packed_weight(64, 64, torch.float32, "cpu")
         for _ in range(2):
-            built = backend.build_operands("auto", weight.values, weight.row, weight.column)
+            built = backend.build_operands("auto", weight.values, weight.row_bits, weight.column_bits)
             assert isinstance(built, reference.ReferenceOperands)
     assert len(caplog.messages) == 1
     assert caplog.messages[0].endswith(f"; cusparselt: {REASONS[machine]}")
     with pytest.raises(ValueError, match="--slope-backend cusparselt cannot run here: ") as refused:
-        backend.build_operands("cusparselt", weight.values, weight.row, weight.column)
+        backend.build_operands("cusparselt", weight.values, weight.row_bits, weight.column_bits)
     assert REASONS[machine] in str(refused.value)
 
 
@@ -85,22 +85,13 @@ def test_a_weight_that_cannot_falls_back_once(monkeypatch, caplog):
     weight = packed_weight(64, 64, torch.float32, "cpu")
     with caplog.at_level("INFO"):
         for _ in range(2):
-            built = backend.build_operands("auto", weight.values, weight.row, weight.column)
+            built = backend.build_operands("auto", weight.values, weight.row_bits, weight.column_bits)
             assert isinstance(built, reference.ReferenceOperands)
     assert caplog.messages[1:] == [
         "sparse products: some weights run on backend reference: the weight is on cpu",
     ]
     with pytest.raises(ValueError, match="cannot run a weight: the weight is on cpu; use --slope-backend auto"):
-        backend.build_operands("cusparselt", weight.values, weight.row, weight.column)
-
-
-def test_bitmasks_and_bools_build_the_same(monkeypatch):
-    monkeypatch.setattr(cusparselt, "unsupported", lambda: "not here")
-    weight = packed_weight(64, 64, torch.float32, "cpu")
-    one = backend.build_operands("auto", weight.values, weight.row, weight.column)
-    other = backend.build_operands("auto", weight.values, weight.row_bits, weight.column_bits)
-    assert torch.equal(one.forward_NK, other.forward_NK)
-    assert torch.equal(one.backward_NK, other.backward_NK)
+        backend.build_operands("cusparselt", weight.values, weight.row_bits, weight.column_bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,10 +105,10 @@ def test_the_second_pruning_is_the_same_on_every_backend(dtype, device, monkeypa
 @pytest.mark.gpu
 def test_auto_on_a_gpu_with_sparse_units(device):
     weight = packed_weight(128, 128, torch.bfloat16, device)
-    built = backend.build_operands("auto", weight.values, weight.row, weight.column)
+    built = backend.build_operands("auto", weight.values, weight.row_bits, weight.column_bits)
     assert isinstance(built, PackedOperands)
     assert built.dense_allowed
-    forced = backend.build_operands("cusparselt", weight.values, weight.row, weight.column)
+    forced = backend.build_operands("cusparselt", weight.values, weight.row_bits, weight.column_bits)
     assert not forced.dense_allowed
 
 
@@ -147,7 +138,7 @@ def test_auto_on_a_gpu_names_the_weight_it_cannot_run(rows, dtype, reason, devic
     weight = packed_weight(rows, 128, dtype, device, whole_numbers=True)
     with caplog.at_level("INFO"):
         for _ in range(2):
-            built = backend.build_operands("auto", weight.values, weight.row, weight.column)
+            built = backend.build_operands("auto", weight.values, weight.row_bits, weight.column_bits)
     assert isinstance(built, reference.ReferenceOperands)
     assert caplog.messages[1:] == [f"sparse products: some weights run on backend reference: {reason}"]
     x = torch.randint(-2, 3, (48, 128), device=device).to(dtype)

@@ -11,7 +11,7 @@ from slope_megatron.ops.operands import patterns, reference
 from slope_megatron.ops.operands.cusparselt import unsupported_weight
 from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity.operand import backward_slots, slot_places
-from slope_megatron.sparsity.packing import pack, unpack
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack
 from slope_megatron.sparsity.pattern import column_pattern
 
 DTYPE = torch.bfloat16
@@ -20,7 +20,7 @@ DTYPE = torch.bfloat16
 def both(device, rows=128, columns=192, seed=0, dtype=DTYPE):
     weight = packed_weight(rows, columns, dtype, device, seed=seed, whole_numbers=True)
     ours = PackedOperands(weight.values, weight.row_bits, weight.column_bits, dense_allowed=False)
-    return weight, ours, reference.build(weight.values, weight.row, weight.column)
+    return weight, ours, reference.build(weight.values, weight.row_bits, weight.column_bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -97,7 +97,7 @@ def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_
     assert torch.equal(other.row, weight.row)
     before = ours.sparse[Product.FORWARD].buffer.clone()
     for operands in (ours, theirs):
-        operands.set_column_pattern(column, weight.values)
+        operands.set_column_pattern(pack_bits(column), weight.values)
     assert torch.equal(ours.sparse[Product.FORWARD].buffer, before)
     dy = whole_numbers(48, 128, device=device)
     assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
@@ -161,7 +161,7 @@ def test_an_unknown_metadata_layout(rows, columns, dtype, unknown_layout, device
     column = pack(column_pattern(unpack(score, weight.row), weight.row, 2, 4), weight.row)
     assert not torch.equal(column, weight.column)
     for operands in (ours, theirs):
-        operands.set_column_pattern(column, weight.values)
+        operands.set_column_pattern(pack_bits(column), weight.values)
     assert same()
 
 

@@ -13,6 +13,7 @@ from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Ope
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import metadata_e4m3, metadata_sm90, places_e4m3, slot_places
+from slope_megatron.sparsity.packing import pack_bits
 
 DTYPE = torch.bfloat16
 ALL = ("forward", "dgrad", "wgrad")
@@ -23,7 +24,7 @@ def both(device, rows=128, columns=192, seed=0, dtype=DTYPE, wgrad=True, dense=F
     weight = packed_weight(rows, columns, dtype, device, seed=seed, whole_numbers=True)
     ours = Float8Operands(weight.values, weight.row_bits, weight.column_bits, wgrad=wgrad, dense_allowed=dense)
     theirs = EmulatedFloat8Operands(weight.row, dtype, ALL, wgrad=wgrad)
-    theirs.set_column_pattern(weight.column, weight.values)
+    theirs.set_column_pattern(weight.column_bits, weight.values)
     return weight, ours, theirs
 
 
@@ -87,7 +88,7 @@ def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_
     assert not torch.equal(column, weight.column)
     before = ours.operands["forward"].clone()
     for operands in (ours, theirs):
-        operands.set_column_pattern(column, weight.values)
+        operands.set_column_pattern(pack_bits(column), weight.values)
     assert torch.equal(ours.operands["forward"], before)
     dy = whole_numbers(48, 128, device=device)
     assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
@@ -205,7 +206,7 @@ def test_inputs_that_leave_the_aim_are_scaled_by_a_second_pass(device, fresh_cho
         assert torch.equal(ours.forward(x * factor), theirs.forward(x * factor))
         assert torch.equal(ours.dgrad(dy * factor), theirs.dgrad(dy * factor))
     assert ours._aimed == {"forward", "dgrad"}
-    ours.set_column_pattern(weight.column, weight.values)
+    ours.set_column_pattern(weight.column_bits, weight.values)
     assert not ours._aimed
 
 

@@ -14,7 +14,7 @@ from slope_megatron.ops.operands import low_rank, reference
 from slope_megatron.ops.operands.bias import bias_gradient
 from slope_megatron.ops.operands.packed import PackedOperands
 from slope_megatron.sparsity import reference as oracle
-from slope_megatron.sparsity.packing import pack, unpack
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack
 from slope_megatron.sparsity.pattern import column_pattern
 
 DTYPE = torch.bfloat16
@@ -111,7 +111,7 @@ def test_the_strategies_differ_by_rounding_alone(device, tokens, strategy, fresh
 def test_an_augmented_operand_stands_in_the_place_of_the_plain_one(device, strategy, fresh_choices):
     """It follows refreshes and new column patterns, and still gives the products without adapters."""
     weight, ours = operands_of(device)
-    theirs = reference.build(weight.values, weight.row, weight.column)
+    theirs = reference.build(weight.values, weight.row_bits, weight.column_bits)
     adapters = sparse_adapters(device)
     x, dy = whole_numbers(48, COLUMNS, device=device), whole_numbers(48, ROWS, device=device)
     everything(x, dy, weight.values, ours, adapters)
@@ -125,7 +125,7 @@ def test_an_augmented_operand_stands_in_the_place_of_the_plain_one(device, strat
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         column = column_pattern_of(-weight.values.flip(0), weight)
         for operands in (ours, theirs):
-            operands.set_column_pattern(column, -weight.values)
+            operands.set_column_pattern(pack_bits(column), -weight.values)
 
 
 def test_an_augmented_operand_leaves_no_dense_copy_behind(device, fresh_choices):
@@ -165,7 +165,7 @@ def test_an_augmented_operand_is_the_matrix_that_its_docstring_shows(strategy, d
 def test_operands_that_cannot_add_run_the_sparse_product_first(device):
     """The reference backend, in fp64 to the bit: no choice is asked for."""
     weight = packed_weight(ROWS, COLUMNS, torch.float64, device, whole_numbers=True)
-    operands = reference.build(weight.values, weight.row, weight.column)
+    operands = reference.build(weight.values, weight.row_bits, weight.column_bits)
     x, up = torch.ones(3, COLUMNS, device=device).double(), torch.ones(ROWS, RANK, device=device).double()
     down = torch.zeros(RANK, COLUMNS, device=device).double()
     down[:, 0] = 2.0

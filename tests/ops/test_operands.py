@@ -28,10 +28,10 @@ def operands(request, device, fresh_choices):
     if request.param == "float8":
         ours = Float8Operands(*packed, wgrad=True, dense_allowed=False)
         theirs = EmulatedFloat8Operands(weight.row, DTYPE, reference.PRODUCTS, wgrad=True)
-        theirs.set_column_pattern(weight.column, weight.values)
+        theirs.set_column_pattern(weight.column_bits, weight.values)
         return weight, ours, theirs
     ours = PackedOperands(*packed, library=request.param, dense_allowed=False)
-    return weight, ours, reference.build(weight.values, weight.row, weight.column)
+    return weight, ours, reference.build(weight.values, weight.row_bits, weight.column_bits)
 
 
 @pytest.fixture

@@ -48,9 +48,9 @@ def test_sparse_mm_of_whole_numbers_is_exact(rows, columns, tokens, device):
     # Sums stay under 256 in magnitude, the last whole number that bf16 holds without gaps.
     exact = x.double() @ weight.dense().double().t()
     assert exact.abs().max() < 254
-    assert torch.equal(products.sparse_mm(operand, x, rows, 1, None, False).double(), exact)
-    biased = products.sparse_mm(operand, x, rows, 1, bias, True)
-    assert torch.equal(biased.double(), torch.relu(exact + bias.double()))
+    assert torch.equal(products.sparse_mm(operand, x, rows, 1, None).double(), exact)
+    biased = products.sparse_mm(operand, x, rows, 1, bias)
+    assert torch.equal(biased.double(), exact + bias.double())
 
 
 @pytest.mark.parametrize("tokens", [16, 7])
@@ -79,9 +79,7 @@ def test_tiles_change_nothing(tiles, device):
     cut = layout.retile(whole, rows, columns, 1, tiles)
     assert torch.equal(layout.retile(cut, rows, columns, tiles, 1), whole)
     bias = torch.randint(-2, 3, (rows,), device=device).to(dtype)
-    assert torch.equal(
-        products.sparse_mm(cut, x, rows, tiles, bias, False), products.sparse_mm(whole, x, rows, 1, bias, False)
-    )
+    assert torch.equal(products.sparse_mm(cut, x, rows, tiles, bias), products.sparse_mm(whole, x, rows, 1, bias))
 
 
 def test_values_on_an_odd_address(device):
@@ -116,7 +114,7 @@ def op_arguments(device):
     operand = operand_of(weight, device, dtype)
     bits = (weight.row_bits, weight.column_bits)
     return {
-        "sparse_mm": (operand, x, 64, 1, bias, False),
+        "sparse_mm": (operand, x, 64, 1, bias),
         "sparse_mm_add_": (torch.randn(32, 64, device=device).to(dtype), operand, x, 1, bias),
         "low_rank_hidden": (x, torch.randn(8, 128, device=device).to(dtype), 0.5),
         "join_input": (x, torch.randn(8, 128, device=device).to(dtype), 32, 0.5),

@@ -13,7 +13,7 @@ from slope_megatron.linear import slope_linear
 from slope_megatron.ops.operands import reference
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.ops.operands.packed import PackedOperands
-from slope_megatron.sparsity.packing import pack, unpack
+from slope_megatron.sparsity.packing import pack, pack_bits, unpack
 from slope_megatron.sparsity.pattern import column_pattern
 
 WIDTH, HIDDEN, TOKENS, STEPS, INTERVAL = 256, 512, 512, 200, 50
@@ -58,7 +58,7 @@ def operands_of(kind, weight):
     else:
         kept = UpcastOperands if kind == "upcast" else reference.ReferenceOperands
         operands = kept(weight.row, weight.values.dtype)
-    operands.set_column_pattern(weight.column, weight.values)
+    operands.set_column_pattern(weight.column_bits, weight.values)
     return operands
 
 
@@ -79,7 +79,7 @@ def losses(kind, device) -> list[float]:
         for operand, value, weight in zip(operands, values, weights, strict=True):
             if step % INTERVAL == 0:
                 column = column_pattern(unpack(value.detach(), weight.row), weight.row, 2, 4)
-                operand.set_column_pattern(pack(column, weight.row), value.detach())
+                operand.set_column_pattern(pack_bits(pack(column, weight.row)), value.detach())
             else:
                 operand.refresh(value.detach())
         x = torch.randn(TOKENS, WIDTH, device=device, generator=generator)

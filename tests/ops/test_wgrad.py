@@ -60,7 +60,7 @@ def test_operands_read_the_estimate_in_wgrad_alone(library, kernels_here, fresh_
     if kernels_here.type == "cuda":
         # Of these small products a dense one may be the fastest.
         fresh_choices.record(Key(Product.WGRAD, 64, 128, 64, DTYPE), Choice(True))
-    theirs = reference.build(weight.values, weight.row, weight.column)
+    theirs = reference.build(weight.values, weight.row_bits, weight.column_bits)
     dy, x, _ = problem(64, 64, 128, kernels_here)
     draws, results = draws_of(64, kernels_here), []
     for operands in (ours, theirs):

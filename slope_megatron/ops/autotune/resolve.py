@@ -34,10 +34,15 @@ def resolve(
     Raises:
         RuntimeError: it would have to be made while a CUDA graph is captured.
     """
-    if device.type == "cpu" and choices.find(key) is None:
-        choices.record(key, on_cpu)
+    if device.type == "cpu":
+        # The same on every rank: there is nothing to agree on.
+        decision = choices.find(key)
+        if decision is None or not fits(decision):
+            decision = on_cpu
+            choices.record(key, decision)
+        return decision
     refuse_while_capturing(key, device)
-    return choices.decide(key, measure if device.type != "cpu" else lambda: on_cpu, fits)
+    return choices.decide(key, measure, fits)
 
 
 def refuse_while_capturing(key: Key, device: torch.device) -> None:

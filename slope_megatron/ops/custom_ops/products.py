@@ -41,20 +41,20 @@ def measured(product: cusparselt.Product) -> cusparselt.Algorithm | None:
 
 @torch.library.custom_op("slope::sparse_mm", mutates_args=(), device_types="cuda")
 def sparse_mm(
-    operand: torch.Tensor, x_TS: torch.Tensor, rows: int, tiles: int, bias: torch.Tensor | None, relu: bool
+    operand: torch.Tensor, x_TS: torch.Tensor, rows: int, tiles: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Y `[T, R]`; runs the algorithm that was measured for this product, else the library's default."""
     tokens = x_TS.shape[0]
     x_TS = padded(x_TS, cusparselt.padded_tokens(tokens))
     y_TR = x_TS.new_empty((x_TS.shape[0], rows))
-    _run_tiles(operand, x_TS, y_TR, tiles, bias, relu, False)
+    _run_tiles(operand, x_TS, y_TR, tiles, bias, False)
     return y_TR[:tokens].clone() if tokens != y_TR.shape[0] else y_TR
 
 
-def _run_tiles(operand, x_TS, y_TR, tiles: int, bias, relu: bool, accumulate: bool) -> None:
+def _run_tiles(operand, x_TS, y_TR, tiles: int, bias, accumulate: bool) -> None:
     """Enqueue the product, tile by tile; X and Y hold padded tokens."""
     rows, device = y_TR.shape[1], x_TS.device.index
-    product = cusparselt.Product(rows // tiles, x_TS.shape[1], x_TS.shape[0], x_TS.dtype, device, rows, relu)
+    product = cusparselt.Product(rows // tiles, x_TS.shape[1], x_TS.shape[0], x_TS.dtype, device, rows)
     algorithm = measured(product)
     stream = torch.cuda.current_stream(device).cuda_stream
     operand_start, y_start = operand.data_ptr(), y_TR.data_ptr()
@@ -66,10 +66,9 @@ def _run_tiles(operand, x_TS, y_TR, tiles: int, bias, relu: bool, accumulate: bo
 
 
 @sparse_mm.register_kernel("cpu")
-def _(operand, x_TS, rows, tiles, bias, relu):
+def _(operand, x_TS, rows, tiles, bias):
     y_TR = x_TS @ _operand_matrix(operand, rows, x_TS.shape[1], tiles, x_TS.dtype).t()
-    y_TR = y_TR if bias is None else y_TR + bias
-    return torch.relu(y_TR) if relu else y_TR
+    return y_TR if bias is None else y_TR + bias
 
 
 def _operand_matrix(operand, rows: int, columns: int, tiles: int, dtype: torch.dtype) -> torch.Tensor:
@@ -83,7 +82,7 @@ def _operand_matrix(operand, rows: int, columns: int, tiles: int, dtype: torch.d
 
 
 @sparse_mm.register_fake
-def _(operand, x_TS, rows, tiles, bias, relu):
+def _(operand, x_TS, rows, tiles, bias):
     return x_TS.new_empty((x_TS.shape[0], rows))
 
 
@@ -94,7 +93,7 @@ def sparse_mm_add_(
     """Y `[T, R]`, contiguous, += X W^T (+ bias): sums in fp32, rounded once."""
     tokens = cusparselt.padded_tokens(y_TR.shape[0])
     padded_TR = padded(y_TR, tokens)
-    _run_tiles(operand, padded(x_TS, tokens), padded_TR, tiles, bias, False, True)
+    _run_tiles(operand, padded(x_TS, tokens), padded_TR, tiles, bias, True)
     if padded_TR.data_ptr() != y_TR.data_ptr():
         y_TR.copy_(padded_TR[: y_TR.shape[0]])
 

@@ -119,7 +119,7 @@ class AugmentedOperand(SparseOperand):
         self._set_factor(down_PS, up_RP)
         if not self.by_rows:
             hidden_TP, joined = adapters.join_input(x_TS, down_PS, self.padded, scale)
-            return products.sparse_mm(self.buffer, joined, self.rows, 1, bias_R, False), hidden_TP
+            return products.sparse_mm(self.buffer, joined, self.rows, 1, bias_R), hidden_TP
         whole = self._whole(x_TS, bias_R)
         first, second = whole[:, self.rows :].split(self.padded, 1)
         hidden_TP = (first[:, : self.rank] + second[:, : self.rank]) * scale
@@ -130,13 +130,13 @@ class AugmentedOperand(SparseOperand):
         self._ensure_algorithm(x_TS.shape[0])
         if not self.by_rows:
             joined = torch.nn.functional.pad(x_TS, (0, 2 * self.padded))
-            return products.sparse_mm(self.buffer, joined, self.rows, 1, bias_R, False)
+            return products.sparse_mm(self.buffer, joined, self.rows, 1, bias_R)
         return self._whole(x_TS, bias_R)[:, : self.rows].contiguous()
 
     def _whole(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None) -> torch.Tensor:
         """X W'^T of a row-augmented operand."""
         long_bias = None if bias_R is None else torch.nn.functional.pad(bias_R, (0, 2 * self.padded))
-        return products.sparse_mm(self.buffer, x_TS, self.outer_rows, 1, long_bias, False)
+        return products.sparse_mm(self.buffer, x_TS, self.outer_rows, 1, long_bias)
 
     def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         return y_TR.add_(self.product(x_TS, bias_R))

@@ -63,7 +63,7 @@ class CusparseltOperand(SparseOperand):
         self.set_metadata()
 
     def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-        return products.sparse_mm(self.buffer, x_TS, self.rows, self.tiles, bias_R, False)
+        return products.sparse_mm(self.buffer, x_TS, self.rows, self.tiles, bias_R)
 
     def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         products.sparse_mm_add_(y_TR, self.buffer, x_TS, self.tiles, bias_R)

@@ -1,7 +1,7 @@
 """Our own Hopper kernels (CUTLASS's collectives): values and metadata are tensors apart.
 
 T tokens, R rows and S columns of the sparse operand, N out, K in, C = K/2 kept per row.
-    slope::cutlass_mm        Y [T, R] = X [T, S] W^T (+ bias, ReLU)
+    slope::cutlass_mm        Y [T, R] = X [T, S] W^T (+ bias)
     slope::cutlass_mm_add_   Y += X W^T (+ bias), in place
     slope::packed_wgrad      the kept half [N, C] of P(dY)^T X, from an operand in CUTLASS's order of metadata
 The values are read where they lie: for the forward product in the parameter itself, so a weight has no forward operand
@@ -64,11 +64,11 @@ def _run(values_RC, metadata, x_TS, y_TR, **epilogue) -> None:
 
 @torch.library.custom_op("slope::cutlass_mm", mutates_args=(), device_types="cuda")
 def cutlass_mm(
-    values_RC: torch.Tensor, metadata: torch.Tensor, x_TS: torch.Tensor, bias_R: torch.Tensor | None, relu: bool
+    values_RC: torch.Tensor, metadata: torch.Tensor, x_TS: torch.Tensor, bias_R: torch.Tensor | None
 ) -> torch.Tensor:
     """Y `[T, R]`. Values that do not start on a line of 16 bytes are copied, which is said once."""
     y_TR = x_TS.new_empty((x_TS.shape[0], values_RC.shape[0]))
-    _run(values_RC, metadata, x_TS, y_TR, bias_R=bias_R, relu=relu)
+    _run(values_RC, metadata, x_TS, y_TR, bias_R=bias_R)
     return y_TR
 
 
@@ -77,14 +77,13 @@ def _weight(values_RC, metadata, columns: int) -> torch.Tensor:
 
 
 @cutlass_mm.register_kernel("cpu")
-def _(values_RC, metadata, x_TS, bias_R, relu):
+def _(values_RC, metadata, x_TS, bias_R):
     y_TR = x_TS @ _weight(values_RC, metadata, x_TS.shape[1]).t()
-    y_TR = y_TR if bias_R is None else y_TR + bias_R
-    return torch.relu(y_TR) if relu else y_TR
+    return y_TR if bias_R is None else y_TR + bias_R
 
 
 @cutlass_mm.register_fake
-def _(values_RC, metadata, x_TS, bias_R, relu):
+def _(values_RC, metadata, x_TS, bias_R):
     return x_TS.new_empty((x_TS.shape[0], values_RC.shape[0]))
 
 
@@ -149,7 +148,7 @@ class CutlassOperand(SparseOperand):
         return from_sm90(self.patterns.metadata_sm90(self.of), rows, columns // 4)
 
     def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-        return cutlass_mm(self.packed_values(), self.metadata, x_TS, bias_R, False)
+        return cutlass_mm(self.packed_values(), self.metadata, x_TS, bias_R)
 
     def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         cutlass_mm_add_(y_TR, self.packed_values(), self.metadata, x_TS, bias_R)

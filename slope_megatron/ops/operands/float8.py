@@ -28,7 +28,6 @@ from slope_megatron.ops.operands.reference import ReferenceOperands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.operand import metadata_e4m3, scatter_slots
-from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 OLDEST_ARCHITECTURE = (8, 9)
@@ -115,9 +114,9 @@ class Float8Operands:
             self.dense[product].copy_(self._unpacked(product))
 
     @torch.no_grad()
-    def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
-        """A new second pruning: bool `[N, C]` or its bitmask."""
-        self.patterns.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
+    def set_column_pattern(self, column_bits: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning: its bitmask, which is kept and not copied."""
+        self.patterns.column_bits = column_bits.contiguous()
         self._write_metadata(Product.DGRAD)
         self.refresh(values_NC)
         self._aimed.clear()

@@ -23,7 +23,6 @@ from slope_megatron.ops.operands.bias import WithBias
 from slope_megatron.ops.operands.cusparselt import CusparseltOperand
 from slope_megatron.ops.operands.dense import DenseOperand
 from slope_megatron.ops.operands.protocol import SparseOperand, WeightOperand, WeightPatterns, not_held
-from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.token_draws import TokenDraws
 
 LIBRARIES = libraries.load()
@@ -95,9 +94,9 @@ class PackedOperands:
                 operand.set_values(values_NC)
 
     @torch.no_grad()
-    def set_column_pattern(self, column_NC: torch.Tensor, values_NC: torch.Tensor) -> None:
-        """A new second pruning: bool `[N, C]` or its bitmask, which is kept and not copied."""
-        self.patterns.column_bits = (pack_bits(column_NC) if column_NC.dtype == torch.bool else column_NC).contiguous()
+    def set_column_pattern(self, column_bits: torch.Tensor, values_NC: torch.Tensor) -> None:
+        """A new second pruning: its bitmask, which is kept and not copied."""
+        self.patterns.column_bits = column_bits.contiguous()
         if Product.DGRAD in self.sparse:
             self.sparse[Product.DGRAD].set_metadata()
         self.refresh(values_NC)

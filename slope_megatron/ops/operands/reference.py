@@ -16,10 +16,10 @@ def unsupported() -> None:
 
 
 def build(
-    values_NC: torch.Tensor, row_NK: torch.Tensor, column_NC: torch.Tensor, products: tuple[Product, ...] = PRODUCTS
+    values_NC: torch.Tensor, row_bits: torch.Tensor, column_bits: torch.Tensor, products: tuple[Product, ...] = PRODUCTS
 ) -> "ReferenceOperands":
-    operands = ReferenceOperands(row_NK, values_NC.dtype, products)
-    operands.set_column_pattern(column_NC, values_NC)
+    operands = ReferenceOperands(unpack_bits(row_bits), values_NC.dtype, products)
+    operands.set_column_pattern(column_bits, values_NC)
     return operands
 
 
@@ -46,8 +46,8 @@ class ReferenceOperands:
             self.backward_NK.scatter_(1, self.index_NC, values_NC * self.column_NC)
 
     @torch.no_grad()
-    def set_column_pattern(self, column: torch.Tensor, values_NC: torch.Tensor) -> None:
-        self.column_NC = column if column.dtype == torch.bool else unpack_bits(column)
+    def set_column_pattern(self, column_bits: torch.Tensor, values_NC: torch.Tensor) -> None:
+        self.column_NC = unpack_bits(column_bits)
         self.refresh(values_NC)
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
