@@ -27,7 +27,7 @@ from slope_megatron.ops.backend import Product, Products, TokenDraws
 from slope_megatron.ops.operands import low_rank
 
 
-class Pending(Protocol):
+class Handle(Protocol):
     """A tensor that may still be on its way."""
 
     def wait(self) -> torch.Tensor: ...
@@ -36,17 +36,17 @@ class Pending(Protocol):
 class Communication(Protocol):
     """What a parallel layer adds around the products."""
 
-    def gather_input(self, x: torch.Tensor) -> Pending:
+    def gather_input(self, x: torch.Tensor) -> Handle:
         """The whole input, from this rank's part of the sequence."""
 
-    def reduce_input_gradient(self, dx: torch.Tensor) -> Pending:
+    def reduce_input_gradient(self, dx: torch.Tensor) -> Handle:
         """This rank's part of the sum of dX over the ranks."""
 
-    def reduce_adapter_gradients(self, dl: torch.Tensor, dr: torch.Tensor) -> tuple[Pending, Pending]:
+    def reduce_adapter_gradients(self, dl: torch.Tensor, dr: torch.Tensor) -> tuple[Handle, Handle]:
         """The adapters' gradients, summed over the ranks where a factor is replicated."""
 
 
-class Arrived:
+class Ready:
     """A pending tensor that is already here."""
 
     def __init__(self, tensor: torch.Tensor):
@@ -59,18 +59,18 @@ class Arrived:
 class NoCommunication:
     """One rank holds everything."""
 
-    def gather_input(self, x: torch.Tensor) -> Arrived:
-        return Arrived(x)
+    def gather_input(self, x: torch.Tensor) -> Ready:
+        return Ready(x)
 
-    def reduce_input_gradient(self, dx: torch.Tensor) -> Arrived:
-        return Arrived(dx)
+    def reduce_input_gradient(self, dx: torch.Tensor) -> Ready:
+        return Ready(dx)
 
-    def reduce_adapter_gradients(self, dl: torch.Tensor, dr: torch.Tensor) -> tuple[Arrived, Arrived]:
-        return Arrived(dl), Arrived(dr)
+    def reduce_adapter_gradients(self, dl: torch.Tensor, dr: torch.Tensor) -> tuple[Ready, Ready]:
+        return Ready(dl), Ready(dr)
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class ProductOptions:
     """What a product takes besides tensors; the fields are those arguments of `slope_linear`."""
 
     communication: Communication
@@ -84,8 +84,8 @@ class SlopeLinearFunction(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Products, how: "How"):
-        communication = how.communication
+    def forward(ctx, x, values_NC, adapter_l_RK, adapter_r_NR, operands: Products, options: "ProductOptions"):
+        communication = options.communication
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
         hidden_TR = None
@@ -95,8 +95,8 @@ class SlopeLinearFunction(torch.autograd.Function):
             scale = 1.0 / adapter_l_RK.shape[0]
             y_TN, hidden_TR = low_rank.product(operands, Product.FORWARD, x_TK, adapter_l_RK, adapter_r_NR, scale)
         # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
-        ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *how.patterns)
-        ctx.operands, ctx.how = operands, how
+        ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *options.patterns)
+        ctx.operands, ctx.options = operands, options
         return y_TN.unflatten(0, full_x.shape[:-1])
 
     @staticmethod
@@ -106,9 +106,9 @@ class SlopeLinearFunction(torch.autograd.Function):
             with torch.autocast(dy.device.type, enabled=False):
                 return SlopeLinearFunction.backward(ctx, dy)
         x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *_ = ctx.saved_tensors
-        operands, communication, prune = ctx.operands, ctx.how.communication, ctx.how.prune
-        if ctx.how.before_backward:
-            ctx.how.before_backward(values_NC)
+        operands, communication, prune = ctx.operands, ctx.options.communication, ctx.options.prune
+        if ctx.options.before_backward:
+            ctx.options.before_backward(values_NC)
         need_dx, need_values = ctx.needs_input_grad[:2]
         # Of two factors one may be frozen: autograd drops a gradient that nobody wants.
         need_adapters = any(ctx.needs_input_grad[2:4])
@@ -136,7 +136,7 @@ class SlopeLinearFunction(torch.autograd.Function):
                 # Both hiddens have their 1/R already.
                 dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
                 adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
-            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.how.draws) if need_values else None
+            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.options.draws) if need_values else None
         dx = reducing.wait() if reducing else None
         dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
         return dx, dvalues_NC, dl_RK, dr_NR, None, None
@@ -169,12 +169,10 @@ def slope_linear(
     Raises:
         RuntimeError: in backward, autograd's own: the values or a pattern were written in place after forward.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        # Operands are of one type: what autocast would make of the other factor cannot be multiplied with them.
-        options = {"adapters": adapters, "communication": communication, "prune": prune, "draws": draws}
-        options |= {"patterns": patterns, "before_backward": before_backward}
-        with torch.autocast(x.device.type, enabled=False):
-            return slope_linear(x.to(values_NC.dtype), values_NC, operands, **options)
-    adapter_l, adapter_r = adapters or (None, None)
-    how = How(communication or NoCommunication(), prune, draws, patterns, before_backward)
-    return SlopeLinearFunction.apply(x, values_NC, adapter_l, adapter_r, operands, how)
+    options = ProductOptions(communication or NoCommunication(), prune, draws, patterns, before_backward)
+    arguments = (values_NC, *(adapters or (None, None)), operands, options)
+    if not torch.is_autocast_enabled(x.device.type):
+        return SlopeLinearFunction.apply(x, *arguments)
+    # Operands are of one type: what autocast would make of the other factor cannot be multiplied with them.
+    with torch.autocast(x.device.type, enabled=False):
+        return SlopeLinearFunction.apply(x.to(values_NC.dtype), *arguments)

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from slope_megatron.linear import Arrived
+from slope_megatron.linear import Ready
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class TensorParallelCommunication:
     def gather_input(self, x: torch.Tensor):
         """`[s/TP, ...]` -> `[s, ...]` under sequence parallelism, else `x` itself."""
         if not self.sequence_parallel:
-            return Arrived(x)
+            return Ready(x)
         whole = x.new_empty((x.shape[0] * self.group.size(), *x.shape[1:]))
         return InFlight(dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group, async_op=True), whole)
 
@@ -48,15 +48,15 @@ class TensorParallelCommunication:
         if self.sequence_parallel:
             part = dx.new_empty((dx.shape[0] // self.group.size(), *dx.shape[1:]))
             return InFlight(dist.reduce_scatter_tensor(part, dx.contiguous(), group=self.group, async_op=True), part)
-        return self._all_reduce(dx) if self.allreduce_dgrad else Arrived(dx)
+        return self._all_reduce(dx) if self.allreduce_dgrad else Ready(dx)
 
     def reduce_adapter_gradients(self, dl: torch.Tensor, dr: torch.Tensor):
         """The replicated factor's gradient summed over the ranks, the other one as it is: `(dl, dr)`, both pending."""
         if self.group.size() == 1:
-            return Arrived(dl), Arrived(dr)
+            return Ready(dl), Ready(dr)
         if self.replicated_adapter == "l":
-            return self._all_reduce(dl), Arrived(dr)
-        return Arrived(dl), self._all_reduce(dr)
+            return self._all_reduce(dl), Ready(dr)
+        return Ready(dl), self._all_reduce(dr)
 
     def _all_reduce(self, tensor: torch.Tensor) -> InFlight:
         tensor = tensor.contiguous()

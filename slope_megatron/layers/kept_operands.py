@@ -2,10 +2,11 @@
 
 Autograd's version counters miss fused optimizers and writes through `.data`; addresses and objects miss writes in
 place. So a layer that nobody tells of changes brings its operands up to date wherever an optimizer may have come before
-(`PrunedLinear.watches_values` says where); elsewhere it looks at all three (`Seen`).
+(`PrunedLinear.watches_values` says where); elsewhere it looks at all three (`TensorSnapshot`).
 
 A backward product may come after others have been multiplied with these operands: under a pipeline, or where
-`torch.func.functional_call` gives one weight after the other. `recall` then brings them back to what forward read.
+`torch.func.functional_call` gives one weight after the other. `restore_for_backward` then brings them back to what
+forward read.
 """
 
 import weakref
@@ -33,7 +34,7 @@ def lent(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.is_leaf else weight.detach()
 
 
-class Seen:
+class TensorSnapshot:
     """One tensor as it was when operands were made of it: which one, where it lay, how often it had been written.
 
     Nothing is kept alive by this; and as long as it is here, no other memory can be taken for the one seen.
@@ -53,7 +54,7 @@ class Seen:
         here = tensor.untyped_storage()._cdata == self.storage.cdata and tensor.data_ptr() == self.address
         return here and self.unwritten(tensor)
 
-    def still(self, tensor: torch.Tensor) -> bool:
+    def is_same(self, tensor: torch.Tensor) -> bool:
         """Whether it is the very tensor that was seen, in the same place, and unwritten."""
         return self.tensor() is tensor and self.same_memory(tensor)
 
@@ -73,8 +74,8 @@ class KeptOperands(Generic[Made]):
         # Counts refreshes: a backward product asks whether there were any since its forward.
         self.generation = 0
         # Whether the values may change, unseen, before the next product.
-        self.suspect = False
-        self.weight, self.patterns = Seen(weight), tuple(Seen(pattern) for pattern in patterns)
+        self.may_be_stale = False
+        self.weight, self.patterns = TensorSnapshot(weight), tuple(TensorSnapshot(pattern) for pattern in patterns)
 
     def fits(self, weight: torch.Tensor) -> bool:
         """Whether these operands can take the values at all; others must be built for another shape, type or device."""
@@ -85,25 +86,25 @@ class KeptOperands(Generic[Made]):
         seen = [before.unwritten(now) for before, now in zip(self.patterns, patterns, strict=True)]
         return self.weight.unwritten(weight), all(seen)
 
-    def still(self, patterns: tuple[torch.Tensor, ...]) -> bool:
+    def is_same(self, patterns: tuple[torch.Tensor, ...]) -> bool:
         """Whether the patterns are those that were seen."""
-        return all(before.still(now) for before, now in zip(self.patterns, patterns, strict=True))
+        return all(before.is_same(now) for before, now in zip(self.patterns, patterns, strict=True))
 
     def refresh(self, weight: torch.Tensor) -> None:
         """Bring the operands up to the present values; the patterns are the same."""
         self.operands.refresh(lent(weight))
-        self.follows(weight)
+        self.mark_fresh(weight)
 
-    def follows(self, weight: torch.Tensor) -> None:
+    def mark_fresh(self, weight: torch.Tensor) -> None:
         """The operands are those of the present values now."""
-        self.weight, self.generation, self.suspect = Seen(weight), self.generation + 1, False
+        self.weight, self.generation, self.may_be_stale = TensorSnapshot(weight), self.generation + 1, False
 
     def rebind(self, weight: torch.Tensor) -> None:
         """The same values may lie elsewhere: for operands that read them where they are."""
         if hasattr(self.operands, "rebind"):
             self.operands.rebind(lent(weight))
 
-    def recall(self, generation: int, weight: torch.Tensor) -> None:
+    def restore_for_backward(self, generation: int, weight: torch.Tensor) -> None:
         """Before a backward product: the operands of what forward read, which autograd has saved and checked.
 
         Args:
@@ -112,4 +113,4 @@ class KeptOperands(Generic[Made]):
         if generation != self.generation and not self.weight.same_memory(weight):
             self.refresh(weight)
         # A gradient: the values are about to change.
-        self.suspect = True
+        self.may_be_stale = True

@@ -15,8 +15,8 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.kept_operands import KeptOperands, Seen, lent
-from slope_megatron.layers.passing_operands import PassingOperands
+from slope_megatron.layers.ephemeral_operands import EphemeralOperands
+from slope_megatron.layers.kept_operands import KeptOperands, TensorSnapshot, lent
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.ops.backend import PRODUCTS, Operands, Product, TokenDraws, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
@@ -129,8 +129,8 @@ class PackedWeight(PrunedLinear):
             self.drop_operands()
             return
         kept.operands.set_column_pattern(self.weight_column, values)
-        kept.follows(self.weight)
-        kept.patterns = (*kept.patterns[:-1], Seen(self.weight_column))
+        kept.mark_fresh(self.weight)
+        kept.patterns = (*kept.patterns[:-1], TensorSnapshot(self.weight_column))
 
     def build_operands(self, weight: torch.Tensor) -> Operands:
         return self.new_operands(weight, PRODUCTS)
@@ -166,7 +166,7 @@ class PackedWeight(PrunedLinear):
         """The kept operands; or, where the values are here only while the layer computes, some built for each use."""
         if self.keep_operands:
             return super().product_operands(weight)
-        return PassingOperands(self.new_operands, weight), None
+        return EphemeralOperands(self.new_operands, weight), None
 
     def gradient_draws(self) -> TokenDraws | None:
         """In `full` mode wgrad reads an unbiased 2:4 estimate of dY."""

@@ -149,8 +149,8 @@ class PrunedLinear(torch.nn.Module):
             same_values, same_patterns = kept.unwritten(weight, patterns)
         else:
             # A capture has to record the refresh, also where nothing has changed yet.
-            quiet = not (training or kept.suspect or waits or self._captured)
-            same_values, same_patterns = quiet and kept.weight.still(weight), kept.still(patterns)
+            unchanged = not (training or kept.may_be_stale or waits or self._captured)
+            same_values, same_patterns = unchanged and kept.weight.is_same(weight), kept.is_same(patterns)
         if kept is None or not same_patterns:
             # Others may still be wanted by a backward pass: new ones, not these ones changed.
             kept = self._kept = KeptOperands(self.build_operands(weight), weight, patterns)
@@ -158,7 +158,7 @@ class PrunedLinear(torch.nn.Module):
             kept.refresh(weight)
         else:
             kept.rebind(weight)
-        kept.suspect = self.watches_values and (training or waits)
+        kept.may_be_stale = self.watches_values and (training or waits)
         return kept
 
     def operands(self) -> Following:
@@ -184,8 +184,8 @@ class PrunedLinear(torch.nn.Module):
     def product_operands(self, weight: torch.Tensor) -> tuple[Products, Callable[[torch.Tensor], None] | None]:
         """The operands that the next product with `weight` reads, and what `slope_linear` calls before backward."""
         kept = self.present_operands(weight)
-        recall = functools.partial(kept.recall, kept.generation) if self.watches_values else None
-        return kept.operands, recall
+        restore = functools.partial(kept.restore_for_backward, kept.generation) if self.watches_values else None
+        return kept.operands, restore
 
     def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What dgrad and wgrad read instead of dY; None: dY itself."""
@@ -197,15 +197,18 @@ class PrunedLinear(torch.nn.Module):
 
     def _forward_impl(self, input, weight, *, bias, allreduce_dgrad, sequence_parallel, tp_group=None, **_):
         """Megatron's hook for the product itself; gathers and reductions around it are Megatron's own."""
-        if torch.is_inference_mode_enabled():
-            # Operands that are made here stay: made of inference tensors, they could never be refreshed in training.
-            keywords = {"bias": bias, "allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
-            with torch.inference_mode(False), torch.no_grad():
-                return self._forward_impl(input, weight, **keywords)
+        multiply = self._multiply
         if self.watches_values and torch.compiler.is_compiling():
             # Whether values have changed is not for torch.compile to trace.
-            keywords = {"bias": bias, "allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
-            return torch.compiler.disable(self._forward_impl)(input, weight, **keywords)
+            multiply = torch.compiler.disable(multiply)
+        arguments = (input, weight, bias, allreduce_dgrad, sequence_parallel)
+        if not torch.is_inference_mode_enabled():
+            return multiply(*arguments)
+        # Operands that are made here stay: made of inference tensors, they could never be refreshed in training.
+        with torch.inference_mode(False), torch.no_grad():
+            return multiply(*arguments)
+
+    def _multiply(self, input, weight, bias, allreduce_dgrad: bool, sequence_parallel: bool) -> torch.Tensor:
         communication = TensorParallelCommunication(
             group=self.tp_group,
             sequence_parallel=sequence_parallel,

@@ -128,25 +128,25 @@ def measure(operands: PackedOperands, key: Key, device: torch.device, *, rounds:
     x_TS, down_PS, up_RP = random(key.tokens, key.columns), random(rank, key.columns), random(key.rows, rank)
     # Terms of the size of Y's own, the hardest case for the rounding of the one that comes first.
     scale = float(_multiply(operands, product, x_TS)[:64].float().std()) / (rank * key.columns) ** 0.5
-    ways: dict[Strategy, Callable[[], torch.Tensor]] = {
+    strategies: dict[Strategy, Callable[[], torch.Tensor]] = {
         Strategy.LAST: lambda: _last(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP)
     }
     if adapters.suits_kernel(key.tokens, rank):
-        ways[Strategy.KERNELS] = lambda: _by_kernels(operands, product, x_TS, down_PS, up_RP, scale)[0]
-    ways[Strategy.FIRST] = lambda: _first(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP)
+        strategies[Strategy.KERNELS] = lambda: _by_kernels(operands, product, x_TS, down_PS, up_RP, scale)[0]
+    strategies[Strategy.FIRST] = lambda: _first(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP)
     if operands.can_augment(product, key.tokens, rank):
         strategy = augmented.strategy_for(key.rows, key.columns)
         copy = operands.augmented_copy(product, strategy, rank)
-        ways[strategy] = lambda: copy.with_adapters(x_TS, down_PS, up_RP, scale)[0]
-    expected = ways[Strategy.LAST]().float()
-    for name in [name for name in ways if name is not Strategy.LAST]:
-        problem = wrong(ways[name], expected)
+        strategies[strategy] = lambda: copy.with_adapters(x_TS, down_PS, up_RP, scale)[0]
+    expected = strategies[Strategy.LAST]().float()
+    for name in [name for name in strategies if name is not Strategy.LAST]:
+        problem = wrong(strategies[name], expected)
         if problem:
             logger.warning("%s: strategy %s is not used: %s", key, name, problem)
-            del ways[name]
+            del strategies[name]
     del expected
-    rough = timing.median(timing.interleaved({"": ways[Strategy.LAST]}, rounds=3, calls=1)[""])
-    samples = timing.interleaved(ways, rounds=rounds, calls=timing.calls_for(rough))
+    rough = timing.median(timing.interleaved({"": strategies[Strategy.LAST]}, rounds=3, calls=1)[""])
+    samples = timing.interleaved(strategies, rounds=rounds, calls=timing.calls_for(rough))
     times = {name: timing.median(values) for name, values in samples.items()}
     torch.cuda.empty_cache()
     return AdapterChoice(min(times, key=times.__getitem__), {name.value: ms for name, ms in times.items()})

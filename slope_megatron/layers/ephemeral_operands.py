@@ -7,7 +7,7 @@ import torch
 from slope_megatron.ops.backend import Operands, Product, TokenDraws
 
 
-class PassingOperands:
+class EphemeralOperands:
     """Built from the values for each use and dropped after it: in forward, and once in backward for both products.
 
     The memory is scratch: the next layer's operands take it. The weight must be gathered whenever a product is asked
