@@ -1,15 +1,17 @@
 """`.metadata` of torch's distributed checkpoints, which is a pickle, read without executing anything.
 
 A pickle names the classes and functions that build what it holds, and Python's own reader calls whatever it names. This
-one knows the few names that torch and megatron-core write there (torch 2.0 to 2.13), and none that acts.
+one knows the few names that torch and megatron-core write there (torch 2.0 to 2.13), and none that acts. It also sets
+attributes of the objects that it has built alone: a class or function that it names belongs to the whole process.
 """
 
 import collections
 import io
 import pathlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed._shard.sharded_tensor import metadata as metadata_of_before
@@ -31,6 +33,8 @@ CLASSES = (
     metadata_of_before.MEM_FORMAT_ENCODING,
 )
 ENUMERATIONS = (metadata._MEM_FORMAT_ENCODING, metadata_of_before.MEM_FORMAT_ENCODING)
+# Whose instances have attributes of their own; the members of an enumeration are everybody's.
+BUILT = {*CLASSES, collections.OrderedDict} - set(ENUMERATIONS)
 
 
 class Refused(ValueError):
@@ -46,7 +50,8 @@ def member(owner: Any, name: str) -> Any:
 
 def layout(name: str) -> torch.layout:
     """`torch.strided` and its like, by name."""
-    found = getattr(torch, name.removeprefix("torch."), None)
+    # Not by `getattr`, which imports parts of torch that are loaded on demand.
+    found = vars(torch).get(name.removeprefix("torch."))
     if not isinstance(found, torch.layout):
         raise Refused(f"a layout named {name!r}")
     return found
@@ -67,14 +72,37 @@ ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class Unpickler(pickle.Unpickler):
-    """Builds what `ALLOWED` names and refuses the rest."""
+class Unpickler(pickle._Unpickler):
+    """Builds what `ALLOWED` names and refuses the rest.
+
+    Python's reader in Python: the one in C does not let a subclass see whose attributes are set.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # type: ignore[assignment]
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return ALLOWED[module, name]
         except KeyError:
             raise Refused(f"{module}.{name}") from None
+
+    def get_extension(self, code: int) -> Any:
+        """A name by its number in a table of this process, which is looked up past `find_class` the second time."""
+        raise Refused(f"extension {code}")
+
+    def load_build(self) -> None:
+        """Set attributes: of what was built here, and never of a class, a function or a constant.
+
+        Raises:
+            Refused: it is one of those.
+        """
+        target = self.stack[-2]
+        if type(target) not in BUILT:
+            raise Refused(f"attributes of {target!r}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def read_metadata(content: bytes, path: Path) -> metadata.Metadata:
