@@ -274,8 +274,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         manifest = prepare(arguments.source, out / "data", **{name: getattr(arguments, name) for name in PREPARED})
     except ValueError:
-        if not (out / "data").exists():
-            folders.remove(out)  # an unusable corpus leaves nothing behind
+        # An unusable corpus leaves nothing behind. Whatever else is there is somebody's work: trained runs whose data
+        # was moved away, or the parts of another process that is preparing now.
+        if folders.is_free(out, apart_from=(MARK,)):
+            folders.remove(out)
         raise
     finish("data")
     # Measured once: a run that goes on keeps its type.

@@ -1,7 +1,9 @@
 """`slope quickstart` in miniature, its report, and what it refuses."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -185,3 +187,38 @@ def test_a_resumed_quickstart_keeps_what_it_knew_and_a_finished_one_is_left_alon
     assert "quickstart.json is damaged: it is no JSON" in capsys.readouterr().err
     assert main([*flags, "--overwrite"]) == 0
     assert out.is_symlink() and played[3:] == [("sparse", "bf16-3"), ("dense", "bf16-3")]
+
+
+def test_a_corpus_that_is_gone_costs_no_trained_run(played, texts, tmp_path, capsys):
+    """The data is moved away after the sparse run, and the texts with it."""
+    from slope_megatron.cli import main
+
+    source = shutil.copytree(texts, tmp_path / "texts")
+    out = tmp_path / "out"
+    flags = ["quickstart", "--source", str(source), "--out", str(out), "--steps", "20", *SMALL]
+    assert main(flags) == 2 and "exit code 75" in capsys.readouterr().err
+    shutil.move(out / "data", tmp_path / "moved")
+    shutil.rmtree(source)
+    before = sorted(path.relative_to(out) for path in out.rglob("*"))
+    assert main([*flags, "--resume"]) == 2
+    assert "slope: error:" in capsys.readouterr().err
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == before
+    assert (out / "sparse" / "summary.json").is_file()
+
+
+def test_a_quickstart_that_is_preparing_is_not_removed_by_a_second_one(texts, tmp_path, monkeypatch, capsys):
+    from slope_megatron.cli import main
+    from slope_megatron.data import prepare, scratch
+
+    out = tmp_path / "out"
+    original = prepare.prepare
+    with contextlib.ExitStack() as other:
+
+        def second(source, folder, **settings):
+            other.enter_context(scratch.workspace_beside(folder, {}))
+            return original(source, folder, **settings)
+
+        monkeypatch.setattr(prepare, "prepare", second)
+        assert main(["quickstart", "--source", str(texts), "--out", str(out), "--steps", "20", *SMALL]) == 2
+        assert "another process is preparing" in capsys.readouterr().err
+        assert (out / "quickstart.json").is_file() and list(out.glob(".data.*/identity.json"))
