@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from slope_megatron.cli.parser import BAD_INPUT
 from slope_megatron.config import Config, add_config_arguments, read_config
 from slope_megatron.versions import check_core
 
@@ -164,6 +165,7 @@ def train(config: Config, origins: dict[str, str], launcher: "Launcher | None" =
     from slope_megatron.training.pretrain import pretrain
     from slope_megatron.training.telemetry.memory import OutOfMemory
     from slope_megatron.training.watch.bad_steps import Diverged
+    from slope_megatron.training.watch.meeting import NotMet
 
     try:
         summary = pretrain(config, origins, launcher)
@@ -173,10 +175,10 @@ def train(config: Config, origins: dict[str, str], launcher: "Launcher | None" =
     except Diverged as error:
         say(f"slope: error: {error}")
         return DIVERGED
-    except OutOfMemory as error:
-        # Each rank has its own device.
+    except (NotMet, OutOfMemory) as error:
+        # On every rank: each has its own device, and one that has not met the first may be the only one to be heard.
         print(f"slope: error: {error}", file=sys.stderr, flush=True)
-        return OUT_OF_MEMORY
+        return BAD_INPUT if isinstance(error, NotMet) else OUT_OF_MEMORY
     loss = summary["val_loss"]
     found = "nothing validated" if loss is None else f"validation loss {loss:.4f} nats per token"
     say(f"{config.train.out}: step {summary['steps']}, {found}")

@@ -1,7 +1,6 @@
 """--grad-reduce-dtype: gradients are summed over the replicas in the type that was asked for, at every ZeRO stage."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from helpers.models import build_engine, go_on, small_config, step_batches
 from helpers.numerics import relative_error
 from helpers.resumed_runs import assert_same, resumed, uninterrupted
 from helpers.zero_runs import OFFLOAD, check_exact_resume, config_of
-from slope_megatron.cli import bench
 
 
 def errors(config, dtype):
@@ -77,7 +75,6 @@ def test_auto_is_fp32_for_bf16s_sums_and_else_the_parameters_type(ranks):
 
 def sent(config, dtype):
     """Bytes of gradients that this rank sends in a step, and the formula's."""
-    sys.path.insert(0, str(bench.FOLDER))
     from megatron.core import parallel_state
 
     from slope_megatron.bench.collectives import Counted

@@ -1,11 +1,17 @@
 """Ranks meet: whoever does not come is named, and so are two that have taken one GPU."""
 
+import datetime
 import logging
+import os
+import sys
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from helpers.servers import fork_server
+from slope_megatron.launch.ports import free_port
 from slope_megatron.training.watch import meeting
 
 
@@ -54,10 +60,68 @@ def test_one_gpu_for_two_ranks_is_refused_on_all():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_place_where_nobody_answers_is_said(rank, monkeypatch):
-    import datetime
-
     for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "203.0.113.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(ValueError, match=rf"rank {rank} .* 203\.0\.113\.1:1 \("):
         meeting.meet(datetime.timedelta(seconds=1))
+
+
+def come(rank: int, world: int, port: int, seconds: float, folder) -> None:
+    """One rank of a program that is started: it meets the others, sums with them, and says how that went."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    meeting.QUIET_SECONDS = 0.5
+    logging.basicConfig(filename=folder / f"{rank}.log", level=logging.WARNING, force=True)
+    try:
+        store = meeting.meet(datetime.timedelta(seconds=seconds))
+        dist.init_process_group("gloo")
+        del store
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        said = f"sum {total.item():g}"
+        dist.barrier()
+    except ValueError as error:
+        said = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.said").write_text(said)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def processes_meet(ranks, world, seconds, folder) -> tuple[set[str], str]:
+    """What ranks in processes of their own said at the end, and rank 0 meanwhile."""
+    port, context = free_port(), fork_server()
+    started = [context.Process(target=come, args=(rank, world, port, seconds, folder)) for rank in ranks]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        assert process.exitcode == 0
+    return {(folder / f"{rank}.said").read_text() for rank in ranks}, (folder / "0.log").read_text()
+
+
+def test_over_a_real_store_who_is_missing_is_named_on_every_rank(tmp_path):
+    said, meanwhile = processes_meet([0, 1], 3, 2.0, tmp_path)
+    named = "of 3 ranks that are to meet at 127.0.0.1:"
+    assert f"waiting: {named}" in meanwhile and "1 have not come (rank 2)" in meanwhile
+    [one] = said
+    assert one.startswith(f"NotMet: {named}") and "1 have not come (rank 2) after 2 s: start all of them" in one
+
+
+def test_over_a_real_store_all_meet_and_go_on(tmp_path):
+    said, _ = processes_meet([0, 1, 2], 3, 30.0, tmp_path)
+    assert said == {"sum 3"}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_rank_says_that_it_has_not_met_the_others(rank, monkeypatch, capsys):
+    from slope_megatron.cli import pretrain as program
+    from slope_megatron.training import pretrain
+
+    def refuse(*_):
+        raise meeting.NotMet("rank 2 has not come")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(pretrain, "pretrain", refuse)
+    assert program.train(None, {}) == 2
+    assert capsys.readouterr().err == "slope: error: rank 2 has not come\n"

@@ -1,7 +1,8 @@
 """Before the first collective: have all ranks come? A wait says for whom; a GPU that two ranks took is refused.
 
-torch's own rendezvous waits for half an hour and names nobody. All ranks leave a word in the store at which torch will
-meet, and rank 0, which reads them, tells all how it went.
+torch's own rendezvous waits for half an hour and names nobody: rank 0 opens the store, and cannot look into it before
+all have come. So the store is opened here, without that wait. All ranks leave a word in it, rank 0, which reads them,
+tells all how it went, and torch meets at the same store.
 """
 
 import contextlib
@@ -22,9 +23,15 @@ logger = logging.getLogger(__name__)
 # Nobody is missed for so long, and is named again after so long.
 QUIET_SECONDS, REPEAT_SECONDS = 20.0, 60.0
 POLL_SECONDS = 0.1
+# Rank 0's store is gone with its process: before it ends, those that have come hear why.
+FAREWELL_SECONDS = 10.0
 MOST_NAMED = 16
 SHARE_GPUS = "SLOPE_SHARE_GPUS"
 READY = "ready"
+
+
+class NotMet(ValueError):
+    """The run cannot begin. Every rank says it: which of them somebody looks at, and which is missing, is not known."""
 
 
 def meet(timeout: datetime.timedelta):
@@ -33,7 +40,7 @@ def meet(timeout: datetime.timedelta):
     Returns:
         the store, to be kept until torch has opened its own: rank 0's serves both. None for a single rank.
     Raises:
-        ValueError: on all ranks alike: some did not come, or two have the same GPU.
+        NotMet: on all ranks alike: some did not come, or two have the same GPU; on this one: rank 0 does not answer.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world == 1:
@@ -46,17 +53,29 @@ def meet(timeout: datetime.timedelta):
         what, way_out = f"rank {rank} gets no answer from rank 0 at {where}", "is rank 0 started, and that port open?"
     try:
         with saying(f"rank {rank} of {world} waits for rank 0 at {where}, which does not answer yet"):
-            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store = open_store(rank, world, timeout)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{what} ({str(error).splitlines()[0]}): {way_out}") from None
+        raise NotMet(f"{what} ({str(error).splitlines()[0]}): {way_out}") from None
     # A launcher that starts ranks again keeps its store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     words = dist.PrefixStore(f"slope/{attempt}", store)
     try:
         gather(words, rank, world, own_gpu(), where, timeout.total_seconds())
     except dist.DistNetworkError as error:
-        raise ValueError(f"rank {rank} has lost rank 0 at {where} ({str(error).splitlines()[0]}): see why") from None
+        raise NotMet(f"rank {rank} has lost rank 0 at {where} ({str(error).splitlines()[0]}): see why") from None
     return store
+
+
+def open_store(rank: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The store of `env://`, which torch opens a second time in the same process; rank 0's waits for nobody.
+
+    Raises:
+        RuntimeError: rank 0 cannot open its port, or does not answer within `timeout`.
+    """
+    # torchrun may serve it: then rank 0 is one of those that ask.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, world, serves, timeout, wait_for_workers=False, multi_tenant=True)
 
 
 def own_gpu() -> str:
@@ -79,11 +98,21 @@ def gather(store, rank: int, world: int, gpu: str, where: str, seconds: float) -
         with saying(f"rank {rank} of {world} waits at {where} for what rank 0 finds, which names who is missing"):
             while not store.check(["answer"]):
                 if time.monotonic() > until:
-                    raise ValueError(f"rank {rank} has heard nothing of rank 0 for {2 * seconds:.0f} s: see its output")
+                    raise NotMet(f"rank {rank} has heard nothing of rank 0 for {2 * seconds:.0f} s: see its output")
                 time.sleep(POLL_SECONDS)
     answer = store.get("answer").decode()
     if answer != READY:
-        raise ValueError(answer)
+        store.add("heard", 1)
+        if rank == 0:
+            await_heard(store)
+        raise NotMet(answer)
+
+
+def await_heard(store) -> None:
+    """Keep rank 0's store until all that have come know why the run does not begin, or do not ask any more."""
+    until = time.monotonic() + FAREWELL_SECONDS
+    while store.add("heard", 0) < store.add("come", 0) and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
 
 
 def await_all(store, world: int, where: str, seconds: float) -> str:
