@@ -51,10 +51,16 @@ class DataCheck:
             manifest.verify(self.folder, names.__contains__)
         except ValueError as error:
             return str(error)
+        except OSError as error:
+            return f"{self.folder} cannot be read ({files.reason(error)}): make it readable, or put it on another disk"
         return None
 
     def compare_later(self, names: set[str]) -> None:
-        self.problem = self.compare(names)
+        """In the thread. It never ends without a word: data of which nothing is said counts as whole."""
+        try:
+            self.problem = self.compare(names)
+        except BaseException as error:
+            self.problem = f"{self.folder} could not be compared with what was written ({files.reason(error)})"
 
     def busy(self) -> bool:
         """Whether this rank still reads."""

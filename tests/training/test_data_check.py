@@ -73,3 +73,41 @@ def test_one_rank_reads_for_all_that_see_the_same_files(ranks, data, tmp_path):
     other = shutil.copytree(data, tmp_path / "other")
     assert ranks.run(both_see, data, [data, data], world=2) == [1, 0]
     assert ranks.run(both_see, data, [data, other], world=2) == [1, 1]
+
+
+def heard_of_a_sick_disk(folder, error, large):
+    """What this rank hears where every byte that is read fails: at once, or of the thread."""
+    from slope_megatron.data import manifest
+    from slope_megatron.training import data_check
+
+    def fail(*_):
+        raise error
+
+    sizes = {name: entry["bytes"] for name, entry in manifest.load_manifest(folder)["files"].items()}
+    manifest.verify = fail
+    data_check.AT_ONCE = 0 if large else 1 << 30
+    if not large:
+        try:
+            data_check.DataCheck(folder, sizes)
+        except ValueError as refused:
+            return str(refused)
+        return None
+    data_check.DataCheck.compare, compare = lambda self, names: None, data_check.DataCheck.compare
+    check = data_check.DataCheck(folder, sizes)
+    if check.thread:
+        check.thread.join()
+        data_check.DataCheck.compare = compare
+        check.compare_later(set())
+    return check.problem
+
+
+def test_a_disk_that_cannot_be_read_is_no_whole_data(ranks, data):
+    said = f"{data} cannot be read (Input/output error): make it readable, or put it on another disk"
+    error = OSError(5, "Input/output error")
+    assert ranks.run(heard_of_a_sick_disk, data, error, False, world=2) == [said, said]
+    assert ranks.run(heard_of_a_sick_disk, data, error, True, world=2) == [said, None]
+
+
+def test_a_reader_that_breaks_says_so(ranks, data):
+    [said, nothing] = ranks.run(heard_of_a_sick_disk, data, MemoryError("no room"), True, world=2)
+    assert "could not be compared with what was written (" in said and "no room" in said and nothing is None
