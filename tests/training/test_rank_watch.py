@@ -6,6 +6,8 @@ Many ranks, all of them in this process: their files are real, their processes a
 import dataclasses
 import os
 import random
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -195,6 +197,59 @@ def test_a_full_disk_does_not_keep_the_verdict_from_the_others(tmp_path, monkeyp
     with pytest.raises(Left):
         cluster.watches[20].look([])
     assert capsys.readouterr().err == "", "it ends by what rank 6 found"
+
+
+def test_a_rank_that_can_read_no_file_of_the_others_ends_by_its_own_word(tmp_path, monkeypatch, capsys):
+    """RUN/ranks is gone, or its disk: whoever hangs does not hang for ever."""
+    cluster = Cluster(tmp_path, LAYOUTS["blocks"], monkeypatch, hang_timeout=30.0)
+    watch = cluster.watches[3]
+    watch.reach(4, "gradients")
+    shutil.rmtree(tmp_path / "ranks")
+    ended = None
+    for _ in range(30):
+        cluster.now += 5.0
+        try:
+            watch.look([])
+        except Left as left:
+            ended = left.args[0]
+            break
+    assert ended == rank_watch.DEAD_PEER_EXIT_CODE
+    said = capsys.readouterr().err
+    assert "slope: error: rank 3 (process 1003 on node0) in step 5, gradients, at " in said
+    assert "hangs: no progress for more than 30 seconds (--hang-timeout) (no other rank can be heard); the run" in said
+
+
+def test_a_turn_that_fails_is_said_once_and_signals_are_still_heeded(tmp_path, monkeypatch, capsys):
+    watch = rank_watch.RankWatch(tmp_path, [process.here(0)], 0, lambda: "All is saved.")
+    monkeypatch.setattr(rank_watch, "POLL_SECONDS", 0.01)
+    turns = []
+
+    def fail():
+        turns.append(len(turns))
+        raise RuntimeError("nobody has thought of this")
+
+    watch.dead = fail
+    watch.start()
+    try:
+        while len(turns) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert watch.stop_requested.wait(10)
+    finally:
+        watch.stop()
+    said = capsys.readouterr().err
+    assert said.count("rank 0: looking after the ranks failed, and is tried again") == 1
+    assert "RuntimeError: nobody has thought of this" in said and "rank 0 got SIGUSR1: saving after this step" in said
+
+
+def test_another_users_process_whose_start_is_hidden_is_there(monkeypatch):
+    def hidden(path):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert process.born(1) == -1
+    monkeypatch.undo()
+    assert process.born(2**22 + 1) is None and process.born(os.getpid()) > 0
 
 
 TOUCHED: list = []

@@ -70,15 +70,16 @@ class Judge:
         self.elected, self.rules_after, self.hears_since = False, None, None
 
     def beats(self) -> list[Heartbeat]:
-        """The last word of every rank that has announced itself and is not done."""
+        """The last word of every rank that has announced itself and is not done; where no file can be read, our own."""
         found = (self.listener.last_word(place.rank) for place in self.places)
-        return [beat for beat in found if beat is not None]
+        return [beat for beat in found if beat is not None] or [self.pulse.word()]
 
 
 def suspects(beats: list[Heartbeat], silence: float) -> list[Heartbeat]:
     """Which ranks keep the others waiting: the silent; else those behind; else those that do not wait themselves.
 
     Args:
+        beats: of one rank at least.
         silence: seconds without a heartbeat from which on a rank is silent.
     """
     silent = [beat for beat in beats if beat.silent > silence]

@@ -203,6 +203,10 @@ class Pulse:
         content["beats"] = self.beats
         return json.dumps(content).ljust(RECORD_BYTES - 1) + "\n"
 
+    def word(self) -> Heartbeat:
+        """What the others read of this rank, for itself."""
+        return Heartbeat(**json.loads(self.record()))
+
     def place(self) -> tuple[str, bool]:
         """The innermost line of this program that the main thread is in, and whether it waits in a collective."""
         frame = sys._current_frames().get(self.main)

@@ -58,11 +58,16 @@ def kernel() -> str:
 
 
 def born(pid: int) -> int | None:
-    """When a process started; None: it is gone, or dead and not yet collected by its parent."""
+    """When a process started; None: it is gone, or dead and not yet collected by its parent.
+
+    -1: it is there, and when it started is hidden from other users (a launcher's daemon, /proc mounted with hidepid=1).
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
+    except PermissionError:
+        return -1
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 

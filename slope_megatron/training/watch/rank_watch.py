@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 from slope_megatron.training.watch import heartbeat
@@ -66,7 +67,9 @@ class RankWatch:
         self.alarmed = False
         self.stopped = threading.Event()
         self.stop_requested = threading.Event()
+        self.signals: list[int] = []
         self.signalled = False
+        self.faults: set[str] = set()
         self.wake_read, self.wake_write = os.pipe()
         self.thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
 
@@ -109,8 +112,22 @@ class RankWatch:
 
     def _watch(self) -> None:
         while not self.stopped.is_set():
-            ready, _, _ = select.select([self.wake_read], [], [], POLL_SECONDS)
-            self.look([number for number in os.read(self.wake_read, 64) if number in STOP_SIGNALS] if ready else [])
+            try:
+                ready, _, _ = select.select([self.wake_read], [], [], POLL_SECONDS)
+                self.look([number for number in os.read(self.wake_read, 64) if number in STOP_SIGNALS] if ready else [])
+            except Exception as error:
+                self.go_on_after(error)
+
+    def go_on_after(self, error: Exception) -> None:
+        """A turn that failed is said, once for each place, and the next one comes: without this thread nobody would
+        miss a rank, and TERM, USR1 and HUP would ask in vain."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if (fault := f"{place.filename}:{place.lineno}") not in self.faults:
+            self.faults.add(fault)
+            what = "".join(traceback.format_exception(error)).rstrip()
+            say(f"slope: error: rank {self.rank}: looking after the ranks failed, and is tried again\n{what}")
+        self.heed()
+        self.stopped.wait(POLL_SECONDS)
 
     def look(self, signals: list[int]) -> None:
         """One turn of the thread; ends the process where the run cannot go on.
@@ -118,22 +135,18 @@ class RankWatch:
         Args:
             signals: those of STOP_SIGNALS that came since the last turn.
         """
+        self.signals += signals
         self.clock.tick()
         self.pulse.beat()
         dead = self.dead()
-        # In this order: a rank that is gone because of a verdict has left it behind.
+        # In this order: a rank that is gone because of a verdict has left it behind, and whoever is told to end says
+        # first whom it has lost.
         verdict = heartbeat.read_verdict(self.folder)
         if verdict:
             self._leave(verdict)
         if dead:
             self._end(f"{names(dead)} died; the run stops.", Verdict([]))
-        # Told twice to end, a rank that is stuck ends; first it says whom it has lost.
-        if signal.SIGTERM in signals and self.signalled:
-            say(f"slope: rank {self.rank} was told twice to end")
-            os._exit(128 + signal.SIGTERM)
-        if signals:
-            self.signalled = True
-            self.request_stop(f"got {signal.Signals(signals[0]).name}")
+        self.heed()
         gone = self.launcher.gone()
         if gone and not self.stop_requested.is_set():
             unblock_output()
@@ -141,8 +154,19 @@ class RankWatch:
         found = self.judge.rule()
         if found:
             hung, beats = found
-            what = f"{describe_hang(hung, beats, self.hang_timeout)}; the run stops."
+            alone = " (no other rank can be heard)" if len(self.places) > len(beats) == 1 else ""
+            what = f"{describe_hang(hung, beats, self.hang_timeout)}{alone}; the run stops."
             self._end(what, Verdict([beat.rank for beat in hung]))
+
+    def heed(self) -> None:
+        """The signals that nobody has heeded yet. Told twice to end, a rank that is stuck ends."""
+        signals, self.signals = self.signals, []
+        if signal.SIGTERM in signals and self.signalled:
+            say(f"slope: rank {self.rank} was told twice to end")
+            os._exit(128 + signal.SIGTERM)
+        if signals:
+            self.signalled = True
+            self.request_stop(f"got {signal.Signals(signals[0]).name}")
 
     def request_stop(self, why: str) -> None:
         """All ranks save after the same step, and end."""
