@@ -67,6 +67,7 @@ def arm(moment: Moment) -> None:
     """Let the fault happen in this process when its moment comes, once."""
     from torch.distributed.checkpoint import filesystem
 
+    from slope_megatron.storage import tensors
     from slope_megatron.training import files
     from slope_megatron.training.checkpoint import store
     from slope_megatron.training.checkpoint.snapshot import Snapshot
@@ -100,7 +101,8 @@ def arm(moment: Moment) -> None:
     elif moment.point == "in the file":
         before(filesystem, "_write_item", lambda _, stream, *rest: in_save(stream.name) and stream.tell() > 20_000)
     elif moment.point == "sealing":
-        before(files, "seal", lambda path: in_save(path) and path.name.endswith(".distcp"))
+        # The file is written and summed, and in no manifest yet.
+        before(tensors._SummedStream, "entry", lambda stream: in_save(stream.name) and stream.name.endswith(".distcp"))
     elif moment.point == "index":
         before(Snapshot, "write_index", lambda _, path, parts: in_save(path))
     elif moment.point == "publish":

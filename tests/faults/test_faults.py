@@ -6,7 +6,9 @@ import statistics
 
 import pytest
 from faults import ranks
-from faults.moments import KINDS, Moment, draw
+from faults.moments import KINDS, PARTS, SAVE_POINTS, Moment, arm, draw
+
+from helpers.servers import fork_server
 
 SEED = 20
 MOMENTS = 30
@@ -74,12 +76,22 @@ FEW = [
     Moment(0, "killed", 0, 4, "in the file", 1),
     Moment(1, "corrupted", 0, 7, "batch", 1),
     Moment(2, "disk full", 0, 4, "index", 1),
+    Moment(3, "corrupted", 0, 6, "sealing", 1),
 ]
 
 
 @pytest.mark.parametrize("moment", FEW, ids=str)
 def test_a_fault_costs_steps_but_no_bit(moment, fault_data, undisturbed, tmp_path):
     assert endure(moment, fault_data, tmp_path, undisturbed(moment.tensor_parallel)).wrong == 0
+
+
+@pytest.mark.parametrize("point", [*PARTS, *SAVE_POINTS])
+def test_every_moment_is_one_of_the_program(point):
+    """What is to be struck there exists; in a process of its own, which stays armed."""
+    process = fork_server().Process(target=arm, args=(Moment(0, "killed", 0, 4, point, 1),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 @pytest.mark.slow
