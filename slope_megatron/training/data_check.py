@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from slope_megatron.data import manifest
 from slope_megatron.training import files
-from slope_megatron.training.together import first_problem, from_every_rank
+from slope_megatron.training.together import Agreed, first_problem, from_every_rank
 
 # Tokens beyond this many bytes are read in the background: about a second of a fast disk.
 AT_ONCE = 1 << 30
 
 
-class DamagedData(ValueError):
+class DamagedData(Agreed):
     """Data that a run has begun to train on is not what was written."""
 
 
@@ -28,7 +28,7 @@ class DataCheck:
     Attributes:
         problem: what this rank found in the background; None: nothing so far.
     Raises:
-        ValueError: on every rank: a small file is not what was written; nothing was trained on it.
+        Agreed: a small file is not what was written; nothing was trained on it.
     """
 
     def __init__(self, folder: Path, sizes: dict[str, int]):
@@ -38,7 +38,7 @@ class DataCheck:
         reads = from_every_rank(seen).index(seen) == dist.get_rank()
         small = set(sizes) - large
         if found := first_problem(unseen or (self.compare(small) if reads else None)):
-            raise ValueError(found)
+            raise Agreed(found)
         self.problem: str | None = None
         self.thread: threading.Thread | None = None
         if reads and large:

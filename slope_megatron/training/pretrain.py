@@ -1,6 +1,8 @@
 """`slope pretrain`: the run from its first line to its summary."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,14 +17,13 @@ from slope_megatron.training import deterministic, files, kernel_choices, parall
 from slope_megatron.training.checkpoint import disk, recovery, run_folder, store
 from slope_megatron.training.checkpoint.finished import Finished, finished
 from slope_megatron.training.checkpoint.init_from import check_init, load_init
-from slope_megatron.training.data_check import DamagedData, DataCheck
+from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.loop import Run, what_is_safe
 from slope_megatron.training.telemetry import accounting, layer_stats, memory
 from slope_megatron.training.telemetry.writers import check_installed, open_writers
-from slope_megatron.training.together import agreed, from_every_rank, on_first_rank
+from slope_megatron.training.together import Agreed, agreed, from_every_rank, on_first_rank
 from slope_megatron.training.watch import process
-from slope_megatron.training.watch.bad_steps import Diverged
 from slope_megatron.training.watch.launcher import Launcher
 from slope_megatron.training.watch.process import Place
 from slope_megatron.training.watch.rank_watch import RankWatch
@@ -84,22 +85,23 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     timeout = config.watch.hang_timeout
     watch = RankWatch(run, every_place(), dist.get_rank(), lambda: what_is_safe(run), timeout, launcher)
     watch.start()
-    logger.info("%s", sparsity_table(config))
-    engine, start = build_watched(watch, config, manifest["vocab_size"], DTYPES[dtype], datasets[0], resume_from)
-    size = accounting.checkpoint_bytes(engine)
+    training = None
     try:
-        on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
-    except ValueError:
-        leave(watch)
-        if not resume_from and locks:
+        with in_order(watch):
+            logger.info("%s", sparsity_table(config))
+            engine, start = build_watched(config, manifest["vocab_size"], DTYPES[dtype], datasets[0], resume_from)
+            size = accounting.checkpoint_bytes(engine)
+            on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
+            kernel_choices.share(run, resumed=resume_from is not None)
+            writers: list = []
+            on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
+            stats = layer_stats.LayerStats(engine, start) if start is not None else None
+            training = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats, data_check)
+            summary = train_watched(training)
+    except Agreed:
+        if training is None and resume_from is None and locks:
             folders.remove(run)  # nothing but its description is there yet
         raise
-    kernel_choices.share(run, resumed=resume_from is not None)
-    writers: list = []
-    on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
-    stats = layer_stats.LayerStats(engine, start) if start is not None else None
-    training = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats, data_check)
-    summary = train_watched(training)
     summary["dtype"] = dtype
     if dist.get_rank() == 0:
         write_results(run, summary, config.train.steps)
@@ -107,6 +109,16 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
             writer.close()
     leave(watch)
     return summary
+
+
+@contextlib.contextmanager
+def in_order(watch: RankWatch) -> Iterator[None]:
+    """What all ranks refuse alike ends the run in order: none takes another's end for a fault."""
+    try:
+        yield
+    except (Agreed, sums.Damaged, metadata.Refused):
+        leave(watch)
+        raise
 
 
 def train_watched(training: Run) -> dict:
@@ -121,21 +133,15 @@ def train_watched(training: Run) -> dict:
     except RuntimeError:
         watch.await_verdict()
         raise
-    except (Diverged, DamagedData):
-        leave(watch)
-        raise
 
 
-def build_watched(watch: RankWatch, config: Config, *arguments):
-    """`build_engine`, with what its failures mean for the other ranks and for the user."""
+def build_watched(config: Config, *arguments):
+    """`build_engine`, with what running out of memory means for the user."""
     try:
         return build_engine(config, *arguments)
     except torch.OutOfMemoryError:
         held = memory.measure(torch.cuda.current_device())
         raise memory.OutOfMemory(memory.explain(config, dist.get_rank(), "building the model", held)) from None
-    except (sums.Damaged, metadata.Refused):
-        leave(watch)
-        raise
 
 
 def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set, resume_from: Path | None):

@@ -6,8 +6,16 @@ from typing import Any
 import torch.distributed as dist
 
 
+class Agreed(ValueError):
+    """A refusal that every rank raises, with the same words: they can leave the run in order."""
+
+
 def on_first_rank(function: Callable[[], Any]) -> Any:
-    """Call `function` on rank 0 only; its result, or its ValueError, reaches every rank."""
+    """Call `function` on rank 0 only; its result reaches every rank, and so does what it meets.
+
+    Raises:
+        Agreed: with the words of its ValueError or OSError. Without ranks, that error itself.
+    """
     if not dist.is_initialized():
         return function()
     outcome: list = [None, None]
@@ -18,7 +26,7 @@ def on_first_rank(function: Callable[[], Any]) -> Any:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1]:
-        raise ValueError(outcome[1])
+        raise Agreed(outcome[1])
     return outcome[0]
 
 
@@ -45,15 +53,22 @@ def agreed(function: Callable[[], Any]) -> Any:
     """Call `function` on every rank. A ValueError of one of them reaches all, which would wait for it.
 
     Raises:
-        ValueError: of the kind and with the words that the first rank with one met.
+        Agreed: of the kind, too, and with the words that the first rank with one met.
     """
     result, met = None, None
     try:
         result = function()
+    except Agreed:  # the others raise it, too, at the same place
+        raise
     except ValueError as error:
         met = (type(error), str(error))
     if first := next((found for found in from_every_rank(met) if found), None):
         kind, words = first
         # Some of Python's own, such as UnicodeDecodeError, cannot be made of words.
-        raise kind(words) if kind.__init__ is ValueError.__init__ else ValueError(words)
+        raise agreed_kind(kind)(words) if kind.__init__ is ValueError.__init__ else Agreed(words)
     return result
+
+
+def agreed_kind(kind: type[ValueError]) -> type[ValueError]:
+    """Errors of a kind, as `Damaged`, that every rank raises."""
+    return Agreed if issubclass(Agreed, kind) else type(kind.__name__, (Agreed, kind), {})

@@ -66,8 +66,8 @@ def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -
     os.dup2(log, 2)
     code = 1
     try:
+        from slope_megatron.cli import BAD_INPUT, set_up_logging
         from slope_megatron.cli import pretrain as program
-        from slope_megatron.cli import set_up_logging
 
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
         set_up_logging(False)
@@ -77,6 +77,10 @@ def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -
         if prepare_rank is not None:
             prepare_rank(rank)
         code = program.train(config, {})
+    except ValueError as error:
+        # As the program's main function, but for every rank.
+        print(f"slope: error: {error}", file=sys.stderr, flush=True)
+        code = BAD_INPUT
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -115,9 +115,69 @@ def hardly_any_space(rank):
 def test_a_run_whose_checkpoints_cannot_fit_is_refused_and_leaves_nothing(fault_data, tmp_path):
     run = tmp_path / "run"
     ended = ranks.start(ranks.settings(fault_data, run, 1), tmp_path / "logs", prepare_rank=hardly_any_space)
-    # What the program's main function turns into one sentence and exit code 2, on all ranks alike.
-    assert ended.codes == [1, 1]
-    said = [line for line in ended.said.splitlines() if line.startswith("ValueError: ")]
+    assert ended.codes == [2, 2]
+    said = [line for line in ended.said.splitlines() if line.startswith("slope: error: ")]
     assert said and all("GiB free and the run needs about" in line for line in said)
     assert not run.exists()
     assert ranks.start(ranks.settings(fault_data, run, 1, stop_at=1), tmp_path / "logs").codes == [0, 0]
+
+
+def second_is_slow_to_leave(rank):
+    """The only checkpoint is whole when it is looked at and cannot be read when it is loaded, by the second rank; that
+    one hears the end later than the first."""
+    from slope_megatron.storage import tensors
+    from slope_megatron.training.checkpoint import recovery
+
+    original = recovery.newest_good
+
+    def slow(*arguments):
+        try:
+            return original(*arguments)
+        except ValueError:
+            time.sleep(4 * rank)
+            raise
+
+    def failing(self, file, info):
+        raise OSError(errno.EIO, "Input/output error")
+
+    recovery.newest_good = slow
+    if rank == 1:
+        tensors.CheckedReader._slice_file = failing
+
+
+def refused_start(rank):
+    """--init-from names what this run cannot start from, which the second rank hears later."""
+    from slope_megatron.training import pretrain
+
+    def refuse(*_):
+        time.sleep(4 * rank)
+        raise ValueError("the weights are of another model: give another --init-from")
+
+    pretrain.check_init = lambda *_: None
+    pretrain.load_init = refuse
+    if rank == 1:
+        leave = pretrain.leave
+        pretrain.leave = lambda watch: (time.sleep(2), leave(watch))
+
+
+def test_ranks_that_refuse_a_checkpoint_while_loading_leave_in_order(fault_data, tmp_path):
+    run = tmp_path / "run"
+    assert ranks.start(ranks.settings(fault_data, run, 1, stop_at=2), tmp_path / "logs").codes == [0, 0]
+    config = ranks.settings(fault_data, run, 1, auto_resume=True)
+    ended = ranks.start(config, tmp_path / "logs", prepare_rank=second_is_slow_to_leave)
+    assert ended.codes == [2, 2], ended.said
+    said = [line for line in ended.said.splitlines() if line.startswith("slope: error: ")]
+    assert len(said) == 2 and all(f"no checkpoint of {run} is intact (1 looked at)" in line for line in said)
+    assert not (run / "ranks" / "failure.txt").exists() and not list((run / "ranks").glob("rank_*"))
+    # It was the disk's fault: once that reads again, the run goes on.
+    assert ranks.start(config, tmp_path / "logs").codes == [0, 0]
+
+
+def test_ranks_that_refuse_what_to_start_from_leave_in_order_and_leave_nothing(fault_data, tmp_path):
+    run = tmp_path / "run"
+    config = ranks.settings(fault_data, run, 1, init_from=str(tmp_path))
+    ended = ranks.start(config, tmp_path / "logs", prepare_rank=refused_start)
+    assert ended.codes == [2, 2], ended.said
+    said = [line for line in ended.said.splitlines() if line.startswith("slope: error: ")]
+    assert said == ["slope: error: the weights are of another model: give another --init-from"] * 2
+    assert not run.exists()

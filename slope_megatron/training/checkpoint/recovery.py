@@ -14,7 +14,7 @@ from slope_megatron.storage import metadata, sums
 from slope_megatron.training import files
 from slope_megatron.training.checkpoint import run_folder, store
 from slope_megatron.training.engine import Engine
-from slope_megatron.training.together import from_every_rank, on_first_rank, own_share
+from slope_megatron.training.together import Agreed, from_every_rank, on_first_rank, own_share
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def newest_good(run: Path, config: Config, passed: tuple[Path, ...] = ()) -> Pat
     Args:
         passed: found damaged before; the search goes on behind them.
     Raises:
-        ValueError: none is intact, or it is of another run.
+        Agreed: none is intact, or it is of another run.
     """
     candidates = [folder for folder in on_first_rank(lambda: store.entries(run)[::-1]) if folder not in passed]
     for index, folder in enumerate(candidates):
@@ -69,7 +69,7 @@ def newest_good(run: Path, config: Config, passed: tuple[Path, ...] = ()) -> Pat
     looked = len(candidates) + len(passed)
     aside = len(on_first_rank(lambda: store.entries(run, store.SET_ASIDE)))
     more = f", {aside} set aside before" if aside else ""
-    raise ValueError(
+    raise Agreed(
         f"no checkpoint of {run} is intact ({looked} looked at{more}): give another --out, or start anew with "
         "--overwrite"
     )
@@ -96,7 +96,8 @@ def load(engine: Engine, folder: Path) -> Path:
     Returns:
         the checkpoint that was loaded.
     Raises:
-        ValueError: on every rank: it is damaged; under `--auto-resume`: no checkpoint is intact.
+        Damaged, Refused: on every rank: it is damaged.
+        Agreed: under `--auto-resume`: no checkpoint is intact.
     """
     passed: tuple[Path, ...] = ()
     while True:

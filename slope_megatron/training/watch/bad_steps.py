@@ -10,6 +10,7 @@ import statistics
 
 from slope_megatron.config import WatchConfig
 from slope_megatron.training.engine import StepResult
+from slope_megatron.training.together import Agreed
 
 logger = logging.getLogger(__name__)
 WINDOW = 64
@@ -19,7 +20,7 @@ ENOUGH = 16
 DEVIATION_OF_MAD = 1.4826
 
 
-class Diverged(ValueError):
+class Diverged(Agreed):
     """Too many bad steps in a row."""
 
 
