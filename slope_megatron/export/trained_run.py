@@ -78,10 +78,9 @@ def check_files(folder: Path) -> None:
     """Sizes of all files, and the contents of all but those with the tensors, which are checked as they are read.
 
     Raises:
-        ValueError: a file of the checkpoint is missing or not what was written.
+        Damaged: a file of the checkpoint is missing or not what was written.
     """
-    if damage := sums.find_damage(folder, contents=lambda name: not name.endswith(".distcp")):
-        raise ValueError(f"checkpoint {folder} is corrupt: its file {damage}; {OTHER_STEP}")
+    sums.check_folder(folder, OTHER_STEP, contents=lambda name: not name.endswith(".distcp"))
 
 
 class TrainedRun(Mapping[str, torch.Tensor]):

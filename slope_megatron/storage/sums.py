@@ -99,8 +99,9 @@ def is_signed_right(content: Mapping[str, Any]) -> bool | None:
 
 
 def _own_sum(content: Mapping[str, Any]) -> str:
+    """Of what JSON makes of it, which is what a reader has: keys that are no strings become some, and sort as such."""
     rest = {key: value for key, value in content.items() if key != ALGORITHM}
-    return sum_of(json.dumps(rest, sort_keys=True).encode())
+    return sum_of(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode())
 
 
 def manifest_of(folder: Path) -> Path | None:
@@ -164,13 +165,33 @@ def find_damage(
     return None
 
 
-def check_folder(folder: Path, way_out: str, names: Callable[[str], bool] = every) -> None:
+def damaged(folder: Path, damage: str, way_out: str) -> Damaged:
+    """The error for a folder with damage, as `find_damage` words it; one sentence, whoever finds it."""
+    return Damaged(f"{folder} is corrupt: its file {damage}; {way_out}")
+
+
+def check_folder(
+    folder: Path, way_out: str, names: Callable[[str], bool] = every, contents: Callable[[str], bool] = every
+) -> None:
     """
     Raises:
         Damaged: a file of the folder is not what was written; one sentence.
     """
-    if damage := find_damage(folder, names=names):
-        raise Damaged(f"{folder} is corrupt: its file {damage}; {way_out}")
+    if damage := find_damage(folder, contents, names):
+        raise damaged(folder, damage, way_out)
+
+
+def check_before_reading(folder: Path, way_out: str) -> None:
+    """`check_folder` without the contents of what its readers check themselves, tensor by tensor.
+
+    Raises:
+        Damaged: a file of the folder is not what was written; one sentence.
+    """
+    try:
+        entries = read_manifest(folder) or {}
+    except Damaged as error:
+        raise damaged(folder, str(error), way_out) from None
+    check_folder(folder, way_out, contents=lambda name: not entries[name].get("parts"))
 
 
 def write_manifest(folder: Path, known: Mapping[str, dict] | None = None) -> None:

@@ -120,7 +120,7 @@ class CheckedReader(checkpoint.FileSystemReader):
         self.metadata: Metadata | None = None
 
     def damaged(self, what: str) -> sums.Damaged:
-        return sums.Damaged(f"checkpoint {self.folder} is corrupt: its file {what}; {self.way_out}")
+        return sums.damaged(self.folder, what, self.way_out)
 
     def read_metadata(self, *_: Any) -> Metadata:
         """

@@ -65,7 +65,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
         deterministic.switch_on()
     parallel.initialize(config)
     run = Path(config.train.out)
-    nothing_left = on_first_rank(lambda: finished(config))
+    nothing_left = finished(config)
     if nothing_left:
         parallel.finish()
         raise Finished(nothing_left)

@@ -44,20 +44,20 @@ def endure(moment: Moment, data, folder, expected: dict[int, float]) -> Outcome:
     if moment.kind in ("truncated", "corrupted"):
         newest = store.complete_checkpoints(run)[-1]
         name = ranks.damage(newest, moment.kind, seed=str(moment))
-        with pytest.raises(store.CorruptCheckpoint, match=f"its file {name} .*remove .* to resume from step_"):
-            store.verify(newest)
+        with pytest.raises(sums.Damaged, match=f"its file {name} .*remove .* to resume from step_"):
+            store.refuse(newest, sums.find_damage(newest))
     good = [folder for folder in store.complete_checkpoints(run) if sums.find_damage(folder) is None]
     resumed_from = int(good[-1].name.removeprefix("step_"))
     if moment.kind != "disk full":
         again = ranks.start(ranks.settings(data, run, moment.tensor_parallel, auto_resume=True), logs)
         assert again.codes == [0, 0], again.said
         if moment.kind in ("truncated", "corrupted"):
-            assert f"{newest} is corrupt (its file {name}" in again.said and "set aside" in again.said
+            assert f"{newest} is corrupt: its file {name}" in again.said and "set aside" in again.said
     found = ranks.losses(run)
     assert found.keys() == expected.keys()
     assert not list((run / "checkpoints").glob("*.partial"))
     assert (run / "DONE").is_file()
-    store.verify(store.newest(run))
+    assert sums.find_damage(store.newest(run)) is None
     wrong = sum(found[step] != loss for step, loss in expected.items())
     return Outcome(lost=max(0, reached - resumed_from), wrong=wrong)
 

@@ -34,7 +34,7 @@ def resumed(config, dtype, run, step):
 
     engine = build_engine(config, dtype)
     folder = store.folder_of(run, step)
-    store.read_state(folder, config)
+    store.check_state(folder, config)
     # Garbage everywhere: what is right afterwards came from the files.
     with torch.no_grad():
         for parameter in engine.model.parameters():

@@ -138,7 +138,7 @@ def load_and_go_on(config, run):
             if name.endswith(("_pattern", "_column")):
                 buffer.fill_(255)
     folder = store.newest(run)
-    store.read_state(folder, config)
+    store.check_state(folder, config)
     store.load(engine, folder)
     state = canonical_state(engine)
     return state, go_on(engine, 9), canonical_state(engine)

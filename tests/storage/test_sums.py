@@ -85,3 +85,26 @@ def test_an_object_that_carries_its_own_sum():
     assert sums.is_signed_right(json.loads(json.dumps(signed)))
     assert sums.is_signed_right({**signed, "a": "y"}) is False
     assert sums.is_signed_right({"a": "y"}) is None
+
+
+def test_a_signed_object_is_what_its_reader_has():
+    """Numbers sort in another order than the strings that JSON makes of them."""
+    signed = sums.signed({"counts": {2: "b", 10: "a"}, "pair": (1, 2), "none": {None: 1, True: 2}})
+    assert sums.is_signed_right(json.loads(json.dumps(signed))) is True
+    assert sums.is_signed_right({**json.loads(json.dumps(signed)), "pair": [2, 1]}) is False
+
+
+def test_what_readers_check_themselves_is_not_read_twice(folder, monkeypatch):
+    entries = sums.read_manifest(folder)
+    entries["a"]["parts"] = {"0": entries["a"][sums.ALGORITHM]}
+    (folder / sums.FOLDER).write_text(json.dumps(entries))
+    read, original = [], sums.file_sums
+    monkeypatch.setattr(sums, "file_sums", lambda path, *rest: read.append(path.name) or original(path, *rest))
+    sums.check_before_reading(folder, "copy it")
+    assert read == ["b"]
+    (folder / "a").write_bytes(b"cut")
+    with pytest.raises(sums.Damaged, match="its file a has 3 bytes instead of 200; copy it"):
+        sums.check_before_reading(folder, "copy it")
+    (folder / sums.FOLDER).write_text("{")
+    with pytest.raises(sums.Damaged, match=r"its file checksums\.json cannot be read; copy it"):
+        sums.check_before_reading(folder, "copy it")

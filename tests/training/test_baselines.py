@@ -45,7 +45,7 @@ def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
             for tensor in (*engine.model.parameters(), *engine.model.buffers()):
                 tensor.fill_(7)
         folder = store.folder_of(run, resume_at)
-        store.read_state(folder, config)
+        store.check_state(folder, config)
         store.load(engine, folder)
     return go_on(engine, until, save_at, run), whole_parts(engine)
 

@@ -53,6 +53,7 @@ def test_the_newest_two_are_kept_and_the_tracker_names_the_last(run_folder):
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_corrupt_checkpoint_is_named_with_the_way_out(run_folder, tmp_path, damage):
+    from slope_megatron.storage import sums
     from slope_megatron.training.checkpoint import store
 
     run = copy_of(run_folder, tmp_path)
@@ -68,7 +69,7 @@ def test_a_corrupt_checkpoint_is_named_with_the_way_out(run_folder, tmp_path, da
         victim.unlink()
     problem = {"flip": "another checksum", "cut": "bytes instead of", "remove": "is missing"}[damage]
     with pytest.raises(ValueError, match=problem) as error:
-        store.read_state(folder, small_config(steps=10))
+        store.refuse(folder, sums.find_damage(folder))
     assert victim.name in str(error.value)
     assert f"remove {folder} to resume from step_00000002" in str(error.value)
     import shutil
@@ -92,10 +93,10 @@ def test_a_checkpoint_of_another_model_is_refused(run_folder):
 
     folder = store.newest(run_folder)
     with pytest.raises(ValueError, match=r"of another run \(slope.nm: '2:4' then, '1:2' now\)"):
-        store.read_state(folder, small_config(steps=10, slope={"nm": "1:2"}))
+        store.check_state(folder, small_config(steps=10, slope={"nm": "1:2"}))
     with pytest.raises(ValueError, match=r"train.steps: 10 then, 11 now"):
-        store.read_state(folder, small_config(steps=11))
-    assert store.read_state(folder, small_config(steps=10, log_interval=3))["steps_done"] == 3
+        store.check_state(folder, small_config(steps=11))
+    assert store.check_state(folder, small_config(steps=10, log_interval=3))["steps_done"] == 3
 
 
 def test_nothing_to_resume_from(tmp_path):

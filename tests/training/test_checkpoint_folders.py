@@ -54,12 +54,13 @@ def test_leftovers_are_removed_and_checkpoints_are_not(tmp_path):
 
 
 def test_saving_a_step_again_replaces_it_in_one_rename(tmp_path):
+    from slope_megatron.storage import sums
     from slope_megatron.training.checkpoint import store
 
     sealed(tmp_path, 2)
     sealed(tmp_path, 2)
     assert steps_of(tmp_path) == [2]
-    store.verify(store.newest(tmp_path))
+    assert sums.find_damage(store.newest(tmp_path)) is None
     store.remove_partial(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000002"]
 
@@ -99,8 +100,8 @@ def test_an_unattended_job_takes_the_newest_intact_checkpoint(tmp_path, caplog):
     assert steps_of(tmp_path) == [2, 4, 6], "nothing is touched for a run that may not go on"
     assert recovery.newest_good(tmp_path, small_config()).name == "step_00000002"
     assert steps_of(tmp_path) == [2]
-    assert "step_00000006 is corrupt (its file data.distcp has 99 bytes instead of 100): set aside" in caplog.text
-    assert "step_00000004 is corrupt (its file manifest.json cannot be read): set aside" in caplog.text
+    assert "step_00000006 is corrupt: its file data.distcp has 99 bytes instead of 100: set aside" in caplog.text
+    assert "step_00000004 is corrupt: its file manifest.json cannot be read: set aside" in caplog.text
     (folder / "step_00000002" / "state.json").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint of .* is intact \(1 looked at, 2 set aside before\): give"):
         recovery.newest_good(tmp_path, small_config())

@@ -169,7 +169,7 @@ def go_on_from(config, run, first, last):
 
     engine = build_engine(config)
     if first:
-        store.read_state(store.newest(run), config)
+        store.check_state(store.newest(run), config)
         store.load(engine, store.newest(run))
     losses = []
     while engine.steps_done < last:

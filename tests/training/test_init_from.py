@@ -128,6 +128,18 @@ def test_joined_adapters_are_part_of_a_run_that_begins_with_them(ranks, tmp_path
         check_init(with_adapters(third, lazy_fraction=0.5), samples=8)
 
 
+def refusal_of_load(config):
+    """The tensors are compared by whoever reads them, and not before."""
+    from slope_megatron.models.provider import build_model
+    from slope_megatron.training.checkpoint.init_from import load_init
+
+    model = build_model(config, VOCABULARY, torch.float32)
+    try:
+        load_init(model, config, VOCABULARY, None)
+    except ValueError as error:
+        return str(error)
+
+
 def test_what_does_not_fit_is_refused(ranks, tmp_path):
     first = with_run(small_config(), tmp_path / "one", steps=4)
     first = dataclasses.replace(first, slope=dataclasses.replace(first.slope, adapter_rank=4, lazy_fraction=0.5))
@@ -153,6 +165,11 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
         with pytest.raises(ValueError, match=message):
             check_init(config, samples=8)
     (weights,) = (tmp_path / "one" / "checkpoints" / "step_00000003").glob("*0_0.distcp")
+    whole, fits = weights.read_bytes(), changed("slope", lazy_fraction=1.0)
+    weights.write_bytes(bytes(byte ^ 1 for byte in whole))
+    check_init(fits, samples=8)
+    assert "has another checksum in the" in ranks.run(refusal_of_load, fits, world=1)[0]
+    weights.write_bytes(whole)
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"is corrupt: its file .* has \d+ bytes instead of"):
         check_init(changed("slope", lazy_fraction=1.0), samples=8)

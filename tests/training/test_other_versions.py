@@ -40,11 +40,11 @@ def test_a_run_goes_on_after_an_upgrade(folder):
 
     edit_state(folder, slope={"fp8": ..., "fp8_wgrad": ...}, optimizer={"lamb_trust_no_decay": ...}, watch=None)
     config = small_config(steps=10)
-    assert store.read_state(folder, config)["steps_done"] == 1
+    assert store.check_state(folder, config)["steps_done"] == 1
     assert recovery.newest_good(folder.parent.parent, config) == folder
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lamb_trust_no_decay=True))
     with pytest.raises(ValueError, match=r"of another run \(optimizer.lamb_trust_no_decay: False then, True now\)"):
-        store.read_state(folder, other)
+        store.check_state(folder, other)
 
 
 def test_a_run_does_not_go_on_where_a_setting_cannot_be_obeyed(folder):
@@ -53,10 +53,10 @@ def test_a_run_does_not_go_on_where_a_setting_cannot_be_obeyed(folder):
     edit_state(folder, parallel={"later": 1}, train={"z_loss": 0.0})
     config = small_config(steps=10)
     # What the writing version knew to have no effect is not in its list.
-    assert store.read_state(folder, config)["steps_done"] == 1
+    assert store.check_state(folder, config)["steps_done"] == 1
     edit_state(folder, train={"z_loss": 0.5}, active=("train.z_loss",))
     with pytest.raises(ValueError, match=r"settings that this version does not have \(train.z_loss 0.5\)"):
-        store.read_state(folder, config)
+        store.check_state(folder, config)
 
 
 def test_init_from_reads_the_same_way(folder):

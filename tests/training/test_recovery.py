@@ -60,7 +60,7 @@ def test_a_disk_that_fails(tmp_path, caplog, monkeypatch, code, name):
     sealed(tmp_path, 2, 4)
     refuse_to_open(monkeypatch.setattr, sums, f"step_00000004/{name}", code)
     assert recovery.find_checkpoint(unattended(tmp_path), tmp_path).name == "step_00000002"
-    assert f"(its file {name} cannot be read ({os.strerror(code)})): set aside" in caplog.text
+    assert f": its file {name} cannot be read ({os.strerror(code)}): set aside" in caplog.text
 
 
 def refuse_to_open(set_attribute, module, ending, code):
@@ -180,3 +180,29 @@ def test_what_one_rank_cannot_read_no_rank_takes(ranks, tmp_path, when):
     assert [answer[:2] for answer in answers] == [("step_00000001", 1)] * 2
     assert (tmp_path / "checkpoints" / "step_00000002.corrupt").is_dir()
     assert ranks.run(see_and_load, config, tmp_path, "never", **layout) == answers
+
+
+def say_finished(config):
+    """What this rank hears of a run, and which weights it has read for that."""
+    from slope_megatron.storage import sums
+    from slope_megatron.training.checkpoint import finished, run_folder
+
+    read, original = [], sums.file_sums
+    finished.has_summary = lambda *_: True
+    run_folder.check_same_data = lambda *_: None
+    sums.file_sums = lambda path, *rest: read.append(path.name) or original(path, *rest)
+    return finished.finished(config), sorted(name for name in read if name.endswith(".distcp"))
+
+
+@pytest.mark.slow
+def test_ranks_share_the_reading_of_a_finished_run(ranks, tmp_path):
+    config = unattended(tmp_path, stop_at=2, keep_checkpoints=5)
+    layout = {"world": 2, "tensor_parallel": 2}
+    ranks.run(write_two, config, tmp_path, **layout)
+    written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").glob("*.distcp")}
+    (said, first), (also_said, second) = ranks.run(say_finished, config, **layout)
+    assert said == also_said and said.startswith(f"{tmp_path} was finished at step 2: nothing was changed")
+    assert first and second and set(first) | set(second) == written and not set(first) & set(second)
+    victim = tmp_path / "checkpoints" / "step_00000002" / second[0]
+    victim.write_bytes(bytes(byte ^ 1 for byte in victim.read_bytes()))
+    assert [said for said, _ in ranks.run(say_finished, config, **layout)] == [None, None]

@@ -35,7 +35,7 @@ def load_and_go_on(config, dtype, run):
         for parameter in engine.model.parameters():
             parameter.fill_(7.0)
     folder = store.newest(run)
-    store.read_state(folder, config)
+    store.check_state(folder, config)
     store.load(engine, folder)
     state = canonical_state(engine)
     return state, [loss for loss, _ in go_on(engine, END)]

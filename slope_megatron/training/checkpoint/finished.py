@@ -4,8 +4,8 @@ from pathlib import Path
 
 from slope_megatron.config import Config
 from slope_megatron.config.json_file import read_json
-from slope_megatron.storage import sums
-from slope_megatron.training.checkpoint import run_folder, store
+from slope_megatron.training.checkpoint import recovery, run_folder, store
+from slope_megatron.training.together import on_first_rank
 
 
 class Finished(Exception):
@@ -13,21 +13,37 @@ class Finished(Exception):
 
 
 def finished(config: Config) -> str | None:
-    """What to say of a run to be resumed that is complete; None: it is not, or it is no such run.
+    """What to say of a run to be resumed that is complete; None: it is not, or it is no such run. All ranks call it.
 
-    Complete: an intact checkpoint of the last step, and a summary of that state. Rank 0 calls it.
+    Complete: an intact checkpoint of the last step, and a summary of that state.
 
     Raises:
-        ValueError: the run is complete, and is one of other settings or other data.
+        Agreed: the run is complete, and is one of other settings or other data.
     """
+    folder = on_first_rank(lambda: last_checkpoint(config))
+    # Read by all ranks, each its share: a checkpoint may have hundreds of GB.
+    if folder is None or recovery.find_damage(folder):
+        return None
+    return on_first_rank(lambda: say_finished(config, folder))
+
+
+def last_checkpoint(config: Config) -> Path | None:
+    """The checkpoint of the last step of a run to be resumed, and with a summary; None: there is none."""
     run = Path(config.train.out)
     complete = store.complete_checkpoints(run) if run_folder.is_resumed(config) else []
     if not complete or store.step_of(complete[-1]) < config.train.last_step:
         return None
     folder = store.newest(run)
     step = store.step_of(folder)
-    if step < config.train.last_step or not has_summary(run, step) or sums.find_damage(folder):
-        return None
+    return folder if step >= config.train.last_step and has_summary(run, step) else None
+
+
+def say_finished(config: Config, folder: Path) -> str:
+    """
+    Raises:
+        ValueError: the run is one of other settings or other data.
+    """
+    run, step = Path(config.train.out), store.step_of(folder)
     store.check_state(folder, config)
     run_folder.check_same_data(run, config)
     if step < config.train.steps:

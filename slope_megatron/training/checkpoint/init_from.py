@@ -39,7 +39,8 @@ def check_init(config: Config, samples: int, origins: Mapping[str, str] | None =
     """
     folder = checkpoint_of(config)
     if sums.manifest_of(folder):
-        sums.check_folder(folder, OTHER_START)
+        # Not the tensors, of hundreds of GB, by one rank while all wait: each is compared when it is read.
+        sums.check_before_reading(folder, OTHER_START)
     if not is_packed(folder):
         MegatronCheckpoint(folder)
         check_pattern(config, folder, origins)

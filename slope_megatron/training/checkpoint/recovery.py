@@ -65,7 +65,7 @@ def newest_good(run: Path, config: Config, passed: tuple[Path, ...] = ()) -> Pat
             on_first_rank(functools.partial(store.check_state, folder, config))
             on_first_rank(functools.partial(set_aside, (*passed, *candidates[:index])))
             return folder
-        pass_over(f"checkpoint {folder} is corrupt (its file {damage})")
+        pass_over(f"{folder} is corrupt: its file {damage}")
     looked = len(candidates) + len(passed)
     aside = len(on_first_rank(lambda: store.entries(run, store.SET_ASIDE)))
     more = f", {aside} set aside before" if aside else ""

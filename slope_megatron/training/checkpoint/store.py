@@ -226,23 +226,15 @@ def newest(run: Path) -> Path:
     return latest.find(complete)
 
 
-class CorruptCheckpoint(ValueError):
-    """Files of a checkpoint are not what was written."""
-
-
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        CorruptCheckpoint: a file is missing or differs; names it, and the checkpoint to use instead.
-    """
-    refuse(folder, sums.find_damage(folder))
-
-
 def refuse(folder: Path, damage: str | None) -> None:
-    """Raise `verify`'s error, if there is damage."""
+    """
+    Args:
+        damage: as `sums.find_damage` words it; None: there is none.
+    Raises:
+        Damaged: there is; names the checkpoint to use instead.
+    """
     if damage:
-        raise CorruptCheckpoint(f"checkpoint {folder} is corrupt: its file {damage}; {way_out(folder)}")
+        raise sums.damaged(folder, damage, way_out(folder))
 
 
 def way_out(folder: Path) -> str:
@@ -251,18 +243,12 @@ def way_out(folder: Path) -> str:
     return f"remove {folder} to resume from {others[-1]}" if others else "start anew with --overwrite"
 
 
-def read_state(folder: Path, config: Config) -> dict:
-    """`state.json` of a verified checkpoint that belongs to `config`.
+def check_state(folder: Path, config: Config) -> dict:
+    """`state.json` of an intact checkpoint that belongs to `config`.
 
     Raises:
-        ValueError: corrupt, of another format, or of another model or schedule.
+        ValueError: it is of another format, or of another model or schedule.
     """
-    verify(folder)
-    return check_state(folder, config)
-
-
-def check_state(folder: Path, config: Config) -> dict:
-    """`state.json` of an intact checkpoint; raises ValueError as `read_state` does."""
     state = read_json(folder / "state.json", way_out(folder))
     if state["format"] != FORMAT:
         raise ValueError(
@@ -279,7 +265,7 @@ def check_state(folder: Path, config: Config) -> dict:
 
 
 def load(engine: Engine, folder: Path) -> None:
-    """Restore an engine built from the same configuration; all ranks call it. Rank 0 has called `read_state`.
+    """Restore an engine built from the same configuration; all ranks call it. Rank 0 has called `check_state`.
 
     Raises:
         Damaged, Refused: on every rank, as `load_sharded`; the engine can load another checkpoint then.
