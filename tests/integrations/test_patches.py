@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,26 @@ def load():
 
 apply = load()
 OURS = "import slope\n"
+# Each patch's added lines, by git's name of them, and the result that it names for them. Both change together: the name
+# of the result can only be computed with the upstream's file, and `patches/apply` refuses a patch whose name is stale.
+ADDED = {
+    "megatron-deepspeed/main_4efb479d/pretrain_gpt.patch": (
+        "410b6935b5e2f1336783b529224c961d2cc7d6d6",
+        "aa3f00777e327aafc72d7d0a3ad7ccfded8bffa7",
+    ),
+    "megatron-lm/core_v0.16.1/pretrain_bert.patch": (
+        "8b666542afa4b77637b9fef38250ed591eecd3eb",
+        "18bfe9fee74a7bcba337ed356f536d2da77aff03",
+    ),
+    "megatron-lm/core_v0.16.1/pretrain_gpt.patch": (
+        "bd224e40fb247097052dc632399ec8f04f9bf49f",
+        "14cc8a869f13a190b9f93161134fe98298dc46f9",
+    ),
+    "megatron-lm/main_d98e8a64/pretrain_gpt.patch": (
+        "bd224e40fb247097052dc632399ec8f04f9bf49f",
+        "7e287e1f825d41c3a672fc4bd3fb45c5ac1163d2",
+    ),
+}
 
 
 @pytest.fixture
@@ -86,6 +107,24 @@ def test_patches_only_add_and_name_what_they_are_for(path):
     assert patch.hunks and "commit " in text and "licence" in text
     assert not [line for line in text.splitlines() if line.startswith(("-", " ")) and not line.startswith("--- a/")]
     assert path.parent.name in (FOLDER / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", PATCHES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_added_lines_and_the_result_s_name_change_together(path):
+    patch = apply.Patch(path)
+    added = "".join(line for _, lines in patch.hunks for line in lines)
+    assert ADDED[str(path.relative_to(FOLDER))] == (apply.blob(added.encode()), patch.after)
+
+
+@pytest.mark.parametrize("path", PATCHES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_patches_import_what_there_is(path):
+    added = [line.strip() for _, lines in apply.Patch(path).hunks for line in lines]
+    imports = [re.match(r"from (slope_megatron\S*) import (\w+)", line) for line in added]
+    found = [match.groups() for match in imports if match]
+    assert found
+    for module, name in found:
+        place = FOLDER.parent / module.replace(".", "/")
+        assert (place / f"{name}.py").is_file() or f"def {name}(" in place.with_suffix(".py").read_text()
 
 
 @pytest.mark.parametrize("path", PATCHES, ids=lambda path: str(path.relative_to(FOLDER)))
