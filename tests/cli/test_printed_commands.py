@@ -30,11 +30,11 @@ def code_of(path: Path) -> str:
 
 
 def commands_in(text: str) -> list[str]:
-    """The commands of ours, one a string: without explanations, redirections and what is only hinted at."""
+    """The commands of ours, one a string: without explanations, redirections, a script's own flags and mere hints."""
     found = []
     for line in re.sub(r"\\\n[ #]*", "", text).splitlines():
         # What stands apart explains.
-        shown = re.split(r"\s{3,}|\s+#", line.strip())[0]
+        shown = re.split(r"\s{3,}|\s+#", line.strip())[0].replace(' "$@"', "")
         for part in shown.split(" && "):
             if BEFORE.match(part) and not re.search(r"\.\.\.|COMMAND|--help", part):
                 found.append(BEFORE.sub("", part).split(" > ")[0])
