@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slope_megatron.config import SlopeConfig
+from slope_megatron.launch.ports import free_port
 from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
@@ -30,7 +31,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def start_ranks() -> None:
     """One tensor-parallel group of all ranks; a process that no launcher has started is a group of one."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29511")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if DEVICE.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -93,7 +94,7 @@ def train(model: GPTModel) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step % 10 == 9:  # a run of 100,000 steps wants this every 100 steps
+        if step % 10 == 9:  # a long run does this every 100 steps
             for module in sparse_modules(model):
                 module.update_column_pattern()
     return losses

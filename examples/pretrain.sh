@@ -4,7 +4,7 @@
 #   examples/pretrain.sh [SOURCE] [OUT] [flags of slope pretrain]      SOURCE: what `slope data prepare` takes
 #   RANKS=4 examples/pretrain.sh my_texts/ runs/mine --steps 1000      RANKS: GPUs, or processes where there is none
 #
-# OUT gets data/, run/ (checkpoints, metrics), exported/ (for transformers) and packed/ (9/16 of the dense bytes).
+# OUT gets data/, run/ (checkpoints, metrics), exported/ (for transformers) and packed/ (kept values, bitmasks).
 set -euo pipefail
 source=${1:-stdlib} out=${2:-runs/example}
 shift $(($# < 2 ? $# : 2))
