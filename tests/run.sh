@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests. Without a flag: the fast tier. --all: also many ranks, faults, whole runs and SLURM (--no-slurm: without).
-# --gpu: the tests marked so of operations, kernels, layers and training, on a GPU host. It installs nothing where python
-# has torch already (SLOPE_VENV=none, which it sets itself if SLOPE_VENV is unset), and runs no linters.
+# --gpu: the tests marked so of operations, kernels, layers and training, on a GPU host. It runs no linters, and installs
+# nothing where python has torch already (SLOPE_VENV=none, which it sets itself if SLOPE_VENV is unset).
 # Other flags go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +27,7 @@ if [ "$gpu" ]; then
   if [ -z "${SLOPE_VENV:-}" ] && python -c "import torch" 2>/dev/null; then SLOPE_VENV=none; fi
   slope_environment "$PWD"
   python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
-    echo "tests/run.sh: error: --gpu runs tests on a GPU, and torch finds none here: leave it out, or see slope doctor" >&2
+    echo "tests/run.sh: error: --gpu: torch finds no GPU here: leave the flag out, or see slope doctor" >&2
     exit 2
   }
   exec python -m pytest --durations=15 -m gpu tests/ops tests/kernels tests/layers tests/training "${arguments[@]}"

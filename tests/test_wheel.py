@@ -22,7 +22,9 @@ SHIPPED = {
 def wheel(tmp_path_factory):
     """Built from a copy, so that no build folder is left in the checkout."""
     copy, out = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
-    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
+    files = subprocess.check_output(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
+    ).split()
     for name in files:
         if not name.startswith("tests/") and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
