@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch.distributed._shard.sharded_tensor import metadata as metadata_of_before
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 
 NAME = ".metadata"
+MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 CLASSES = (
     metadata.Metadata,
     metadata.MetadataIndex,
@@ -28,11 +29,17 @@ CLASSES = (
     metadata.ChunkStorageMetadata,
     metadata._MEM_FORMAT_ENCODING,
     filesystem._StorageInfo,
+    # The ranks' plans, which megatron-core keeps beside it.
+    planner.SavePlan,
+    planner.WriteItem,
+    planner.WriteItemType,
+    planner.TensorWriteData,
+    planner.BytesIOWriteData,
     # Where torch had these two before 2.3.
     metadata_of_before.TensorProperties,
     metadata_of_before.MEM_FORMAT_ENCODING,
 )
-ENUMERATIONS = (metadata._MEM_FORMAT_ENCODING, metadata_of_before.MEM_FORMAT_ENCODING)
+ENUMERATIONS = (metadata._MEM_FORMAT_ENCODING, metadata_of_before.MEM_FORMAT_ENCODING, planner.WriteItemType)
 # Whose instances have attributes of their own; the members of an enumeration are everybody's.
 BUILT = {*CLASSES, collections.OrderedDict} - set(ENUMERATIONS)
 
@@ -65,6 +72,9 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "getattr"): member,
     ("builtins", "set"): set,
     ("collections", "OrderedDict"): collections.OrderedDict,
+    # megatron-core's own of before 0.16: the same fields, and plans beside them.
+    (MEGATRON, "MCoreMetadata"): metadata.Metadata,
+    (MEGATRON, "MCoreSavePlan"): planner.SavePlan,
     # Where the writer's checkpoint lay.
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,

@@ -67,8 +67,7 @@ def arm(moment: Moment) -> None:
     """Let the fault happen in this process when its moment comes, once."""
     from torch.distributed.checkpoint import filesystem
 
-    from slope_megatron.storage import tensors
-    from slope_megatron.training import files
+    from slope_megatron.storage import tensors, whole
     from slope_megatron.training.checkpoint import store
     from slope_megatron.training.checkpoint.snapshot import Snapshot
     from slope_megatron.training.watch import rank_watch
@@ -108,6 +107,6 @@ def arm(moment: Moment) -> None:
     elif moment.point == "publish":
         before(os, "rename", lambda source, target: in_save(source) and in_save(target) and "old" not in str(target))
     elif moment.point == "pointer":
-        before(files, "write_text", lambda path, text: path.name == "latest" and in_save(text))
+        before(whole, "write_text", lambda path, text: path.name == "latest" and in_save(text))
     else:
         before(store, "prune", lambda run, *rest: (run / "checkpoints" / folder).exists())

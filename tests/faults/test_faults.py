@@ -77,6 +77,7 @@ FEW = [
     Moment(1, "corrupted", 0, 7, "batch", 1),
     Moment(2, "disk full", 0, 4, "index", 1),
     Moment(3, "corrupted", 0, 6, "sealing", 1),
+    Moment(4, "killed", 0, 4, "pointer", 1),
 ]
 
 

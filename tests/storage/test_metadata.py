@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as torchs
 
 from slope_megatron.storage import metadata
@@ -90,3 +90,22 @@ def test_an_ordinary_index_is_read(protocol):
 def test_a_layout_by_the_name_of_something_else(name):
     with pytest.raises(metadata.Refused, match="a layout named"):
         metadata.layout(name)
+
+
+def test_plans_that_megatron_keeps_beside_the_index_are_read():
+    """As megatron-core 0.16 writes them; and the class of its own that it had before."""
+    index, chunk = whole_index(), torchs.ChunkStorageMetadata(torch.Size((0,)), torch.Size((4,)))
+    data = planner.TensorWriteData(chunk, torchs.TensorProperties(dtype=torch.bfloat16), torch.Size((4,)))
+    items = [
+        planner.WriteItem(torchs.MetadataIndex("a"), planner.WriteItemType.SHARD, tensor_data=data),
+        planner.WriteItem(torchs.MetadataIndex("b"), planner.WriteItemType.BYTE_IO),
+    ]
+    index.all_local_plans = [planner.SavePlan(items)]
+    content = pickle.dumps(index)
+    assert metadata.read_metadata(content, Path(".metadata")) == index
+    own = (
+        b"\x80\x02c"
+        + f"{metadata.MEGATRON}\nMCoreMetadata\n".encode()
+        + b")\x81}X\x13\x00\x00\x00state_dict_metadata}sb."
+    )
+    assert metadata.read_metadata(own, Path(".metadata")).state_dict_metadata == {}
