@@ -19,6 +19,17 @@ def seeded(request):
     seed_everything(seed_of(request.node.nodeid))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Give the environment back after each test and what it set up: `slope pretrain` writes its rank there."""
+    before = dict(os.environ)
+    result = yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+    return result
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         import torch

@@ -160,14 +160,16 @@ def refuse_contradiction(environment: Mapping[str, str], dialect: Dialect, rank:
     """Two launchers that number the same processes, differently: all would be rank 0, or wait for ranks of the other.
 
     A launcher may well have been started by another: each task of a step starts some ranks. Those are at least as many
-    as the tasks; and torchrun, which gives ranks in any order, is known by what it sets besides.
+    as the tasks; and torchrun, which gives ranks in any order, is known by what it sets besides. `RANK=0 WORLD_SIZE=1`
+    is how one asks for a single process in a job's shell; under mpirun every rank would be one by itself.
 
     Raises:
         ValueError: names the variables of both.
     """
-    if dialect.rank == "RANK" and (world == 1 or any(name in environment for name in SIGNATURES)):
+    if dialect.rank == "RANK" and any(name in environment for name in SIGNATURES):
         return
-    for other in (*DIALECTS, SRUN):
+    single = dialect.rank == "RANK" and world == 1
+    for other in DIALECTS if single else (*DIALECTS, SRUN):
         if other is dialect or not claims(environment, other):
             continue
         size = next((environment[name] for name in other.world if name in environment), "")
@@ -186,7 +188,7 @@ def claims(environment: Mapping[str, str], dialect: Dialect) -> bool:
     """Whether a launcher says of this very process which rank it is. What is typed in a terminal is none of its."""
     if dialect is SRUN:
         return inside_step(environment) and not slurm.at_terminal(environment)
-    return dialect.rank in environment
+    return dialect.rank in environment and not (dialect is PMI and is_of_srun(environment))
 
 
 def ranks_of_node(environment: Mapping[str, str], dialect: Dialect) -> int | None:

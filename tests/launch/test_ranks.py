@@ -122,6 +122,7 @@ def test_the_terminal_of_a_step_is_not_rank_0_of_its_tasks():
         resolve({**TERMINAL, "PMI_RANK": "0", "PMI_SIZE": "8"})
     assert resolve({**TERMINAL, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}).world == 1
     assert resolve({**TERMINAL, "RANK": "0", "WORLD_SIZE": "1"}).world == 1
+    assert resolve({**TERMINAL, "PMI_RANK": "0", "PMI_SIZE": "8", "RANK": "0", "WORLD_SIZE": "1"}).world == 1
     # Launchers may be started there.
     two = {**OMPI, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     assert resolve({**TERMINAL, **two, **MASTER}).rank == 1
@@ -144,6 +145,10 @@ STALE = {
         "SLURM_PROCID",
     ),
     "PMI's, in a step": ({**SRUN, **PMI, **MASTER, "PMI_RANK": "3"}, "SLURM_PROCID"),
+    "RANK of a single process, under Open MPI": (
+        {**OMPI, **MASTER, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+        "OMPI_COMM_WORLD_RANK",
+    ),
     "RANK under Open MPI": ({**OMPI, **TORCHRUN, **MASTER, "RANK": "0"}, "OMPI_COMM_WORLD_RANK"),
     "RANK under MPICH": ({**PMI, **TORCHRUN, **MASTER, "RANK": "0"}, "PMI_RANK"),
     "Open MPI's under MPICH": ({**PMI, **OMPI, **MASTER, "OMPI_COMM_WORLD_RANK": "0"}, "PMI_RANK"),

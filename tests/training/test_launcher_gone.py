@@ -74,7 +74,7 @@ def test_a_launcher_that_ends_is_named():
     watched.processes = {child.pid: (process.born(child.pid), "torchrun")}
     assert watched.gone() is None
     child.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while watched.gone() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert watched.gone() == f"torchrun, process {child.pid}", "dead, and not even collected yet"
@@ -121,8 +121,8 @@ def test_ranks_save_and_end_when_their_launcher_goes(name, number, corpus, tmp_p
         announced = [json.loads((run / "ranks" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
         ranks = [(beat["pid"], process.born(beat["pid"])) for beat in announced]
         child.send_signal(number)
-        child.wait(30)
-        deadline = time.monotonic() + 20
+        child.wait(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
         while any(process.born(pid) == start for pid, start in ranks):
             assert time.monotonic() < deadline, f"ranks train on: {log.read_text()}"
             time.sleep(0.05)
@@ -157,7 +157,7 @@ def test_a_launcher_that_goes_before_training_leaves_nothing_waiting(corpus, tmp
         assert process.born(pid) == began, (tmp_path / "log").read_text()
         child.kill()
         child.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while process.born(pid) == began:
         assert time.monotonic() < deadline
         time.sleep(0.05)
