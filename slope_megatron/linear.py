@@ -6,7 +6,7 @@ weights: `adapter_l` is L^T `[R, K]`, `adapter_r` is R^T `[N, R]`.
     forward   Y  = X (W^R)^T + (1/R) (X L) R
     dgrad     dX = dY W^{R,C} + (1/R) (dY R^T) L^T
     wgrad     dW = dY^T X at the kept places: packed `[N, C]`, the shape of the parameter
-                   (with draws: P(dY)^T X, P the unbiased N:M estimate along the tokens)
+                   (with rng: P(dY)^T X, P the unbiased N:M estimate along the tokens)
     adapters  dL^T = ((1/R) dY R^T)^T X,   dR^T = (1/R) dY^T (X L)
 
 Surprising: dgrad reads the doubly pruned W^{R,C}, not the W^R of the forward (SLoPe, section 3.1); the packed values
@@ -23,7 +23,7 @@ from typing import Protocol
 
 import torch
 
-from slope_megatron.ops.backend import Product, Products, TokenDraws
+from slope_megatron.ops.backend import MvueRng, Product, Products
 from slope_megatron.ops.operands import low_rank
 
 
@@ -75,7 +75,7 @@ class ProductOptions:
 
     communication: Communication
     prune: Callable[[torch.Tensor], torch.Tensor] | None
-    draws: TokenDraws | None
+    rng: MvueRng | None
     patterns: tuple[torch.Tensor, ...]
     before_backward: Callable[[torch.Tensor], None] | None
 
@@ -136,7 +136,7 @@ class SlopeLinearFunction(torch.autograd.Function):
                 # Both hiddens have their 1/R already.
                 dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
                 adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
-            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.options.draws) if need_values else None
+            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.options.rng) if need_values else None
         dx = reducing.wait() if reducing else None
         dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
         return dx, dvalues_NC, dl_RK, dr_NR, None, None
@@ -150,7 +150,7 @@ def slope_linear(
     adapters=None,
     communication=None,
     prune: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    draws: TokenDraws | None = None,
+    rng: MvueRng | None = None,
     patterns: tuple[torch.Tensor, ...] = (),
     before_backward: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
@@ -162,14 +162,14 @@ def slope_linear(
         adapters: `(adapter_l_RK, adapter_r_NR)` once they have joined, else None.
         communication: of a parallel layer; None on one rank.
         prune: dY `[T, N]` -> what dgrad and wgrad read instead; None: dY itself.
-        draws: of the unbiased estimate that wgrad alone reads instead; None: no estimate.
+        rng: of the unbiased estimate that wgrad alone reads instead; None: no estimate.
         patterns: what the operands were made of besides the values; checked like them.
         before_backward: called with the values as forward read them, before backward's products: where operands may
             have followed other values since.
     Raises:
         RuntimeError: in backward, autograd's own: the values or a pattern were written in place after forward.
     """
-    options = ProductOptions(communication or NoCommunication(), prune, draws, patterns, before_backward)
+    options = ProductOptions(communication or NoCommunication(), prune, rng, patterns, before_backward)
     arguments = (values_NC, *(adapters or (None, None)), operands, options)
     if not torch.is_autocast_enabled(x.device.type):
         return SlopeLinearFunction.apply(x, *arguments)

@@ -164,7 +164,7 @@ class Journal:
         self.lines.append("dgrad")
         return dy_TN @ torch.ones(4, 8, dtype=dy_TN.dtype)
 
-    def wgrad(self, dy_TN, x_TK, draws=None):
+    def wgrad(self, dy_TN, x_TK, rng=None):
         self.lines.append("wgrad")
         return torch.zeros(4, 4, dtype=x_TK.dtype)
 

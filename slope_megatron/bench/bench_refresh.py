@@ -51,7 +51,7 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     three_of_four = (row + column) * 3 // 4
     patterns = (row_bits, column_bits)
     trial = WgradTrial(Key(Product.WGRAD, rows, columns, TOKENS, dtype), device)
-    gradient = (trial.dy_TN, trial.draws_key, trial.streams, trial.operand)
+    gradient = (trial.dy_TN, trial.rng_key, trial.streams, trial.operand)
     return [
         Case("refresh", refresh.refresh, (values, *patterns, forward, backward), 3 * packed + row + column),
         Case("choose_column", choose.choose_column, (values, *patterns), packed + row + column),

@@ -12,7 +12,7 @@ from slope_megatron.ops.backend import build_operands
 from slope_megatron.ops.custom_ops.float8 import quantize
 from slope_megatron.ops.custom_ops.products import choose_column
 from slope_megatron.ops.operands.bias import bias_gradient
-from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
+from slope_megatron.sparsity.mvue_rng import MvueRng, as_int32, stream_table
 
 # (out, in, with a bias) -> a linear: one of the classes below, or one with its rank bound.
 LinearMaker = Callable[[int, int, bool], torch.nn.Module]
@@ -78,10 +78,10 @@ class WithAdapters(Sparse):
         return slope_linear(x, self.weight, operands, adapters=(self.adapter_l, self.adapter_r))
 
 
-def fixed_draws(rows: int) -> TokenDraws:
-    """Draws for a gradient of so many outputs; the same every time."""
+def fixed_rng(rows: int) -> MvueRng:
+    """Random words for a gradient of so many outputs; the same every time."""
     key, streams = as_int32([1, 2]), stream_table([(3, 4)], [range(rows)])
-    return TokenDraws(key.cuda(), streams.cuda(), 2, 4)
+    return MvueRng(key.cuda(), streams.cuda(), 2, 4)
 
 
 class Full(Sparse):
@@ -89,10 +89,10 @@ class Full(Sparse):
 
     def __init__(self, rows: int, columns: int, bias: bool):
         super().__init__(rows, columns, bias)
-        self.draws = fixed_draws(rows)
+        self.rng = fixed_rng(rows)
 
     def product(self, x, operands):
-        return slope_linear(x, self.weight, operands, draws=self.draws)
+        return slope_linear(x, self.weight, operands, rng=self.rng)
 
 
 class DenseFloat8(Dense):

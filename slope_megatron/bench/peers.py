@@ -23,7 +23,7 @@ from torch.sparse import (
 )
 
 from slope_kernels import cusparselt
-from slope_megatron.bench.linears import DTYPE, fixed_draws
+from slope_megatron.bench.linears import DTYPE, fixed_rng
 from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.backend import build_operands
@@ -160,7 +160,7 @@ def _wgrad_choice(key: Key, device: torch.device) -> Choice:
     return measure.measure(key, device, among=("cusparselt",))
 
 
-def estimated_wgrad(dy, x, draws):
+def estimated_wgrad(dy, x, rng):
     """P(dY)^T X, or dY^T X where that is faster: dense `[N, K]`; whole blocks of 64 tokens."""
     (tokens, rows), columns = dy.shape, x.shape[1]
     assert tokens == cusparselt.padded_columns(tokens)
@@ -168,7 +168,7 @@ def estimated_wgrad(dy, x, draws):
     if not choice.sparse:
         return dy.t() @ x
     assert isinstance(choice.algorithm, cusparselt.Algorithm)
-    operand = mvue.mvue_operand(dy, draws.key, draws.streams, False)
+    operand = mvue.mvue_operand(dy, rng.key, rng.streams, False)
     dw = x.new_empty((rows, columns))
     product = cusparselt.Product(rows, tokens, columns, x.dtype, x.device.index, columns, straight=True)
     stream = torch.cuda.current_stream().cuda_stream
@@ -187,7 +187,7 @@ class Fst(torch.nn.Module):
         values = gather_kept(self.weight.detach(), self.row_bits)
         every = torch.full((rows, columns // 16), 255, dtype=torch.uint8, device="cuda")
         self.operands = build_operands("auto", values, self.row_bits, every)
-        self.draws = fixed_draws(rows)
+        self.rng = fixed_rng(rows)
 
     def forward(self, x):
         return Straight.apply(x, self.weight, self.bias, self)
@@ -203,7 +203,7 @@ class Fst(torch.nn.Module):
         return self.operands.dgrad(dy)
 
     def wgrad(self, dy, x):
-        return estimated_wgrad(dy, x, self.draws)
+        return estimated_wgrad(dy, x, self.rng)
 
     def effective_weight(self) -> torch.Tensor:
         return unpack_kept(gather_kept(self.weight.detach(), self.row_bits), self.row_bits)

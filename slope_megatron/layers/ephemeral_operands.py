@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from slope_megatron.ops.backend import Operands, Product, TokenDraws
+from slope_megatron.ops.backend import MvueRng, Operands, Product
 
 
 class EphemeralOperands:
@@ -29,7 +29,7 @@ class EphemeralOperands:
         self.of_backward = self.build(self.weight, (Product.DGRAD, Product.WGRAD))
         return self.of_backward.dgrad(dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
         operands = self.of_backward or self.build(self.weight, (Product.WGRAD,))
         self.of_backward = None
-        return operands.wgrad(dy_TN, x_TK, draws)
+        return operands.wgrad(dy_TN, x_TK, rng)

@@ -21,7 +21,7 @@ import torch
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.ops.backend import TokenDraws
+from slope_megatron.ops.backend import MvueRng
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern
 from slope_megatron.sparsity.tokens import largest_along_tokens
@@ -58,8 +58,8 @@ class MaskedOperands:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return dy_TN @ self.weight_NK
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        return (draws.estimate(dy_TN) if draws else dy_TN).t() @ x_TK
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+        return (rng.estimate(dy_TN) if rng else dy_TN).t() @ x_TK
 
 
 class MaskedWeight(PrunedLinear):
@@ -121,8 +121,8 @@ class MaskedWeight(PrunedLinear):
         n, m = self.slope.n, self.slope.m
         return lambda dy_TN: largest_along_tokens(dy_TN, n, m)
 
-    def gradient_draws(self) -> TokenDraws | None:
-        return self.present_draws() if self.masking and self.slope.method == "fst" else None
+    def gradient_rng(self) -> MvueRng | None:
+        return self.current_rng() if self.masking and self.slope.method == "fst" else None
 
 
 def check_masked_shard(rows: int, columns: int, slope: SlopeConfig) -> None:

@@ -18,7 +18,7 @@ from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.ephemeral_operands import EphemeralOperands
 from slope_megatron.layers.kept_operands import KeptOperands, TensorSnapshot, lent
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.ops.backend import PRODUCTS, Operands, Product, TokenDraws, build_operands, choose_column_bits
+from slope_megatron.ops.backend import PRODUCTS, MvueRng, Operands, Product, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
@@ -168,9 +168,9 @@ class PackedWeight(PrunedLinear):
             return super().product_operands(weight)
         return EphemeralOperands(self.new_operands, weight), None
 
-    def gradient_draws(self) -> TokenDraws | None:
+    def gradient_rng(self) -> MvueRng | None:
         """In `full` mode wgrad reads an unbiased 2:4 estimate of dY."""
-        return self.present_draws() if self.slope.mode == "full" else None
+        return self.current_rng() if self.slope.mode == "full" else None
 
 
 def check_shard(rows: int, columns: int, kept: int, slope: SlopeConfig) -> None:

@@ -18,10 +18,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
-from slope_megatron.layers.draws import RowDraws
 from slope_megatron.layers.kept_operands import KeptOperands
+from slope_megatron.layers.random_streams import RowStreams
 from slope_megatron.linear import slope_linear
-from slope_megatron.ops.backend import Following, Products, TokenDraws
+from slope_megatron.ops.backend import Following, MvueRng, Products
 from slope_megatron.ops.operands.bias import bias_gradient
 
 
@@ -68,21 +68,21 @@ class PrunedLinear(torch.nn.Module):
             cut = self.adapter_r if partition_dim == 0 else self.adapter_l
             set_tensor_model_parallel_attributes(cut, True, partition_dim, stride)
         self.adapters_active = False
-        self.row_draws: RowDraws | None = None
+        self.row_streams: RowStreams | None = None
         if self.config.perform_initialization:
             # By Megatron, in the constructor.
             self.mark_present("weight")
 
-    def present_draws(self) -> TokenDraws | None:
-        """Of the unbiased estimate of dY at this place in the run; None where no gradient is asked for."""
+    def current_rng(self) -> MvueRng | None:
+        """The generator of dY's unbiased estimate in this micro-batch; None where no gradient is asked for."""
         if not torch.is_grad_enabled():
             return None
-        if self.row_draws is None:
+        if self.row_streams is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no draws for its unbiased gradient pruning: call "
-                "slope_megatron.models.draws.attach_draws on the built model"
+                f"{type(self).__name__} has no random streams for its unbiased gradient pruning: call "
+                "slope_megatron.models.random_streams.attach_random_streams on the built model"
             )
-        return self.row_draws.present(*self.slope.gradient_nm, self.weight.device)
+        return self.row_streams.rng(*self.slope.gradient_nm, self.weight.device)
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class PrunedLinear(torch.nn.Module):
         """What dgrad and wgrad read instead of dY; None: dY itself."""
         return None
 
-    def gradient_draws(self) -> TokenDraws | None:
+    def gradient_rng(self) -> MvueRng | None:
         """Of the unbiased estimate that wgrad reads instead of dY; None: no estimate."""
         return None
 
@@ -228,7 +228,7 @@ class PrunedLinear(torch.nn.Module):
             adapters=adapters,
             communication=communication,
             prune=self.gradient_pruning(),
-            draws=self.gradient_draws(),
+            rng=self.gradient_rng(),
             patterns=self.pattern_buffers(),
             before_backward=before_backward,
         )

@@ -12,10 +12,10 @@ from slope_megatron.ops.choices import PRODUCTS, Product
 from slope_megatron.ops.custom_ops import products
 from slope_megatron.ops.operands import cusparselt, float8, reference
 from slope_megatron.ops.operands.packed import PackedOperands
+from slope_megatron.sparsity.mvue_rng import MvueRng
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 from slope_megatron.sparsity.pieces import rows_at_once
-from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class Products(ForwardProduct, Protocol):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        """dW = dY^T X read at the kept places, `[N, C]`; with draws P(dY)^T X, P their unbiased estimate."""
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+        """dW = dY^T X read at the kept places, `[N, C]`; with an rng P(dY)^T X, P the unbiased estimate it draws."""
 
 
 class Following(Products, Protocol):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slope_megatron.ops.autotune.trials import Candidate, Trial
     from slope_megatron.ops.choices import Key, Product
     from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
-    from slope_megatron.sparsity.token_draws import TokenDraws
+    from slope_megatron.sparsity.mvue_rng import MvueRng
 
 
 class Library(Protocol):
@@ -40,9 +40,7 @@ class Library(Protocol):
     def unsupported_wgrad(self, key: "Key", device: torch.device) -> str | None:
         """Why it cannot compute this wgrad of `full` mode here; None: it can."""
 
-    def wgrad(
-        self, dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, draws: "TokenDraws"
-    ) -> torch.Tensor:
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: "MvueRng") -> torch.Tensor:
         """P(dY)^T X at the kept places, `[N, C]`."""
 
     def finalists(self, trial: "Trial") -> "list[Candidate]":

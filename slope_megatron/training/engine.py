@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from slope_megatron.config import Config
-from slope_megatron.models.draws import attach_draws
 from slope_megatron.models.fill import pruned_modules, sparse_modules
+from slope_megatron.models.random_streams import attach_random_streams
 from slope_megatron.training import baselines
 from slope_megatron.training.objectives import OBJECTIVES, counts
 from slope_megatron.training.optim import optimizer as optim
@@ -70,7 +70,7 @@ class Engine:
         # Whoever looks on: told the part of a step that begins, and the loss when the gradients are ready to be used.
         self.on_part = lambda part: None
         self.before_step = lambda loss: None
-        self.draws = attach_draws(model, config.train.seed)
+        self.rng_state = attach_random_streams(model, config.train.seed)
         gradients.mark_tied_copy(model)
         groups = optim.parameter_groups(model, config)
         self.members = {group["name"]: list(group["params"]) for group in groups}
@@ -144,7 +144,7 @@ class Engine:
         for module in pruned_modules(self.model):
             module.adapters_active = self.phases.adapters_on(step)
         baselines.enter_phase(self.model, self.phases, step)
-        self.draws.step = step
+        self.rng_state.step = step
         if self.phases.adapters_join(step):
             partitions.reset_state(self.optimizer, optim.ADAPTERS)
 
@@ -176,10 +176,10 @@ class Engine:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def forward(self, model: torch.nn.Module, index: int, batch: dict):
-        """The model's output of this replica's micro-batch `index`, counted from 0; random draws are keyed to it."""
+        """The model's output of this replica's micro-batch `index`, counted from 0; random numbers are keyed to it."""
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.draws.micro_batch = index * replicas + replica
-        return self.draws.follow(self.objective.forward(model, batch))
+        self.rng_state.micro_batch = index * replicas + replica
+        return self.rng_state.follow(self.objective.forward(model, batch))
 
     def schedule(self, batches: list[dict], loss_of, *, forward_only: bool) -> list[dict]:
         """Megatron's schedule (1F1B with stages) over the bare module; what `loss_of` reported of each batch."""

@@ -39,7 +39,7 @@ class PlainProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, linear):
         ctx.save_for_backward(x, weight * linear.mask())
-        ctx.linear, ctx.place = linear, linear.draws and linear.draws.micro_batch
+        ctx.linear, ctx.micro_batch = linear, linear.rng_state and linear.rng_state.micro_batch
         return x @ (weight * linear.mask()).t()
 
     @staticmethod
@@ -52,17 +52,17 @@ class PlainProduct(torch.autograd.Function):
             dy_TN = (groups * largest(groups, 2)).flatten(-2).t()
         dx = (dy_TN @ masked).view(x.shape)
         if linear.masking and linear.method == "fst":
-            dy_TN = linear.estimate(dy_TN, ctx.place)
+            dy_TN = linear.estimate(dy_TN, ctx.micro_batch)
         return dx, dy_TN.t() @ x_TK, None
 
 
 class PlainLinear(torch.nn.Module):
     """Takes the place of a Megatron linear that is not cut; keeps its parameters."""
 
-    def __init__(self, stock, method, estimate, draws):
+    def __init__(self, stock, method, estimate, rng_state):
         super().__init__()
         self.weight, self.bias, self.skip_bias_add = stock.weight, stock.bias, stock.skip_bias_add
-        self.method, self.estimate, self.draws, self.masking, self.found = method, estimate, draws, True, None
+        self.method, self.estimate, self.rng_state, self.masking, self.found = method, estimate, rng_state, True, None
 
     def mask(self):
         weight = self.weight.detach()
@@ -131,14 +131,14 @@ def plain_training(config):
 
 def estimate_of(name, config, place):
     """dY and micro-batch -> its estimate, with words asked for one by one at their place."""
-    from slope_megatron.sparsity import counter, token_draws
+    from slope_megatron.sparsity import counter, mvue_rng
     from slope_megatron.sparsity.mvue import mvue
 
     def estimate(dy_TN, micro_batch):
         tokens, out = dy_TN.shape
         key = counter.key_of(config.train.seed, f"mvue:{place.step}:{micro_batch}")
         index = torch.arange(out * (tokens // 4))
-        blocks = counter.philox(key, index // 4, counter.key_of(config.train.seed, name), token_draws.ROUNDS)
+        blocks = counter.philox(key, index // 4, counter.key_of(config.train.seed, name), mvue_rng.ROUNDS)
         words = blocks[torch.arange(len(index)), index % 4]
         return mvue(dy_TN.t(), words.view(out, -1), 2, 4).t()
 

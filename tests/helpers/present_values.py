@@ -42,7 +42,7 @@ def build(kind: str, backend: str = "reference", dtype=torch.float64, device: st
         layer.weight.data.copy_(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(11)))
         layer.update_mask()
         # Its estimate of dY is no matter here.
-        layer.gradient_draws = lambda: None
+        layer.gradient_rng = lambda: None
     return layer.to(device)
 
 

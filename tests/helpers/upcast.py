@@ -12,5 +12,5 @@ class UpcastOperands(reference.ReferenceOperands):
     def dgrad(self, dy_TN):
         return (dy_TN.float() @ self.backward_NK.float()).to(dy_TN.dtype)
 
-    def wgrad(self, dy_TN, x_TK, draws=None):
+    def wgrad(self, dy_TN, x_TK, rng=None):
         return (dy_TN.float().t() @ x_TK.float()).gather(1, self.index_NC).to(dy_TN.dtype)

@@ -1,18 +1,18 @@
-"""Problems of `full` mode's wgrad: dY, X, which half of dW is kept, and the draws of the estimate."""
+"""Problems of `full` mode's wgrad: dY, X, which half of dW is kept, and the random words of the estimate."""
 
 import torch
 
 from helpers.numerics import relative_error
+from slope_megatron.sparsity.mvue_rng import MvueRng, as_int32, stream_table
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack_bits
 from slope_megatron.sparsity.pattern import random_pattern
-from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
 
 DTYPE = torch.bfloat16
 
 
-def draws_of(rows, device, seed=0):
+def rng_of(rows, device, seed=0):
     streams = stream_table([(11, 12)], [range(rows)])
-    return TokenDraws(as_int32([seed, 99]).to(device), streams.to(device), 2, 4)
+    return MvueRng(as_int32([seed, 99]).to(device), streams.to(device), 2, 4)
 
 
 def problem(tokens, rows, columns, device, dtype=DTYPE, seed=0):
@@ -24,9 +24,9 @@ def problem(tokens, rows, columns, device, dtype=DTYPE, seed=0):
     return dy.to(device), x.to(device), pack_bits(random_pattern(words, 2, 4)).to(device)
 
 
-def is_near_fp64(found, dy, x, row_bits, draws):
+def is_near_fp64(found, dy, x, row_bits, rng):
     """No further off than twice the dense product of the same matrices, which rounds as often."""
-    estimate, row = draws.estimate(dy), unpack_bits(row_bits)
+    estimate, row = rng.estimate(dy), unpack_bits(row_bits)
     assert not torch.equal(estimate, dy)
     exact = pack(estimate.double().t() @ x.double(), row)
     return relative_error(found, exact) <= 2 * relative_error(pack(estimate.t() @ x, row), exact)

@@ -1,6 +1,6 @@
 """What every class of operands does: gradients by autograd; on a GPU, CUDA graphs, streams, and steps without a sync.
 
-On a CPU the ops' plain-torch kernels stand in. wgrad of `full` mode has such tests beside its draws, in test_wgrad.py.
+On a CPU the ops' plain-torch kernels stand in. wgrad of `full` mode has such tests in test_wgrad.py.
 """
 
 import pytest

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.numerics import relative_error
-from helpers.wgrad import DTYPE, draws_of, is_near_fp64, problem
+from helpers.wgrad import DTYPE, is_near_fp64, problem, rng_of
 from slope_kernels import cutlass
 from slope_kernels import packed_wgrad as kernels
 from slope_megatron.ops import choices
@@ -46,8 +46,8 @@ def test_the_choice_says_which_product_runs_unless_one_is_asked_for(
     for module, name in ((mvue, "sparse_wgrad"), (cutlass_library, "packed_wgrad")):
         op = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *rest, op=op, name=name: ran.append(name) or op(*rest))
-    draws = draws_of(64, kernels_here)
-    assert is_near_fp64(wgrad.packed(dy, x, row_bits, draws, **asked), dy, x, row_bits, draws)
+    rng = rng_of(64, kernels_here)
+    assert is_near_fp64(wgrad.packed(dy, x, row_bits, rng, **asked), dy, x, row_bits, rng)
     assert ran == [expected]
 
 
@@ -154,8 +154,8 @@ def test_every_packing_kernel_rounds_the_exact_sums_once(tokens, rows, columns, 
 @pytest.mark.gpu
 def test_tensors_off_the_line_are_copied(kernels_here, fresh_choices):
     dy, x, row_bits = problem(200, 192, 320, kernels_here)
-    draws = draws_of(192, kernels_here)
-    operand = mvue.mvue_operand(dy, draws.key, draws.streams, True)
+    rng = rng_of(192, kernels_here)
+    operand = mvue.mvue_operand(dy, rng.key, rng.streams, True)
     expected = cutlass_library.packed_wgrad(operand, x, row_bits)
     moved = [
         torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=kernels_here)[1:].view_as(tensor).copy_(tensor)

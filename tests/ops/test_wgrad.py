@@ -7,7 +7,7 @@ import torch
 
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
-from helpers.wgrad import DTYPE, draws_of, is_near_fp64, problem
+from helpers.wgrad import DTYPE, is_near_fp64, problem, rng_of
 from slope_megatron.config.slope import LIBRARIES
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.autotune import measure
@@ -15,8 +15,8 @@ from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout, mvue
 from slope_megatron.ops.operands import cutlass, reference, wgrad
 from slope_megatron.ops.operands.packed import PackedOperands
+from slope_megatron.sparsity.mvue_rng import as_int32
 from slope_megatron.sparsity.packing import pack, unpack_bits
-from slope_megatron.sparsity.token_draws import as_int32
 
 
 @pytest.fixture(params=["cusparselt", "cutlass"])
@@ -30,9 +30,9 @@ def by_name(request, device):
 @pytest.mark.parametrize("tokens", [64, 40, 7])
 def test_the_sparse_product_is_that_of_the_estimate(tokens, by_name, device, fresh_choices):
     dy, x, row_bits = problem(tokens, 64, 128, device)
-    draws = draws_of(64, device)
-    found = wgrad.packed(dy, x, row_bits, draws, **by_name)
-    assert is_near_fp64(found, dy, x, row_bits, draws)
+    rng = rng_of(64, device)
+    found = wgrad.packed(dy, x, row_bits, rng, **by_name)
+    assert is_near_fp64(found, dy, x, row_bits, rng)
 
 
 def test_a_dense_choice_multiplies_the_gradient_itself(device, fresh_choices, caplog):
@@ -42,7 +42,7 @@ def test_a_dense_choice_multiplies_the_gradient_itself(device, fresh_choices, ca
     assert caplog.messages == [
         "wgrad 64x128 T64 bfloat16: dense (2:4 2.000 ms, dense 1.000 ms); the exact gradient, unpruned"
     ]
-    found = wgrad.packed(dy, x, row_bits, draws_of(64, device))
+    found = wgrad.packed(dy, x, row_bits, rng_of(64, device))
     assert torch.equal(found, pack(dy.t() @ x, unpack_bits(row_bits)))
 
 
@@ -62,10 +62,10 @@ def test_operands_read_the_estimate_in_wgrad_alone(library, kernels_here, fresh_
         fresh_choices.record(Key(Product.WGRAD, 64, 128, 64, DTYPE), Choice(True))
     theirs = reference.build(weight.values, weight.row_bits, weight.column_bits)
     dy, x, _ = problem(64, 64, 128, kernels_here)
-    draws, results = draws_of(64, kernels_here), []
+    rng, results = rng_of(64, kernels_here), []
     for operands in (ours, theirs):
         leaf, values = x.clone().requires_grad_(), weight.values.clone().requires_grad_()
-        slope_linear(leaf, values, operands, draws=draws).backward(dy)
+        slope_linear(leaf, values, operands, rng=rng).backward(dy)
         results.append((leaf.grad, values.grad))
     (dx, dw), (expected_dx, expected_dw) = results
     assert relative_error(dx, expected_dx) < 1e-2 and relative_error(dw, expected_dw) < 1e-2
@@ -76,12 +76,12 @@ def test_operands_read_the_estimate_in_wgrad_alone(library, kernels_here, fresh_
 @pytest.mark.gpu
 def test_a_layout_that_is_not_known_is_dense_or_refused(device, fresh_choices, monkeypatch):
     dy, x, row_bits = problem(64, 64, 128, device)
-    draws = draws_of(64, device)
+    rng = rng_of(64, device)
     monkeypatch.setattr(layout, "probe", lambda *_: layout.Layout(False))
     with pytest.raises(ValueError, match=r"written in sm_90's layout and cuda:0 has another; use --slope-backend auto"):
-        wgrad.packed(dy, x, row_bits, draws, dense_allowed=False, among=("cusparselt",))
+        wgrad.packed(dy, x, row_bits, rng, dense_allowed=False, among=("cusparselt",))
     monkeypatch.setattr(cutlass, "packing_kernels", lambda dtype: ())
-    assert torch.equal(wgrad.packed(dy, x, row_bits, draws), pack(dy.t() @ x, unpack_bits(row_bits)))
+    assert torch.equal(wgrad.packed(dy, x, row_bits, rng), pack(dy.t() @ x, unpack_bits(row_bits)))
 
 
 @pytest.mark.gpu
@@ -91,19 +91,19 @@ def test_random_products_are_as_near_fp64_as_dense_ones(
     tokens, rows, columns, dtype, by_name, device, fresh_choices
 ):  # fmt: skip
     dy, x, row_bits = problem(tokens, rows, columns, device, dtype)
-    draws = draws_of(rows, device)
-    assert is_near_fp64(wgrad.packed(dy, x, row_bits, draws, **by_name), dy, x, row_bits, draws)
+    rng = rng_of(rows, device)
+    assert is_near_fp64(wgrad.packed(dy, x, row_bits, rng, **by_name), dy, x, row_bits, rng)
 
 
 @pytest.mark.gpu
 def test_the_mean_over_draws_is_the_dense_gradient(by_name, device, fresh_choices):
     """400 micro-batches with one dY: z-scores of the mean, and the same key gives the same bits."""
     dy, x, row_bits = problem(256, 256, 512, device)
-    draws, samples = draws_of(256, device), []
+    rng, samples = rng_of(256, device), []
     for micro_batch in range(400):
-        draws.key.copy_(as_int32([micro_batch, 7]))
-        samples.append(wgrad.packed(dy, x, row_bits, draws, **by_name))
-    again = wgrad.packed(dy, x, row_bits, draws, **by_name)
+        rng.key.copy_(as_int32([micro_batch, 7]))
+        samples.append(wgrad.packed(dy, x, row_bits, rng, **by_name))
+    again = wgrad.packed(dy, x, row_bits, rng, **by_name)
     assert torch.equal(again, samples[-1]) and not torch.equal(samples[0], samples[1])
     samples = torch.stack(samples).double()
     exact = pack(dy.double().t() @ x.double(), unpack_bits(row_bits))
@@ -116,31 +116,31 @@ def test_the_mean_over_draws_is_the_dense_gradient(by_name, device, fresh_choice
 @pytest.mark.gpu
 def test_a_captured_graph_draws_anew_for_each_key(by_name, device, fresh_choices):
     dy, x, row_bits = problem(512, 256, 128, device)
-    draws = draws_of(256, device)
+    rng = rng_of(256, device)
     with pytest.raises(RuntimeError, match="run it once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        wgrad.packed(dy, x, row_bits, draws, **by_name)
-    wgrad.packed(dy, x, row_bits, draws, **by_name)
+        wgrad.packed(dy, x, row_bits, rng, **by_name)
+    wgrad.packed(dy, x, row_bits, rng, **by_name)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = wgrad.packed(dy, x, row_bits, draws, **by_name)
+        found = wgrad.packed(dy, x, row_bits, rng, **by_name)
     for seed in (5, 6):
-        draws.key.copy_(as_int32([seed, 1]))
+        rng.key.copy_(as_int32([seed, 1]))
         graph.replay()
-        assert torch.equal(found, wgrad.packed(dy, x, row_bits, draws, **by_name))
+        assert torch.equal(found, wgrad.packed(dy, x, row_bits, rng, **by_name))
 
 
 @pytest.mark.gpu
 def test_a_step_does_not_synchronize(by_name, device, fresh_choices):
-    from slope_megatron.layers.draws import Draws, RowDraws
+    from slope_megatron.layers.random_streams import RngState, RowStreams
 
     dy, x, row_bits = problem(512, 256, 128, device)
-    draws = Draws(3)
-    rows = RowDraws(draws, ("weight",), (range(256),))
-    wgrad.packed(dy, x, row_bits, rows.present(2, 4, device), **by_name)
+    state = RngState(3)
+    rows = RowStreams(state, ("weight",), (range(256),))
+    wgrad.packed(dy, x, row_bits, rows.rng(2, 4, device), **by_name)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for draws.micro_batch in range(3):
-            wgrad.packed(dy, x, row_bits, rows.present(2, 4, device), **by_name)
+        for state.micro_batch in range(3):
+            wgrad.packed(dy, x, row_bits, rows.rng(2, 4, device), **by_name)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -156,9 +156,9 @@ def test_measured_choices(device, fresh_choices):
 
 def test_operand_and_products_are_registered(kernels_here):
     dy, x, row_bits = problem(40, 64, 128, kernels_here)
-    draws = draws_of(64, kernels_here)
+    rng = rng_of(64, kernels_here)
     for for_cutlass in (False, True):
-        arguments = (dy, draws.key, draws.streams, for_cutlass)
+        arguments = (dy, rng.key, rng.streams, for_cutlass)
         torch.library.opcheck(torch.ops.slope.mvue_operand.default, arguments)
         operand = mvue.mvue_operand(*arguments)
         if for_cutlass:

@@ -72,7 +72,7 @@ def dgrad_of_the_forward_weight(operands, dy_TN):
     return dy_TN @ products.unpack_kept(values, operands.patterns.row_bits)
 
 
-def wgrad_of_other_places(operands, dy_TN, x_TK, draws=None):
+def wgrad_of_other_places(operands, dy_TN, x_TK, rng=None):
     """Read at the places of the next row."""
     return products.gather_kept(dy_TN.t() @ x_TK, operands.patterns.row_bits.roll(1, 0))
 

@@ -17,7 +17,7 @@ from slope_kernels.triton.mvue24 import two_of_four
 from slope_kernels.triton.philox import philox
 from slope_kernels.triton.places import permute_bytes
 
-# Of the generator, as `slope_megatron.sparsity.token_draws` has it.
+# Of the generator, as `slope_megatron.sparsity.mvue_rng` has it.
 ROUNDS = tl.constexpr(7)
 
 

@@ -12,8 +12,8 @@ from slope_kernels.triton.mvue import mvue_operand
 from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.choices import Key
 from slope_megatron.ops.custom_ops import layout
+from slope_megatron.sparsity.mvue_rng import as_int32, stream_table
 from slope_megatron.sparsity.operand import places_sm90, scatter_slots
-from slope_megatron.sparsity.token_draws import as_int32, stream_table
 
 # Whole metadata blocks, decoded at once.
 ROWS_AT_ONCE = 4096
@@ -29,7 +29,7 @@ class WgradTrial:
         # Its own zeros past the last token: a training run's X is copied where tokens are no multiple of 64.
         self.x_SK = torch.randn(columns, key.columns, device=device, dtype=key.dtype)
         self.x_SK[key.tokens :] = 0
-        self.draws_key = as_int32([1, 2]).to(device)
+        self.rng_key = as_int32([1, 2]).to(device)
         self.streams = stream_table([(3, 4)], [range(key.rows)]).to(device)
         self.row_bits = random_bits(key.rows, key.columns, device)
         self.operand = torch.empty(layout.operand_bytes(key.rows, columns), dtype=torch.uint8, device=device)
@@ -46,7 +46,7 @@ class WgradTrial:
         self.y_TR.fill_(float("nan"))
 
     def write_operand(self, for_cutlass: bool = False) -> None:
-        mvue_operand(self.dy_TN, self.draws_key, self.streams, self.operand, for_cutlass=for_cutlass)
+        mvue_operand(self.dy_TN, self.rng_key, self.streams, self.operand, for_cutlass=for_cutlass)
 
     def keep_half(self) -> None:
         """Of the dense gradient, into the packed one."""

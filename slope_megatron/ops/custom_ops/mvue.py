@@ -12,14 +12,14 @@ from slope_kernels import cusparselt
 from slope_megatron.ops.custom_ops import layout
 from slope_megatron.ops.custom_ops.products import aligned, measured, padded
 from slope_megatron.sparsity.mvue24 import two_of_four
+from slope_megatron.sparsity.mvue_rng import MvueRng
 from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots
 from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
-from slope_megatron.sparsity.token_draws import TokenDraws
 
 
 @torch.library.custom_op("slope::mvue_operand", mutates_args=(), device_types="cuda")
 def mvue_operand(dy_TN: torch.Tensor, key: torch.Tensor, streams: torch.Tensor, for_cutlass: bool) -> torch.Tensor:
-    """Operand, uint8 `[9/8 N S]`, of the estimate that `TokenDraws(key, streams, 2, 4)` draws; N a multiple of 64.
+    """Operand, uint8 `[9/8 N S]`, of the estimate that `MvueRng(key, streams, 2, 4)` draws; N a multiple of 64.
 
     Its metadata is in CUTLASS's order, or in cuSPARSELt's.
     """
@@ -38,7 +38,7 @@ def _new_wgrad_operand(dy_TN: torch.Tensor) -> torch.Tensor:
 @mvue_operand.register_kernel("cpu")
 def _(dy_TN, key, streams, for_cutlass):
     groups = cusparselt.padded_columns(dy_TN.shape[0]) // 4
-    words = TokenDraws(key, streams, 2, 4).words(-(-dy_TN.shape[0] // 4))
+    words = MvueRng(key, streams, 2, 4).words(-(-dy_TN.shape[0] // 4))
     # Groups of zeros alone: any word does.
     words = torch.nn.functional.pad(words, (0, groups - words.shape[1]))
     dy_NS = torch.nn.functional.pad(dy_TN.t(), (0, groups * 4 - dy_TN.shape[0]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from slope_megatron.ops.choices import Product
-from slope_megatron.sparsity.token_draws import TokenDraws
+from slope_megatron.sparsity.mvue_rng import MvueRng
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class WithBias:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return self.product(Product.DGRAD, dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        return self.inner.wgrad(dy_TN, x_TK, draws)
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+        return self.inner.wgrad(dy_TN, x_TK, rng)
 
 
 class BiasGradient(torch.autograd.Function):

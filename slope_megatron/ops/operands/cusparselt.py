@@ -16,7 +16,7 @@ from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout, mvue, products
 from slope_megatron.ops.operands import patterns as two_of_four
 from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
-from slope_megatron.sparsity.token_draws import TokenDraws
+from slope_megatron.sparsity.mvue_rng import MvueRng
 
 NAME = Algorithm.library
 SAYS = "2:4 tensor cores, or dense where that measures faster"
@@ -106,9 +106,9 @@ class CusparseltOperand(SparseOperand):
 Operand = CusparseltOperand
 
 
-def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, draws: TokenDraws) -> torch.Tensor:
+def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: MvueRng) -> torch.Tensor:
     """A dense P(dY)^T X, rounded to 16 bits, of which the kept half `[N, C]` is gathered."""
-    estimate = mvue.mvue_operand(dy_TN, draws.key, draws.streams, False)
+    estimate = mvue.mvue_operand(dy_TN, rng.key, rng.streams, False)
     return products.gather_kept(mvue.sparse_wgrad(estimate, x_TK, dy_TN.shape[1]), row_bits)
 
 

@@ -27,10 +27,10 @@ from slope_megatron.ops.choices import Key, Product
 from slope_megatron.ops.custom_ops import layout, mvue, products
 from slope_megatron.ops.operands import patterns as two_of_four
 from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
+from slope_megatron.sparsity.mvue_rng import MvueRng
 from slope_megatron.sparsity.operand import scatter_slots
 from slope_megatron.sparsity.operand_cutlass import from_sm90, places_cutlass
 from slope_megatron.sparsity.packing import pack, unpack_bits
-from slope_megatron.sparsity.token_draws import TokenDraws
 
 logger = logging.getLogger(__name__)
 NAME = Algorithm.library
@@ -196,9 +196,9 @@ def unsupported_wgrad(key: Key, device: torch.device) -> str | None:
     return cutlass.unsupported() or cutlass.unsupported_shape(key.rows, key.columns, key.dtype)
 
 
-def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, draws: TokenDraws) -> torch.Tensor:
+def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: MvueRng) -> torch.Tensor:
     """The kept half alone, straight from the sums."""
-    return packed_wgrad(mvue.mvue_operand(dy_TN, draws.key, draws.streams, True), x_TK, row_bits)
+    return packed_wgrad(mvue.mvue_operand(dy_TN, rng.key, rng.streams, True), x_TK, row_bits)
 
 
 def problem(key: Key, tiles: int) -> Hashable:

@@ -27,8 +27,8 @@ from slope_megatron.ops.operands.protocol import WeightPatterns
 from slope_megatron.ops.operands.reference import ReferenceOperands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
+from slope_megatron.sparsity.mvue_rng import MvueRng
 from slope_megatron.sparsity.operand import metadata_e4m3, scatter_slots
-from slope_megatron.sparsity.token_draws import TokenDraws
 
 OLDEST_ARCHITECTURE = (8, 9)
 # 512^-2: sums of up to 2^18 products of e4m3 numbers, times it, stay in the range of fp16.
@@ -207,9 +207,9 @@ class Float8Operands:
                 return q_NT, scale
         return float8_products.quantize(dy_TN, False, True)[1:]
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
         """dW at the kept places, `[N, C]`."""
-        assert draws is None, "SlopeConfig refuses mode full in e4m3"
+        assert rng is None, "SlopeConfig refuses mode full in e4m3"
         if not self.float8_wgrad:
             return products.gather_kept(dy_TN.t() @ x_TK, self.patterns.both()[0])
         q_NT, dy_scale = self._transposed_gradient(dy_TN)
@@ -242,7 +242,7 @@ class EmulatedFloat8Operands(ReferenceOperands):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return super().dgrad(float8.rounded(dy_TN))
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
         if self.float8_wgrad:
             dy_TN, x_TK = float8.rounded(dy_TN), float8.rounded(x_TK)
-        return super().wgrad(dy_TN, x_TK, draws)
+        return super().wgrad(dy_TN, x_TK, rng)

@@ -23,7 +23,7 @@ from slope_megatron.ops.operands.bias import WithBias
 from slope_megatron.ops.operands.cusparselt import CusparseltOperand
 from slope_megatron.ops.operands.dense import DenseOperand
 from slope_megatron.ops.operands.protocol import SparseOperand, WeightOperand, WeightPatterns, not_held
-from slope_megatron.sparsity.token_draws import TokenDraws
+from slope_megatron.sparsity.mvue_rng import MvueRng
 
 LIBRARIES = libraries.load()
 
@@ -176,14 +176,14 @@ class PackedOperands:
         """dX = dY W^{R,C}, `[T, K]`."""
         return self.product(Product.DGRAD, dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        """dW = dY^T X at the kept places, `[N, C]`; with draws P(dY)^T X, or the exact one where that is faster."""
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+        """dW = dY^T X at the kept places, `[N, C]`; with an rng P(dY)^T X, or the exact one where that is faster."""
         row_bits = self.patterns.row_bits
         if row_bits is None:
             raise not_held(Product.WGRAD)
-        if draws is None:
+        if rng is None:
             return products.gather_kept(dy_TN.t() @ x_TK, row_bits)
-        return wgrad.packed(dy_TN, x_TK, row_bits, draws, dense_allowed=self.dense_allowed, among=self.wgrad_among)
+        return wgrad.packed(dy_TN, x_TK, row_bits, rng, dense_allowed=self.dense_allowed, among=self.wgrad_among)
 
     def with_bias(self, bias_N: torch.Tensor) -> WithBias:
         """These operands with a bias added by the forward product's epilogue."""

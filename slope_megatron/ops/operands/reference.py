@@ -4,8 +4,8 @@ import torch
 
 from slope_megatron.ops.choices import PRODUCTS, Product
 from slope_megatron.ops.operands.protocol import not_held
+from slope_megatron.sparsity.mvue_rng import MvueRng
 from slope_megatron.sparsity.packing import kept_index, unpack, unpack_bits
-from slope_megatron.sparsity.token_draws import TokenDraws
 
 SAYS = "unpack and dense product"
 
@@ -60,8 +60,8 @@ class ReferenceOperands:
             raise not_held(Product.DGRAD)
         return dy_TN @ self.backward_NK
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, draws: TokenDraws | None = None) -> torch.Tensor:
-        read_TN = draws.estimate(dy_TN) if draws else dy_TN
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+        read_TN = rng.estimate(dy_TN) if rng else dy_TN
         return (read_TN.t() @ x_TK).gather(1, self.index_NC)
 
 

@@ -19,7 +19,7 @@ from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.autotune.resolve import resolve, uncompiled
 from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops.products import gather_kept
-from slope_megatron.sparsity.token_draws import TokenDraws
+from slope_megatron.sparsity.mvue_rng import MvueRng
 
 logger = logging.getLogger(__name__)
 LIBRARIES = libraries.load()
@@ -29,7 +29,7 @@ def packed(
     dy_TN: torch.Tensor,
     x_TK: torch.Tensor,
     row_bits: torch.Tensor,
-    draws: TokenDraws,
+    rng: MvueRng,
     *,
     dense_allowed: bool = True,
     among: tuple[str, ...] = tuple(LIBRARIES),
@@ -43,9 +43,9 @@ def packed(
     Raises:
         ValueError: the sparse product was asked for by name, and nothing here can write its operand or compute it.
     """
-    if (draws.n, draws.m) != (2, 4):
-        _say_once(f"full mode: {draws.n}:{draws.m} gradients are estimated in plain torch; the kernel is for 2:4")
-        return gather_kept(draws.estimate(dy_TN).t() @ x_TK, row_bits)
+    if (rng.n, rng.m) != (2, 4):
+        _say_once(f"full mode: {rng.n}:{rng.m} gradients are estimated in plain torch; the kernel is for 2:4")
+        return gather_kept(rng.estimate(dy_TN).t() @ x_TK, row_bits)
     key = Key(Product.WGRAD, dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype)
     choice = choices.find(key)
     if choice is None or not _fits(choice, dense_allowed, among):
@@ -53,7 +53,7 @@ def packed(
     if not choice.sparse:
         return gather_kept(dy_TN.t() @ x_TK, row_bits)
     # A CPU's choice names no library.
-    return LIBRARIES[choice.library or among[0]].wgrad(dy_TN, x_TK, row_bits, draws)
+    return LIBRARIES[choice.library or among[0]].wgrad(dy_TN, x_TK, row_bits, rng)
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 T tokens, N out (this rank's rows), groups of m tokens. The word of output n and group g is word r G + g of the counter
 generator, r the output's row in the whole weight and G = ceil(T / m) the groups of the micro-batch. The generator's key
-is the place in the run, (seed, step, micro-batch), and its stream the weight's name: so that one key, two words, serves
-all layers, and the rest never changes.
+is a hash of (seed, step, micro-batch) and its stream the weight's name, so one key of two words serves all layers, and
+what is particular to a layer never changes.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ ROUNDS = 7
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenDraws:
-    """The draws of one layer at one place in the run.
+class MvueRng:
+    """The random words of one layer in one micro-batch.
 
     Args:
         key: int32 `[2]`, on the device of dY: a captured CUDA graph reads what it holds at the replay.

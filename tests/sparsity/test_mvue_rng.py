@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from slope_megatron.sparsity import counter
-from slope_megatron.sparsity.token_draws import ROUNDS, TokenDraws, as_int32, stream_table
+from slope_megatron.sparsity.mvue_rng import ROUNDS, MvueRng, as_int32, stream_table
 
 NAMES = [(0xFFFFFFFF, 1), (2, 0x80000000)]
 
 
-def draws_of(names, rows, key=(0xDEADBEEF, 3)):
-    return TokenDraws(as_int32(key), stream_table(names, rows), 2, 4)
+def rng_of(names, rows, key=(0xDEADBEEF, 3)):
+    return MvueRng(as_int32(key), stream_table(names, rows), 2, 4)
 
 
 def test_the_table_lists_even_outputs_then_odd_ones():
@@ -25,7 +25,7 @@ def test_the_table_lists_even_outputs_then_odd_ones():
 
 @pytest.mark.parametrize("groups", [8, 7])
 def test_a_word_is_that_of_its_row_in_the_whole_weight(groups):
-    words = draws_of(NAMES, [range(10, 14), range(20, 22)]).words(groups)
+    words = rng_of(NAMES, [range(10, 14), range(20, 22)]).words(groups)
     places = [(NAMES[0], row) for row in range(10, 14)] + [(NAMES[1], row) for row in range(20, 22)]
     for found, (name, row) in zip(words, places, strict=True):
         index = row * groups + torch.arange(groups)
@@ -35,8 +35,8 @@ def test_a_word_is_that_of_its_row_in_the_whole_weight(groups):
 
 def test_shards_draw_what_the_whole_draws():
     dy = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
-    whole = draws_of(NAMES, [range(8), range(8)]).estimate(dy)
-    halves = [draws_of(NAMES, [range(start, start + 4)] * 2) for start in (0, 4)]
+    whole = rng_of(NAMES, [range(8), range(8)]).estimate(dy)
+    halves = [rng_of(NAMES, [range(start, start + 4)] * 2) for start in (0, 4)]
     parts = [
         half.estimate(torch.cat((dy[:, first : first + 4], dy[:, 8 + first : 12 + first]), 1))
         for half, first in zip(halves, (0, 4), strict=True)

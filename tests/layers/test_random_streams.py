@@ -1,4 +1,4 @@
-"""`full` mode in a layer: wgrad reads the unbiased estimate, drawn by place, and nothing else changes."""
+"""`full` mode in a layer: wgrad reads the unbiased estimate, keyed to the micro-batch; nothing else changes."""
 
 import pytest
 import torch
@@ -6,21 +6,21 @@ import torch
 from helpers.numerics import integers
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.mvue import mvue
-from slope_megatron.sparsity.token_draws import ROUNDS
+from slope_megatron.sparsity.mvue_rng import ROUNDS
 
 IN, OUT, TOKENS, SEED = 64, 32, 12, 3
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
 
 
-def build(mode, draws=None):
+def build(mode, state=None):
     """This rank's part of a column-parallel layer whose rows are two parts, as gate and up are."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from slope_megatron.config import SlopeConfig
     from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
-    from slope_megatron.layers.draws import RowDraws
     from slope_megatron.layers.packed_weight import Region
+    from slope_megatron.layers.random_streams import RowStreams
 
     size = parallel_state.get_tensor_model_parallel_world_size()
     place = parallel_state.get_tensor_model_parallel_rank()
@@ -41,18 +41,18 @@ def build(mode, draws=None):
         local = range(index * half, (index + 1) * half)
         layer.fill_weight(SEED, Region(NAME, local, rows.start, 0, IN), std=1.0)
     layer.update_column_pattern()
-    if draws:
-        layer.row_draws = RowDraws(draws, (NAME, NAME), tuple(parts))
+    if state:
+        layer.row_streams = RowStreams(state, (NAME, NAME), tuple(parts))
     return layer, [row for rows in parts for row in rows]
 
 
 def gradients(mode, step=0, micro_batch=0):
     """`(dX, dW, W^R's places, rows)` of this rank for small whole numbers."""
-    from slope_megatron.layers.draws import Draws
+    from slope_megatron.layers.random_streams import RngState
 
-    draws = Draws(SEED)
-    layer, rows = build(mode, draws)
-    draws.step, draws.micro_batch = step, micro_batch
+    state = RngState(SEED)
+    layer, rows = build(mode, state)
+    state.step, state.micro_batch = step, micro_batch
     x = integers(TOKENS, 1, IN, seed=1).requires_grad_()
     dy = integers(TOKENS, 1, OUT, seed=2)[..., rows]
     layer(x)[0].backward(dy)
@@ -109,19 +109,19 @@ def places_under_recomputation():
     """Two micro-batches go forward before the first goes backward, as in a pipeline; which draws each backward sees."""
     from torch.utils.checkpoint import checkpoint
 
-    from slope_megatron.layers.draws import Draws
+    from slope_megatron.layers.random_streams import RngState
 
-    draws, seen = Draws(SEED), []
-    layer, _ = build("full", draws)
+    state, seen = RngState(SEED), []
+    layer, _ = build("full", state)
 
     def block(x):
-        seen.append(draws.micro_batch)
+        seen.append(state.micro_batch)
         return layer(x)[0]
 
     outputs = []
-    for draws.micro_batch in range(3):
+    for state.micro_batch in range(3):
         x = integers(TOKENS, 1, IN, seed=1).requires_grad_()
-        outputs.append(draws.follow(checkpoint(block, x, use_reentrant=True).sum()))
+        outputs.append(state.follow(checkpoint(block, x, use_reentrant=True).sum()))
     gradients_found = []
     for output in outputs:
         layer.weight.grad = None
@@ -135,7 +135,7 @@ def test_recomputation_finds_its_micro_batch(ranks):
     assert seen == [0, 1, 2, 0, 1, 2] and all(differ)
 
 
-def without_draws():
+def without_streams():
     layer, _ = build("full")
     x = torch.randn(4, 1, IN, dtype=torch.float64)
     with torch.no_grad():
@@ -146,5 +146,8 @@ def without_draws():
         return str(error)
 
 
-def test_a_model_without_draws_says_so(ranks):
-    assert "call slope_megatron.models.draws.attach_draws on the built model" in ranks.run(without_draws, world=1)[0]
+def test_a_model_without_streams_says_so(ranks):
+    assert (
+        "call slope_megatron.models.random_streams.attach_random_streams on the built model"
+        in ranks.run(without_streams, world=1)[0]
+    )

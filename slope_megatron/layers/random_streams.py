@@ -1,8 +1,9 @@
-"""Draws: the random numbers of an unbiased gradient pruning, as a function of the place in the run.
+"""The random numbers of an unbiased gradient pruning, as a function of the step and the micro-batch.
 
-A word depends on (seed, weight's canonical name, step, micro-batch, output row in the whole weight, group of tokens)
-alone: the same at every tensor-parallel size, with and without recomputation, and after a resume. A micro-batch's
-tokens are those of Megatron's `[s, b, h]`, flattened: the whole sequence, also under sequence parallelism.
+A random word depends on (seed, weight's canonical name, step, micro-batch, output row in the whole weight, group of
+tokens) alone: the same at every tensor-parallel size, with and without recomputation, and after a resume. A
+micro-batch's tokens are those of Megatron's `[s, b, h]`, flattened: all of the sequence, under sequence parallelism
+too.
 """
 
 import dataclasses
@@ -10,11 +11,11 @@ import dataclasses
 import torch
 
 from slope_megatron.sparsity import counter
-from slope_megatron.sparsity.token_draws import TokenDraws, as_int32, stream_table
+from slope_megatron.sparsity.mvue_rng import MvueRng, as_int32, stream_table
 
 
-class Draws:
-    """Where training is; one object for all layers of a model, moved by whoever runs the micro-batches.
+class RngState:
+    """Which micro-batch runs; one object for all layers of a model, moved by whoever runs the micro-batches.
 
     Args:
         micro_batch: number within the step, over all replicas.
@@ -27,20 +28,20 @@ class Draws:
         self._key: tuple[tuple, torch.Tensor] | None = None
 
     def key(self, device: torch.device) -> torch.Tensor:
-        """The generator's key of the present place, int32 `[2]` on `device`; a new tensor for each place.
+        """The generator's key of this micro-batch, int32 `[2]` on `device`; a new tensor for each micro-batch.
 
         A pipeline's earlier micro-batches still hold theirs. The copy to a GPU does not wait.
         """
-        place = (self.step, self.micro_batch, device)
-        if self._key is None or self._key[0] != place:
+        wanted = (self.step, self.micro_batch, device)
+        if self._key is None or self._key[0] != wanted:
             words = as_int32(counter.key_of(self.seed, f"mvue:{self.step}:{self.micro_batch}"))
             if device.type == "cuda":
                 words = words.pin_memory().to(device, non_blocking=True)
-            self._key = (place, words)
+            self._key = (wanted, words)
         return self._key[1]
 
     def follow(self, output):
-        """Return a forward pass's output so marked that its backward pass stands at the same micro-batch.
+        """Hook a forward pass's output so that its backward pass runs with the number of the same micro-batch.
 
         Recomputation runs forwards inside backward, when a pipeline's next micro-batches have been through already.
         """
@@ -56,22 +57,22 @@ class Draws:
 
 
 @dataclasses.dataclass
-class RowDraws:
-    """The draws of one layer's outputs.
+class RowStreams:
+    """The random streams of one layer's outputs.
 
     Args:
         names: canonical name of each part of the rows (gate and up lie above each other).
         rows: for each part, its rows in the whole weight.
     """
 
-    draws: Draws
+    state: RngState
     names: tuple[str, ...]
     rows: tuple[range, ...]
     _streams: torch.Tensor | None = None
 
-    def present(self, n: int, m: int, device: torch.device) -> TokenDraws:
-        """The draws of the present step and micro-batch, n:m along the tokens."""
+    def rng(self, n: int, m: int, device: torch.device) -> MvueRng:
+        """The generator of the present micro-batch, n:m along the tokens."""
         if self._streams is None or self._streams.device != device:
-            names = [counter.key_of(self.draws.seed, name) for name in self.names]
+            names = [counter.key_of(self.state.seed, name) for name in self.names]
             self._streams = stream_table(names, list(self.rows)).to(device)
-        return TokenDraws(self.draws.key(device), self._streams, n, m)
+        return MvueRng(self.state.key(device), self._streams, n, m)
