@@ -22,7 +22,8 @@ from slope_megatron.launch.ports import free_port
 from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
-from slope_megatron.models.fill import fill_model, sparse_modules
+from slope_megatron.models.init_weights import init_weights
+from slope_megatron.models.layer_spec import sparse_modules
 
 VOCABULARY, LENGTH, BATCH, STEPS = 128, 32, 8, 20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +67,7 @@ def build() -> GPTModel:
         gradient_accumulation_fusion=False,  # packed gradients go through autograd
     )
     model = GPTModel(config, sparse_spec(), vocab_size=VOCABULARY, max_sequence_length=LENGTH).to(DEVICE)
-    fill_model(model, seed=1234, init_std=0.02, num_layers=config.num_layers)
+    init_weights(model, seed=1234, init_std=0.02, num_layers=config.num_layers)
     return model
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser) -> None:
 
 
 def packed_weight(rows: int, columns: int, device: str):
-    """A linear's packed weight without the linear: `fill_weight` needs neither ranks nor Megatron's constructor."""
+    """A linear's packed weight without the linear: `init_weight` needs neither ranks nor Megatron's constructor."""
     import torch
 
     from slope_megatron.config import SlopeConfig
@@ -56,7 +56,7 @@ def measured(model: Model, linear: str, tensor_parallel: int, device: str) -> di
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    fill = timed(weight.fill_weight, 1234, Region(linear, range(rows), 0, 0, columns), 0.02)
+    fill = timed(weight.init_weight, 1234, Region(linear, range(rows), 0, 0, columns), 0.02)
     pruning = timed(weight.update_column_pattern)
     row = {"model": model.name, "tp": tensor_parallel, "linear": linear, "rows": rows, "columns": columns}
     times = {"fill_s": fill, "second_pruning_s": pruning, "ns_per_weight": (fill + pruning) / rows / columns * 1e9}

@@ -114,7 +114,7 @@ def check_fp8(slope: "SlopeConfig") -> None:
 class SlopeConfig:
     """SLoPe's own settings (paper: arXiv 2405.16325). Read once; passed as an object from there on."""
 
-    enabled: bool = option(True, "2:4 layers; --no-slope trains the dense twin with everything else the same")
+    enabled: bool = option(True, "2:4 layers; --no-slope trains the dense baseline with everything else the same")
     nm: str = option("2:4", "sparsity pattern N:M along the input dimension")
     nm_by_block: str = option(
         "", "other patterns for some blocks, counted from 0: `12-23=2:8` or `0=1:2,5-7=1:4`; later entries win"

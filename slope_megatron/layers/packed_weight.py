@@ -81,7 +81,7 @@ class PackedWeight(PrunedLinear):
     # -- the build ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fill_weight(self, seed: int, region: Region, std: float) -> None:
+    def init_weight(self, seed: int, region: Region, std: float) -> None:
         """Row pattern and values of one region, from the counter generator at canonical indices.
 
         The values are those that the dense weight would have there (times sqrt(M/N) with `init_rescale`).

@@ -103,7 +103,7 @@ class PrunedLinear(torch.nn.Module):
         if self.absent:
             raise RuntimeError(
                 f"{type(self).__name__} has no {', '.join(self.absent)} yet: fill the built model with "
-                "slope_megatron.models.fill.fill_model, or load a checkpoint that has all of "
+                "slope_megatron.models.init_weights.init_weights, or load a checkpoint that has all of "
                 f"{', '.join(('weight', *self.PATTERNS))}"
             )
 

@@ -1,1 +1,1 @@
-"""Models from Megatron's own specs with the block linears replaced, and the canonical fill of every parameter."""
+"""Models from Megatron's own specs with the block linears replaced, and the same initial weights at every layout."""

@@ -1,7 +1,7 @@
-"""Canonical names: every tensor of a model by the name, and at the place, that it has in the unsharded model.
+"""Canonical names: every tensor of a model by the name, and at the indices, that it has in the unsharded model.
 
 The names are the keys of Megatron's own sharded state dict with the global layer number in them, so that the initial
-fill and the checkpoints speak of the same things.
+weights and the checkpoints speak of the same things.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ class Shard:
     Args:
         name: canonical name.
         local_name: the model's own name of the tensor that `data` is a view of.
+        owner: the module that holds that tensor.
         data: the view.
+        first_local_row: the row of that tensor at which `data` begins.
         shape: shape of the whole tensor.
         offset: where `data` lies in it.
         main: whether this rank's copy is the one that counts (its replicas hold the same).
@@ -28,10 +30,17 @@ class Shard:
 
     name: str
     local_name: str
+    owner: torch.nn.Module | None
     data: torch.Tensor
+    first_local_row: int
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     main: bool
+
+    @property
+    def leaf(self) -> str:
+        """The tensor's name in its module."""
+        return self.local_name.rpartition(".")[2]
 
     @property
     def cut_axis(self) -> int | None:
@@ -50,6 +59,7 @@ def sharded_state_dict(model: MegatronModule) -> dict:
 
 def shards(model: MegatronModule) -> Iterator[Shard]:
     """All tensors of the model that a checkpoint holds; fused gate and up come as two shards of one name."""
+    modules = dict(model.named_modules())
     for local_name, entry in sharded_state_dict(model).items():
         if isinstance(entry, ShardedTensorFactory):
             parts = entry.build()
@@ -57,12 +67,16 @@ def shards(model: MegatronModule) -> Iterator[Shard]:
             parts = [entry]
         else:
             continue
+        first_local_row = 0
         for part in parts:
             yield Shard(
                 name=part.key,
                 local_name=local_name,
+                owner=modules.get(local_name.rpartition(".")[0]),
                 data=part.data,
+                first_local_row=first_local_row,
                 shape=tuple(part.global_shape),
                 offset=tuple(part.global_offset),
                 main=not any(part.replica_id) if isinstance(part.replica_id, tuple) else part.replica_id == 0,
             )
+            first_local_row += part.data.shape[0]

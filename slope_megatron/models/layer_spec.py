@@ -1,4 +1,4 @@
-"""Layer specs: Megatron's own, with the block linears and the core attention replaced.
+"""Layer specs: Megatron's own, with the block linears and the core attention replaced; the linears of a built model.
 
 The stock local spec is taken as it comes from the installed megatron-core and only its leaves are exchanged, so what
 Megatron changes around them (norms, bias-dropout-add, checkpoint key maps) is inherited.
@@ -20,7 +20,10 @@ from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
 from slope_megatron.layers.masked_parallel import MaskedColumnParallelLinear, MaskedRowParallelLinear
+from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.norm import own_norm
+from slope_megatron.layers.packed_weight import PackedWeight
+from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
 from slope_megatron.models.rules import sparse_linears
 
@@ -87,8 +90,8 @@ def block_linears(layer: TransformerLayer) -> dict[str, BlockLinear]:
     }
 
 
-def twin_weights(model: LanguageModule, slope: SlopeConfig) -> list[torch.nn.Parameter]:
-    """The weights that are pruned in the sparse model, whether `model` is that one or its dense twin."""
+def weights_to_prune(model: LanguageModule, slope: SlopeConfig) -> list[torch.nn.Parameter]:
+    """The weights that are pruned in the sparse model, whether `model` is that one or its dense baseline."""
     sparse = slope if slope.enabled else dataclasses.replace(slope, enabled=True, method="slope")
     return [
         linear.weight
@@ -96,3 +99,18 @@ def twin_weights(model: LanguageModule, slope: SlopeConfig) -> list[torch.nn.Par
         for name, linear in block_linears(layer).items()
         if name in sparse_linears(sparse, layer.layer_number - 1)
     ]
+
+
+def sparse_modules(model: torch.nn.Module) -> list[PackedWeight]:
+    """The model's packed linears."""
+    return [module for module in model.modules() if isinstance(module, PackedWeight)]
+
+
+def masked_modules(model: torch.nn.Module) -> list[MaskedWeight]:
+    """The model's masked linears: the baselines'."""
+    return [module for module in model.modules() if isinstance(module, MaskedWeight)]
+
+
+def pruned_modules(model: torch.nn.Module) -> list[PrunedLinear]:
+    """Both."""
+    return [module for module in model.modules() if isinstance(module, PrunedLinear)]

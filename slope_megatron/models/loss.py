@@ -10,12 +10,13 @@ from slope_megatron.layers.fused import token_losses
 
 
 class FusedLoss(LanguageModule):
-    """Mixed into Megatron's language models. A cut vocabulary is Megatron's affair, and so are CPUs."""
+    """Mixed into Megatron's language models, whose own loss is used on CPUs and where TP cuts the vocabulary."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Per-token losses `[b, s]` of labels `[b, s]` and logits `[s, b, V]`."""
         if not logits.is_cuda or self.config.tensor_model_parallel_size > 1:
             return super().compute_language_model_loss(labels, logits)
-        # As one row of tokens: of a transposed label the compiler would make a transposed gradient, to be copied back.
+        # Labels are flattened in the logits' order [s, b]: given transposed labels, the compiler would lay the gradient
+        # out transposed too, and a copy would have to undo that.
         losses = token_losses(logits.flatten(0, 1), labels.t().flatten())
         return losses.view(logits.shape[:2]).t().contiguous()

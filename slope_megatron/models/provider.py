@@ -1,4 +1,4 @@
-"""The model of a configuration: megatron-core's GPTModel, built bare and then filled canonically."""
+"""The model of a configuration: megatron-core's GPTModel (or our BERT), built without numbers, then initialised."""
 
 import functools
 
@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from slope_megatron.config import Config, ModelConfig
 from slope_megatron.layers.mlp import fuse_mlps
 from slope_megatron.models.bert import build_bert
-from slope_megatron.models.fill import fill_model
+from slope_megatron.models.init_weights import init_weights
 from slope_megatron.models.layer_spec import block_spec
 from slope_megatron.models.loss import FusedLoss
 from slope_megatron.models.shapes import padded_rows
@@ -25,8 +25,6 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
     "silu": torch.nn.functional.silu,
 }
-
-
 # Megatron's settings for each `--recompute`.
 RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
@@ -36,7 +34,7 @@ RECOMPUTE: dict[str, dict[str, object]] = {
 
 
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the blocks. Initialisation is off: `fill_model` does it, the same at every layout."""
+    """Megatron's configuration of the blocks. Initialisation is off: `init_weights` does it, alike at every layout."""
     model, parallel = config.model, config.parallel
     gpu = torch.cuda.is_available()
     return TransformerConfig(
@@ -114,7 +112,7 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
         model = build_bert(config.model, config.slope, blocks, **ends)
     else:
         learned = config.model.position == "learned"
-        # Rotary positions are attention's own affair: Megatron applies them unfused.
+        # Our attention applies rotary positions itself, in one kernel; Megatron's model would apply them unfused.
         spec = block_spec(config.slope, blocks, None if learned else config.model.rotary_base)
         model = Gpt(blocks, spec, position_embedding_type="learned_absolute" if learned else "none", **ends)
     fuse_mlps(model)
@@ -123,13 +121,13 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
 
 
 def to_own_device(model: torch.nn.Module) -> torch.nn.Module:
-    """A bare model, all of it on this rank's device: norms and tables of positions are born on the CPU."""
+    """Move a bare model to this rank's GPU, if it has one: Megatron makes norms and position tables on the CPU."""
     return model.cuda() if torch.cuda.is_available() else model
 
 
 def build_model(config: Config, tokenizer_size: int, dtype: torch.dtype) -> LanguageModule:
-    """This rank's shard of the model, filled: the same weights at every layout."""
-    # Before the fill: what fills a tensor depends on where it is.
+    """This rank's shard of the model, initialised: the same weights at every layout."""
+    # First move, then initialise: numbers are generated on the device that holds the shard.
     model = to_own_device(build_bare_model(config, tokenizer_size, dtype))
-    fill_model(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
+    init_weights(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
     return model

@@ -4,7 +4,7 @@ import torch
 
 from slope_megatron.layers.random_streams import RngState, RowStreams
 from slope_megatron.models.canonical import shards
-from slope_megatron.models.fill import pruned_modules
+from slope_megatron.models.layer_spec import pruned_modules
 
 
 def attach_random_streams(model: torch.nn.Module, seed: int) -> RngState:

@@ -110,11 +110,11 @@ def put(finished: Path, target: Path, seal: str) -> None:
         if error.errno not in NO_RENAME:
             raise
         logger.warning("%s cannot be renamed to %s (%s): it is filled file by file", finished, target, error.strerror)
-        fill(finished, target, seal)
+        move_entries(finished, target, seal)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def fill(finished: Path, target: Path, seal: str) -> None:
+def move_entries(finished: Path, target: Path, seal: str) -> None:
     """Move the entries of a folder into another one, the seal last; what was there goes first, its seal before all."""
     target.mkdir(exist_ok=True)
     (target / seal).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import torch
 
 from slope_megatron.layers.masked_weight import MaskedWeight
-from slope_megatron.models.fill import masked_modules
+from slope_megatron.models.layer_spec import masked_modules
 from slope_megatron.training.schedule import Phases
 from slope_megatron.training.zero import partitions
 

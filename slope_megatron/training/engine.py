@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from slope_megatron.config import Config
-from slope_megatron.models.fill import pruned_modules, sparse_modules
+from slope_megatron.models.layer_spec import pruned_modules, sparse_modules
 from slope_megatron.models.random_streams import attach_random_streams
 from slope_megatron.training import baselines
 from slope_megatron.training.objectives import OBJECTIVES, counts

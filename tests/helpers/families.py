@@ -75,10 +75,10 @@ def bare_model(config, dtype=torch.float64):
 
 def filled_model(config, dtype=torch.float64):
     """This rank's shard as training starts with it."""
-    from slope_megatron.models.fill import fill_model
+    from slope_megatron.models.init_weights import init_weights
 
     model = bare_model(config, dtype)
-    fill_model(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
+    init_weights(model, seed=config.train.seed, init_std=config.model.init_std, num_layers=config.model.num_layers)
     return model
 
 

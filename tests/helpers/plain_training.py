@@ -33,7 +33,7 @@ def parts_of_loss(config, model, batches):
 def reference(config, steps):
     """The same steps with torch alone: one process, plain AdamW on the packed parameters, late add_param_group."""
     from slope_megatron.models.canonical import shards
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.optim.optimizer import ADAPTERS, parameter_groups
     from slope_megatron.training.schedule import Phases

@@ -36,7 +36,7 @@ def build(kind: str, backend: str = "reference", dtype=torch.float64, device: st
     layer_class = SlopeColumnParallelLinear if kind == "packed" else MaskedColumnParallelLinear
     layer = layer_class(IN, OUT, slope=slope, config=config, init_method=None, bias=False, skip_bias_add=False)
     if kind == "packed":
-        layer.fill_weight(11, Region("w", range(OUT), 0, 0, IN), std=1.0)
+        layer.init_weight(11, Region("w", range(OUT), 0, 0, IN), std=1.0)
         layer.update_column_pattern()
     else:
         layer.weight.data.copy_(torch.randn(OUT, IN, generator=torch.Generator().manual_seed(11)))

@@ -11,7 +11,7 @@ from helpers.families import VOCABULARY, bare_model, hf_config, our_config
 
 def randomise(model, std: float = 0.2, seed: int = 0) -> None:
     """New numbers in every parameter, biases, norms and adapters too, so that nothing can be forgotten unnoticed."""
-    from slope_megatron.models.fill import choose_derived
+    from slope_megatron.models.init_weights import choose_derived
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -55,10 +55,11 @@ def batch():
 
 def trained_run(config, run, step, adapters, std):
     """Save a model of random numbers as a run; its logits."""
-    from slope_megatron.models.fill import fill_model, pruned_modules
+    from slope_megatron.models.init_weights import init_weights
+    from slope_megatron.models.layer_spec import pruned_modules
 
     model = bare_model(config)
-    fill_model(model, seed=3, init_std=0.1, num_layers=config.model.num_layers)
+    init_weights(model, seed=3, init_std=0.1, num_layers=config.model.num_layers)
     randomise(model, std)
     for module in pruned_modules(model):
         module.adapters_active = adapters

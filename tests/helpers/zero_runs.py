@@ -46,7 +46,7 @@ def canonical_state(engine):
 
 def train(config, dtype):
     """What a run did and became, what its ranks hold, and whether operands were there between two steps."""
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.training.telemetry import accounting
 
     engine = build_engine(config, dtype)

@@ -15,7 +15,7 @@ def build_and_train(steps):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from slope_megatron.config import SlopeConfig
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
 
     args = types.SimpleNamespace(seed=1, init_method_std=0.02, num_layers=2, curr_iteration=0, train_iters=steps)
     slope = SlopeConfig(backend="reference", backward_mask_interval=3, adapter_rank=4, lazy_fraction=0.25)

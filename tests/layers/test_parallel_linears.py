@@ -13,7 +13,7 @@ NAME = "layer.weight"
 
 
 def build(kind, nm, rank, sequence_parallel, fp8="off"):
-    """One layer of this rank, filled canonically with whole numbers."""
+    """One layer of this rank, its weights whole numbers by canonical index."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -46,7 +46,7 @@ def build(kind, nm, rank, sequence_parallel, fp8="off"):
         layer = SlopeRowParallelLinear(IN, OUT, input_is_parallel=True, **common)
         rows, columns = OUT, IN // size
         first_row, first_column = 0, place * columns
-    layer.fill_weight(11, Region(NAME, range(rows), first_row, first_column, IN), std=1.0)
+    layer.init_weight(11, Region(NAME, range(rows), first_row, first_column, IN), std=1.0)
     with torch.no_grad():
         whole = integers(OUT, IN, seed=1)[first_row : first_row + rows, first_column : first_column + columns]
         layer.weight.copy_(pack(whole, layer.row_pattern()))
@@ -159,9 +159,9 @@ def life_of_a_layer():
         "cut": message(lambda: SlopeColumnParallelLinear(24, 32, **common)),
         "tied": message(lambda: SlopeColumnParallelLinear(64, 32, skip_weight_param_allocation=True, **common)),
     }
-    layer.fill_weight(0, Region("w", range(32), 0, 0, 64), std=1.0)
+    layer.init_weight(0, Region("w", range(32), 0, 0, 64), std=1.0)
     layer.update_column_pattern()
-    torch.nn.init.zeros_(layer.bias)  # Megatron leaves it as it finds the memory: fill_model is what fills
+    torch.nn.init.zeros_(layer.bias)  # Megatron leaves it as it finds the memory: init_weights writes it
     before = layer(x)[0]
     with torch.no_grad():
         layer.weight.mul_(2.0)

@@ -39,7 +39,7 @@ def build(mode, state=None):
     parts = [range(start + place * half, start + (place + 1) * half) for start in (0, OUT // 2)]
     for index, rows in enumerate(parts):
         local = range(index * half, (index + 1) * half)
-        layer.fill_weight(SEED, Region(NAME, local, rows.start, 0, IN), std=1.0)
+        layer.init_weight(SEED, Region(NAME, local, rows.start, 0, IN), std=1.0)
     layer.update_column_pattern()
     if state:
         layer.row_streams = RowStreams(state, (NAME, NAME), tuple(parts))

@@ -38,7 +38,7 @@ def step(config):
 
     from helpers.families import filled_model
     from slope_megatron.models.canonical import shards
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
 
     model = filled_model(config)
     parts = [(shard.name, shard.offset, shard.shape, shard.data.detach().clone()) for shard in shards(model)]

@@ -15,7 +15,7 @@ def parts_and_gradients(config, seed):
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from slope_megatron.models.canonical import shards
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.models.provider import build_model
 
     model = build_model(config, VOCABULARY, torch.float64)
@@ -96,15 +96,15 @@ def test_another_seed_gives_another_model(ranks):
 
 
 def weights_of(config):
-    """`{name: (dense weight, row pattern)}` of the packed linears, or of their dense twins."""
+    """`{name: (dense weight, row pattern)}` of the packed linears, or of their dense baselines."""
     from slope_megatron.layers.packed_weight import PackedWeight
-    from slope_megatron.models.layer_spec import twin_weights
+    from slope_megatron.models.layer_spec import weights_to_prune
     from slope_megatron.models.provider import build_model
 
     model = build_model(config, VOCABULARY, torch.float32)
     if not config.slope.enabled:
-        twins = {id(weight) for weight in twin_weights(model, config.slope)}
-        return {name: (weight.detach(), None) for name, weight in model.named_parameters() if id(weight) in twins}
+        pruned = {id(weight) for weight in weights_to_prune(model, config.slope)}
+        return {name: (weight.detach(), None) for name, weight in model.named_parameters() if id(weight) in pruned}
     return {
         f"{name}.weight": (module.dense_weight(), module.row_pattern())
         for name, module in model.named_modules()
@@ -113,16 +113,16 @@ def weights_of(config):
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-def test_a_sparse_model_starts_as_its_dense_twin_pruned(ranks, rescale):
+def test_a_sparse_model_starts_as_its_dense_baseline_pruned(ranks, rescale):
     sparse = ranks.run(weights_of, small_config(slope={"init_rescale": rescale}), world=1)[0]
     dense = ranks.run(weights_of, small_config(slope={"enabled": False}), world=1)[0]
     assert sparse.keys() == dense.keys()
     assert len(sparse) == 7, "two blocks of four linears, the first linear dense"
     factor = 2.0**0.5 if rescale else 1.0
     for name, (weight, pattern) in sparse.items():
-        twin, _ = dense[name]
+        dense_weight, _ = dense[name]
         assert pattern.double().mean() == 0.5
-        torch.testing.assert_close(weight, twin * pattern * factor, rtol=1e-6, atol=0)
+        torch.testing.assert_close(weight, dense_weight * pattern * factor, rtol=1e-6, atol=0)
 
 
 def spec_table(slope):

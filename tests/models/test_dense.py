@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from helpers.dense_parts import assemble, dense_parts
 from helpers.families import digest, hf_config, our_config, whole_tensors
 from helpers.numerics import integers, relative_error
 
@@ -30,7 +31,7 @@ def loaded_parts(config, weights, pattern, filled=False):
     """This rank's tensors after loading `weights`, and its parts of the dense model that this is."""
     from helpers.families import bare_model, filled_model
     from slope_megatron.models.canonical import shards
-    from slope_megatron.models.dense import dense_parts, load_dense
+    from slope_megatron.models.dense import load_dense
 
     model = (filled_model if filled else bare_model)(config, torch.float32)
     load_dense(model, config, weights, pattern)
@@ -56,7 +57,6 @@ def layout(model, size=1, stages=1, slope=None):
 @pytest.mark.parametrize("pattern", ["magnitude", "random"])
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_pruning_on_load_is_pruning_the_whole(ranks, name, pattern):
-    from slope_megatron.models.dense import assemble
     from slope_megatron.sparsity import counter
     from slope_megatron.sparsity.packing import pack, unpack_bits
     from slope_megatron.sparsity.pattern import magnitude_pattern, random_pattern
@@ -95,8 +95,6 @@ def test_pruning_on_load_is_pruning_the_whole(ranks, name, pattern):
 
 def test_dense_to_slope_to_dense_to_slope_changes_nothing(ranks):
     """What survives one pruning by magnitude survives the next, at another layout too."""
-    from slope_megatron.models.dense import assemble
-
     model = architecture("llama")
     first = load(ranks, layout(model), dense_weights(model))
     dense = assemble(part for _, parts in first for part in parts)
@@ -105,10 +103,10 @@ def test_dense_to_slope_to_dense_to_slope_changes_nothing(ranks):
 
 
 def test_the_seeds_pattern_is_the_one_that_training_starts_with(ranks):
-    """Loading a filled model's dense twin with the random pattern gives that model, adapters included."""
+    """Loading a filled model's dense baseline with the random pattern gives that model, adapters included."""
     model = architecture("opt")
-    twin = layout(model, slope={"enabled": False})
-    weights = whole(ranks.run(filled_parts, twin, world=1))
+    baseline = layout(model, slope={"enabled": False})
+    weights = whole(ranks.run(filled_parts, baseline, world=1))
     sparse = whole(ranks.run(filled_parts, layout(model), world=1))
     for filled in (False, True):
         loaded = whole(load(ranks, layout(model), weights, "random", filled=filled))
@@ -123,18 +121,18 @@ def filled_parts(config):
     return [(part.name, part.offset, part.shape, part.data.detach().clone()) for part in parts], None
 
 
-def logits_and_dense(config, weights, twin):
+def logits_and_dense(config, weights, baseline):
     """Logits of a packed model with active adapters, and of the dense model that `dense_parts` says it is."""
     from helpers.families import VOCABULARY, bare_model
-    from slope_megatron.models.dense import assemble, dense_parts, load_dense
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.dense import load_dense
+    from slope_megatron.models.layer_spec import sparse_modules
 
-    packed, dense = bare_model(config).eval(), bare_model(twin).eval()
+    packed, dense = bare_model(config).eval(), bare_model(baseline).eval()
     load_dense(packed, config, weights)
     for module in sparse_modules(packed):
         module.adapters_active = True
         module.adapter_r.data.copy_(integers(*module.adapter_r.shape) * 0.01)
-    load_dense(dense, twin, assemble(dense_parts(packed)))
+    load_dense(dense, baseline, assemble(dense_parts(packed)))
     tokens = torch.arange(24).view(2, 12) % VOCABULARY
     with torch.no_grad():
         return [model(tokens, torch.arange(12).expand_as(tokens), None) for model in (packed, dense)]
@@ -144,8 +142,8 @@ def logits_and_dense(config, weights, twin):
 def test_active_adapters_are_folded_into_the_dense_weights(ranks, name):
     model = architecture(name)
     weights = {key: tensor.double() for key, tensor in dense_weights(model).items()}
-    twin = layout(model, slope={"enabled": False})
-    packed, dense = ranks.run(logits_and_dense, layout(model), weights, twin, world=1)[0]
+    baseline = layout(model, slope={"enabled": False})
+    packed, dense = ranks.run(logits_and_dense, layout(model), weights, baseline, world=1)[0]
     # fp64; the fold adds the same products in another order.
     assert relative_error(dense, packed) < 1e-12
 
@@ -237,8 +235,6 @@ def test_weights_of_another_model_are_refused(ranks, change, pattern, expected):
 
 
 def test_parts_of_too_few_ranks_are_refused(ranks):
-    from slope_megatron.models.dense import assemble
-
     model = architecture("opt")
     _, parts = load(ranks, layout(model, 2), dense_weights(model))[0]
     with pytest.raises(ValueError, match=r"elements of .* are there: give the parts of all tensor-parallel"):

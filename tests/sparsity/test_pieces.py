@@ -36,7 +36,7 @@ def test_what_is_drawn_does_not_depend_on_the_pieces(monkeypatch, pattern):
     def drawn():
         weight = bench.load("fill").packed_weight(40, 64, "cpu")
         weight.slope = SlopeConfig(pattern=pattern)
-        weight.fill_weight(7, Region("layer", range(40), 3, 0, 64), 0.02)
+        weight.init_weight(7, Region("layer", range(40), 3, 0, 64), 0.02)
         return weight.weight.detach(), weight.weight_pattern
 
     whole = drawn()

@@ -96,8 +96,7 @@ def test_layouts_are_equal(ranks, method, family):
 
 
 def trained_masks(config):
-    from slope_megatron.models.fill import masked_modules
-    from slope_megatron.models.layer_spec import block_linears
+    from slope_megatron.models.layer_spec import block_linears, masked_modules
 
     engine = build_engine(config)
     results = [engine.train_step(step_batches(config, step, 0, 1)) for step in range(STEPS)]
@@ -192,8 +191,8 @@ def test_every_pruned_weight_decays_once(ranks, zero_stage, dtype):
 
 def saved_weights(config, run):
     """A checkpoint of a masked model after three steps, and what the model multiplies with by canonical name."""
-    from slope_megatron.models.dense import assemble as assemble_dense
-    from slope_megatron.models.dense import dense_parts
+    from helpers.dense_parts import assemble as assemble_dense
+    from helpers.dense_parts import dense_parts
     from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config)

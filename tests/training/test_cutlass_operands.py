@@ -26,7 +26,7 @@ def train(config):
     """Losses of a bf16 run, and the bytes of its operands: measured, and those that the formula wants."""
     from megatron.core import parallel_state
 
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.models.provider import build_model
     from slope_megatron.ops import backend
     from slope_megatron.ops.operands import cutlass

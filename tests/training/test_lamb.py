@@ -22,7 +22,7 @@ def lamb_config(stage=1, **more):
 
 def one_process(config):
     """The published update, parameter by parameter; the adapters' moments begin when they join."""
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.optim.optimizer import parameter_groups
     from slope_megatron.training.schedule import Phases

@@ -14,7 +14,7 @@ def figures_after_two_steps(config):
     from deepspeed.utils import safe_get_full_grad
     from megatron.core import parallel_state
 
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.engine import Engine
     from slope_megatron.training.telemetry.layer_stats import LayerStats, canonical_names, matrices, sample_all

@@ -39,7 +39,7 @@ def with_megatron(config):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.models.provider import build_model
 
     model = build_model(config, VOCABULARY, torch.float32)

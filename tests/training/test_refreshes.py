@@ -12,7 +12,7 @@ STEPS = 4
 def refreshes(config, dtype):
     """For each step, how often a linear's operands were built and brought up to date; and the pruned linears."""
     from slope_megatron.layers.kept_operands import KeptOperands
-    from slope_megatron.models.fill import pruned_modules
+    from slope_megatron.models.layer_spec import pruned_modules
 
     counts = {"built": 0, "refreshed": 0}
     build, refresh = KeptOperands.__init__, KeptOperands.refresh

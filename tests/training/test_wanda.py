@@ -13,7 +13,7 @@ SAMPLES = 5
 def calibrate(config):
     """This rank's masks and weights after pruning, and the packed model's, which is loaded with them."""
     from slope_megatron.models.dense import load_dense
-    from slope_megatron.models.fill import sparse_modules
+    from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.wanda import calibrated_masks
 

@@ -131,7 +131,7 @@ def with_packed_linears(init):
 
 
 def pack_layer(layer, block: int, slope: SlopeConfig, args) -> None:
-    """Replace the sparse linears of one built layer and fill them.
+    """Replace the sparse linears of one built layer and initialise them.
 
     Args:
         block: the layer's number from 0, over all pipeline stages.
@@ -154,7 +154,7 @@ def pack_layer(layer, block: int, slope: SlopeConfig, args) -> None:
         canonical = f"decoder.layers.{block}.{holder_name}.{name}.weight"
         std = initial_std(canonical, args.init_method_std, args.num_layers)
         for region in regions(canonical, packed, gated=name == "linear_fc1" and dense.config.gated_linear_unit):
-            packed.fill_weight(args.seed, region, std)
+            packed.init_weight(args.seed, region, std)
         packed.update_column_pattern()
         setattr(holder, attribute, packed)
 

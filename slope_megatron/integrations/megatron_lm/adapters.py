@@ -13,7 +13,7 @@ import torch
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.pruned_linear import PrunedLinear
-from slope_megatron.models.fill import fill_adapters
+from slope_megatron.models.init_weights import init_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: in
     counters = [state["step"] for state in held if torch.is_tensor(state.get("step"))]
     if step == start:
         for model in models:
-            restart(optimizer, fill_adapters(model, seed=seed))
+            restart(optimizer, init_adapters(model, seed=seed))
         logger.info("step %d of %d: the adapters join", step, steps)
         if held and not counters:
             logger.warning("the optimizer has one count of steps: Adam's averages of adapters begin uncorrected")

@@ -11,7 +11,7 @@ and `pretrain_bert.py`, before it imports a layer spec:
 Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with a sentence. What is done:
 
     megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
-    GPTModel, BertModel, in the module that builds it    block linears replaced, then filled: the same at every TP size
+    GPTModel, BertModel, in the module that builds it    block linears replaced, weights the same at every TP size
     megatron.training.training.train_step                adapters join at their step; after it, operands follow weights
     megatron.training.training.evaluate                  in the phase of the steps that are done
 
@@ -128,7 +128,7 @@ def with_sparse_layers(model_class):
     # No functools.wraps: the class's own dictionary does not belong on a function.
     def build(*positional, **keywords):
         from slope_megatron.integrations.megatron_lm.specs import refuse_no_spec, sparse_block_spec
-        from slope_megatron.models.fill import fill_model
+        from slope_megatron.models.init_weights import init_weights
 
         args, slope = settings()
         refuse_no_spec(keywords["transformer_layer_spec"])
@@ -138,7 +138,7 @@ def with_sparse_layers(model_class):
             raise ValueError("--slope has no virtual pipeline: leave --num-layers-per-virtual-pipeline-stage out")
         config = keywords["config"]
         keywords["transformer_layer_spec"] = sparse_block_spec(keywords["transformer_layer_spec"], slope, config)
-        # Megatron's own initialisation is left out: every parameter is filled below.
+        # Megatron's own initialisation is left out: `init_weights` writes every parameter below.
         config.perform_initialization = False
         # Blocks differ (the first QKV is dense): checkpoints must not stack their tensors over layers.
         config.hetereogenous_dist_checkpoint = True
@@ -146,14 +146,14 @@ def with_sparse_layers(model_class):
         if hasattr(model, "attn_mask_dimensions"):
             # BERT's mask as one row for all queries: where padding asks too, no row is all forbidden.
             model.attn_mask_dimensions = "b11s"
-        fill_model(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
+        init_weights(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
         return model
 
     return functools.update_wrapper(build, model_class, assigned=(), updated=())
 
 
 def with_phase_and_refresh(train_step):
-    """The step; before it the adapters' phase, after it the operands, with a new column pattern in its turn."""
+    """The step; before it the adapters' phase, after it the operands, with a new column pattern where that is due."""
 
     @functools.wraps(train_step)
     def step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords):

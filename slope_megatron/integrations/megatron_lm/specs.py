@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.models.fill import PackedWeight
+from slope_megatron.layers.packed_weight import PackedWeight
 from slope_megatron.models.layer_spec import sparsify
 
 logger = logging.getLogger(__name__)

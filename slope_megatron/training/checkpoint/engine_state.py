@@ -14,7 +14,7 @@ from deepspeed.utils import (
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from slope_megatron.models.canonical import sharded_state_dict
-from slope_megatron.models.fill import pruned_modules
+from slope_megatron.models.layer_spec import pruned_modules
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optim.optimizer import model_parameters
 from slope_megatron.training.zero import offload, partitions

@@ -12,7 +12,7 @@ from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.models.canonical import sharded_state_dict
 from slope_megatron.models.dense import load_dense
 from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
-from slope_megatron.models.fill import sparse_modules
+from slope_megatron.models.layer_spec import sparse_modules
 from slope_megatron.storage import metadata, sums
 from slope_megatron.storage.tensors import CheckedReader
 from slope_megatron.training import wanda

@@ -9,7 +9,7 @@ from megatron.core.models.common.language_module.language_module import Language
 
 from slope_megatron.config import Config
 from slope_megatron.layers.marks import mark
-from slope_megatron.models.layer_spec import twin_weights
+from slope_megatron.models.layer_spec import weights_to_prune
 from slope_megatron.training.optim.adam import build_adamw
 from slope_megatron.training.optim.lamb import Lamb
 from slope_megatron.training.parallel import is_counted_here
@@ -21,7 +21,7 @@ SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
 def parameter_groups(model: LanguageModule, config: Config) -> list[dict]:
     """Named groups: packed values, other matrices, biases and norms (no decay), adapters. Empty groups are left out."""
     # The dense twin groups the same weights, so that bytes and learning rates compare like with like.
-    sparse = {id(weight) for weight in twin_weights(model, config.slope)}
+    sparse = {id(weight) for weight in weights_to_prune(model, config.slope)}
     members: dict[str, list] = {SPARSE: [], DENSE: [], NO_DECAY: [], ADAPTERS: []}
     for name, parameter in model.named_parameters():
         if id(parameter) in sparse:

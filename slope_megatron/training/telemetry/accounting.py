@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from slope_megatron.models.fill import masked_modules, sparse_modules
-from slope_megatron.models.layer_spec import twin_weights
+from slope_megatron.models.layer_spec import masked_modules, sparse_modules, weights_to_prune
 from slope_megatron.sparsity.pattern import extra_zeros
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optim.optimizer import ADAPTERS, SPARSE, is_adapter, model_parameters
@@ -44,11 +43,11 @@ def tensors_of(value, apart_from: tuple[torch.Tensor, ...] = ()) -> list[torch.T
 
 
 def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
-    """Bytes of this rank's share of one model, for the packed linears (or their dense twins) and for the whole model.
+    """Bytes of this rank's share of one model: of the packed linears (or their dense baselines), and of all of it.
 
     Weights and gradients as they are in use, whole; the optimizer's as ZeRO has cut it.
     """
-    twins = {id(weight) for weight in twin_weights(engine.model, engine.config.slope)}
+    sparse_weights = {id(weight) for weight in weights_to_prune(engine.model, engine.config.slope)}
     sizes = {scope: dict.fromkeys(KINDS, 0) for scope in ("sparse_layers", "model")}
 
     def add(kind: str, count: int, sparse: bool) -> None:
@@ -59,9 +58,9 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
     held = engine.held_gradients
     for name, parameter in model_parameters(engine.model):
         count = elements(parameter)
-        add("weights", count * parameter.element_size(), id(parameter) in twins)
+        add("weights", count * parameter.element_size(), id(parameter) in sparse_weights)
         if held and (held.adapters or not is_adapter(name)):
-            add("gradients", count * held.width, id(parameter) in twins)
+            add("gradients", count * held.width, id(parameter) in sparse_weights)
     for module in sparse_modules(engine.model):
         add("patterns", module.weight_pattern.nbytes + module.weight_column.nbytes, True)
         if module.keep_operands:

@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 
 from slope_megatron.models.canonical import sharded_state_dict
-from slope_megatron.models.fill import sparse_modules
+from slope_megatron.models.layer_spec import sparse_modules
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optim.optimizer import model_parameters
 from slope_megatron.training.parallel import is_counted_here

@@ -6,7 +6,7 @@ import torch
 from megatron.core import parallel_state
 
 from slope_megatron.config import Config
-from slope_megatron.models.fill import pruned_modules
+from slope_megatron.models.layer_spec import pruned_modules
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.telemetry import accounting
 

@@ -1,4 +1,4 @@
-"""Fill every parameter from the counter generator: the same seed gives the same model at every layout.
+"""Initial weights from the counter generator: the same seed gives the same model at every layout.
 
 Each number depends on (seed, canonical name, index in the whole tensor) alone, whichever rank holds it.
 """
@@ -6,53 +6,48 @@ Each number depends on (seed, canonical name, index in the whole tensor) alone, 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.packed_weight import PackedWeight, Region
-from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.canonical import Shard, shards
+from slope_megatron.models.layer_spec import masked_modules, sparse_modules
 from slope_megatron.models.rules import ADAPTER, ONE, ZERO, initial_std
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.pieces import pieces
 
 
 @torch.no_grad()
-def fill_model(model: torch.nn.Module, *, seed: int, init_std: float, num_layers: int) -> None:
-    """Fill all parameters and patterns in place, and mark what tensor parallelism cuts.
+def init_weights(model: torch.nn.Module, *, seed: int, init_std: float, num_layers: int) -> None:
+    """Write all parameters and patterns in place, and mark what tensor parallelism cuts.
 
     Args:
         num_layers: blocks of the whole model, over all pipeline stages.
     """
-    modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
-    first_local_row: dict[str, int] = {}
     for shard in shards(model):
-        parameter = parameters.get(shard.local_name)
-        if parameter is None:
+        if shard.local_name not in parameters:
             continue
-        if shard.cut_axis is not None and not getattr(parameter, "tensor_model_parallel", False):
-            # Megatron marks its own parameters where it initialises them, which is switched off.
-            set_tensor_model_parallel_attributes(parameter, True, shard.cut_axis, 1)
+        mark_cut(parameters[shard.local_name], shard)
         std = initial_std(shard.local_name, init_std, num_layers)
-        owner_name, _, leaf = shard.local_name.rpartition(".")
-        owner = modules[owner_name]
-        if isinstance(owner, PackedWeight) and leaf == "weight":
-            start = first_local_row.get(shard.local_name, 0)
-            first_local_row[shard.local_name] = start + shard.data.shape[0]
-            owner.fill_weight(seed, packed_region(shard, start, owner), std)
+        if isinstance(shard.owner, PackedWeight) and shard.leaf == "weight":
+            shard.owner.init_weight(seed, packed_region(shard, shard.owner), std)
         else:
-            fill_dense(shard, seed, std)
+            init_shard(shard, seed, std)
     choose_derived(model)
 
 
 @torch.no_grad()
-def fill_adapters(model: torch.nn.Module, *, seed: int) -> list[torch.nn.Parameter]:
+def init_adapters(model: torch.nn.Module, *, seed: int) -> list[torch.nn.Parameter]:
     """Both factors of every adapter as they start, L standard normal and R zero; returns them."""
-    parameters = dict(model.named_parameters())
-    adapters = {name: parameter for name, parameter in parameters.items() if ADAPTER.search(name)}
+    adapters = {name: parameter for name, parameter in model.named_parameters() if ADAPTER.search(name)}
     for shard in shards(model):
         if shard.local_name in adapters:
-            fill_dense(shard, seed, std=1.0)
+            init_shard(shard, seed, std=1.0)
     return list(adapters.values())
+
+
+def mark_cut(parameter: torch.nn.Parameter, shard: Shard) -> None:
+    """Mark a parameter that is cut over ranks. Megatron does it where it initialises, which is switched off."""
+    if shard.cut_axis is not None and not getattr(parameter, "tensor_model_parallel", False):
+        set_tensor_model_parallel_attributes(parameter, True, shard.cut_axis, 1)
 
 
 def choose_derived(model: torch.nn.Module) -> None:
@@ -63,19 +58,19 @@ def choose_derived(model: torch.nn.Module) -> None:
         masked.update_mask()
 
 
-def packed_region(shard: Shard, first_local_row: int, owner: PackedWeight) -> Region:
+def packed_region(shard: Shard, owner: PackedWeight) -> Region:
     """Where a shard of packed values lies in the dense weight."""
     n, m = owner.slope.n, owner.slope.m
     return Region(
         name=shard.name,
-        local_rows=range(first_local_row, first_local_row + shard.data.shape[0]),
+        local_rows=range(shard.first_local_row, shard.first_local_row + shard.data.shape[0]),
         first_row=shard.offset[0],
         first_column=shard.offset[1] * m // n,
         row_length=shard.shape[1] * m // n,
     )
 
 
-def fill_dense(shard: Shard, seed: int, std: float) -> None:
+def init_shard(shard: Shard, seed: int, std: float) -> None:
     """A parameter that is not packed: ones, zeros, or normal numbers at canonical indices."""
     if ONE.search(shard.local_name):
         shard.data.fill_(1.0)
@@ -90,18 +85,3 @@ def fill_dense(shard: Shard, seed: int, std: float) -> None:
         rows = range(first_row + local.start, first_row + local.stop)
         numbers = counter.normal(key, rows, columns, shard.shape[1], shard.data.device)
         shard.data[local.start : local.stop] = numbers * std
-
-
-def sparse_modules(model: torch.nn.Module) -> list[PackedWeight]:
-    """The model's packed linears."""
-    return [module for module in model.modules() if isinstance(module, PackedWeight)]
-
-
-def masked_modules(model: torch.nn.Module) -> list[MaskedWeight]:
-    """The model's masked linears: the baselines'."""
-    return [module for module in model.modules() if isinstance(module, MaskedWeight)]
-
-
-def pruned_modules(model: torch.nn.Module) -> list[PrunedLinear]:
-    """Both."""
-    return [module for module in model.modules() if isinstance(module, PrunedLinear)]
