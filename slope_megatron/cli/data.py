@@ -1,11 +1,11 @@
 """`slope data`: text into what `slope pretrain` reads."""
 
 import argparse
-import dataclasses
 import sys
 
 from slope_megatron.cli.parser import manual
-from slope_megatron.data.settings import PrepareSettings
+from slope_megatron.config.fields import add_arguments, destination, field_names
+from slope_megatron.data.settings import TITLE, PrepareSettings
 
 WHOLE = "Text into what `slope pretrain` reads: one command, once, on one machine, without a GPU."
 DESCRIPTION = """\
@@ -41,34 +41,6 @@ examples:
       --split-seed 2357 --out data/openwebtext          (OpenWebText with its published split)
   slope data prepare hf:allenai/c4:en --max-documents 1000000 --vocab-size 32000 --out data/c4
 """
-DEFAULT = PrepareSettings()
-# Field of PrepareSettings -> metavar and help.
-TEXT_FLAGS = {
-    "kind": ("{gpt,bert}", "gpt: a document is a run of tokens; bert: a list of sentences, for pairs"),
-    "tokenizer": (
-        "NAME|PATH",
-        "trained on this text: sentencepiece, bpe (as GPT-2's) or wordpiece (as BERT's); or a finished one: "
-        "tokenizer.model, tokenizer.json, or a folder of them, of vocab.json and merges.txt, or of vocab.txt "
-        "(default: sentencepiece, or wordpiece for --kind bert)",
-    ),
-    "eod": ("TOKEN", "end-of-document token of a finished tokenizer (default: what its files say)"),
-    "text_key": ("KEY", "where a record's text is: key of a .jsonl line, column of a dataset"),
-    "format": ("{auto,text,json,parquet}", "what local files hold (auto: their suffixes tell, and must agree)"),
-    "include": ("PATTERN,...", "files of a folder that are read, as in '*.md,notes/*'; with --format, as that"),
-    "bad_records": ("{refuse,skip}", "records that cannot be read end the prepare, or are counted and passed over"),
-}
-NUMBER_FLAGS = {
-    "vocab_size": ("INT", "tokens of a tokenizer that is trained"),
-    "valid_percent": ("FLOAT", "share of the documents for the valid split; 0: none"),
-    "test_percent": ("FLOAT", "share of the documents for the test split; 0: none"),
-    "max_document_bytes": ("INT", "documents longer than this are counted and passed over; 0: none is too long"),
-    "max_documents": ("INT", "read the first so many of each source (default: all of them)"),
-    "split_seed": (
-        "INT",
-        "split as `train_test_split(valid_percent / 100, seed)` of `datasets` does, for published splits "
-        "(default: by hash)",
-    ),
-}
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -85,20 +57,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     prepare.add_argument("source", metavar="SOURCE", nargs="+", help="one of the above; several, each with =WEIGHT")
     prepare.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; appears only when finished")
-    for name, (metavar, text) in {**TEXT_FLAGS, **NUMBER_FLAGS}.items():
-        value = getattr(DEFAULT, name)
-        kind = str if name in TEXT_FLAGS else float if metavar == "FLOAT" else int
-        shown = "" if value is None else f" (default: {value})"
-        prepare.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=value, metavar=metavar, help=text + shown
-        )
-    prepare.add_argument("--deduplicate", action="store_true", help="keep the first of several equal documents")
-    prepare.add_argument(
-        "--no-lowercase",
-        dest="lowercase",
-        action="store_false",
-        help="WordPiece keeps case and accents (BERT cased; where the tokenizer's files do not say)",
-    )
+    add_arguments(prepare, PrepareSettings, TITLE)
     prepare.add_argument(
         "--workers",
         type=int,
@@ -123,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from slope_megatron.data.prepare import prepare
 
-    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(PrepareSettings)}
+    flags = {name: destination(PrepareSettings, name) for name in field_names(PrepareSettings)}
+    settings = {name: vars(arguments)[flag] for name, flag in flags.items() if flag in arguments}
     manifest = prepare(
         arguments.source, arguments.out, workers=arguments.workers, overwrite=arguments.overwrite, **settings
     )

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if ranks.world == 1:
         if not arguments.no_bandwidth:
             mine.findings.extend(within(cluster))
-        text, bad = preflight.verdict([mine])
+        text, bad = preflight.failure_report([mine])
         print("\n".join([text, *measured(mine)]), file=sys.stderr)
         return 1 if bad else 0
     return together(arguments, cluster, ranks, mine)
@@ -79,7 +79,7 @@ def together(arguments, cluster, ranks, mine) -> int:
     names = preflight.node_names(os.environ, ranks.world)
     store = preflight.open_store(ranks, seconds)
     reports = preflight.compare(preflight.collect(store, mine, ranks, names, seconds))
-    text, bad = preflight.verdict(reports)
+    text, bad = preflight.failure_report(reports)
     go = preflight.settle(store, ranks, "first", ",".join(bad) or "ready", 2 * seconds)
     if go == "ready" and not arguments.no_bandwidth:
         mine.findings.extend(within(cluster))
@@ -88,7 +88,7 @@ def together(arguments, cluster, ranks, mine) -> int:
         if ranks.rank == 0:
             keys = [f"bandwidth/{rank}" for rank in range(ranks.world)]
             reports = [preflight.Report.from_json(store.get(key).decode()) for key in keys]
-            text, bad = preflight.verdict(reports)
+            text, bad = preflight.failure_report(reports)
         go = preflight.settle(store, ranks, "second", ",".join(bad) or "ready", 2 * seconds)
     if ranks.rank == 0:
         print("\n".join([text, *measured(reports[0])]), file=sys.stderr)

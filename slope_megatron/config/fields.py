@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from slope_megatron.config.yaml_file import read_yaml
@@ -12,15 +13,30 @@ from slope_megatron.config.yaml_file import read_yaml
 AS_DEFAULT = object()
 
 
-def option(default, help: str, *, choices: tuple | None = None, before=AS_DEFAULT):
+class Rule(typing.NamedTuple):
+    """What a field's value must be: in words, and as a test of a value that is set."""
+
+    words: str
+    holds: Callable[[typing.Any], bool]
+
+
+COUNT = Rule("it must be at least 1", lambda value: value >= 1)
+POSITIVE = Rule("it must be positive", lambda value: value > 0)
+NOT_NEGATIVE = Rule("it must not be negative", lambda value: value >= 0)
+OFF_OR_POSITIVE = Rule("it must be 0 (off) or positive", lambda value: value >= 0)
+SHARE = Rule("it must be in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def option(default, help: str, *, choices: tuple | None = None, must: Rule | None = None, before=AS_DEFAULT):
     """A config field with its manual line.
 
     Args:
-        choices: checked for flags and YAML alike.
+        choices, must: checked for flags and YAML alike.
         before: the value that means what runs did before there was this field, where that is not the default.
     """
     before = default if before is AS_DEFAULT else before
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "before": before})
+    metadata = {"help": help, "choices": choices, "must": must, "before": before}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_of(name: str, prefix: str = "") -> str:
@@ -67,8 +83,8 @@ def destination(config_class: type, name: str) -> str:
     return f"{config_class.__name__}.{name}"
 
 
-def check_choices(config, flag_prefix: str = "") -> None:
-    """Reject a value outside its field's choices, and a value of another type.
+def check_fields(config, flag_prefix: str = "") -> None:
+    """Reject a value of another type, outside its field's choices, or against its field's rule.
 
     Raises:
         ValueError: names the flag, the value and the rule.
@@ -90,6 +106,10 @@ def check_choices(config, flag_prefix: str = "") -> None:
         choices = field.metadata["choices"]
         if choices and value not in choices:
             raise ValueError(f"{flag} is {value!r}: it must be one of {', '.join(map(str, choices))}")
+        rule = field.metadata["must"]
+        if rule and not rule.holds(value):
+            unset = ", or unset" if field.default is None else ""
+            raise ValueError(f"{flag} is {value!r}: {rule.words}{unset}")
 
 
 def load_yaml(path: Path, sections: dict[str, type]) -> dict[str, dict]:

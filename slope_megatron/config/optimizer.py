@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from slope_megatron.config.fields import check_choices, option
+from slope_megatron.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, check_fields, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,15 @@ class OptimizerConfig:
         "constant stays at the peak",
         choices=("cosine", "linear", "poly", "constant"),
     )
-    poly_power: float = option(0.5, "exponent of the poly schedule; BERT's is 0.5")
-    warmup_steps: int = option(100, "steps of linear warm-up")
-    warmup_fraction: float | None = option(None, "warm-up as a share of --steps; given, it replaces --warmup-steps")
-    weight_decay: float = option(0.1, "decoupled weight decay (none on biases and norms)")
-    sparse_weight_decay: float | None = option(None, "weight decay of the packed values; unset: --weight-decay")
+    poly_power: float = option(0.5, "exponent of the poly schedule; BERT's is 0.5", must=POSITIVE)
+    warmup_steps: int = option(100, "steps of linear warm-up", must=NOT_NEGATIVE)
+    warmup_fraction: float | None = option(
+        None, "warm-up as a share of --steps; given, it replaces --warmup-steps", must=SHARE
+    )
+    weight_decay: float = option(0.1, "decoupled weight decay (none on biases and norms)", must=NOT_NEGATIVE)
+    sparse_weight_decay: float | None = option(
+        None, "weight decay of the packed values; unset: --weight-decay", must=NOT_NEGATIVE
+    )
     beta1: float = option(0.9, "decay of the first moment")
     beta2: float = option(0.95, "decay of the second moment")
     eps: float = option(1e-8, "added to the root of the second moment")
@@ -43,25 +47,17 @@ class OptimizerConfig:
     )
     clip_grad: float = option(1.0, "global gradient norm to clip at; 0: no clipping")
     initial_loss_scale: float = option(65536.0, "fp16: the loss scale at the start, a power of two; overflows halve it")
-    loss_scale_window: int = option(1000, "fp16: steps without overflow after which the loss scale doubles")
-    loss_scale_hysteresis: int = option(2, "fp16: overflows that it takes to halve the loss scale")
+    loss_scale_window: int = option(
+        1000, "fp16: steps without overflow after which the loss scale doubles", must=POSITIVE
+    )
+    loss_scale_hysteresis: int = option(2, "fp16: overflows that it takes to halve the loss scale", must=POSITIVE)
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if not 0 <= self.min_lr <= self.lr or self.lr <= 0:
             raise ValueError(
                 f"--lr is {self.lr} and --min-lr {self.min_lr}: they must satisfy 0 <= min-lr <= lr and lr > 0"
             )
-        if self.warmup_steps < 0:
-            raise ValueError(f"--warmup-steps is {self.warmup_steps}: it must not be negative")
-        if self.warmup_fraction is not None and not 0.0 <= self.warmup_fraction <= 1.0:
-            raise ValueError(f"--warmup-fraction is {self.warmup_fraction}: it must be in [0, 1]")
-        for name in ("weight_decay", "sparse_weight_decay"):
-            if (getattr(self, name) or 0.0) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative")
-        for name in ("poly_power", "loss_scale_window", "loss_scale_hysteresis"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
         if self.initial_loss_scale < 1 or not math.log2(self.initial_loss_scale).is_integer():
             raise ValueError(
                 f"--initial-loss-scale is {self.initial_loss_scale}: it must be a power of two, 1 or more; take 65536"

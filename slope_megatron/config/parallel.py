@@ -2,20 +2,20 @@
 
 import dataclasses
 
-from slope_megatron.config.fields import check_choices, option
+from slope_megatron.config.fields import COUNT, check_fields, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is cut; data parallelism takes the ranks that tensor and pipeline parallelism leave."""
 
-    tensor_parallel: int = option(1, "ranks that share one layer (TP)")
+    tensor_parallel: int = option(1, "ranks that share one layer (TP)", must=COUNT)
     sequence_parallel: bool = option(
         False, "cut the norms' and dropouts' activations along the sequence over the TP ranks"
     )
-    pipeline_parallel: int = option(1, "stages that the blocks are cut into (PP)")
-    virtual_pipeline: int = option(1, "parts of the model on each stage (interleaved pipeline)")
-    context_parallel: int = option(1, "ranks that share one sequence in attention")
+    pipeline_parallel: int = option(1, "stages that the blocks are cut into (PP)", must=COUNT)
+    virtual_pipeline: int = option(1, "parts of the model on each stage (interleaved pipeline)", must=COUNT)
+    context_parallel: int = option(1, "ranks that share one sequence in attention", must=COUNT)
     recompute: str = option(
         "none",
         "activations computed again in backward: of attention (selective) or of whole blocks (full)",
@@ -49,10 +49,7 @@ class ParallelConfig:
     )
 
     def __post_init__(self):
-        check_choices(self)
-        for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "context_parallel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self)
         if self.virtual_pipeline > 1:
             raise ValueError(
                 f"--virtual-pipeline is {self.virtual_pipeline}: DeepSpeed's engine holds one module a rank, so stages "
@@ -63,10 +60,6 @@ class ParallelConfig:
                 f"--context-parallel is {self.context_parallel}: attention here sees whole sequences only; use 1 and, "
                 "for long sequences, --sequence-parallel and --recompute"
             )
-
-        self._check_zero()
-
-    def _check_zero(self) -> None:
         if self.pipeline_parallel > 1 and self.zero_stage > 1:
             raise ValueError(
                 f"--zero-stage is {self.zero_stage} with --pipeline-parallel {self.pipeline_parallel}: stages 2 and 3 "

@@ -144,7 +144,7 @@ def read_config(arguments: argparse.Namespace) -> tuple[Config, dict[str, str]]:
     """Defaults < YAML files (made smaller by `--scale`) < flags.
 
     Returns:
-        the configuration, and for each `section.key` that is no default the place it came from.
+        the configuration, and for each `section.key` that is no default where it came from.
     Raises:
         ValueError: one sentence on the first thing that is wrong.
     """

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from slope_megatron.config.fields import check_choices, option
+from slope_megatron.config.fields import COUNT, SHARE, Rule, check_fields, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -11,25 +11,23 @@ class DataConfig:
 
     data: str = option("", "required: folder that `slope data prepare` wrote")
     cache: str | None = option(None, "folder for Megatron's sample index; unset: a folder in the prepared data")
-    seq_length: int = option(1024, "tokens of one sample")
+    seq_length: int = option(1024, "tokens of one sample", must=COUNT)
     micro_batch_size: int = option(
-        1, "samples of one forward pass on one replica; loss and gradient are those of the global batch, whatever it is"
+        1,
+        "samples of one forward pass on one replica; loss and gradient are those of the global batch, whatever it is",
+        must=COUNT,
     )
-    global_batch_size: int = option(8, "samples of one optimizer step over all replicas")
-    mlm_probability: float = option(0.15, "bert: share of the tokens that are asked for")
+    global_batch_size: int = option(8, "samples of one optimizer step over all replicas", must=COUNT)
+    mlm_probability: float = option(
+        0.15,
+        "bert: share of the tokens that are asked for",
+        must=Rule("it must lie between 0 and 1; take 0.15", lambda value: 0 < value < 1),
+    )
     mlm_whole_words: bool = option(False, "bert: hide all pieces of a word together")
-    short_sequences: float = option(0.1, "bert: share of the samples that are shorter than the sequence")
+    short_sequences: float = option(0.1, "bert: share of the samples that are shorter than the sequence", must=SHARE)
 
     def __post_init__(self):
-        check_choices(self)
-        for name in ("seq_length", "micro_batch_size", "global_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        if not (0 < self.mlm_probability < 1 and 0 <= self.short_sequences <= 1):
-            raise ValueError(
-                f"--mlm-probability is {self.mlm_probability} and --short-sequences {self.short_sequences}: they are "
-                "shares, the first one neither 0 nor 1; take 0.15 and 0.1"
-            )
+        check_fields(self)
 
     def micro_batches(self, data_parallel: int) -> int:
         """Micro-batches of one step on one replica.
@@ -58,11 +56,12 @@ class TrainConfig:
         "packed ones keep their patterns, dense ones (also Megatron's torch_dist) are pruned on load; unset: fresh "
         "weights",
     )
-    steps: int = option(1000, "optimizer steps in all")
+    steps: int = option(1000, "optimizer steps in all", must=COUNT)
     stop_at: int | None = option(
         None,
         "stop cleanly after this step, as if the time were up; schedules still aim at --steps; 0: only validate and "
         "save what the run would begin with",
+        must=Rule("it must be a step, or 0 to train none", lambda value: value >= 0),
     )
     seed: int = option(1234, "seed of everything random: weights, patterns, data order, dropout")
     dtype: str = option(
@@ -75,17 +74,21 @@ class TrainConfig:
         "GPUs: the same bits in every run at the same layout, resumed or not, on machines of one kind; only algorithms "
         "that add in a fixed order, which are slower. CPUs always compute so",
     )
-    eval_interval: int = option(200, "steps between two validations")
-    eval_samples: int = option(64, "validation samples, the same ones each time; 0: none")
-    save_interval: int = option(500, "steps between two checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints kept")
-    keep_every: int | None = option(None, "checkpoints of every n-th step are kept for ever; unset: none")
+    eval_interval: int = option(200, "steps between two validations", must=COUNT)
+    eval_samples: int = option(
+        64,
+        "validation samples, the same ones each time; 0: none",
+        must=Rule("it must be at least 1, or 0 to validate nothing", lambda value: value >= 0),
+    )
+    save_interval: int = option(500, "steps between two checkpoints", must=COUNT)
+    keep_checkpoints: int = option(2, "newest checkpoints kept", must=COUNT)
+    keep_every: int | None = option(None, "checkpoints of every n-th step are kept for ever; unset: none", must=COUNT)
     async_save: bool = option(
         True,
         "write checkpoints in the background: the state is copied to host memory, and training goes on while a thread "
         "of each rank writes and checks its file; the next checkpoint waits for the last",
     )
-    log_interval: int = option(10, "steps between two lines of metrics.jsonl")
+    log_interval: int = option(10, "steps between two lines of metrics.jsonl", must=COUNT)
     resume: bool = option(False, "go on from the newest checkpoint of the run folder")
     auto_resume: bool = option(
         False,
@@ -96,21 +99,7 @@ class TrainConfig:
     overwrite: bool = option(False, "delete the run that is in the run folder, and start anew")
 
     def __post_init__(self):
-        check_choices(self)
-        for name in (
-            "steps",
-            "eval_interval",
-            "save_interval",
-            "keep_checkpoints",
-            "keep_every",
-            "log_interval",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        if self.eval_samples < 0:
-            raise ValueError(f"--eval-samples is {self.eval_samples}: it must be at least 1, or 0 to validate nothing")
-        if self.stop_at is not None and self.stop_at < 0:
-            raise ValueError(f"--stop-at is {self.stop_at}: it must be a step, or 0 to train none")
+        check_fields(self)
         given = [flag for flag in ("resume", "auto_resume", "overwrite") if getattr(self, flag)]
         if len(given) > 1:
             first, second = (f"--{flag.replace('_', '-')}" for flag in given[:2])

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("model", "slope")
 # What may differ between a run and its continuation: it only says when to stop or what is written, or loss and gradient
 # stay the same sums over the global batch, added in another order. Checkpoints know canonical names only, so any layout
-# can go on from them. A new micro-batch size does change random draws and roundings that are keyed to it, for no worse
+# can go on from them. A new micro-batch size changes random numbers and roundings that are keyed to it, for no worse
 # ones: dropout (which a new layout changes too), the pruned gradients of `--slope-mode full` and FST, e4m3's scales.
 FREE_SECTIONS = ("parallel", "watch")
 FREE_KEYS = {

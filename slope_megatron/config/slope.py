@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from slope_megatron.config.fields import check_choices, option
+from slope_megatron.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Rule, check_fields, option
 
 # Libraries of 2:4 kernels: each is the module `slope_megatron.ops.operands.NAME`.
 LIBRARIES = ("cusparselt", "cutlass")
@@ -71,16 +71,6 @@ def check_method(slope: "SlopeConfig") -> None:
         raise ValueError("--slope-method fst with another pattern than 2:4: its masks are transposable 2:4; use 2:4")
     if slope.method == "fst" and slope.adapter_rank:
         raise ValueError("--slope-method fst with --slope-adapter-rank: FST ends dense, without adapters; use 0")
-    if not 0.0 <= slope.fst_dense_tail < 1.0:
-        raise ValueError(
-            f"--slope-fst-dense-tail is {slope.fst_dense_tail}: it must be in [0, 1); to train dense: --no-slope"
-        )
-    for name in ("srste_decay", "fst_decay"):
-        if getattr(slope, name) < 0:
-            raise ValueError(f"--slope-{name.replace('_', '-')} is {getattr(slope, name)}: it must not be negative")
-    for name in ("fst_mask_interval", "wanda_samples"):
-        if getattr(slope, name) < 1:
-            raise ValueError(f"--slope-{name.replace('_', '-')} is {getattr(slope, name)}: it must be at least 1")
 
 
 def check_fp8(slope: "SlopeConfig") -> None:
@@ -128,7 +118,7 @@ class SlopeConfig:
     )
     mode: str = option(
         "paper",
-        "paper: sparse forward and dgrad, dense wgrad read at the kept places; full: wgrad reads an unbiased 2:4 "
+        "paper: sparse forward and dgrad, dense wgrad read at the kept indices; full: wgrad reads an unbiased 2:4 "
         "estimate of the output gradient, on sparse tensor cores too",
         choices=("paper", "full"),
     )
@@ -141,26 +131,43 @@ class SlopeConfig:
     backward_mask_interval: int = option(
         100,
         "optimizer steps between two choices of the column pattern (second pruning); 0 keeps the first one",
+        must=Rule("it must be 0 (never) or a number of steps", lambda value: value >= 0),
     )
     init_rescale: bool = option(
         False, "multiply the initial kept weights by sqrt(M/N), which restores the dense variance"
     )
-    lr_multiplier: float = option(1.0, "learning rate of the packed values over the base learning rate")
-    wanda_samples: int = option(128, "training samples that --slope-pattern wanda measures the inputs' norms on")
+    lr_multiplier: float = option(1.0, "learning rate of the packed values over the base learning rate", must=POSITIVE)
+    wanda_samples: int = option(
+        128, "training samples that --slope-pattern wanda measures the inputs' norms on", must=COUNT
+    )
     adapter_rank: int | str = option(
         0, "rank r of the lazy low-rank adapters, or a percentage of the hidden size: 16 or 1.56%; 0: none"
     )
     lazy_fraction: float = option(
-        0.01, "share of the steps, at the end, in which the adapters train; 1.0: from the start"
+        0.01,
+        "share of the steps, at the end, in which the adapters train; 1.0: from the start",
+        must=Rule("it must be in (0, 1]; for none: --slope-adapter-rank 0", lambda value: 0 < value <= 1),
     )
-    adapter_lr_multiplier: float = option(1.0, "learning rate of the adapters over the base learning rate")
+    adapter_lr_multiplier: float = option(
+        1.0, "learning rate of the adapters over the base learning rate", must=POSITIVE
+    )
     dense_first_linear: bool = option(True, "keep the first linear after the input (layer 0's QKV) dense, as the paper")
     sparse_attention: bool = option(True, "make the attention's QKV and output projections sparse")
     sparse_mlp: bool = option(True, "make the MLP's linears sparse")
-    srste_decay: float = option(6e-6, "srste: lambda of the decay of pruned weights, added to the gradient")
-    fst_decay: float = option(6e-5, "fst: the same, its published value for 124M and 774M parameters")
-    fst_mask_interval: int = option(40, "fst: optimizer steps between two searches of the transposable masks")
-    fst_dense_tail: float = option(1 / 6, "fst: share of the steps, at the end, that train dense")
+    srste_decay: float = option(
+        6e-6, "srste: lambda of the decay of pruned weights, added to the gradient", must=NOT_NEGATIVE
+    )
+    fst_decay: float = option(
+        6e-5, "fst: the same, its published value for 124M and 774M parameters", must=NOT_NEGATIVE
+    )
+    fst_mask_interval: int = option(
+        40, "fst: optimizer steps between two searches of the transposable masks", must=COUNT
+    )
+    fst_dense_tail: float = option(
+        1 / 6,
+        "fst: share of the steps, at the end, that train dense",
+        must=Rule("it must be in [0, 1); to train dense: --no-slope", lambda value: 0 <= value < 1),
+    )
     fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
     backend: str = option("auto", "kernels of the sparse products", choices=BACKENDS)
     fp8: str = option(
@@ -172,22 +179,10 @@ class SlopeConfig:
     fp8_wgrad: bool = option(True, "with --slope-fp8, the weight gradient's product in e4m3 as well")
 
     def __post_init__(self):
-        check_choices(self, "slope")
+        check_fields(self, "slope")
         parse_nm(self.nm)
         self.blocks()
-        if self.backward_mask_interval < 0:
-            raise ValueError(
-                f"--slope-backward-mask-interval is {self.backward_mask_interval}: it must be 0 (never) "
-                "or a number of steps"
-            )
         object.__setattr__(self, "adapter_rank", parse_rank(self.adapter_rank))
-        if not 0.0 < self.lazy_fraction <= 1.0:
-            raise ValueError(
-                f"--slope-lazy-fraction is {self.lazy_fraction}: it must be in (0, 1]; for none: --slope-adapter-rank 0"
-            )
-        for name in ("lr_multiplier", "adapter_lr_multiplier"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--slope-{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
         check_method(self)
         if self.enabled and not (self.prunes_attention or self.sparse_mlp):
             raise ValueError(

@@ -34,8 +34,8 @@ def read_yaml(path: Path) -> Any:
         content = yaml.load(text, yamlcore.CoreLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ValueError(f"{place}: no valid YAML ({problem(error)}): mend that line") from None
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ValueError(f"{where}: no valid YAML ({problem(error)}): mend that line") from None
     except yaml.YAMLError as error:
         raise ValueError(f"config file {path} is no valid YAML ({str(error).split(chr(10))[0]}): mend it") from None
     except RecursionError:

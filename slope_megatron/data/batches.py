@@ -6,20 +6,19 @@ overlap by one; the cuts are shuffled again, and after one epoch comes the next.
 Legend: b micro-batch, s sequence.
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from slope_megatron.config import DataConfig
-from slope_megatron.data.manifest import load_manifest
-from slope_megatron.data.samples import build_datasets, datasets_for
-
-__all__ = ["load_manifest", "build_datasets", "datasets_for", "MicroBatches", "ValidationBatches"]
 
 Batch = dict[str, torch.Tensor]
 Dataset = Sequence[Mapping[str, torch.Tensor]]
 
 
+@dataclasses.dataclass(frozen=True)
 class MicroBatches:
     """Training batches of one data-parallel rank.
 
@@ -28,25 +27,26 @@ class MicroBatches:
         step * G + (m * R + r) * b + i
 
     so that a step consumes samples step * G to (step + 1) * G - 1 whatever R and b are.
+
+    Raises:
+        ValueError: the global batch is no multiple of micro-batch x ranks.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-    ):
-        """Raises ValueError if the global batch is no multiple of micro-batch x ranks."""
-        assert 0 <= data_parallel_rank < data_parallel_size
-        sizes = DataConfig(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
-        self.dataset = dataset
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.rank = data_parallel_rank
-        self.size = data_parallel_size
-        self.count = sizes.micro_batches(data_parallel_size)
+    dataset: Dataset
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    size: int
+
+    def __post_init__(self):
+        assert 0 <= self.rank < self.size
+        assert self.count
+
+    @functools.cached_property
+    def count(self) -> int:
+        """Micro-batches of a step on this rank."""
+        sizes = DataConfig(global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size)
+        return sizes.micro_batches(self.size)
 
     def sample_numbers(self, step: int, micro_batch: int) -> range:
         """The samples of one micro-batch of this rank."""
@@ -72,32 +72,37 @@ class MicroBatches:
             yield _stack([self.dataset[number] for number in self.sample_numbers(step, micro_batch)])
 
 
+@dataclasses.dataclass(frozen=True)
 class ValidationBatches:
     """The first `samples` of the validation split, the same ones each time, cut over the data-parallel ranks.
 
-    Every rank gets the same number of micro-batches, as collectives need; where the samples run out, sample 0 fills
-    up with a loss mask of zeros. So sum(loss * mask) / sum(mask) over all ranks depends neither on R nor on b.
+    Every rank gets the same number of micro-batches, as collectives need; where the samples run out, sample 0 stands in
+    with a loss mask of zeros. So sum(loss * mask) / sum(mask) over all ranks depends neither on R nor on b.
+
+    Raises:
+        ValueError: the dataset was built with fewer samples.
     """
 
-    def __init__(
-        self, dataset: Dataset, samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
-    ):
-        """Raises ValueError if the dataset was built with fewer samples."""
-        assert 0 <= data_parallel_rank < data_parallel_size
-        if not 0 < samples <= len(dataset):
+    dataset: Dataset
+    samples: int
+    micro_batch_size: int
+    rank: int
+    size: int
+
+    def __post_init__(self):
+        assert 0 <= self.rank < self.size
+        if not 0 < self.samples <= len(self.dataset):
             raise ValueError(
-                f"--eval-samples is {samples} and the validation dataset was built with {len(dataset)}: "
+                f"--eval-samples is {self.samples} and the validation dataset was built with {len(self.dataset)}: "
                 "it must be at least 1 and not more than that; build it with as many"
             )
-        self.dataset = dataset
-        self.samples = samples
-        self.micro_batch_size = micro_batch_size
-        self.rank = data_parallel_rank
-        self.size = data_parallel_size
-        self.count = -(-samples // (micro_batch_size * data_parallel_size))
+
+    @property
+    def count(self) -> int:
+        return -(-self.samples // (self.micro_batch_size * self.size))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield `count` micro-batches of the form that MicroBatches yields; from the start each time."""
+        """Yield `count` micro-batches as MicroBatches yields them; from the start each time."""
         for micro_batch in range(self.count):
             first = (micro_batch * self.size + self.rank) * self.micro_batch_size
             yield _stack([self._sample(number) for number in range(first, first + self.micro_batch_size)])

@@ -1,8 +1,8 @@
 """Prepared sentences as Megatron's BERT samples: `[CLS] A [SEP] B [SEP]` with hidden tokens.
 
-A and B are runs of sentences of one document. Where `is_next` is 0 they have changed places: Megatron asks for the
+A and B are runs of sentences of one document. Where `is_next` is 0 they are swapped: Megatron asks for the
 order (as ALBERT, arXiv 1909.11942), where BERT (arXiv 1810.04805) took B from another document. Of the tokens 15 % are
-asked for; of those 80 % are [MASK], 10 % a random token, 10 % unchanged. All draws of sample i follow from seed + i.
+asked for; of those 80 % are [MASK], 10 % a random token, 10 % unchanged. Sample i is seeded with seed + i.
 """
 
 import warnings

@@ -22,8 +22,8 @@ class Blend:
         return self.length
 
     def __getitem__(self, number: int) -> Mapping:
-        source, place = place_of(self.shares, number)
-        return self.datasets[source][place]
+        source, index = index_of(self.shares, number)
+        return self.datasets[source][index]
 
 
 def cascade(weights: Sequence[float]) -> list[Fraction]:
@@ -39,7 +39,7 @@ def as_fraction(weight: float) -> Fraction:
     return near if abs(near - Fraction(weight)) * 1000 <= weight else Fraction(weight)
 
 
-def place_of(shares: Sequence[Fraction], number: int) -> tuple[int, int]:
+def index_of(shares: Sequence[Fraction], number: int) -> tuple[int, int]:
     """(source, its sample) of sample `number`."""
     for source, share in enumerate(shares):
         before = number * share.numerator // share.denominator

@@ -1,4 +1,4 @@
-"""Files opened as what they hold, unpacked while they are read; and the one place that names a damaged file."""
+"""Files opened as what they hold, unpacked while they are read; and the one sentence about a damaged file."""
 
 import bz2
 import contextlib

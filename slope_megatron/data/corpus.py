@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slope_megatron.data.scratch import sealed_folder, write_whole
+from slope_megatron.data.scratch import sealed_folder
 from slope_megatron.data.sources import Source
 from slope_megatron.data.splits import split_key
+from slope_megatron.storage import whole
 
 # Bytes of text in a part: some seconds of one worker.
 PART = 16_000_000
@@ -44,7 +45,7 @@ class Corpus:
     """All documents of one source."""
 
     parts: list[TextPart]
-    # Places of the documents in [0, 1), from which the splits follow.
+    # Positions of the documents in [0, 1), from which the splits follow.
     keys_D: np.ndarray
     # Of all texts in order, and of their names where the splits follow those.
     sha256: str
@@ -134,7 +135,7 @@ def read_corpus(
             skipped[DUPLICATE] = progress.duplicates
         kept = sum(len(np.load(part / "bytes.npy")) for part in sealed_parts(folder))
         assert progress.read == kept + progress.duplicates, f"{progress.read} read, {kept} kept, {progress.duplicates}"
-        write_whole(finished, json.dumps(skipped).encode())
+        whole.write_json(finished, skipped)
     return _open_corpus(folder, json.loads(finished.read_text()))
 
 
@@ -170,7 +171,7 @@ def _open_corpus(folder: Path, skipped: dict[str, int]) -> Corpus:
     keys_D = np.concatenate([np.load(part / "keys.npy") for part in folders]) if folders else np.zeros(0)
     digest = hashlib.sha256()
     for part in folders:
-        # A text's digest and its place; the place stands for the name where the splits follow names.
-        places = np.load(part / "keys.npy").astype("<f8").view(np.uint8).reshape(-1, 8)
-        digest.update(np.hstack([np.load(part / "digests.npy"), places]).tobytes())
+        # A text's digest and its position, which stands for the name where the splits follow names.
+        positions = np.load(part / "keys.npy").astype("<f8").view(np.uint8).reshape(-1, 8)
+        digest.update(np.hstack([np.load(part / "digests.npy"), positions]).tobytes())
     return Corpus(parts, keys_D, digest.hexdigest(), dict(sorted(skipped.items())))

@@ -9,7 +9,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -147,24 +147,23 @@ def encode_part(part: TextPart, splits_D: np.ndarray, target: Path) -> int:
 
 def _documents(texts: Iterator[str], tokenizer) -> Iterator[list[list[int]]]:
     """Of each document its one sequence, EOD included."""
-    for batch in _batches(texts):
-        pieces = [list(_pieces(text)) for text in batch]
-        encoded = iter(tokenizer.encode_all([piece for several in pieces for piece in several]))
-        for several in pieces:
-            ids = [token for _ in several[1:] for token in next(encoded)]
-            ids += next(encoded)
-            ids.append(tokenizer.eod)
-            yield [ids]
+    for ids_P in _encoded(texts, tokenizer, _pieces):
+        yield [[*itertools.chain.from_iterable(ids_P), tokenizer.eod]]
 
 
 def _sentences(texts: Iterator[str], tokenizer) -> Iterator[list[list[int]]]:
     """Of each document its sentences that have tokens; over-long ones are cut."""
+    for ids_S in _encoded(texts, tokenizer, split_sentences):
+        yield [ids[at : at + LONGEST_SENTENCE] for ids in ids_S for at in range(0, len(ids), LONGEST_SENTENCE)]
+
+
+def _encoded(texts: Iterator[str], tokenizer, cut: Callable[[str], Iterable[str]]) -> Iterator[list[list[int]]]:
+    """Of each document the ids of each of its pieces."""
     for batch in _batches(texts):
-        pieces = [split_sentences(text) for text in batch]
-        encoded = iter(tokenizer.encode_all([piece for several in pieces for piece in several]))
+        pieces = [list(cut(text)) for text in batch]
+        encoded = iter(tokenizer.encode_all(list(itertools.chain.from_iterable(pieces))))
         for several in pieces:
-            ids_S = [next(encoded) for _ in several]
-            yield [ids[at : at + LONGEST_SENTENCE] for ids in ids_S for at in range(0, len(ids), LONGEST_SENTENCE)]
+            yield [next(encoded) for _ in several]
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -44,8 +44,8 @@ class FastTokenizer:
         self.eod_text = self._find_eod(eod)
         self.eod: int = self._vocabulary[self.eod_text]
         self._tokenizer, self._content, self.left_out = without_additions(given, content, self.eod_text)
-        parts = {"class": self.kind, "sha256": hashlib.sha256(content.encode()).hexdigest(), "eod": self.eod}
-        self.unique_identifiers = parts
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        self.unique_identifiers = {"class": self.kind, "sha256": digest, "eod": self.eod}
 
     def _find_eod(self, eod: str | None) -> str:
         if eod is not None and eod not in self._vocabulary:
@@ -67,7 +67,7 @@ class FastTokenizer:
         """Token ids of `text`, without EOD."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_all(self, texts: list[str], workers: int = 1) -> list[list[int]]:
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text; the library takes as many threads as TOKENIZERS_PARALLELISM allows."""
         return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -163,8 +163,7 @@ def _from_gpt2(path: Path) -> str:
     if not merges.is_file():
         raise ValueError(f"{merges} is missing: GPT-2's tokenizer is the two files together")
     vocabulary = _read_json(path)
-    lines = _lines(merges)
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs = [tuple(line.split(" ")) for line in _lines(merges) if line and not line.startswith("#version")]
     try:
         tokenizer = tokenizers.ByteLevelBPETokenizer(vocabulary, pairs)
     except Exception as failure:  # the library raises plain Exception
@@ -177,8 +176,7 @@ def _from_gpt2(path: Path) -> str:
 def _from_bert(path: Path, lowercase: bool) -> str:
     import tokenizers
 
-    words = _lines(path)
-    vocabulary = {word: number for number, word in enumerate(words)}
+    vocabulary = {word: number for number, word in enumerate(_lines(path))}
     missing = [mark for mark in BERT_SPECIAL if mark not in vocabulary]
     if missing:
         raise ValueError(f"a BERT vocabulary must have {', '.join(missing)}")
@@ -187,18 +185,12 @@ def _from_bert(path: Path, lowercase: bool) -> str:
     return tokenizer.to_str()
 
 
-def train_fast_tokenizer(form: str, chunks: Iterable[str], vocab_size: int, lowercase: bool) -> FastTokenizer:
-    """A byte-level BPE as GPT-2's (`bpe`) or a WordPiece as BERT's (`wordpiece`) of at most `vocab_size` tokens.
-
-    The same chunks give the same tokenizer.
+def train_bpe(chunks: Iterable[str], vocab_size: int) -> FastTokenizer:
+    """A byte-level BPE as GPT-2's of at most `vocab_size` tokens; the same chunks give the same tokenizer.
 
     Raises:
-        ValueError: the vocabulary is too small for the form.
+        ValueError: the vocabulary is too small.
     """
-    return _train_bpe(chunks, vocab_size) if form == "bpe" else _train_wordpiece(list(chunks), vocab_size, lowercase)
-
-
-def _train_bpe(chunks: Iterable[str], vocab_size: int) -> FastTokenizer:
     import tokenizers
 
     if vocab_size < 257:
@@ -208,10 +200,17 @@ def _train_bpe(chunks: Iterable[str], vocab_size: int) -> FastTokenizer:
     return FastTokenizer(tokenizer.to_str(), GPT2_EOD)
 
 
-def _train_wordpiece(chunks: list[str], vocab_size: int, lowercase: bool) -> FastTokenizer:
-    """The library numbers the `##` characters in the order of a hash table: here they are given to it, sorted."""
+def train_wordpiece(chunks: Iterable[str], vocab_size: int, lowercase: bool) -> FastTokenizer:
+    """A WordPiece as BERT's of at most `vocab_size` tokens; the same chunks give the same tokenizer.
+
+    The library numbers the `##` characters in the order of a hash table: here they are given to it, sorted.
+
+    Raises:
+        ValueError: the vocabulary is too small.
+    """
     import tokenizers
 
+    chunks = list(chunks)
     tokenizer = tokenizers.BertWordPieceTokenizer(lowercase=lowercase)
     counts: collections.Counter = collections.Counter()
     for chunk in chunks:

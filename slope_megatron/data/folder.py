@@ -14,7 +14,7 @@ HIDDEN, LEFT_OUT, AGAIN, BROKEN = "hidden", "left-out folder", "link to what is 
 NO_FILE, CLOSED = "neither file nor folder", "unreadable folder"
 
 
-class FolderWalk:
+class FolderScan:
     """The files below a folder.
 
     Args:
@@ -57,15 +57,15 @@ class FolderWalk:
             self.passed[CLOSED] += 1
             return None
         for entry in entries:
-            name, place = before + entry.name, path / entry.name
+            name, here = before + entry.name, path / entry.name
             if entry.name.startswith("."):
                 self.passed[HIDDEN] += 1
             elif entry.is_symlink():
-                heapq.heappush(self.links, (name, place))
+                heapq.heappush(self.links, (name, here))
             elif entry.name in self.left_out and entry.is_dir():
                 self.passed[LEFT_OUT] += 1
             else:
-                self._take(name, place, real / entry.name)
+                self._take(name, here, real / entry.name)
         return entries
 
     def _follow(self, name: str, link: Path) -> None:

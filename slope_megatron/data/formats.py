@@ -3,7 +3,7 @@
     text       a document                       .txt, .md, .py, no suffix: whatever is not listed here
     json       a record a line, or an array     .jsonl, .ndjson, .json
     parquet    a record a row                   .parquet
-    other      documents in a form that is not read, such as .csv or .zip
+    other      documents in a format that is not read, such as .csv or .zip
 
 Capitals count as small letters. Behind each may stand .gz, .bz2, .xz or .zst.
 """
@@ -22,7 +22,7 @@ PACKED = (".tar", ".tgz", ".zip", ".7z", ".rar", ".lz4", ".z", ".br")
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Layout:
     """How a file is to be read.
 
     Args:
@@ -36,8 +36,8 @@ class Form:
     compressed: str = ""
 
 
-def form_of(path: PurePath | str, format: str = "auto") -> Form:
-    """The form that the name tells; `format`, unless auto, is what the content is whatever the suffix."""
+def layout_of(path: PurePath | str, format: str = "auto") -> Layout:
+    """What the name tells; `format`, unless auto, is what the content is whatever the suffix."""
     name = PurePath(path).name.lower()
     compressed = PurePath(name).suffix
     if compressed in COMPRESSED:
@@ -46,24 +46,13 @@ def form_of(path: PurePath | str, format: str = "auto") -> Form:
         compressed = ""
     suffix = PurePath(name).suffix
     told = RECORDS.get(suffix, "other" if suffix in TABLES + PACKED else "text")
-    return Form(told if format == "auto" else format, suffix, compressed)
+    return Layout(told if format == "auto" else format, suffix, compressed)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """The files of a folder that are read, all of one format.
-
-    Args:
-        files: name, path and form of each, in order.
-        passed: reason -> files that are not read.
-    """
-
-    files: list[tuple[str, Path, Form]]
-    passed: collections.Counter
-
-
-def choose(files: list[tuple[str, Path]], spec: str, format: str = "auto", include: str = "") -> Chosen:
-    """The files to read of those in a folder.
+def choose(
+    files: list[tuple[str, Path]], spec: str, format: str, include: str
+) -> tuple[list[tuple[str, Path, Layout]], collections.Counter]:
+    """The files to read of those in a folder, all of one format, with their layouts; and reason -> files passed over.
 
     Args:
         files: names and paths.
@@ -76,24 +65,24 @@ def choose(files: list[tuple[str, Path]], spec: str, format: str = "auto", inclu
     passed: collections.Counter = collections.Counter()
     chosen = []
     for name, path in files:
-        told = form_of(name)
+        told = layout_of(name)
         if include and not matches(name, include):
             passed["not in --include"] += 1
         elif not include and format not in ("auto", told.format):
             passed["of another format"] += 1
         else:
-            chosen.append((name, path, form_of(name, format)))
+            chosen.append((name, path, layout_of(name, format)))
     found: dict[str, list[str]] = {}
-    for name, _, form in chosen:
-        found.setdefault(form.format, []).append(name)
+    for name, _, layout in chosen:
+        found.setdefault(layout.format, []).append(name)
     if len(found) > 1 or "other" in found:
-        listed = "; ".join(f"{kind}: {len(names):,}, such as {names[0]}" for kind, names in sorted(found.items()))
+        listed = "; ".join(f"{format}: {len(names):,}, such as {names[0]}" for format, names in sorted(found.items()))
         problem = "files of several formats" if len(found) > 1 else "no file of a format that is read"
         raise ValueError(
             f"source {spec} holds {problem} ({listed}): say which are meant with --format {{{','.join(FORMATS)}}} or "
             "--include PATTERN"
         )
-    return Chosen(chosen, passed)
+    return chosen, passed
 
 
 def matches(name: str, include: str) -> bool:

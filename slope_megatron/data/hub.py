@@ -18,8 +18,13 @@ def hub_documents(
     Raises:
         ValueError: the library is missing, the dataset cannot be reached or read, or has no such text column.
     """
-    # First: importing the hub's client sets its log level.
-    datasets = _library(name)
+    try:
+        # First: importing the hub's client sets its log level.
+        import datasets
+    except ImportError as failure:
+        raise ValueError(
+            f"source hf:{name} needs the `datasets` library: pip install datasets, or give a .jsonl file"
+        ) from failure
     with _quiet_hub():
         rows = iter(_open(datasets, name, config, start))
         number = start
@@ -51,16 +56,6 @@ def _text_of_row(row: dict, text_key: str, where: str) -> str:
             "--text-key",
         )
     return text
-
-
-def _library(name: str):
-    try:
-        import datasets
-    except ImportError as failure:
-        raise ValueError(
-            f"source hf:{name} needs the `datasets` library: pip install datasets, or give a .jsonl file"
-        ) from failure
-    return datasets
 
 
 def _open(datasets, name: str, config: str | None, start: int):

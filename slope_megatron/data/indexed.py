@@ -2,7 +2,7 @@
 
     .bin   all tokens
     .idx   "MMIDIDX\\0\\0", version 1, code of the token type, sequences S, documents + 1,
-           lengths [S] int32, places in .bin in bytes [S] int64, first sequence of each document and S at last, int64
+           lengths [S] int32, offsets into .bin in bytes [S] int64, first sequence of each document and S at last, int64
 
 The test compares with Megatron's own writer byte for byte.
 """

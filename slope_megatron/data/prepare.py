@@ -69,7 +69,7 @@ def prepare(
         raise ValueError(f"--workers is {workers}: it must be at least 1; leave it out to use every core")
     out = folders.output_folder(out, "--out")
     specs, weights = parse_specs([source] if isinstance(source, str) else source)
-    texts = [open_source(spec, **chosen.reading()) for spec in specs]
+    texts = [open_source(spec, chosen) for spec in specs]
     given = given_tokenizer(chosen)
     _check_target(out, texts, chosen, overwrite)
     identity = {

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from slope_megatron.data.corpus import Corpus
-from slope_megatron.data.fast_tokenizer import FastTokenizer, train_fast_tokenizer
+from slope_megatron.data.fast_tokenizer import FastTokenizer, train_bpe, train_wordpiece
 from slope_megatron.data.scratch import sealed_folder
 from slope_megatron.data.settings import TRAINED, PrepareSettings
 from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer, training_chunks
@@ -50,7 +50,7 @@ def _check_for_export(name: str, tokenizer: Tokenizer | FastTokenizer) -> None:
         return
     if tokenizer.unique_identifiers["class"] == Tokenizer.kind:
         logger.info(
-            f"the tokenizer {name} is used in the form of a tokenizer.json: a text with rare characters, or one that "
+            f"the tokenizer {name} is used as a tokenizer.json: a text with rare characters, or one that "
             "spells a control symbol, may have other ids than SentencePiece gives it"
         )
     if tokenizer.left_out:
@@ -58,15 +58,15 @@ def _check_for_export(name: str, tokenizer: Tokenizer | FastTokenizer) -> None:
         logger.info(f"of the tokenizer {name} these are left out, here and in an exported model: {left_out}")
 
 
-def prepared_tokenizer(place: Path, corpora, splits, chosen: PrepareSettings, given) -> Tokenizer | FastTokenizer:
-    """The tokenizer, whose files are then in the folder `place`."""
-    if not place.is_dir():
+def prepared_tokenizer(folder: Path, corpora, splits, chosen: PrepareSettings, given) -> Tokenizer | FastTokenizer:
+    """The tokenizer, whose files are then in `folder`."""
+    if not folder.is_dir():
         tokenizer = given or _trained(corpora, splits, chosen)
-        with sealed_folder(place) as partial:
+        with sealed_folder(folder) as partial:
             for name, content in tokenizer.files.items():
                 (partial / name).write_bytes(content)
     # As every later reader will: the files may say less than those that were given.
-    return load_tokenizer(place)
+    return load_tokenizer(folder)
 
 
 def _trained(corpora: list[Corpus], splits, chosen: PrepareSettings) -> Tokenizer | FastTokenizer:
@@ -77,11 +77,12 @@ def _trained(corpora: list[Corpus], splits, chosen: PrepareSettings) -> Tokenize
         text for texts, splits_D in documents for text, split in zip(texts, splits_D, strict=True) if split == 0
     )
     chunks = training_chunks(training, share)
-    form = chosen.tokenizer_or_default
     tokenizer: Tokenizer | FastTokenizer
-    if form == "sentencepiece":
+    if chosen.tokenizer_or_default == "sentencepiece":
         tokenizer = Tokenizer(train_tokenizer(chunks, chosen.vocab_size))
+    elif chosen.tokenizer_or_default == "bpe":
+        tokenizer = train_bpe(chunks, chosen.vocab_size)
     else:
-        tokenizer = train_fast_tokenizer(form, chunks, chosen.vocab_size, chosen.lowercase)
+        tokenizer = train_wordpiece(chunks, chosen.vocab_size, chosen.lowercase)
     logger.info(f"trained a tokenizer of {tokenizer.vocab_size:,} tokens on {min(1.0, share):.0%} of the training text")
     return tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slope_megatron.config.text_file import decode, lines_of, not_text
 from slope_megatron.data.compressed import opened
-from slope_megatron.data.formats import Form, form_of
+from slope_megatron.data.formats import Layout, layout_of
 from slope_megatron.data.records import BadRecord, read_rows
 
 KEY = "prompt"
@@ -22,10 +22,10 @@ def read_prompts_of(name: str) -> list[str]:
     path = Path(name)
     if name != "-" and not path.is_file():
         raise ValueError(f"--prompts {name} is no file: give one with a prompt in each line, or -")
-    form = form_of(path) if name != "-" else Form("text", "")
-    if form.format == "other":
+    layout = layout_of(path) if name != "-" else Layout("text", "")
+    if layout.format == "other":
         raise ValueError(f"--prompts {name} is of no format that is read: give text, or records with {KEY!r}")
-    lines = _lines(name, form) if form.format == "text" else _of_records(path, form)
+    lines = _lines(name, layout) if layout.format == "text" else _of_records(path, layout)
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {name} holds no prompt: put one in each line")
@@ -34,11 +34,11 @@ def read_prompts_of(name: str) -> list[str]:
     return prompts
 
 
-def _lines(name: str, form: Form) -> list[str]:
+def _lines(name: str, layout: Layout) -> list[str]:
     if name == "-":
         content = sys.stdin.buffer.read()
     else:
-        with opened(Path(name), form.compressed) as file:
+        with opened(Path(name), layout.compressed) as file:
             content = file.read()
     try:
         return lines_of(decode(content))
@@ -46,10 +46,10 @@ def _lines(name: str, form: Form) -> list[str]:
         raise ValueError(not_text(f"--prompts {name}", error)) from None
 
 
-def _of_records(path: Path, form: Form) -> list[str]:
+def _of_records(path: Path, layout: Layout) -> list[str]:
     way_out = f'every record must be like {{"{KEY}": "..."}}'
     prompts = []
-    for number, row in read_rows(path, form, way_out):
+    for number, row in read_rows(path, layout, way_out):
         if isinstance(row, BadRecord):
             raise ValueError(f"--prompts {row}")
         if not isinstance(row.get(KEY), str):

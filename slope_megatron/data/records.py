@@ -1,6 +1,8 @@
 """Records: files that hold many documents each, a line of JSON, an entry of a JSON array, or a row of Parquet."""
 
+import collections
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -12,13 +14,34 @@ from typing import BinaryIO
 
 from slope_megatron.config.text_file import decode, encoding_of, not_text
 from slope_megatron.data.compressed import opened
-from slope_megatron.data.formats import Form
-from slope_megatron.data.tally import Tally
+from slope_megatron.data.formats import Layout
 
 # Bad records that are shown one by one; the others are counted.
 SHOWN = 3
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Tally:
+    """Each file, link, left-out folder or record that is met counts once: as a document, or under the reason why not.
+
+    Args:
+        met: all of them.
+        skipped: reason -> those that are no documents.
+    """
+
+    met: int = 0
+    skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def pass_over(self, reason: str, count: int) -> None:
+        """Count what is met and passed over at once."""
+        self.met += count
+        self.skipped[reason] += count
+
+    def check(self, documents: int) -> None:
+        passed = self.skipped.total()
+        assert self.met == documents + passed, f"{self.met} read, {documents} documents and {passed} passed over"
 
 
 class BadRecord(Exception):
@@ -47,17 +70,19 @@ class BadRecords:
         self.tally.skipped[bad.kind] += 1
 
 
-def read_records(files: Iterable[tuple[str, Path, Form]], text_key: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
+def read_records(
+    files: Iterable[tuple[str, Path, Layout]], text_key: str, bad: BadRecords
+) -> Iterator[tuple[str, str]]:
     """Yield `(file:number, text)` of every record; blank lines are nothing.
 
     Args:
-        files: name, path and form of each.
+        files: name, path and layout of each.
     Raises:
         ValueError: a file that cannot be read, or a record without text (if those are refused).
     """
     way_out = f'every line must be like {{"{text_key}": "..."}}; another key is named with --text-key'
-    for name, path, form in files:
-        for number, row in read_rows(path, form, way_out, [text_key]):
+    for name, path, layout in files:
+        for number, row in read_rows(path, layout, way_out, [text_key]):
             bad.tally.met += 1
             try:
                 text = _text_of(row, text_key, f"{path}:{number}", way_out)
@@ -68,7 +93,7 @@ def read_records(files: Iterable[tuple[str, Path, Form]], text_key: str, bad: Ba
 
 
 def read_rows(
-    path: Path, form: Form, way_out: str, columns: list[str] | None = None
+    path: Path, layout: Layout, way_out: str, columns: list[str] | None = None
 ) -> Iterator[tuple[int, dict | BadRecord]]:
     """Yield each record of a file with its number: lines and entries from 1, rows of Parquet from 0.
 
@@ -78,12 +103,12 @@ def read_rows(
     Raises:
         ValueError: the file is damaged or cut, is no JSON array where it begins as one, or lacks a column.
     """
-    with opened(path, form.compressed) as file:
-        if form.format == "parquet":
-            with _seekable(file, form.compressed) as whole:
+    with opened(path, layout.compressed) as file:
+        if layout.format == "parquet":
+            with _seekable(file, layout.compressed) as whole:
                 yield from _parquet_rows(path, whole, columns)
             return
-        for number, line in _json_lines(path, file, form.suffix in (".jsonl", ".ndjson")):
+        for number, line in _json_lines(path, file, layout.suffix in (".jsonl", ".ndjson")):
             try:
                 yield number, _object_of(line, f"{path}:{number}", way_out)
             except BadRecord as failure:

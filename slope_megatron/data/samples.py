@@ -101,12 +101,12 @@ def build_datasets(
     _check_lengths(folder, manifest["kind"], seq_length, parts, samples)
     config, dataset_class = _dataset_config(folder, manifest["kind"], seq_length, seed, masking)
     root = Path(cache).absolute() if cache is not None else folder / CACHE
-    place = root / _cache_name(folder, seq_length, samples, seed, masking if manifest["kind"] == "bert" else None)
+    index = root / _cache_name(folder, seq_length, samples, seed, masking if manifest["kind"] == "bert" else None)
     every = [part for split in SAMPLED for part in parts[split]]
-    _write_index_once(place, lambda at: [_dataset(dataset_class, config, part, at) for part in every])
+    _write_index_once(index, lambda folder: [_dataset(dataset_class, config, part, folder) for part in every])
 
     def whole(split: str):
-        datasets = [_dataset(dataset_class, config, part, place) for part in parts[split]]
+        datasets = [_dataset(dataset_class, config, part, index) for part in parts[split]]
         if manifest["kind"] == "bert":
             datasets = [bert.BertSamples(dataset) for dataset in datasets]
         if len(datasets) < 2:
@@ -195,7 +195,7 @@ def _cache_name(folder: Path, seq_length: int, samples: dict[str, int], seed: in
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _write_index_once(place: Path, build: Callable[[Path], object]) -> None:
+def _write_index_once(index: Path, build: Callable[[Path], object]) -> None:
     """Rank 0 writes the index folder unless it is there and whole; then every rank looks whether it sees it.
 
     Raises:
@@ -204,16 +204,16 @@ def _write_index_once(place: Path, build: Callable[[Path], object]) -> None:
     alone = not dist.is_initialized()
     error = None
     if alone or dist.get_rank() == 0:
-        error = _write_index(place, build)
+        error = _write_index(index, build)
     if not alone:
         dist.barrier()
-    if error is None and not place.is_dir():
+    if error is None and not index.is_dir():
         error = (
-            f"rank {dist.get_rank()} does not see the index folder {place} that rank 0 wrote: put the data on a file "
+            f"rank {dist.get_rank()} does not see the index folder {index} that rank 0 wrote: put the data on a file "
             "system that all nodes share"
         )
-    if error is None and (found := _unreadable_array(place)):
-        error = f"the data's index {place} is damaged: its file {found}; remove that folder, and it is built anew"
+    if error is None and (found := _unreadable_array(index)):
+        error = f"the data's index {index} is damaged: its file {found}; remove that folder, and it is built anew"
     errors = [error]
     if not alone:
         errors = [None] * dist.get_world_size()
@@ -222,39 +222,39 @@ def _write_index_once(place: Path, build: Callable[[Path], object]) -> None:
         raise ValueError(first)
 
 
-def _write_index(place: Path, build: Callable[[Path], object]) -> str | None:
+def _write_index(index: Path, build: Callable[[Path], object]) -> str | None:
     """Returns what went wrong, if anything."""
-    if place.is_dir():
-        damage = _index_damage(place)
+    if index.is_dir():
+        damage = _index_damage(index)
         if damage is None:
             return None
-        logger.warning("the data's index %s is damaged (its file %s): it is built anew", place, damage)
+        logger.warning("the data's index %s is damaged (its file %s): it is built anew", index, damage)
     try:
-        with scratch_beside(place) as scratch:
+        with scratch_beside(index) as scratch:
             finished = scratch / "index"
             finished.mkdir()
             build(finished)
             sums.write_manifest(finished)
-            folders.put(finished, place, sums.FOLDER)
+            folders.put(finished, index, sums.FOLDER)
     except (OSError, ValueError) as failure:
         # Another run may have been faster; its index is the same.
-        if place.is_dir() and _index_damage(place) is None:
+        if index.is_dir() and _index_damage(index) is None:
             return None
-        return f"the data's index cannot be written to {place.parent} ({failure}): give a cache folder you may write to"
+        return f"the data's index cannot be written to {index.parent} ({failure}): give a cache folder you may write to"
     return None
 
 
-def _index_damage(place: Path) -> str | None:
+def _index_damage(index: Path) -> str | None:
     """The first file of an index that is not what was written, and how it differs."""
-    if not sums.manifest_of(place):
-        sums.note_absence(place)
-        return _unreadable_array(place)
-    return sums.find_damage(place) or _unreadable_array(place)
+    if not sums.manifest_of(index):
+        sums.note_absence(index)
+        return _unreadable_array(index)
+    return sums.find_damage(index) or _unreadable_array(index)
 
 
-def _unreadable_array(place: Path) -> str | None:
+def _unreadable_array(index: Path) -> str | None:
     """The first file that is no plain array: Megatron would unpickle it, which may execute what it holds."""
-    for path in sorted(place.glob("*.npy")):
+    for path in sorted(index.glob("*.npy")):
         try:
             plain = isinstance(np.load(path, mmap_mode="r", allow_pickle=False), np.ndarray)
         except (OSError, ValueError, EOFError):

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from slope_megatron.storage import locks
+from slope_megatron.storage import locks, whole
 
 logger = logging.getLogger(__name__)
 IDENTITY = "identity.json"
@@ -73,14 +73,7 @@ def _begin_or_continue(folder: Path, identity: dict) -> None:
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
-    write_whole(folder / IDENTITY, json.dumps(identity).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.rename(partial, path)
+    whole.write_json(folder / IDENTITY, identity)
 
 
 @contextlib.contextmanager

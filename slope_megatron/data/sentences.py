@@ -1,4 +1,4 @@
-"""Sentences of a document, by rule: for BERT's pairs, which need a place to cut and not a grammar.
+"""Sentences of a document, by rule: for BERT's pairs, which need cuts and not a grammar.
 
 Nothing is downloaded for it (NLTK's punkt models are pickles). A sentence ends at `.`, `!` or `?` with the quotes and
 brackets behind it, where white space and then no lower-case letter follow, unless the word is a known abbreviation or

@@ -2,64 +2,65 @@
 
 import dataclasses
 
+from slope_megatron.config.fields import COUNT, POSITIVE, Rule, check_fields, option
 from slope_megatron.data.formats import FORMATS
 
-KINDS = ("gpt", "bert")
 TRAINED = ("sentencepiece", "bpe", "wordpiece")
+# How the flags go by in the help.
+TITLE = "text, tokenizer and splits"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """The number of workers is not here: it changes nothing that is written.
+    """Every field is a flag. The number of workers is not here: it changes nothing that is written."""
 
-    Args:
-        kind: `gpt`: a document is one sequence that ends with EOD; `bert`: it is a list of sentences.
-        tokenizer: one of TRAINED, or where a finished one lies; None: what fits the kind.
-        split_seed: split as `datasets`' `train_test_split(valid_percent / 100, seed)` does, and not by hash.
-        format: what local files hold, whatever their suffix; auto: their suffixes tell, and all must tell the same.
-        include: patterns of the files of a folder that are read, with commas; empty: all of the one format.
-        bad_records: `refuse` or `skip` records that cannot be read.
-        max_document_bytes: longer documents are passed over; 0: none is.
-        eod: the token that ends a document, where the tokenizer does not say.
-        lowercase: WordPiece lower-cases and drops accents (BERT "uncased").
-    """
-
-    kind: str = "gpt"
-    tokenizer: str | None = None
-    vocab_size: int = 4096
-    text_key: str = "text"
-    format: str = "auto"
-    include: str = ""
-    valid_percent: float = 5.0
-    test_percent: float = 2.0
-    split_seed: int | None = None
-    max_documents: int | None = None
-    deduplicate: bool = False
-    bad_records: str = "refuse"
-    max_document_bytes: int = 0
-    eod: str | None = None
-    lowercase: bool = True
+    kind: str = option(
+        "gpt",
+        "gpt: a document is a run of tokens that ends with EOD; bert: a list of sentences, for pairs",
+        choices=("gpt", "bert"),
+    )
+    tokenizer: str | None = option(
+        None,
+        "trained on this text: sentencepiece, bpe (as GPT-2's) or wordpiece (as BERT's); or a finished one's path: "
+        "tokenizer.model, tokenizer.json, or a folder of them, of vocab.json and merges.txt, or of vocab.txt "
+        "(default: sentencepiece, or wordpiece for --kind bert)",
+    )
+    vocab_size: int = option(4096, "tokens of a tokenizer that is trained", must=POSITIVE)
+    text_key: str = option("text", "where a record's text is: key of a .jsonl line, column of a dataset")
+    format: str = option(
+        "auto", "what local files hold (auto: their suffixes tell, and must agree)", choices=("auto", *FORMATS)
+    )
+    include: str = option("", "patterns of a folder's files that are read: '*.md,notes/*'; with --format, as that")
+    valid_percent: float = option(5.0, "share of the documents for the valid split; 0: none")
+    test_percent: float = option(2.0, "share of the documents for the test split; 0: none")
+    split_seed: int | None = option(
+        None,
+        "split as `train_test_split(valid_percent / 100, seed)` of `datasets` does, for published splits "
+        "(default: by hash)",
+    )
+    max_documents: int | None = option(None, "read the first so many of each source (default: all of them)", must=COUNT)
+    deduplicate: bool = option(False, "keep the first of several equal documents")
+    bad_records: str = option(
+        "refuse",
+        "records that cannot be read end the prepare, or are counted and passed over",
+        choices=("refuse", "skip"),
+    )
+    max_document_bytes: int = option(
+        0,
+        "documents longer than this are counted and passed over; 0: none is too long",
+        must=Rule("it must be positive, or 0 for any", lambda value: value >= 0),
+    )
+    eod: str | None = option(None, "end-of-document token of a finished tokenizer (default: what its files say)")
+    lowercase: bool = option(
+        True,
+        "WordPiece lower-cases and drops accents (--no-lowercase: BERT cased), where the tokenizer's files do not say",
+    )
 
     def __post_init__(self):
         # 0 and 0.0 are the same setting, and must be the same bytes in the manifest.
         for name in ("valid_percent", "test_percent"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        choices_of = {"kind": KINDS, "format": ("auto", *FORMATS), "bad_records": ("refuse", "skip")}
-        for name, choices in choices_of.items():
-            if getattr(self, name) not in choices:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {getattr(self, name)!r}: it must be one of {', '.join(choices)}")
-        if self.vocab_size < 1:
-            raise ValueError(f"--vocab-size is {self.vocab_size}: it must be positive; take 4096, say")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(
-                f"--max-documents is {self.max_documents}: it must be at least 1; leave it out to read them all"
-            )
-        if self.max_document_bytes < 0:
-            raise ValueError(f"--max-document-bytes is {self.max_document_bytes}: it must be positive, or 0 for any")
-        self._check_splits()
-
-    def _check_splits(self) -> None:
+        check_fields(self)
         low = min(self.valid_percent, self.test_percent)
         # Written so that a NaN is refused too.
         if not (low >= 0 and self.valid_percent + self.test_percent < 100):
@@ -79,16 +80,6 @@ class PrepareSettings:
                 f"--split-seed is {self.split_seed} with --deduplicate: a published split numbers all documents; "
                 "leave one of them out"
             )
-
-    def reading(self) -> dict:
-        """Those that `open_source` takes."""
-        return {
-            "text_key": self.text_key,
-            "refuse_bad_records": self.bad_records == "refuse",
-            "max_document_bytes": self.max_document_bytes,
-            "format": self.format,
-            "include": self.include,
-        }
 
     @property
     def tokenizer_or_default(self) -> str:

@@ -12,20 +12,20 @@ from pathlib import Path
 
 from slope_megatron.config.text_file import decode
 from slope_megatron.data.compressed import opened
-from slope_megatron.data.folder import FolderWalk
-from slope_megatron.data.formats import Form, choose, form_of
+from slope_megatron.data.folder import FolderScan
+from slope_megatron.data.formats import Layout, choose, layout_of
 from slope_megatron.data.hub import hub_documents
-from slope_megatron.data.records import BadRecords, read_records
-from slope_megatron.data.tally import Tally
+from slope_megatron.data.records import BadRecords, Tally, read_records
+from slope_megatron.data.settings import PrepareSettings
 
 # Nobody wrote a file of this size by hand; in a standard library it would be a table.
 MAX_STDLIB_FILE = 10_000_000
-FORMS = "stdlib, a folder, a text file, a .jsonl, .json or .parquet file (packed or not), or hf:NAME[:CONFIG]"
+SOURCES = "stdlib, a folder, a text file, a .jsonl, .json or .parquet file (packed or not), or hf:NAME[:CONFIG]"
 # Reasons for which documents are passed over here, whatever the source.
 EMPTY, TOO_LONG = "empty", "over the byte limit"
 
 Documents = Iterator[tuple[str, str]]
-Files = list[tuple[str, Path, Form]]
+Files = list[tuple[str, Path, Layout]]
 logger = logging.getLogger(__name__)
 
 
@@ -38,13 +38,14 @@ class Source:
     split_by: str
     # (count of what is met and passed over, rows to leave out at the start) -> documents.
     read: Callable[[Tally, int], Documents]
+    # Longer documents are passed over; 0: none is.
+    max_bytes: int
     # The local folder that is read, for those who must not write into it.
     folder: Path | None = None
     # What is read: size and time of each tell whether it changed between two readings. None: nothing local.
     files: list[Path] | None = None
     # Whether `read` can leave rows out without reading them.
     seeks: bool = False
-    max_bytes: int = 0
     tally: Tally = dataclasses.field(default_factory=Tally)
 
     @property
@@ -83,7 +84,7 @@ class Source:
         self.tally.check(documents=kept)
         if not kept:
             passed = f" (passed over: {describe_skipped(self.skipped)})" if self.skipped else ""
-            raise ValueError(f"source {self.spec} holds no text{passed}: give one of {FORMS}, with text in it")
+            raise ValueError(f"source {self.spec} holds no text{passed}: give one of {SOURCES}, with text in it")
 
     def fingerprint(self) -> str:
         """Of the files' names, sizes and times: whether what was read so far still holds."""
@@ -128,92 +129,74 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How local files and records are read; as in PrepareSettings."""
-
-    text_key: str = "text"
-    refuse_bad_records: bool = True
-    max_document_bytes: int = 0
-    format: str = "auto"
-    include: str = ""
-
-
-def open_source(spec: str, text_key: str = "text", **options) -> Source:
+def open_source(spec: str, settings: PrepareSettings) -> Source:
     """The source that `spec` names; nothing is read yet.
 
-    Args:
-        options: as in Reading.
     Raises:
-        ValueError: no such file or folder, or not of a known form.
+        ValueError: no such file or folder, or not of a known format.
     """
-    reading = Reading(text_key=text_key, **options)
-    source = _open(spec, reading)
-    source.max_bytes = reading.max_document_bytes
-    return source
-
-
-def _open(spec: str, reading: Reading) -> Source:
     if spec == "stdlib":
-        return _stdlib()
+        return _stdlib(settings)
     if spec.startswith("hf:"):
         name, _, config = spec[len("hf:") :].partition(":")
         if not name:
             raise ValueError(f"source {spec!r} names no dataset: write hf:NAME or hf:NAME:CONFIG")
 
         def stream(tally: Tally, start: int) -> Documents:
-            bad = BadRecords(reading.refuse_bad_records, tally)
-            return hub_documents(name, config or None, reading.text_key, bad, start)
+            bad = BadRecords(settings.bad_records == "refuse", tally)
+            return hub_documents(name, config or None, settings.text_key, bad, start)
 
-        return Source(spec, "text", stream, seeks=True)
+        return Source(spec, "text", stream, settings.max_document_bytes, seeks=True)
     path = Path(spec)
     if path.is_dir():
-        walk = FolderWalk(path)
-        chosen = choose(walk.files, spec, reading.format, reading.include)
-        return _files(spec, chosen.files, walk.passed + chosen.passed, reading, folder=path)
+        found = FolderScan(path)
+        files, passed = choose(found.files, spec, settings.format, settings.include)
+        return _files(spec, files, found.passed + passed, settings, folder=path)
     if not path.is_file():
-        raise ValueError(f"source {spec} does not exist: give {FORMS}")
-    form = form_of(path, reading.format)
-    if form.format == "other":
-        raise ValueError(f"source {spec} is of no format that is read ({form.suffix}): give {FORMS}")
-    return _files(spec, [(path.name, path, form)], collections.Counter(), reading)
+        raise ValueError(f"source {spec} does not exist: give {SOURCES}")
+    layout = layout_of(path, settings.format)
+    if layout.format == "other":
+        raise ValueError(f"source {spec} is of no format that is read ({layout.suffix}): give {SOURCES}")
+    return _files(spec, [(path.name, path, layout)], collections.Counter(), settings)
 
 
 def _files(
-    spec: str, files: Files, passed: collections.Counter, reading: Reading, folder: Path | None = None
+    spec: str, files: Files, passed: collections.Counter, settings: PrepareSettings, folder: Path | None = None
 ) -> Source:
     """Local files of one format.
 
     Args:
         passed: reason -> what of the folder is not among them.
     """
-    records = any(form.format != "text" for _, _, form in files)
+    records = any(layout.format != "text" for _, _, layout in files)
 
     def read(tally: Tally, _: int) -> Documents:
         for reason, count in passed.items():
             tally.pass_over(reason, count)
         if records:
-            return read_records(files, reading.text_key, BadRecords(reading.refuse_bad_records, tally))
+            return read_records(files, settings.text_key, BadRecords(settings.bad_records == "refuse", tally))
         return _texts(files, tally)
 
     paths = [path for _, path, _ in files]
-    return Source(spec, "text" if records else "name", read, folder=folder, files=paths)
+    split_by = "text" if records else "name"
+    return Source(spec, split_by, read, settings.max_document_bytes, folder=folder, files=paths)
 
 
-def _stdlib() -> Source:
+def _stdlib(settings: PrepareSettings) -> Source:
     """The source text of the running Python's standard library, tests included."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    walk = FolderWalk(root, frozenset({"site-packages", "dist-packages", "__pycache__"}))
-    files = [(name, path, Form("text", ".py")) for name, path in walk.files if path.suffix == ".py"]
+    found = FolderScan(root, frozenset({"site-packages", "dist-packages", "__pycache__"}))
+    files = [(name, path, Layout("text", ".py")) for name, path in found.files if path.suffix == ".py"]
 
     def read(tally: Tally, _: int) -> Documents:
-        for reason, count in walk.passed.items():
+        for reason, count in found.passed.items():
             tally.pass_over(reason, count)
-        if others := len(walk.files) - len(files):
+        if others := len(found.files) - len(files):
             tally.pass_over("no .py file", others)
         return _texts(files, tally, limit=MAX_STDLIB_FILE)
 
-    return Source("stdlib", "name", read, folder=root, files=[path for _, path, _ in files])
+    paths = [path for _, path, _ in files]
+    return Source("stdlib", "name", read, settings.max_document_bytes, folder=root, files=paths)
 
 
 def _texts(files: Files, tally: Tally, limit: int | None = None) -> Documents:
@@ -222,12 +205,12 @@ def _texts(files: Files, tally: Tally, limit: int | None = None) -> Documents:
     Raises:
         ValueError: a file that breaks off while it is read, or is packed and damaged.
     """
-    for name, path, form in files:
+    for name, path, layout in files:
         tally.met += 1
         if not os.access(path, os.R_OK):
             tally.skipped["unreadable"] += 1
             continue
-        with opened(path, form.compressed) as file:
+        with opened(path, layout.compressed) as file:
             content = file.read()
         if limit is not None and len(content) > limit:
             tally.skipped[f"over {limit // 1_000_000} MB"] += 1

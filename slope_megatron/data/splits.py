@@ -9,7 +9,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def split_key(identity: str) -> float:
-    """A document's place in [0, 1), from its name or its text; equal identities share their place."""
+    """A document's position in [0, 1), from its name or its text; equal identities share it."""
     digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 

@@ -38,19 +38,22 @@ class Tokenizer:
         proto = sentencepiece_json.read_model(model)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.vocab_size()
-        self.eod: int = sentencepiece_eod(self._processor)
+        self.eod: int = self._processor.piece_to_id(EOD)
+        if not self._processor.is_control(self.eod):
+            self.eod = self._processor.eos_id()
+        if self.eod < 0:
+            raise ValueError(
+                f"the tokenizer has neither {EOD} nor an end-of-sentence symbol: use one that `slope data prepare` "
+                f"wrote, or train it with --control_symbols={EOD}"
+            )
         # SentencePiece reads U+2581 as a space. Our own models spell it in bytes: the text goes in in parts, which only
         # a model that changes nothing and adds no space allows.
         self._lossless = self.eod_text == EOD and sentencepiece_json.loses_nothing(proto)
         self._space_sign = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
-        self._files = {SENTENCEPIECE_FILE: model}
+        # `{file name: content}` from which `load_tokenizer` makes this tokenizer again.
+        self.files = {SENTENCEPIECE_FILE: model}
         # Goes into the names of Megatron's cached indices.
         self.unique_identifiers = {"class": self.kind, "sha256": hashlib.sha256(model).hexdigest()}
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """`{file name: content}` from which `load_tokenizer` makes this tokenizer again."""
-        return self._files
 
     @property
     def eod_text(self) -> str:
@@ -66,11 +69,11 @@ class Tokenizer:
             ids += self._processor.encode(part)
         return ids
 
-    def encode_all(self, texts: list[str], workers: int = 1) -> list[list[int]]:
-        """`encode` of each text, on `workers` threads."""
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text."""
         special = self._lossless and any(SPACE_SIGN in text for text in texts)
         plain = [text for text in texts if SPACE_SIGN not in text] if special else texts
-        encoded = self._processor.encode(plain, num_threads=workers)
+        encoded = self._processor.encode(plain, num_threads=1)
         if not special:
             return encoded
         rest = iter(encoded)
@@ -86,24 +89,7 @@ class Tokenizer:
         Raises:
             ValueError: there is none.
         """
-        return sentencepiece_json.to_tokenizer_json(self._files[SENTENCEPIECE_FILE], self._lossless)
-
-
-def sentencepiece_eod(processor) -> int:
-    """The control symbol `<eod>`, or else the model's end of a sentence.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    eod = processor.piece_to_id(EOD)
-    if not processor.is_control(eod):
-        eod = processor.eos_id()
-    if eod < 0:
-        raise ValueError(
-            f"the tokenizer has neither {EOD} nor an end-of-sentence symbol: use one that `slope data prepare` "
-            f"wrote, or train it with --control_symbols={EOD}"
-        )
-    return eod
+        return sentencepiece_json.to_tokenizer_json(self.files[SENTENCEPIECE_FILE], self._lossless)
 
 
 def load_tokenizer(path: str | Path, *, eod: str | None = None, lowercase: bool = True) -> Tokenizer | FastTokenizer:
@@ -163,8 +149,8 @@ def training_chunks(texts: Iterable[str], share: float) -> Iterator[str]:
         while start < len(text):
             line_end = text.rfind("\n", start, start + CHUNK) + 1
             end = line_end if line_end > start and start + CHUNK < len(text) else start + CHUNK
-            place = hashlib.blake2b(f"{document}:{start}".encode(), digest_size=8).digest()
-            if int.from_bytes(place, "big") < share * 2**64:
+            digest = hashlib.blake2b(f"{document}:{start}".encode(), digest_size=8).digest()
+            if int.from_bytes(digest, "big") < share * 2**64:
                 yield text[start:end]
             start = end
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from slope_megatron.data.formats import form_of
+from slope_megatron.data.formats import layout_of
 from slope_megatron.data.records import BadRecord, read_rows
 from slope_megatron.evaluation import metrics
 from slope_megatron.evaluation.fine_tuning import (
@@ -69,7 +69,7 @@ def read_split(name: str, split: str, data: Path | None) -> list[dict]:
     path = split_file(name, split, data)
     way_out = 'each record is a row such as {"label": 0, ...}'
     rows = []
-    for number, row in read_rows(path, form_of(path), way_out):
+    for number, row in read_rows(path, layout_of(path), way_out):
         if isinstance(row, BadRecord):
             raise ValueError(str(row))
         missing = [key for key in (*TASKS[name].texts, "label") if key not in row]
@@ -90,7 +90,7 @@ def split_file(name: str, split: str, data: Path) -> Path:
     found = [
         path
         for path in sorted(data.glob(f"{split}.*"))
-        if path.name.lower().split(".")[0] == split and form_of(path).format in ("json", "parquet")
+        if path.name.lower().split(".")[0] == split and layout_of(path).format in ("json", "parquet")
     ]
     if not found:
         wanted = " and ".join(f"{part}.jsonl" for part in ("train", *TASKS[name].splits))

@@ -13,7 +13,7 @@ import torch
 
 from slope_megatron.config.text_file import decode
 from slope_megatron.data.compressed import opened
-from slope_megatron.data.formats import form_of
+from slope_megatron.data.formats import layout_of
 from slope_megatron.evaluation import metrics
 from slope_megatron.evaluation.fine_tuning import (
     FineTuning,
@@ -40,7 +40,7 @@ def read_questions(path: Path) -> list[dict]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is no file: give a SQuAD v1.1 JSON file, such as train-v1.1.json")
-    with opened(path, form_of(path).compressed) as file:
+    with opened(path, layout_of(path).compressed) as file:
         content = file.read()
     try:
         articles = json.loads(decode(content))["data"]

@@ -1,6 +1,6 @@
 """megatron-core 0.16 and DeepSpeed 0.19 on a machine without CUDA: gloo, one process a rank.
 
-Megatron assumes CUDA in a handful of places. Each is patched here, with its reason, and nowhere else; on a machine with
+Megatron assumes CUDA here and there. Each is patched here, with its reason, and nowhere else; on a machine with
 a GPU `prepare` returns at once and nothing of this runs.
 """
 
@@ -34,7 +34,7 @@ def prepare() -> bool:
 
 
 def _replace(owner: object, **stand_ins: object) -> None:
-    """Put ours in the place of some of a module's or a class's names."""
+    """Replace some attributes of a module or a class."""
     for name, stand_in in stand_ins.items():
         setattr(owner, name, stand_in)
 

@@ -29,7 +29,7 @@ VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """One process's place among the others.
+    """One process's numbers among the others.
 
     Args:
         local_rank: number among the processes of this node.
@@ -61,22 +61,16 @@ class Dialect:
     local_world: tuple[str, ...] = ()
 
 
+def mpi(source: str, prefix: str) -> Dialect:
+    """Of an MPI that gives all its variables one prefix."""
+    names = ((f"{prefix}_{name}",) for name in ("SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    return Dialect(source, f"{prefix}_RANK", *names)
+
+
 DIALECTS = (
     Dialect("torchrun or deepspeed", "RANK", ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    Dialect(
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        ("OMPI_COMM_WORLD_SIZE",),
-        ("OMPI_COMM_WORLD_LOCAL_RANK",),
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    Dialect(
-        "MVAPICH2",
-        "MV2_COMM_WORLD_RANK",
-        ("MV2_COMM_WORLD_SIZE",),
-        ("MV2_COMM_WORLD_LOCAL_RANK",),
-        ("MV2_COMM_WORLD_LOCAL_SIZE",),
-    ),
+    mpi("Open MPI", "OMPI_COMM_WORLD"),
+    mpi("MVAPICH2", "MV2_COMM_WORLD"),
     Dialect(
         "MPICH or Intel MPI",
         "PMI_RANK",
@@ -90,7 +84,7 @@ SRUN = Dialect("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
 
 
 def resolve(environment: Mapping[str, str]) -> Ranks:
-    """This process's place, from its environment alone.
+    """This process's numbers, from its environment alone.
 
     Raises:
         ValueError: names the variable, its value, the rule and the way out. Several ranks without a MASTER_ADDR are an

@@ -194,7 +194,7 @@ class BertForPretraining(FusedLoss, LanguageModule):
 
 
 def check_bert(model: ModelConfig) -> None:
-    """Refuse what this BERT has no form for.
+    """Refuse architectures that this BERT cannot have.
 
     Raises:
         ValueError: names the setting and the way out.
@@ -207,9 +207,3 @@ def check_bert(model: ModelConfig) -> None:
                 f"{flag} is {getattr(model, name)} with --architecture bert: it must be {value}; "
                 "take --architecture gpt for other shapes"
             )
-
-
-def build_bert(model: ModelConfig, slope: SlopeConfig, config: TransformerConfig, **ends) -> BertForPretraining:
-    """This rank's shard with memory but without numbers; `ends` are the keywords of BertForPretraining."""
-    check_bert(model)
-    return BertForPretraining(config, slope, **ends)

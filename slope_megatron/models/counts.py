@@ -53,12 +53,12 @@ def stage_tensors(config: Config, vocabulary: int, pipeline: int, stage: int) ->
     """The parameters of one pipeline stage; the last one of several has a copy of a tied embedding."""
     share = config.model.num_layers // pipeline
     blocks = range(stage * share, (stage + 1) * share)
-    places = {*blocks, *([FIRST] if stage == 0 else []), *([LAST] if stage == pipeline - 1 else [])}
+    here = {*blocks, *([FIRST] if stage == 0 else []), *([LAST] if stage == pipeline - 1 else [])}
     every = model_tensors(config, vocabulary)
-    found = [tensor for tensor in every if tensor.place in places]
+    found = [tensor for tensor in every if tensor.block in here]
     if config.model.tie_embeddings and stage == pipeline - 1 and stage > 0:
         embedding = next(tensor for tensor in every if tensor.name == "embedding.word_embeddings.weight")
-        found.append(dataclasses.replace(embedding, name="output_layer.weight", place=LAST))
+        found.append(dataclasses.replace(embedding, name="output_layer.weight", block=LAST))
     return found
 
 

@@ -1,6 +1,6 @@
 """A Megatron checkpoint on disk as the source of `load_dense`: whole tensors by canonical name, one at a time.
 
-Reads megatron-core's `torch_dist` format (its default), whatever layout wrote it. Both of its forms of a block's
+Reads megatron-core's `torch_dist` format (its default), whatever layout wrote it. Both of its layouts of a block's
 tensors are understood: one tensor a layer, and all layers in one tensor `[layers, ...]`.
 """
 
@@ -16,6 +16,7 @@ from slope_megatron.sparsity.packing import unpack_bits
 from slope_megatron.storage import metadata
 from slope_megatron.storage.tensors import CheckedReader, read_tensors
 
+NO_WEIGHT = re.compile(r"^optimizer\.|^chained_|_extra_state")
 LAYER = re.compile(r"^((?:decoder|encoder)\.layers\.)(\d+)\.(.+)$")
 
 
@@ -25,14 +26,13 @@ class MegatronCheckpoint(Mapping):
     A weight beside which a mask lies (`X.weight_mask`, a baseline's bitmask) comes masked.
 
     Args:
-        prefix: what stands before the model's names, e.g. `model.` where a wrapper added it.
         vocabulary: entries that count; Megatron-LM's padding depends on its tensor-parallel size, so the rows behind
             them are left out.
     Raises:
         ValueError: no such checkpoint, one without a dense model, or what `CheckedReader` says no to.
     """
 
-    def __init__(self, folder: Path | str, prefix: str = "", vocabulary: int | None = None):
+    def __init__(self, folder: Path | str, vocabulary: int | None = None):
         self.folder = Path(folder)
         if not (self.folder / metadata.NAME).is_file():
             found = "holds no Megatron checkpoint of the torch_dist format" if self.folder.is_dir() else "is no folder"
@@ -40,25 +40,24 @@ class MegatronCheckpoint(Mapping):
                 f"{self.folder} {found}: give a run folder, a folder that `slope import hf` wrote, or that of one "
                 "iteration of Megatron-LM, such as iter_0001000"
             )
-        self.prefix, self.vocabulary = prefix, vocabulary
+        self.vocabulary = vocabulary
         self.reader = CheckedReader(self.folder)
         entries = self.reader.read_metadata().state_dict_metadata
         self.stored: dict[str, TensorStorageMetadata] = {
-            name.removeprefix(prefix): entry
+            name: entry
             for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix) and "_extra_state" not in name
+            # Optimizer states lie beside the model under names of their own.
+            if isinstance(entry, TensorStorageMetadata) and not NO_WEIGHT.search(name)
         }
-        # Optimizer states lie beside the model under names of their own.
-        self.stored = {name: e for name, e in self.stored.items() if not name.startswith(("optimizer.", "chained_"))}
         masks = [name for name in self.stored if name.endswith(".weight_mask")]
         self.masks = {name: self.stored.pop(name) for name in masks}
         packed = next((name for name in self.stored if name.endswith(".weight_pattern")), None)
         if packed:
             raise ValueError(f"{self.folder} holds a packed model ({packed}): resume from it, or give a dense one")
-        self.places = dict(self._places())
+        self.locations = dict(self._locations())
 
-    def _places(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
-        """Canonical name -> (stored name, place on the layers' axis)."""
+    def _locations(self) -> Iterator[tuple[str, tuple[str, int | None]]]:
+        """Canonical name -> (stored name, index on the layers' axis)."""
         for name, entry in self.stored.items():
             stack, _, leaf = name.partition(".layers.")
             if not leaf or LAYER.match(name):
@@ -67,21 +66,22 @@ class MegatronCheckpoint(Mapping):
                 yield from ((f"{stack}.layers.{i}.{leaf}", (name, i)) for i in range(entry.size[0]))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored, layer = self.places[name]
+        stored, layer = self.locations[name]
         entry = self.stored[stored]
-        key, mask = self.prefix + stored, f"{self.prefix}{stored}_mask"
-        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        if f"{stored}_mask" in self.masks:
-            state[mask] = torch.empty(self.masks[f"{stored}_mask"].size, dtype=torch.uint8)
+        mask = f"{stored}_mask"
+        state = {stored: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        if mask in self.masks:
+            state[mask] = torch.empty(self.masks[mask].size, dtype=torch.uint8)
         read_tensors(state, self.reader)
+        whole = state[stored]
         if mask in state:
-            state[key] *= unpack_bits(state[mask])
+            whole *= unpack_bits(state[mask])
         if name in VOCABULARY_ROWS:
-            return state[key][: self.vocabulary]
-        return state[key] if layer is None else state[key][layer]
+            return whole[: self.vocabulary]
+        return whole if layer is None else whole[layer]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.locations)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)

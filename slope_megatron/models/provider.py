@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from slope_megatron.config import Config, ModelConfig
 from slope_megatron.layers.mlp import fuse_mlps
-from slope_megatron.models.bert import build_bert
+from slope_megatron.models.bert import BertForPretraining, check_bert
 from slope_megatron.models.init_weights import init_weights
 from slope_megatron.models.layer_spec import block_spec
 from slope_megatron.models.loss import FusedLoss
@@ -109,7 +109,8 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
         "share_embeddings_and_output_weights": config.model.tie_embeddings,
     }
     if config.model.architecture == "bert":
-        model = build_bert(config.model, config.slope, blocks, **ends)
+        check_bert(config.model)
+        model = BertForPretraining(blocks, config.slope, **ends)
     else:
         learned = config.model.position == "learned"
         # Our attention applies rotary positions itself, in one kernel; Megatron's model would apply them unfused.

@@ -1,4 +1,4 @@
-"""Every tensor of a model: its canonical name and dense shape, how tensor parallelism cuts it, where it is.
+"""Every tensor of a model: its canonical name and dense shape, how tensor parallelism cuts it, in which block it is.
 
 The one inventory that the planner, FLOP counts, exports and benchmarks read. The names are those of `models.canonical`:
 Megatron's, norms under Transformer Engine's fused names. Nothing is built and torch is not imported, so that a login
@@ -20,7 +20,7 @@ BLOCK_NORMS = {
 }
 STACK = {"gpt": "decoder", "bert": "encoder"}
 VOCABULARY_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
-# Of a pipeline, in place of a block's number.
+# Instead of a block's number, for what is before the first block and behind the last.
 FIRST, LAST = "first", "last"
 
 
@@ -46,7 +46,7 @@ class Tensor:
     Args:
         shape: of the dense weight, also where only N of M are stored.
         cut: axis cut over the tensor-parallel ranks; None: every rank has all of it.
-        place: the block it is in; FIRST and LAST: the pipeline's ends.
+        block: the block it is in; FIRST and LAST: the pipeline's ends.
         nm: N and M of a packed weight; None: stored whole.
         masked: a baseline's: stored whole, multiplied as a pruned copy.
         adapter: a low-rank adapter's: without a gradient until the adapters join.
@@ -55,7 +55,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     cut: int | None
-    place: int | str
+    block: int | str
     nm: tuple[int, int] | None = None
     masked: bool = False
     adapter: bool = False
@@ -119,9 +119,9 @@ def canonical_shapes(model: ModelConfig, rows: int, positions: int | None = None
     return {tensor.name: tensor.shape for tensor in tensors(model, rows, positions)}
 
 
-def _norm(model: ModelConfig, pattern: str, place: int | str) -> Iterator[Tensor]:
+def _norm(model: ModelConfig, pattern: str, block: int | str) -> Iterator[Tensor]:
     for kind in ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias"):
-        yield Tensor(pattern.format(kind=kind), (model.hidden_size,), None, place)
+        yield Tensor(pattern.format(kind=kind), (model.hidden_size,), None, block)
 
 
 def _block(model: ModelConfig, slope: SlopeConfig | None, block: int) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ def bus_bandwidth(ranks: int, size: int, seconds: float) -> float:
     return 2 * (ranks - 1) / ranks * size / seconds / 1e9
 
 
-def judge(what: str, gbs: float, floor: float) -> Finding:
+def against_floor(what: str, gbs: float, floor: float) -> Finding:
     """A measured bandwidth against the floor; 0: none."""
     text = f"{what}: {gbs:.2f} GB/s"
     if gbs >= floor:
@@ -43,7 +43,7 @@ def within_node(floor: float) -> list[Finding]:
         for index in range(count):
             torch.cuda.synchronize(index)
 
-    return [judge(f"{count} GPUs of the node", bus_bandwidth(count, GPU_BYTES, fastest(once)), floor)]
+    return [against_floor(f"{count} GPUs of the node", bus_bandwidth(count, GPU_BYTES, fastest(once)), floor)]
 
 
 def across_nodes(store, ranks: Ranks, floor: float, seconds: float) -> list[Finding]:
@@ -83,7 +83,7 @@ def across_nodes(store, ranks: Ranks, floor: float, seconds: float) -> list[Find
 
         gbs = bus_bandwidth(ranks.world, size, fastest(reduce))
         link = size / fastest(shift) / 1e9
-        whole = judge(f"{ranks.world} nodes", gbs, floor)
+        whole = against_floor(f"{ranks.world} nodes", gbs, floor)
         # A slow all-reduce is everybody's: only the nodes at a slow link are to blame, if there are any.
         slow = torch.tensor([float(link < floor)], device=device)
         dist.all_reduce(slow)

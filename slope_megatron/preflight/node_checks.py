@@ -105,20 +105,16 @@ def check_gpus(cluster: Cluster, answer: list[list[str]] | str) -> list[Finding]
     return found or [Finding("gpus", True, f"{len(answer)} x {answer[0][0]}, idle, without memory errors")]
 
 
-def existing(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def check_disk(config: Config, vocabulary: int) -> list[Finding]:
     """Room for the checkpoints that the run keeps and the one it is writing, and the right to write."""
     counts = count(model_tensors(config, vocabulary), 1)
     kept = config.train.keep_checkpoints + 1
     needed = CHECKPOINT_BYTES * counts.trained * kept
     try:
-        folder = existing(output_folder(config.train.out or ".", "--out"))
+        out = output_folder(config.train.out or ".", "--out")
     except ValueError as error:
         return [Finding("disk", False, str(error))]
+    folder = next(part for part in (out, *out.parents) if part.is_dir())
     free = shutil.disk_usage(folder).free
     found = []
     try:

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import socket
+import statistics
 import subprocess
 import time
 
@@ -58,7 +59,7 @@ def node_names(environment, count: int) -> list[str]:
 
 
 def open_store(ranks: Ranks, seconds: float):
-    """The place where nodes leave their reports.
+    """The store in which nodes leave their reports.
 
     Raises:
         ValueError: the port is taken, or the first node cannot be reached.
@@ -101,13 +102,13 @@ def compare(reports: list[Report]) -> list[Report]:
     for report in reports:
         findings = list(report.findings)
         for package, version in report.versions.items():
-            usual = most_common([other.versions.get(package) for other in reports if other.versions])
+            usual = statistics.mode(filter(None, (other.versions.get(package) for other in reports)))
             if version != usual:
                 text = f"{package} is {version} and elsewhere {usual}: use one environment on all nodes"
                 findings.append(Finding("versions", False, text))
-        usual = most_common([data_text(other) for other in reports])
-        if data_text(report) not in (None, usual):
-            findings.append(Finding("data", False, f"{data_text(report)}, and elsewhere {usual}: use one copy"))
+        data = data_text(report)
+        if data and data != (usual := statistics.mode(filter(None, map(data_text, reports)))):
+            findings.append(Finding("data", False, f"{data}, and elsewhere {usual}: use one copy"))
         checked.append(dataclasses.replace(report, findings=findings))
     return checked
 
@@ -116,13 +117,7 @@ def data_text(report: Report) -> str | None:
     return next((finding.text for finding in report.findings if finding.check == "data" and finding.ok), None)
 
 
-def most_common(values: list):
-    """The most frequent value that is not None; the first of equals."""
-    present = [value for value in values if value is not None]
-    return max(present, key=present.count) if present else None
-
-
-def verdict(reports: list[Report]) -> tuple[str, list[str]]:
+def failure_report(reports: list[Report]) -> tuple[str, list[str]]:
     """The text for the log, and the bad nodes."""
     lines, bad = [], []
     for report in reports:

@@ -25,15 +25,15 @@ from slope_megatron.storage import metadata, sums
 
 
 class _SummedStream:
-    """A file being written, and the sums of what went into it: of all, and of each part between two looks at the place.
+    """A file being written, and the sums of what went into it: of all, and of each part between two calls of `tell`.
 
-    torch looks where it stands before and after each tensor.
+    torch calls it before and after each tensor.
     """
 
     def __init__(self, stream: IO[bytes]):
         self.stream = stream
         self.whole, self.part = xxhash.xxh3_128(), xxhash.xxh3_128()
-        self.start, self.place = 0, 0
+        self.start, self.position = 0, 0
         self.parts: dict[str, str] = {}
 
     @property
@@ -43,15 +43,15 @@ class _SummedStream:
     def write(self, content) -> int:
         self.whole.update(content)
         self.part.update(content)
-        self.place += memoryview(content).nbytes
+        self.position += memoryview(content).nbytes
         return self.stream.write(content)
 
     def tell(self) -> int:
-        if self.place > self.start:
+        if self.position > self.start:
             self.parts[str(self.start)] = self.part.hexdigest()
             self.part.reset()
-            self.start = self.place
-        return self.place
+            self.start = self.position
+        return self.position
 
     def flush(self) -> None:
         self.stream.flush()
@@ -64,7 +64,7 @@ class _SummedStream:
 
     def entry(self) -> dict[str, Any]:
         """Of the manifest."""
-        return {"bytes": self.place, sums.ALGORITHM: self.whole.hexdigest(), "parts": self.parts}
+        return {"bytes": self.position, sums.ALGORITHM: self.whole.hexdigest(), "parts": self.parts}
 
 
 class _SummingFiles(FileSystem):

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from slope_megatron.config import Config
-from slope_megatron.data.batches import datasets_for, load_manifest
+from slope_megatron.data.manifest import load_manifest
+from slope_megatron.data.samples import datasets_for
 from slope_megatron.models.provider import DTYPES, build_model
-from slope_megatron.models.table import sparsity_table
+from slope_megatron.models.rules import sparsity_table
 from slope_megatron.storage import folders, metadata, sums
 from slope_megatron.training import deterministic, files, kernel_choices, parallel
 from slope_megatron.training.checkpoint import disk, recovery, run_folder, store

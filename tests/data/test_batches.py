@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slope_megatron.data.batches import MicroBatches, ValidationBatches, build_datasets
+from slope_megatron.data.batches import MicroBatches, ValidationBatches
+from slope_megatron.data.samples import build_datasets
 
 SEQ = 4
 

@@ -7,8 +7,8 @@ import pytest
 from slope_megatron.data import corpus as corpus_module
 from slope_megatron.data.figures import check_counts
 from slope_megatron.data.prepare import prepare
+from slope_megatron.data.records import Tally
 from slope_megatron.data.settings import PrepareSettings
-from slope_megatron.data.tally import Tally
 from slope_megatron.storage import sums
 
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slope_megatron.data.fast_tokenizer import FastTokenizer, train_fast_tokenizer
+from slope_megatron.data.fast_tokenizer import FastTokenizer, train_bpe, train_wordpiece
 from slope_megatron.data.indexed import token_dtype
 from slope_megatron.data.tokenizer import load_tokenizer
 
 TEXT = "def function(argument):\n    return argument + 1\n\n\tclass Name: ξ <|endoftext|> [SEP] Été\r\n" * 40
-BPE = train_fast_tokenizer("bpe", [TEXT], 320, True)
-WORDPIECE = train_fast_tokenizer("wordpiece", [TEXT], 120, True)
+BPE = train_bpe([TEXT], 320)
+WORDPIECE = train_wordpiece([TEXT], 120, True)
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(["<|endoftext|>", " ", "\n", "return", "\0"])).map("".join)))
@@ -37,9 +37,9 @@ def test_wordpiece_is_berts():
 
 
 CODE = """
-from slope_megatron.data.fast_tokenizer import train_fast_tokenizer
-print(hash("a") and [train_fast_tokenizer(form, [{text!r}], size, True).unique_identifiers["sha256"]
-    for form, size in (("bpe", 320), ("wordpiece", 120))])
+from slope_megatron.data.fast_tokenizer import train_bpe, train_wordpiece
+trained = (train_bpe([{text!r}], 320), train_wordpiece([{text!r}], 120, True))
+print(hash("a") and [tokenizer.unique_identifiers["sha256"] for tokenizer in trained])
 """
 
 
@@ -134,6 +134,6 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--eod is '<no>': the tokenizer has no such token"):
         FastTokenizer(BPE.files["tokenizer.json"].decode(), "<no>")
     with pytest.raises(ValueError, match=r"--vocab-size is 200: bytes and .* alone take 257"):
-        train_fast_tokenizer("bpe", [TEXT], 200, True)
+        train_bpe([TEXT], 200)
     with pytest.raises(ValueError, match=r"--vocab-size is 20: marks and single .* give --vocab-size \d+ or more"):
-        train_fast_tokenizer("wordpiece", [TEXT], 20, True)
+        train_wordpiece([TEXT], 20, True)

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections import Counter
 
-from slope_megatron.data.folder import FolderWalk
+from slope_megatron.data.folder import FolderScan
+from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.sources import open_source
 
 
@@ -32,10 +33,10 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
     (root / "f_ring").symlink_to(root / "g_ring")
     (root / "g_ring").symlink_to(root / "f_ring")
     (root / "h_gone").symlink_to(root / "nowhere")
-    walk = FolderWalk(root)
+    walk = FolderScan(root)
     assert names_of(walk) == ["b/own.txt", "c_folder/other.txt"]
     assert walk.passed == Counter({"link to what is read already": 5, "broken link": 3})
-    assert names_of(FolderWalk(root)) == names_of(walk)
+    assert names_of(FolderScan(root)) == names_of(walk)
 
 
 def test_a_folder_of_links_as_in_the_hubs_cache(tmp_path):
@@ -45,7 +46,7 @@ def test_a_folder_of_links_as_in_the_hubs_cache(tmp_path):
     for number in range(3):
         (tmp_path / "blobs" / str(number)).write_text(f'{{"text": "{number}"}}\n')
         (snapshot / f"part{number}.jsonl").symlink_to(f"../../blobs/{number}")
-    assert [text for _, text in open_source(str(snapshot)).documents()] == ["0", "1", "2"]
+    assert [text for _, text in open_source(str(snapshot), PrepareSettings()).documents()] == ["0", "1", "2"]
 
 
 def test_hidden_and_left_out_things_pipes_and_closed_folders_are_counted(tmp_path, monkeypatch):
@@ -62,7 +63,7 @@ def test_hidden_and_left_out_things_pipes_and_closed_folders_are_counted(tmp_pat
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    walk = FolderWalk(tmp_path)
+    walk = FolderScan(tmp_path)
     assert names_of(walk) == ["real/a.txt"]
     reasons = {"hidden": 2, "left-out folder": 1, "neither file nor folder": 1, "unreadable folder": 1}
     assert walk.passed == Counter(reasons)
@@ -80,7 +81,7 @@ with tempfile.TemporaryDirectory() as folder:
         (root / name / "a.txt").write_text("text")
     (root / "link").symlink_to(root / "listed")
     (root / "listed").chmod(0o444)
-    walk = slope_megatron.data.folder.FolderWalk(root)
+    walk = slope_megatron.data.folder.FolderScan(root)
     (root / "listed").chmod(0o755)
 print(json.dumps([[name for name, _ in walk.files], walk.passed]))
 """
@@ -128,6 +129,6 @@ def test_links_are_put_in_order_once_and_not_before_each(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", counted)
     monkeypatch.setattr(Name, "compared", 0)
-    assert names_of(FolderWalk(links)) == [f"{number:03}" for number in range(count)]
+    assert names_of(FolderScan(links)) == [f"{number:03}" for number in range(count)]
     # A push and a pop, and the files' own sort: log N each.
     assert 0 < Name.compared <= 4 * count * math.log2(count)

@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from slope_megatron.data import compressed
-from slope_megatron.data.formats import Form, form_of
+from slope_megatron.data.formats import Layout, layout_of
 from slope_megatron.data.prepare import prepare
+from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.sources import open_source
 
 TEXTS = [f"record {number}: ξ\x0cof\x85two\u2028lines\r\nand more\n" for number in range(40)]
@@ -49,7 +50,7 @@ CONTENTS = {
 
 
 def read(path, **options):
-    source = open_source(str(path), **options)
+    source = open_source(str(path), PrepareSettings(**options))
     return [text for _, text in source.documents()], source
 
 
@@ -74,25 +75,25 @@ def test_every_form_gives_the_same_records(tmp_path, name, packing):
 
 
 def test_suffixes_tell_the_form():
-    for name, form in {
-        "README": Form("text", ""),
-        "a.TXT.gz": Form("text", ".txt", ".gz"),
-        "notes.md": Form("text", ".md"),
-        "c4-train.00000-of-01024.JSON.GZ": Form("json", ".json", ".gz"),
-        "part.jsonl.zst": Form("json", ".jsonl", ".zst"),
-        "x.csv": Form("other", ".csv"),
-        "x.tar.xz": Form("other", ".tar", ".xz"),
-        "gz": Form("text", ""),
+    for name, layout in {
+        "README": Layout("text", ""),
+        "a.TXT.gz": Layout("text", ".txt", ".gz"),
+        "notes.md": Layout("text", ".md"),
+        "c4-train.00000-of-01024.JSON.GZ": Layout("json", ".json", ".gz"),
+        "part.jsonl.zst": Layout("json", ".jsonl", ".zst"),
+        "x.csv": Layout("other", ".csv"),
+        "x.tar.xz": Layout("other", ".tar", ".xz"),
+        "gz": Layout("text", ""),
     }.items():
-        assert form_of(name) == form
-    assert form_of("x.csv", "text") == Form("text", ".csv")
+        assert layout_of(name) == layout
+    assert layout_of("x.csv", "text") == Layout("text", ".csv")
 
 
 def test_an_object_over_several_lines_and_a_damaged_first_line(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps({"text": "all of it"}, indent=2))
     assert read(tmp_path / "one.json")[0] == ["all of it"]
     (tmp_path / "bad.json").write_bytes(b'{"text": \n' + LINES)
-    texts, source = read(tmp_path / "bad.json", refuse_bad_records=False)
+    texts, source = read(tmp_path / "bad.json", bad_records="skip")
     assert texts == TEXTS and source.skipped == {"no JSON": 1}
     (tmp_path / "cut.json").write_bytes(b"[\n" + LINES)
     with pytest.raises(ValueError, match=r"cut.json begins as a JSON array and is none"):

@@ -16,6 +16,7 @@ from slope_megatron.data import corpus as corpus_module
 from slope_megatron.data import encode as encode_module
 from slope_megatron.data.indexed import indexed_dataset_module, unigram_entropy
 from slope_megatron.data.prepare import prepare
+from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.sources import open_source
 from slope_megatron.data.splits import SPLITS
 from slope_megatron.data.tokenizer import load_tokenizer
@@ -47,7 +48,7 @@ def test_two_prepares_give_identical_bytes(corpus_folder, prepared, tmp_path, mo
 
 def test_reading_back_gives_the_documents_each_in_one_split(corpus_folder, prepared):
     tokenizer = load_tokenizer(prepared / "tokenizer.model")
-    expected = Counter(text for _, text in open_source(str(corpus_folder)).documents())
+    expected = Counter(text for _, text in open_source(str(corpus_folder), PrepareSettings()).documents())
     found = Counter()
     for split in SPLITS:
         for ids in documents_of(prepared, split):
@@ -63,7 +64,7 @@ def test_reading_back_gives_the_documents_each_in_one_split(corpus_folder, prepa
 def test_the_manifests_figures_are_true(corpus_folder, prepared):
     manifest = json.loads((prepared / "manifest.json").read_text())
     tokenizer = load_tokenizer(prepared / "tokenizer.model")
-    texts = [text for _, text in open_source(str(corpus_folder)).documents()]
+    texts = [text for _, text in open_source(str(corpus_folder), PrepareSettings()).documents()]
     assert manifest["corpus"]["documents"] == DOCUMENTS
     assert manifest["corpus"]["bytes"] == sum(len(text.encode()) for text in texts)
     assert (manifest["vocab_size"], manifest["eod"]) == (tokenizer.vocab_size, tokenizer.eod)
@@ -258,7 +259,7 @@ def test_long_documents_are_encoded_in_pieces_and_stay_one_document(corpus_folde
     monkeypatch.setattr(encode_module, "LONGEST_PIECE", 100)
     manifest = prepare(str(corpus_folder), tmp_path / "data", workers=1, **SETTINGS)
     tokenizer = load_tokenizer(tmp_path / "data")
-    texts = {text for _, text in open_source(str(corpus_folder)).documents()}
+    texts = {text for _, text in open_source(str(corpus_folder), PrepareSettings()).documents()}
     for split in SPLITS:
         documents = documents_of(tmp_path / "data", split)
         assert len(documents) == manifest["splits"][split]["documents"]

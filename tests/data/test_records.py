@@ -9,13 +9,14 @@ import pyarrow.parquet
 import pytest
 
 from slope_megatron.data.prepare import prepare
+from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.sources import open_source, parse_specs
 
 TEXTS = [f"record {number}, ξ\n" * 5 for number in range(30)]
 
 
 def texts_of(spec, **options):
-    source = open_source(str(spec), **options)
+    source = open_source(str(spec), PrepareSettings(**options))
     return [text for _, text in source.documents()], source
 
 
@@ -53,7 +54,7 @@ def test_bad_lines_are_counted_and_shown_or_refused(tmp_path, caplog):
     good = b'{"text": "good"}\n'
     (tmp_path / "c.jsonl").write_bytes(good + b"".join(BAD_LINES) + good)
     with caplog.at_level(logging.WARNING, "slope_megatron"):
-        texts, source = texts_of(tmp_path / "c.jsonl", refuse_bad_records=False)
+        texts, source = texts_of(tmp_path / "c.jsonl", bad_records="skip")
     assert texts == ["good", "good"]
     expected = {"no JSON": 2, "no object": 1, "no text key": 1, "no string": 1, "half a surrogate pair": 1}
     assert source.skipped == {**expected, "not UTF-8": 1}
@@ -70,7 +71,7 @@ def test_bad_rows_and_files_are_named(tmp_path):
     write_parquet(tmp_path / "c.parquet", text=["good", None, "too"])
     with pytest.raises(ValueError, match=r"c.parquet:1 has None under 'text', no string"):
         texts_of(tmp_path / "c.parquet")
-    texts, source = texts_of(tmp_path / "c.parquet", refuse_bad_records=False)
+    texts, source = texts_of(tmp_path / "c.parquet", bad_records="skip")
     assert texts == ["good", "too"] and source.skipped == {"no string": 1}
     with pytest.raises(ValueError, match=r"has no column 'body' \(it has text\): name the text column"):
         texts_of(tmp_path / "c.parquet", text_key="body")
@@ -129,7 +130,7 @@ def test_a_stream_goes_on_at_its_row(monkeypatch):
 
     rows = Rows({"text": text} for text in ["a", "", "b", None, "c", "d"])
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
-    source = open_source("hf:x", refuse_bad_records=False)
+    source = open_source("hf:x", PrepareSettings(bad_records="skip"))
     assert [text for _, text in source.documents()] == ["a", "b", "c", "d"]
     assert source.skipped == {"empty": 1, "no string": 1}
     fetched.clear()
@@ -141,7 +142,7 @@ def test_cells_that_are_no_utf8_are_counted(tmp_path):
     raw = pyarrow.array([b"good", b"caf\xe9", b"too"])
     text = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
     path = write_parquet(tmp_path / "c.parquet", text=text)
-    texts, source = texts_of(path, refuse_bad_records=False)
+    texts, source = texts_of(path, bad_records="skip")
     assert texts == ["good", "too"] and source.skipped == {"not UTF-8": 1}
     with pytest.raises(ValueError, match=r"c.parquet:1 is not UTF-8: mend the file; to pass such records over"):
         texts_of(path)

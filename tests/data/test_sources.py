@@ -9,11 +9,12 @@ from collections import Counter
 import pytest
 
 from slope_megatron.data import sources
+from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.sources import open_source
 
 
 def read(spec, **options):
-    source = open_source(str(spec), **options)
+    source = open_source(str(spec), PrepareSettings(**options))
     return list(source.documents()), source
 
 
@@ -108,7 +109,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
 @pytest.mark.parametrize("spec", ["nowhere", "nowhere.jsonl"])
 def test_missing_source_is_refused(tmp_path, spec):
     with pytest.raises(ValueError, match=f"source .*{spec} does not exist: give stdlib, a folder"):
-        open_source(str(tmp_path / spec))
+        open_source(str(tmp_path / spec), PrepareSettings())
 
 
 def test_empty_sources_are_refused(tmp_path):
@@ -118,7 +119,7 @@ def test_empty_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no text \(passed over: 1 empty\): give one of"):
         read(tmp_path)
     with pytest.raises(ValueError, match="names no dataset: write hf:NAME"):
-        open_source("hf:")
+        open_source("hf:", PrepareSettings())
 
 
 def test_datasets_reads_local_folders(tmp_path):

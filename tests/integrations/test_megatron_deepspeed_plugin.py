@@ -43,7 +43,8 @@ def packed_layer(block=1):
     args = types.SimpleNamespace(seed=5, init_method_std=0.02, num_layers=2)
     plugin.pack_layer(layer, block, SlopeConfig(backend="reference"), args)
     return {
-        name: getattr(getattr(layer, holder), attribute).double() for name, (holder, attribute) in plugin.PLACES.items()
+        name: getattr(getattr(layer, holder), attribute).double()
+        for name, (holder, attribute) in plugin.ATTRIBUTES.items()
     }
 
 
@@ -78,7 +79,7 @@ def test_values_and_products_are_the_same_at_every_tensor_parallel_size(ranks):
 
     (one,) = ranks.run(mlp_step, world=1)
     two = ranks.run(mlp_step, world=2, tensor_parallel=2)
-    for name in plugin.PLACES:
+    for name in plugin.ATTRIBUTES:
         assert torch.equal(one[0][name], whole([found[0][name] for found in two], name)), name
     for found in two:
         torch.testing.assert_close(found[1], one[1], rtol=1e-12, atol=1e-15)

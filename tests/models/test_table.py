@@ -1,7 +1,7 @@
 """The start-up table of what is sparse."""
 
 from slope_megatron.config import Config, ModelConfig, SlopeConfig
-from slope_megatron.models.table import sparsity_table
+from slope_megatron.models.rules import sparsity_table
 
 
 def table(layers=6, **slope):

@@ -1,4 +1,4 @@
-"""Preflight: each check on made-up facts, the collected verdict, and two nodes that are processes."""
+"""Preflight: each check on made-up facts, the collected failure_report, and two nodes that are processes."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from slope_megatron.launch.cluster import read_cluster
 from slope_megatron.launch.ports import free_port
 from slope_megatron.preflight import bandwidth, node_checks
 from slope_megatron.preflight.node_checks import Finding
-from slope_megatron.preflight.preflight import Report, compare, verdict
+from slope_megatron.preflight.preflight import Report, compare, failure_report
 
 ROOT = Path(__file__).resolve().parents[2]
 NARVAL = read_cluster("narval")
@@ -76,19 +76,21 @@ def node(name, *findings, torch="2.11", data="corpus: 5 files, 100 bytes"):
 
 
 def test_the_bad_node_is_named_with_the_exclude_to_use():
-    text, bad = verdict([node("ng1"), node("ng2", Finding("ecc", False, "GPU 1 has errors")), node("ng3")])
+    text, bad = failure_report([node("ng1"), node("ng2", Finding("ecc", False, "GPU 1 has errors")), node("ng3")])
     assert bad == ["ng2"]
     assert "preflight: ng2: FAILED ecc: GPU 1 has errors" in text and "--exclude=ng2" in text
 
 
 def test_what_all_nodes_share_is_no_node_s_fault():
-    text, bad = verdict([node("ng1", Finding("disk", False, "full")), node("ng2", Finding("disk", False, "full"))])
+    text, bad = failure_report(
+        [node("ng1", Finding("disk", False, "full")), node("ng2", Finding("disk", False, "full"))]
+    )
     assert len(bad) == 2 and "the cause is common to them" in text and "--exclude" not in text
 
 
 def test_other_versions_and_other_data_are_found_by_comparison():
     reports = compare([node("a"), node("b", torch="2.10"), node("c", data="corpus: 5 files, 99 bytes"), node("d")])
-    text, bad = verdict(reports)
+    text, bad = failure_report(reports)
     assert bad == ["b", "c"]
     assert "torch is 2.10 and elsewhere 2.11" in text and "99 bytes, and elsewhere corpus: 5 files, 100 bytes" in text
 
@@ -100,8 +102,8 @@ def test_a_report_survives_its_journey():
 
 def test_bandwidth_has_a_floor():
     assert bandwidth.bus_bandwidth(4, 10**9, 1.0) == pytest.approx(1.5)
-    assert bandwidth.judge("2 nodes", 3.0, 2.0).ok
-    slow = bandwidth.judge("2 nodes", 1.0, 2.0)
+    assert bandwidth.against_floor("2 nodes", 3.0, 2.0).ok
+    slow = bandwidth.against_floor("2 nodes", 1.0, 2.0)
     assert not slow.ok and "below the floor of 2.0 (BANDWIDTH_FLOOR_GBS)" in slow.text
 
 

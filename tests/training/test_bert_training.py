@@ -59,8 +59,9 @@ def train(config, first, last, save=False, resume=False):
     import torch
     from megatron.core import parallel_state
 
-    from slope_megatron.data.batches import MicroBatches, ValidationBatches, datasets_for
+    from slope_megatron.data.batches import MicroBatches, ValidationBatches
     from slope_megatron.data.manifest import load_manifest
+    from slope_megatron.data.samples import datasets_for
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.checkpoint import store
     from slope_megatron.training.engine import Engine

@@ -28,7 +28,7 @@ from slope_megatron.models.rules import initial_std, sparse_linears
 logger = logging.getLogger(__name__)
 COMPRESSION = "deepspeed.compression.compress"
 # Our name of a block linear: where the upstream's layer holds it, and the module part of its canonical name.
-PLACES = {
+ATTRIBUTES = {
     "linear_qkv": ("self_attention", "query_key_value"),
     "linear_proj": ("self_attention", "dense"),
     "linear_fc1": ("mlp", "dense_h_to_4h"),
@@ -144,13 +144,14 @@ def pack_layer(layer, block: int, slope: SlopeConfig, args) -> None:
     )
 
     for name in sorted(sparse_linears(slope, block)):
-        holder_name, attribute = PLACES[name]
+        holder_name, attribute = ATTRIBUTES[name]
         holder = getattr(layer, holder_name)
         dense = getattr(holder, attribute, None)
         if dense is None:
             raise ValueError(f"layer {block} has no {holder_name}.{attribute}: --slope serves self-attention and MLP")
-        kind = PackedColumnParallelLinear if isinstance(dense, ColumnParallelLinear) else PackedRowParallelLinear
-        packed = kind(dense, slope.for_block(block)).to(dense.weight.device)
+        column = isinstance(dense, ColumnParallelLinear)
+        packed_linear = PackedColumnParallelLinear if column else PackedRowParallelLinear
+        packed = packed_linear(dense, slope.for_block(block)).to(dense.weight.device)
         canonical = f"decoder.layers.{block}.{holder_name}.{name}.weight"
         std = initial_std(canonical, args.init_method_std, args.num_layers)
         for region in regions(canonical, packed, gated=name == "linear_fc1" and dense.config.gated_linear_unit):

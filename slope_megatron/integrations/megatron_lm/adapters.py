@@ -12,8 +12,8 @@ import logging
 import torch
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.models.init_weights import init_adapters
+from slope_megatron.models.layer_spec import pruned_modules
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,8 @@ def use_adapters(chunks, active: bool) -> None:
         chunks: the parts of the model on this rank, wrapped as they are trained.
     """
     for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, PrunedLinear):
-                module.adapters_active = active
+        for module in pruned_modules(chunk):
+            module.adapters_active = active
 
 
 @contextlib.contextmanager
@@ -44,7 +43,10 @@ def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: in
         return
     use_adapters(chunks, True)
     models = [unwrapped(chunk) for chunk in chunks]
-    held = [state for model in models for state in adapter_states(optimizer, model)]
+    # What Adam remembers of both factors of each adapter, on this rank.
+    modules = (module for model in models for module in pruned_modules(model))
+    factors = (factor for module in modules for factor in (module.adapter_l, module.adapter_r))
+    held = [state for factor in factors for _, _, state in memories(optimizer, factor)]
     counters = [state["step"] for state in held if torch.is_tensor(state.get("step"))]
     if step == start:
         for model in models:
@@ -67,12 +69,6 @@ def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
     return chunk
 
 
-def adapters_of(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Both factors of each adapter."""
-    modules = [module for module in model.modules() if isinstance(module, PrunedLinear)]
-    return [factor for module in modules for factor in (module.adapter_l, module.adapter_r)]
-
-
 def memories(optimizer, parameter: torch.nn.Parameter):
     """(Megatron's optimizer, the tensor that it steps for this parameter, Adam's state of it), where there is one."""
     main = getattr(parameter, "main_param", None)
@@ -80,11 +76,6 @@ def memories(optimizer, parameter: torch.nn.Parameter):
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if main in part.optimizer.state:
             yield part, main, part.optimizer.state[main]
-
-
-def adapter_states(optimizer, model: torch.nn.Module) -> list[dict]:
-    """What Adam remembers of the adapters, on this rank."""
-    return [state for parameter in adapters_of(model) for _, _, state in memories(optimizer, parameter)]
 
 
 @torch.no_grad()

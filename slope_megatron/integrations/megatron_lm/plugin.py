@@ -51,7 +51,7 @@ def install(script: dict) -> None:
 
 
 def wrap(namespace: dict, name: str, wrapper, where: str) -> None:
-    """Replace a function by its wrapped form, once; the original stays reachable as `__wrapped__`."""
+    """Wrap a function, once; the original stays reachable as `__wrapped__`."""
     if name not in namespace:
         raise ValueError(f"{where} has no {name}: this Megatron-LM is not one that patches/README.md lists")
     if not getattr(namespace[name], "slope_hook", False):

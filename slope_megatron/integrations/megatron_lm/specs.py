@@ -16,15 +16,15 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.packed_weight import PackedWeight
 from slope_megatron.models.layer_spec import sparsify
+from slope_megatron.models.rules import LINEARS
 
 logger = logging.getLogger(__name__)
-LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 LOCAL = "give --transformer-impl local, and to pretrain_bert.py --spec local too"
 BERT_DEFAULT = "bert_layer_with_transformer_engine_spec"
 
 
 class SparseBlockSpec(TransformerBlockSubmodules):
-    """One spec a block, and `submodules` of the stock one, by which BertModel chooses the form of its mask."""
+    """One spec a block, and `submodules` of the stock one, by which BertModel chooses the shape of its mask."""
 
     submodules = None
 
@@ -69,7 +69,7 @@ def refuse_no_spec(spec) -> None:
 
 
 def refuse_other_linears(spec) -> None:
-    """Linears with a norm inside, as Transformer Engine has them: in their place, packed ones would leave it out.
+    """Linears with a norm inside, as Transformer Engine has them: packed ones would leave the norm out.
 
     Raises:
         ValueError: names the linear and the flags.
