@@ -84,11 +84,7 @@ def destination(config_class: type, name: str) -> str:
 
 
 def check_fields(config, flag_prefix: str = "") -> None:
-    """Reject a value of another type, outside its field's choices, or against its field's rule.
-
-    Raises:
-        ValueError: names the flag, the value and the rule.
-    """
+    """Refuse a value of another type, outside its field's choices, or against its field's rule."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -94,12 +94,7 @@ class ParallelConfig:
 
 
 def reduced_dtype(grad_reduce_dtype: str, dtype: str, zero_stage: int) -> str:
-    """The type in which gradients are summed over the replicas: "fp32", "bf16" or "fp16".
-
-    Args:
-        grad_reduce_dtype: the setting.
-        dtype: of the parameters.
-    """
+    """The type in which gradients of `dtype` are summed over the replicas: "fp32", "bf16" or "fp16"."""
     if grad_reduce_dtype != "auto":
         return grad_reduce_dtype
     # There the sums over the micro-batches are sent, once a step, which are fp32; at stages 2 and 3 each micro-batch's.

@@ -64,11 +64,7 @@ class Config:
 
 
 def check_shapes(config: Config) -> None:
-    """Every sharded width must be cut where both the N:M groups and the bitmasks' bytes allow it.
-
-    Raises:
-        ValueError: names the width, the parallel size, the rule, and the nearest width that fits.
-    """
+    """Refuse a sharded width that is cut where the N:M groups or the bitmasks' bytes do not allow it."""
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_parallel
     divided = (

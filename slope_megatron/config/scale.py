@@ -46,13 +46,7 @@ class Scaler:
 
 
 def scale_values(values: dict[str, dict], classes: dict[str, type], factor: float) -> list[str]:
-    """Scale a recipe in place.
-
-    Returns:
-        what changed, a line each.
-    Raises:
-        ValueError: a factor outside (0, 1].
-    """
+    """Scale a recipe in place; returns what changed, a line each."""
     scaler = Scaler(values, classes, factor)
     steps, batch, hidden = (
         scaler.get(*key) for key in (("train", "steps"), ("data", "global_batch_size"), ("model", "hidden_size"))

@@ -6,17 +6,11 @@ Each exists once, under `launch/` or `kernels/results` of the repository; setup.
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FOLDERS = {
-    "clusters": "launch/clusters",
-    "models": "launch/models",
-    "recipes": "launch/recipes",
-    "results": "kernels/results",
-}
 
 
 def folder(name: str) -> Path:
-    """Where the files of a kind are; `name` is a key of FOLDERS."""
-    checkout = PACKAGE.parent / FOLDERS[name]
+    """Where the clusters, models, recipes or results are."""
+    checkout = PACKAGE.parent / ("kernels" if name == "results" else "launch") / name
     return checkout if checkout.is_dir() else PACKAGE / "shipped" / name
 
 

@@ -27,11 +27,7 @@ def parse_nm(text: str) -> tuple[int, int]:
 
 
 def parse_blocks(text: str, flag: str) -> range:
-    """`"3"` -> blocks 3; `"3-5"` -> blocks 3, 4, 5.
-
-    Raises:
-        ValueError: not of that form.
-    """
+    """`"3"` -> block 3; `"3-5"` -> blocks 3, 4, 5."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     if not match or int(match[2] or match[1]) < int(match[1]):
         raise ValueError(f"{flag} holds {text!r}: blocks are written as `3` or `3-5`, counted from 0")
@@ -56,11 +52,7 @@ def parse_rank(rank: int | str) -> int | str:
 
 
 def check_method(slope: "SlopeConfig") -> None:
-    """What the methods have in common with each other, and what not; `dense` and `--no-slope` are one thing.
-
-    Raises:
-        ValueError: one sentence.
-    """
+    """Refuse settings that the method does not go with; `dense` and `--no-slope` are one thing."""
     if slope.method == "dense":
         object.__setattr__(slope, "enabled", False)
     if slope.mode == "full" and slope.method != "slope":
@@ -74,11 +66,7 @@ def check_method(slope: "SlopeConfig") -> None:
 
 
 def check_fp8(slope: "SlopeConfig") -> None:
-    """What products in e4m3 go with: packed 2:4 weights with a dense wgrad.
-
-    Raises:
-        ValueError: one sentence.
-    """
+    """Refuse what products in e4m3 do not go with: they need packed 2:4 weights and a dense wgrad."""
     if slope.method != "slope":
         raise ValueError(
             f"--slope-fp8 {slope.fp8} with --slope-method {slope.method}: it is slope's alone; leave it out"
@@ -255,11 +243,7 @@ class SlopeConfig:
         return parse_nm(self.nm)[1]
 
     def blocks(self) -> tuple[dict[int, str], set[int]]:
-        """N:M of the blocks that have their own, and the blocks that stay dense.
-
-        Raises:
-            ValueError: text that is no such list.
-        """
+        """N:M of the blocks that have their own, and the blocks that stay dense."""
         own: dict[int, str] = {}
         for entry in filter(None, self.nm_by_block.split(",")):
             blocks, _, nm = entry.partition("=")

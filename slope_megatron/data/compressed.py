@@ -17,22 +17,14 @@ AGAIN = "fetch it again"
 
 @contextlib.contextmanager
 def opened(path: Path, compressed: str) -> Iterator[BinaryIO]:
-    """A file's content, unpacked; see `damage_named` for what reading it may raise.
-
-    Args:
-        compressed: one of `formats.COMPRESSED`, or "".
-    """
+    """A file's content, unpacked (`compressed` as in `Layout`); see `damage_named` for what reading it may raise."""
     with damage_named(path), _open(path, compressed) as file:
         yield file
 
 
 @contextlib.contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Whatever a decompressor, Arrow or the file system raises becomes one sentence with the file's name.
-
-    Raises:
-        ValueError: the file is damaged, cut, or cannot be read.
-    """
+    """Turn what a decompressor, Arrow or the file system raises into a ValueError with the file's name."""
     try:
         yield
     except Exception as error:
@@ -61,10 +53,6 @@ def _open(path: Path, compressed: str) -> BinaryIO:
 
 
 def _open_zstd(path: Path) -> BinaryIO:
-    """
-    Raises:
-        ValueError: this machine's Arrow cannot unpack it.
-    """
     try:
         import pyarrow
 

@@ -83,11 +83,7 @@ class FastTokenizer:
         return token in self._vocabulary
 
     def mark(self, name: str) -> int:
-        """Id of one of BERT's marks: `pad`, `cls`, `sep` or `mask`.
-
-        Raises:
-            ValueError: this is no BERT vocabulary.
-        """
+        """Id of one of BERT's marks, `pad`, `cls`, `sep` or `mask`; a ValueError where this is no BERT vocabulary."""
         text = BERT_MARKS[name]
         if text not in self._vocabulary:
             raise ValueError(f"the tokenizer has no {text}: BERT needs a WordPiece vocabulary with {text}")
@@ -100,11 +96,7 @@ class FastTokenizer:
 
 
 def transformers_settings(content: str, names: dict[str, str]) -> dict:
-    """tokenizer_config.json with which `transformers` gives the ids of the tokenizer.json `content`.
-
-    Args:
-        names: special tokens by their part, such as eos_token.
-    """
+    """tokenizer_config.json for the tokenizer.json `content`; `names`: special tokens by their part, as eos_token."""
     first = json.loads(content).get("pre_tokenizer") or {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -186,11 +178,7 @@ def _from_bert(path: Path, lowercase: bool) -> str:
 
 
 def train_bpe(chunks: Iterable[str], vocab_size: int) -> FastTokenizer:
-    """A byte-level BPE as GPT-2's of at most `vocab_size` tokens; the same chunks give the same tokenizer.
-
-    Raises:
-        ValueError: the vocabulary is too small.
-    """
+    """A byte-level BPE as GPT-2's of 257 to `vocab_size` tokens; the same chunks give the same tokenizer."""
     import tokenizers
 
     if vocab_size < 257:

@@ -12,11 +12,7 @@ NO_SENTENCE = "without a sentence"
 
 
 def check_counts(corpora: list[Corpus], counts: list[dict[str, dict]], chosen: PrepareSettings) -> None:
-    """Every document that was read is in a split or counted as dropped, and no split that was asked for is empty.
-
-    Raises:
-        ValueError: a split came out empty.
-    """
+    """Refuse an empty split that was asked for; a document that is neither written nor dropped is our own fault."""
     for corpus, splits in zip(corpora, counts, strict=True):
         written = sum(split["documents"] + split["dropped"] for split in splits.values())
         assert written == len(corpus.keys_D), f"{len(corpus.keys_D)} documents read, {written} written or dropped"
@@ -29,11 +25,7 @@ def check_counts(corpora: list[Corpus], counts: list[dict[str, dict]], chosen: P
 
 
 def figures_of(corpora: list[Corpus], counts: list[dict[str, dict]], specs: list[str], weights) -> dict:
-    """`corpus`, `splits` (both over all sources) and `sources` (each one's own).
-
-    Args:
-        counts: of each source and split what `join_parts` returned.
-    """
+    """`corpus`, `splits` (both over all sources) and `sources` (each one's own) from the counts of `join_parts`."""
     sources = [
         {
             "source": spec,

@@ -35,12 +35,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_index(path: Path, dtype: np.dtype, lengths_S: np.ndarray, sequences_D: np.ndarray) -> None:
-    """Write `path`.
-
-    Args:
-        lengths_S: tokens of each sequence.
-        sequences_D: sequences of each document.
-    """
+    """Write `path` from the tokens of each sequence and the sequences of each document."""
     ends_S = np.cumsum(lengths_S, dtype=np.int64)
     first_D = np.concatenate([[0], np.cumsum(sequences_D, dtype=np.int64)])
     with path.open("wb") as file:

@@ -91,13 +91,7 @@ def load_manifest(folder: str | Path) -> dict:
 
 
 def verify(folder: str | Path, names: Callable[[str], bool] = sums.every) -> dict:
-    """`load_manifest`, with every byte read and compared.
-
-    Args:
-        names: whether a file is looked at.
-    Raises:
-        ValueError: what `load_manifest` raises, or a file that is not the one that was written.
-    """
+    """`load_manifest`, with every byte of the files that `names` says yes to compared; a ValueError for another one."""
     manifest = load_manifest(folder)
     for name, expected in manifest["files"].items():
         if names(name) and (found := sums.difference(Path(folder) / name, expected)):

@@ -92,22 +92,13 @@ def prepare(
         raise ValueError(f"preparing {out} did not finish: {explain(failure, out)}") from failure
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 document`, `2,000 documents`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def available_cores() -> int:
     """Cores this process may use: fewer than the machine has under a job scheduler."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_target(out: Path, texts: list[Source], chosen: PrepareSettings, overwrite: bool) -> None:
-    """Refuse, before any work, an `out` that must not be replaced.
-
-    Raises:
-        ValueError: see the messages.
-    """
+    """Refuse, before any work, an `out` that must not be replaced."""
     for text in texts:
         if text.folder is not None and out.resolve().is_relative_to(text.folder.resolve()):
             raise ValueError(f"--out {out} lies inside the source folder {text.folder}: choose a folder outside of it")
@@ -133,11 +124,7 @@ def _check_target(out: Path, texts: list[Source], chosen: PrepareSettings, overw
 
 
 def _finished(out: Path, corpora: list[Corpus], weights: list[float] | None) -> dict | None:
-    """The manifest of `out` if it was prepared from these corpora; its settings have been compared before.
-
-    Raises:
-        ValueError: it was prepared from others.
-    """
+    """The manifest of `out`, whose settings have been compared; a ValueError if it was prepared from other corpora."""
     if not (out / manifests.NAME).is_file():
         return None
     finished = manifests.verify(out)
@@ -169,8 +156,8 @@ def _read(texts: list[Source], work: Path, chosen: PrepareSettings) -> list[Corp
         if not corpus.parts:
             raise ValueError(f"source {text.spec} holds no text that an earlier source does not hold: leave it out")
         passed = f"; passed over: {describe_skipped(corpus.skipped)}" if corpus.skipped else ""
-        size = corpus.bytes / 1e6
-        logger.info(f"read {text.spec}: {counted(len(corpus.keys_D), 'document')}, {size:.1f} MB{passed}")
+        documents = "1 document" if len(corpus.keys_D) == 1 else f"{len(corpus.keys_D):,} documents"
+        logger.info(f"read {text.spec}: {documents}, {corpus.bytes / 1e6:.1f} MB{passed}")
         corpora.append(corpus)
     return corpora
 

@@ -40,11 +40,7 @@ def given_tokenizer(chosen: PrepareSettings) -> Tokenizer | FastTokenizer | None
 
 
 def _check_for_export(name: str, tokenizer: Tokenizer | FastTokenizer) -> None:
-    """Say what of a tokenizer's file is left out.
-
-    Raises:
-        ValueError: an exported model could not have this tokenizer.
-    """
+    """Say what of a tokenizer's file is left out; refuse one that an exported model could not have."""
     if isinstance(tokenizer, Tokenizer):
         tokenizer.to_json()
         return

@@ -52,13 +52,13 @@ class BadRecord(Exception):
         self.kind = kind
 
 
+@dataclasses.dataclass
 class BadRecords:
     """What happens to bad records: the first one ends it, or each is counted, and the first few shown."""
 
-    def __init__(self, refuse: bool, tally: Tally):
-        self.refuse = refuse
-        self.tally = tally
-        self.seen = 0
+    refuse: bool
+    tally: Tally
+    seen: int = 0
 
     def meet(self, bad: BadRecord) -> None:
         """Raises ValueError where bad records are refused."""

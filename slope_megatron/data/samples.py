@@ -29,11 +29,7 @@ MASKING = ("mlm_probability", "mlm_whole_words", "short_sequences")
 
 
 def datasets_for(config: Config):
-    """`build_datasets` of a run: its data, its architecture, as many samples as it will take.
-
-    Raises:
-        ValueError: as `build_datasets`, and data that was prepared for another architecture.
-    """
+    """`build_datasets` of a run; refuses data that was prepared for another architecture."""
     data = config.data
     manifest = load_manifest(data.data)
     kind = manifest["kind"]
@@ -196,11 +192,7 @@ def _cache_name(folder: Path, seq_length: int, samples: dict[str, int], seed: in
 
 
 def _write_index_once(index: Path, build: Callable[[Path], object]) -> None:
-    """Rank 0 writes the index folder unless it is there and whole; then every rank looks whether it sees it.
-
-    Raises:
-        ValueError: on every rank, if one of them failed: a rank that raised alone would leave the others waiting.
-    """
+    """Rank 0 writes the index folder unless it is whole; all ranks look at it, and all raise what one of them found."""
     alone = not dist.is_initialized()
     error = None
     if alone or dist.get_rank() == 0:

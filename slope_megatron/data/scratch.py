@@ -18,11 +18,7 @@ IDENTITY = "identity.json"
 
 @contextlib.contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
-    """A folder on the same file system as `target`, gone afterwards whatever happens.
-
-    Raises:
-        ValueError: the parent folder cannot be written to.
-    """
+    """A folder on the same file system as `target`, gone afterwards whatever happens."""
     with _needs_writable(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -7,17 +7,13 @@ SentencePiece writes a space as U+2581. Here a piece is written with the space i
 an unknown character, which is spelt in bytes.
 """
 
-from slope_megatron.data.probes import PROBES
+from slope_megatron.data.tokenizer_json import PROBES
 
 SPACE_SIGN = "\u2581"
 
 
 def read_model(model: bytes):
-    """The parsed model (`sentencepiece`'s own ModelProto).
-
-    Raises:
-        ValueError: this is none.
-    """
+    """The parsed model (`sentencepiece`'s own ModelProto); a ValueError where this is none."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as messages
 

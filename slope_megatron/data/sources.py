@@ -130,11 +130,7 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
 
 
 def open_source(spec: str, settings: PrepareSettings) -> Source:
-    """The source that `spec` names; nothing is read yet.
-
-    Raises:
-        ValueError: no such file or folder, or not of a known format.
-    """
+    """The source that `spec` names; nothing is read yet."""
     if spec == "stdlib":
         return _stdlib(settings)
     if spec.startswith("hf:"):
@@ -163,11 +159,7 @@ def open_source(spec: str, settings: PrepareSettings) -> Source:
 def _files(
     spec: str, files: Files, passed: collections.Counter, settings: PrepareSettings, folder: Path | None = None
 ) -> Source:
-    """Local files of one format.
-
-    Args:
-        passed: reason -> what of the folder is not among them.
-    """
+    """Local files of one format; `passed`: reason -> what of the folder is not among them."""
     records = any(layout.format != "text" for _, _, layout in files)
 
     def read(tally: Tally, _: int) -> Documents:
@@ -200,11 +192,7 @@ def _stdlib(settings: PrepareSettings) -> Source:
 
 
 def _texts(files: Files, tally: Tally, limit: int | None = None) -> Documents:
-    """One document per file. Decoded from bytes, so that line ends stay what they are.
-
-    Raises:
-        ValueError: a file that breaks off while it is read, or is packed and damaged.
-    """
+    """One document per file. Decoded from bytes, so that line ends stay what they are."""
     for name, path, layout in files:
         tally.met += 1
         if not os.access(path, os.R_OK):

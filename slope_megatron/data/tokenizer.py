@@ -84,11 +84,7 @@ class Tokenizer:
         return self._processor.decode([int(token) for token in ids if token < self.vocab_size])
 
     def to_json(self) -> str:
-        """The text of a `tokenizer.json` with the same ids.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The text of a `tokenizer.json` with the same ids; a ValueError where there is none."""
         return sentencepiece_json.to_tokenizer_json(self.files[SENTENCEPIECE_FILE], self._lossless)
 
 

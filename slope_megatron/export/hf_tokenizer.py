@@ -9,9 +9,8 @@ import dataclasses
 from pathlib import Path
 
 from slope_megatron.data.fast_tokenizer import FAST_CONFIG, FAST_FILE, FastTokenizer, transformers_settings
-from slope_megatron.data.probes import first_difference
 from slope_megatron.data.tokenizer import Tokenizer
-from slope_megatron.data.tokenizer_json import BERT_MARKS, open_json
+from slope_megatron.data.tokenizer_json import BERT_MARKS, first_difference, open_json
 from slope_megatron.export.output_folder import write_json
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from slope_megatron.config.json_file import read_json
 from slope_megatron.data.fast_tokenizer import FastTokenizer
-from slope_megatron.data.probes import first_difference
 from slope_megatron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from slope_megatron.data.tokenizer_json import first_difference
 from slope_megatron.storage import sums
 
 logger = logging.getLogger(__name__)

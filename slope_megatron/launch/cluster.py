@@ -59,11 +59,7 @@ class Cluster:
 
 
 def read_cluster(name: str) -> Cluster:
-    """The cluster of that name, or of the file of that path.
-
-    Raises:
-        ValueError: no such cluster, or its file is wrong; names the key.
-    """
+    """The cluster of that name, or of the file of that path; a ValueError names the key that is wrong."""
     path = Path(name) if name.endswith(".env") else CLUSTERS / f"{name}.env"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in CLUSTERS.glob("*.env"))) or "none"

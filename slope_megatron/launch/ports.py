@@ -11,11 +11,7 @@ ATTEMPTS = 200
 
 
 def free_port() -> int:
-    """One that nobody listens on now.
-
-    Raises:
-        RuntimeError: all that were tried are taken.
-    """
+    """One that nobody listens on now."""
     for port in random.SystemRandom().sample(CANDIDATES, ATTEMPTS):
         with socket.socket() as listener, contextlib.suppress(OSError):
             # On every address, as a rendezvous will be.

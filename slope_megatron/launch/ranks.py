@@ -15,6 +15,7 @@ agree, one of them is long gone: that is refused (`refuse_contradiction`).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, MutableMapping
 
 from slope_megatron.launch import slurm
@@ -201,12 +202,8 @@ def visible_devices(environment: Mapping[str, str]) -> int | None:
 
 def count_devices(text: str) -> int:
     """Of `0,1` or of UUIDs; the list ends before the first that cannot be one, as CUDA reads it."""
-    count = 0
-    for name in filter(None, text.split(",")):
-        if name.strip().startswith("-"):
-            break
-        count += 1
-    return count
+    names = filter(None, text.split(","))
+    return len(list(itertools.takewhile(lambda name: not name.strip().startswith("-"), names)))
 
 
 def number(environment: Mapping[str, str], dialect: Dialect, names: tuple[str, ...]) -> int:

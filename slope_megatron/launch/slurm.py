@@ -54,11 +54,7 @@ def tasks_of_node(environment: Mapping[str, str]) -> int | None:
 
 
 def refuse_shell(environment: Mapping[str, str]) -> None:
-    """A shell of several tasks: the other ranks would never come.
-
-    Raises:
-        ValueError: says which shell it is, and how ranks are started from it.
-    """
+    """Refuse the shell of several tasks, where the other ranks would never come; say how ranks are started from it."""
     job = environment.get("SLURM_JOB_ID")
     if inside_step(environment):
         tasks = tasks_of_step(environment)

@@ -21,36 +21,32 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import get_linear_layer
 
 from slope_megatron.config import ModelConfig, SlopeConfig
 from slope_megatron.layers.norm import own_norm
-from slope_megatron.models.layer_spec import sparsify
+from slope_megatron.models.layer_spec import stage_specs
 from slope_megatron.models.loss import FusedLoss
 
 TOKEN_TYPES = 2
 
 
-def stock_norm(config: TransformerConfig) -> type:
-    """The norm of Megatron's local spec: apex's where it is installed, else torch's."""
-    return own_norm(get_gpt_layer_local_spec(normalization=config.normalization).submodules.input_layernorm)
+def stock_norm(config: TransformerConfig) -> torch.nn.Module:
+    """A norm over the hidden size, of Megatron's local spec: apex's where it is installed, else torch's."""
+    norm = own_norm(get_gpt_layer_local_spec(normalization=config.normalization).submodules.input_layernorm)
+    return norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class PostNormLayer(TransformerLayer):
     """Megatron's transformer layer with its two norms after the residual sums instead of before the linears."""
 
-    def __init__(self, config: TransformerConfig, *arguments, norm: type, **keywords):
+    def __init__(self, config: TransformerConfig, *arguments, **keywords):
         super().__init__(config, *arguments, **keywords)
-        like = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
-        self.post_attention_layernorm = norm(**like)
-        self.post_mlp_layernorm = norm(**like)
+        self.post_attention_layernorm = stock_norm(config)
+        self.post_mlp_layernorm = stock_norm(config)
 
     def _forward_attention(self, *arguments, **keywords):
         hidden, context = super()._forward_attention(*arguments, **keywords)
@@ -64,7 +60,7 @@ def post_norm_spec(normalization: str) -> ModuleSpec:
     """The stock block's spec without its norms, for `PostNormLayer`; attention sees both sides."""
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization))
     parts = spec.submodules
-    spec.module, spec.params = PostNormLayer, {"norm": own_norm(parts.input_layernorm)}
+    spec.module = PostNormLayer
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
     parts.sharded_state_dict_keys_map = {}
     parts.self_attention.params = {"attn_mask_type": AttnMaskType.padding}
@@ -73,9 +69,7 @@ def post_norm_spec(normalization: str) -> ModuleSpec:
 
 def encoder_spec(slope: SlopeConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
     """The specs of this pipeline stage's blocks. No last norm: the last block ends with one."""
-    first, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
-    stock = post_norm_spec(config.normalization)
-    specs = [sparsify(stock, slope, first + index) for index in range(count)]
+    specs = stage_specs(post_norm_spec(config.normalization), slope, config)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=None)
 
 
@@ -85,7 +79,7 @@ class BertEmbedding(LanguageModelEmbedding):
     def __init__(self, config: TransformerConfig, **keywords):
         super().__init__(config, **keywords)
         self.embedding_dropout = torch.nn.Identity()
-        self.norm = stock_norm(config)(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.norm = stock_norm(config)
         self.dropout = torch.nn.Dropout(config.hidden_dropout)
 
     def forward(self, input_ids, position_ids, tokentype_ids=None) -> torch.Tensor:
@@ -106,9 +100,7 @@ class MaskedTokenHead(BertLMHead):
         whole_sequence = copy.copy(config)
         whole_sequence.sequence_parallel = False
         super().__init__(config.hidden_size, whole_sequence)
-        self.layer_norm = stock_norm(config)(
-            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-        )
+        self.layer_norm = stock_norm(config)
         for parameter in self.dense.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
@@ -194,11 +186,7 @@ class BertForPretraining(FusedLoss, LanguageModule):
 
 
 def check_bert(model: ModelConfig) -> None:
-    """Refuse architectures that this BERT cannot have.
-
-    Raises:
-        ValueError: names the setting and the way out.
-    """
+    """Refuse architectures that this BERT cannot have."""
     required = {"position": "learned", "normalization": "LayerNorm", "linear_bias": True, "gated_mlp": False}
     for name, value in required.items():
         if getattr(model, name) != value:

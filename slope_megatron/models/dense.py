@@ -71,11 +71,7 @@ def load_dense(
 
 
 def check_names(config: Config, source: Mapping) -> None:
-    """Refuse tensors that no rank would read, and the lack of one. No name depends on the vocabulary or the positions.
-
-    Raises:
-        ValueError: names one of them.
-    """
+    """Refuse tensors that no rank would read, and the lack of one. Names do not depend on vocabulary or positions."""
     names = set(canonical_shapes(config.model, rows=1, positions=1))
     if unknown := sorted(set(source) - names):
         raise ValueError(

@@ -67,16 +67,20 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int 
     return spec
 
 
+def stage_specs(stock: ModuleSpec, slope: SlopeConfig, config, rotary_base: int | None = None) -> list[ModuleSpec]:
+    """The stock spec as each block of this pipeline stage has it."""
+    first = get_transformer_layer_offset(config)
+    return [sparsify(stock, slope, first + index, rotary_base) for index in range(get_num_layers_to_build(config))]
+
+
 def block_spec(slope: SlopeConfig, transformer_config, rotary_base: int | None = None) -> TransformerBlockSubmodules:
     """The specs of this pipeline stage's blocks; which linears are sparse may differ from block to block.
 
     Args:
         rotary_base: of rotary positions, which attention then applies instead of the model; None: it does not.
     """
-    first = get_transformer_layer_offset(transformer_config)
-    count = get_num_layers_to_build(transformer_config)
     stock = get_gpt_layer_local_spec(normalization=transformer_config.normalization)
-    specs = [sparsify(stock, slope, first + index, rotary_base) for index in range(count)]
+    specs = stage_specs(stock, slope, transformer_config, rotary_base)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
 
 

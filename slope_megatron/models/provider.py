@@ -80,11 +80,7 @@ class Gpt(FusedLoss, GPTModel):
 
 
 def padded_vocabulary(model: ModelConfig, tokenizer_size: int) -> int:
-    """The vocabulary padded to a multiple that does not depend on the layout.
-
-    Raises:
-        ValueError: the tokenizer has more tokens than the model's vocabulary.
-    """
+    """`padded_rows` of a vocabulary that has an entry for each token."""
     if model.vocab_size is not None and model.vocab_size < tokenizer_size:
         raise ValueError(
             f"--vocab-size is {model.vocab_size} and the data's tokenizer has {tokenizer_size} tokens: "

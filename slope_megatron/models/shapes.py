@@ -83,11 +83,7 @@ def qualified(linear: str) -> str:
 
 
 def own_rows(model: ModelConfig, vocabulary: int | None = None) -> int:
-    """Entries of the vocabulary: the model's own, else those given (the tokenizer's).
-
-    Raises:
-        ValueError: neither is there.
-    """
+    """Entries of the vocabulary: the model's own, else those given (the tokenizer's)."""
     rows = model.vocab_size or vocabulary
     if rows is None:
         raise ValueError("--vocab-size is unset and no tokenizer's size is given: give the vocabulary of the model")

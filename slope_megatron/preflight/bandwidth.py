@@ -70,16 +70,19 @@ def across_nodes(store, ranks: Ranks, floor: float, seconds: float) -> list[Find
         tensor = torch.ones(size // 4, device=device)
         received = torch.empty_like(tensor)
 
+        # Waits for what NCCL has only been given.
+        wait = torch.cuda.synchronize if cuda else lambda: None
+
         def reduce() -> None:
             dist.all_reduce(tensor)
-            wait(device)
+            wait()
 
         def shift() -> None:
             right, left = (ranks.rank + 1) % ranks.world, (ranks.rank - 1) % ranks.world
             moves = [dist.P2POp(dist.isend, tensor, right), dist.P2POp(dist.irecv, received, left)]
             for work in dist.batch_isend_irecv(moves):
                 work.wait()
-            wait(device)
+            wait()
 
         gbs = bus_bandwidth(ranks.world, size, fastest(reduce))
         link = size / fastest(shift) / 1e9
@@ -92,13 +95,6 @@ def across_nodes(store, ranks: Ranks, floor: float, seconds: float) -> list[Find
         return [whole]
     finally:
         dist.destroy_process_group()
-
-
-def wait(device: str) -> None:
-    import torch
-
-    if device != "cpu":
-        torch.cuda.synchronize(device)
 
 
 def fastest(function) -> float:

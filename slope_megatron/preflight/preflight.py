@@ -59,11 +59,7 @@ def node_names(environment, count: int) -> list[str]:
 
 
 def open_store(ranks: Ranks, seconds: float):
-    """The store in which nodes leave their reports.
-
-    Raises:
-        ValueError: the port is taken, or the first node cannot be reached.
-    """
+    """The store in which nodes leave their reports; a ValueError where the first node cannot be reached."""
     import torch.distributed as dist
 
     timeout = datetime.timedelta(seconds=seconds)

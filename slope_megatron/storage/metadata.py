@@ -102,11 +102,7 @@ class Unpickler(pickle._Unpickler):
         raise Refused(f"extension {code}")
 
     def load_build(self) -> None:
-        """Set attributes: of what was built here, and never of a class, a function or a constant.
-
-        Raises:
-            Refused: it is one of those.
-        """
+        """Set attributes of what was built here, and never of a class, a function or a constant."""
         target = self.stack[-2]
         if type(target) not in BUILT:
             raise Refused(f"attributes of {target!r}")

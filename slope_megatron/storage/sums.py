@@ -36,11 +36,7 @@ def sum_of(content: bytes) -> str:
 
 
 def file_sums(path: Path, *algorithms: str) -> list[str]:
-    """Hexadecimal sums of a file, which is read once, in pieces.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Hexadecimal sums of a file, which is read once, in pieces."""
     hashes = [HASHES[name]() for name in algorithms]
     buffer = memoryview(bytearray(PIECE))
     with open(path, "rb", buffering=0) as stream:
@@ -62,11 +58,7 @@ def seal(path: Path) -> dict[str, Any]:
 
 
 def difference(path: Path, entry: Mapping[str, Any], *, contents: bool = True) -> str | None:
-    """How a file differs from its entry, in words that follow its name; None: it does not.
-
-    Args:
-        contents: compare the sums as well, not the size alone.
-    """
+    """How a file, or without `contents` its size, differs from its entry, in words that follow its name; or None."""
     try:
         if not path.exists():
             return "is missing"
@@ -173,20 +165,13 @@ def damaged(folder: Path, damage: str, way_out: str) -> Damaged:
 def check_folder(
     folder: Path, way_out: str, names: Callable[[str], bool] = every, contents: Callable[[str], bool] = every
 ) -> None:
-    """
-    Raises:
-        Damaged: a file of the folder is not what was written; one sentence.
-    """
+    """Raise `Damaged`, in one sentence, for a folder with a file that is not what was written."""
     if damage := find_damage(folder, contents, names):
         raise damaged(folder, damage, way_out)
 
 
 def check_before_reading(folder: Path, way_out: str) -> None:
-    """`check_folder` without the contents of what its readers check themselves, tensor by tensor.
-
-    Raises:
-        Damaged: a file of the folder is not what was written; one sentence.
-    """
+    """`check_folder` without the contents of what its readers check themselves, tensor by tensor."""
     try:
         entries = read_manifest(folder) or {}
     except Damaged as error:
@@ -195,11 +180,7 @@ def check_before_reading(folder: Path, way_out: str) -> None:
 
 
 def write_manifest(folder: Path, known: Mapping[str, dict] | None = None) -> None:
-    """Seal every file of a finished folder.
-
-    Args:
-        known: entries that were made while their files were written.
-    """
+    """Seal every file of a finished folder; `known` has the entries that were made while their files were written."""
     known = known or {}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     entries = {name: known[name] if name in known else seal(folder / name) for name in names if name != FOLDER}

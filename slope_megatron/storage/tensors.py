@@ -36,9 +36,9 @@ class _SummedStream:
         self.start, self.position = 0, 0
         self.parts: dict[str, str] = {}
 
-    @property
-    def name(self) -> str:
-        return self.stream.name
+    def __getattr__(self, name: str) -> Any:
+        """The file's own, but for what is summed."""
+        return getattr(self.stream, name)
 
     def write(self, content) -> int:
         self.whole.update(content)
@@ -52,15 +52,6 @@ class _SummedStream:
             self.part.reset()
             self.start = self.position
         return self.position
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    def close(self) -> None:
-        self.stream.close()
 
     def entry(self) -> dict[str, Any]:
         """Of the manifest."""
@@ -202,11 +193,7 @@ class CheckedReader(checkpoint.FileSystemReader):
 
 
 def read_tensors(state: dict[str, torch.Tensor], reader: CheckedReader) -> None:
-    """Fill the tensors of `state` by name, in this process alone.
-
-    Raises:
-        ValueError: damaged, or refused; see `CheckedReader`.
-    """
+    """Read the tensors of `state` by name, in this process alone; raises what `CheckedReader` does."""
     reader.read_metadata()
     try:
         with warnings.catch_warnings():

@@ -60,11 +60,7 @@ def complete_deepspeed() -> None:
 
 
 def install(script: dict) -> None:
-    """Hook into a script's namespace and the modules it has imported. Twice is once.
-
-    Raises:
-        ValueError: a name is gone: another version than those that patches/README.md lists.
-    """
+    """Hook into a script's namespace and the modules it has imported, if they have the names. Twice is once."""
     import megatron.model.transformer as transformer
     import megatron.training as training
 
@@ -92,11 +88,7 @@ def with_flags(pretrain):
 
 
 def settings():
-    """(Megatron's args, the SlopeConfig they mean), refused where they cannot be served.
-
-    Raises:
-        ValueError: all that stands against it, in one sentence.
-    """
+    """(Megatron's args, the SlopeConfig they mean), refused with all that stands against it."""
     from megatron import get_args
 
     args = get_args()
@@ -131,11 +123,7 @@ def with_packed_linears(init):
 
 
 def pack_layer(layer, block: int, slope: SlopeConfig, args) -> None:
-    """Replace the sparse linears of one built layer and initialise them.
-
-    Args:
-        block: the layer's number from 0, over all pipeline stages.
-    """
+    """Replace the sparse linears of one built layer (counted from 0 over all stages) and initialise them."""
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     from slope_megatron.integrations.megatron_deepspeed.linears import (

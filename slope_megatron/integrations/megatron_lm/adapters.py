@@ -19,11 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_adapters(chunks, active: bool) -> None:
-    """Whether the adapters take part in the products from now on.
-
-    Args:
-        chunks: the parts of the model on this rank, wrapped as they are trained.
-    """
+    """Whether the adapters of these parts of the model take part in the products from now on."""
     for chunk in chunks:
         for module in pruned_modules(chunk):
             module.adapters_active = active

@@ -9,6 +9,7 @@ The names are those of `slope pretrain`, of the YAML section `slope` and of the 
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 from slope_megatron.config import Config, SlopeConfig
@@ -73,11 +74,7 @@ def refusals(args: argparse.Namespace, rules=RULES) -> list[str]:
 
 
 def value_table(config: Config, origins: dict[str, str]) -> str:
-    """Every effective value and where it came from: a flag, a file, or the default.
-
-    Args:
-        origins: of `read_config`: `section.key` -> "flag" or a file's name; what is absent is a default.
-    """
+    """Every effective value and where it came from: `origins` of `read_config`, or the default."""
     rows = [
         (
             SECTIONS[section][1],
@@ -90,10 +87,8 @@ def value_table(config: Config, origins: dict[str, str]) -> str:
     ]
     flag_width = max(len(flag) for _, flag, _, _ in rows)
     value_width = max(len(value) for _, _, value, _ in rows)
-    lines, last = [], None
-    for title, flag, value, origin in rows:
-        if title != last:
-            lines.append(title)
-            last = title
-        lines.append(f"  {flag:{flag_width}}  {value:{value_width}}  {origin}")
+    lines = []
+    for title, group in itertools.groupby(rows, key=lambda row: row[0]):
+        lines.append(title)
+        lines += [f"  {flag:{flag_width}}  {value:{value_width}}  {origin}" for _, flag, value, origin in group]
     return "\n".join(lines)

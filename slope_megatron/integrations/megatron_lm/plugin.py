@@ -70,11 +70,7 @@ def with_flags(add_megatron_arguments):
 
 
 def settings():
-    """(Megatron's args, the SlopeConfig they mean), refused where they cannot be served.
-
-    Raises:
-        ValueError: all that stands against it, in one sentence.
-    """
+    """(Megatron's args, the SlopeConfig they mean), refused with all that stands against it."""
     from megatron.training import get_args
 
     args = get_args()
@@ -87,20 +83,20 @@ def settings():
 
 def adapter_refusals(args, slope) -> list[str]:
     """Settings of Megatron-LM under which adapters that are not used yet, or join, would fail."""
-    if not slope.adapter_rank:
-        return []
-    wrong = []
-    if args.overlap_grad_reduce:
-        wrong.append(
+    fp32 = not (args.bf16 or args.fp16)
+    wrong = (
+        (
+            args.overlap_grad_reduce,
             "--overlap-grad-reduce is on with --slope-adapter-rank: it waits for gradients of every parameter, and "
-            "adapters have none before their step; leave it out"
-        )
-    if args.use_distributed_optimizer and not (args.bf16 or args.fp16):
-        wrong.append(
+            "adapters have none before their step; leave it out",
+        ),
+        (
+            args.use_distributed_optimizer and fp32,
             "--use-distributed-optimizer is on with --slope-adapter-rank in fp32: adapters cannot start anew in its "
-            "shards; leave it out, or give --bf16"
-        )
-    return wrong
+            "shards; leave it out, or give --bf16",
+        ),
+    )
+    return [problem for applies, problem in wrong if applies and slope.adapter_rank]
 
 
 def unsupported_here(slope) -> list[str]:

@@ -10,12 +10,11 @@ import logging
 import megatron.core.models.bert.bert_layer_specs as bert_layer_specs
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.packed_weight import PackedWeight
-from slope_megatron.models.layer_spec import sparsify
+from slope_megatron.models.layer_spec import stage_specs
 from slope_megatron.models.rules import LINEARS
 
 logger = logging.getLogger(__name__)
@@ -49,31 +48,20 @@ def sparse_block_spec(stock, slope: SlopeConfig, config) -> SparseBlockSpec:
         raise ValueError("--slope wants one layer spec for all blocks: leave per-block specs and experts out")
     refuse_other_linears(stock)
     stock = with_plain_mlp(stock)
-    first = get_transformer_layer_offset(config)
-    specs = [
-        without_new_arguments(sparsify(stock, slope, first + index)) for index in range(get_num_layers_to_build(config))
-    ]
+    specs = [without_new_arguments(spec) for spec in stage_specs(stock, slope, config)]
     block = SparseBlockSpec(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
     block.submodules = stock.submodules
     return block
 
 
 def refuse_no_spec(spec) -> None:
-    """The stand-in of `complete_bert_specs`.
-
-    Raises:
-        ValueError: there is no spec.
-    """
+    """Refuse the stand-in of `complete_bert_specs`."""
     if spec is None:
         raise ValueError(f"the default layer spec needs Transformer Engine, which is not installed: {LOCAL}")
 
 
 def refuse_other_linears(spec) -> None:
-    """Linears with a norm inside, as Transformer Engine has them: packed ones would leave the norm out.
-
-    Raises:
-        ValueError: names the linear and the flags.
-    """
+    """Refuse linears with a norm inside, as Transformer Engine has them: packed ones would leave the norm out."""
     attention = spec.submodules.self_attention.submodules
     for linear in (attention.linear_qkv, attention.linear_proj):
         if linear not in (ColumnParallelLinear, RowParallelLinear):
