@@ -56,7 +56,10 @@ def scale_values(values: dict[str, dict], classes: dict[str, type], factor: floa
     scaler.change("data", "global_batch_size", lambda old: max(min(old, 8), 2 ** int(math.log2(max(1, old * factor)))))
     scaler.change("data", "micro_batch_size", lambda old: math.gcd(old, scaler.get("data", "global_batch_size")))
     _scale_model(scaler)
-    _scale_times(scaler, scaler.get("train", "steps") / steps)
+    share = scaler.get("train", "steps") / steps
+    times = [("optimizer", "warmup_steps"), ("slope", "backward_mask_interval")]
+    for key in (*times, *(("train", f"{name}_interval") for name in ("eval", "save", "log"))):
+        scaler.change(*key, lambda old: max(1, round(old * share)))
     rate = math.sqrt(scaler.get("data", "global_batch_size") / batch)
     if scaler.get("optimizer", "optimizer") != "lamb":
         rate *= hidden / scaler.get("model", "hidden_size")
@@ -86,10 +89,3 @@ def _scale_model(scaler: Scaler) -> None:
     if not isinstance(scaler.get("slope", "adapter_rank"), str):  # a percentage follows the hidden size by itself
         scaler.change("slope", "adapter_rank", lambda old: max(min(old, 4), round(old * root)))
     scaler.set("model", "vocab_size", None)
-
-
-def _scale_times(scaler: Scaler, share: float) -> None:
-    keys = [("optimizer", "warmup_steps"), ("slope", "backward_mask_interval")]
-    keys += [("train", f"{name}_interval") for name in ("eval", "save", "log")]
-    for key in keys:
-        scaler.change(*key, lambda old: max(1, round(old * share)))

@@ -35,7 +35,9 @@ def read_yaml(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ValueError(f"{where}: no valid YAML ({problem(error)}): mend that line") from None
+        second = error.context and "single document" in error.context
+        problem = "a second document begins here" if second else error.problem
+        raise ValueError(f"{where}: no valid YAML ({problem}): mend that line") from None
     except yaml.YAMLError as error:
         raise ValueError(f"config file {path} is no valid YAML ({str(error).split(chr(10))[0]}): mend it") from None
     except RecursionError:
@@ -43,13 +45,6 @@ def read_yaml(path: Path) -> Any:
     except (ValueError, KeyError, IndexError) as error:  # a tag such as !!int in front of what is none
         raise ValueError(f"config file {path} has a value that is not what its tag says ({error}): mend it") from None
     return {} if content is None else content
-
-
-def problem(error: yaml.MarkedYAMLError) -> str:
-    """What the parser found, in a line; where one document was awaited, that it found another."""
-    if error.context and "single document" in error.context:
-        return "a second document begins here"
-    return str(error.problem)
 
 
 def write_yaml(path: Path, content: Any) -> None:

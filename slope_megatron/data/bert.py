@@ -5,7 +5,6 @@ order (as ALBERT, arXiv 1909.11942), where BERT (arXiv 1810.04805) took B from a
 asked for; of those 80 % are [MASK], 10 % a random token, 10 % unchanged. Sample i is seeded with seed + i.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from slope_megatron.data.fast_tokenizer import FastTokenizer
-from slope_megatron.data.indexed import indexed_dataset_module
+from slope_megatron.data.indexed import megatron_datasets
 from slope_megatron.data.tokenizer import Tokenizer
 
 # [CLS], two [SEP], and a token or two on both sides.
@@ -65,10 +64,7 @@ class BertSamples:
 
 def bert_config(tokenizer: Tokenizer | FastTokenizer, seq_length: int, seed: int, masking):
     """Megatron's settings of the dataset; `masking` as in DataConfig: its `mlm_` and `short_` fields."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDatasetConfig
-    return BERTMaskedWordPieceDatasetConfig(
+    return megatron_datasets("bert_dataset").BERTMaskedWordPieceDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
         blend_per_split=[None, None, None],
@@ -87,5 +83,5 @@ def bert_config(tokenizer: Tokenizer | FastTokenizer, seq_length: int, seed: int
 def usable_documents(prefix: Path) -> int:
     """Documents of two sentences or more: the others give no pair. Megatron would look for ever in a split of none."""
     # Kept by name: its arrays are views of a mapped file that goes with it.
-    dataset = indexed_dataset_module().IndexedDataset(str(prefix))
+    dataset = megatron_datasets("indexed_dataset").IndexedDataset(str(prefix))
     return int((np.diff(dataset.document_indices) >= 2).sum())

@@ -53,7 +53,7 @@ def encode_parts(
             waiting.append(task)
     if workers == 1 or len(waiting) <= 1:
         with _one_thread():
-            _set_up(tokenizer, kind)
+            _state.update(tokenizer=load_tokenizer(tokenizer), kind=kind)
             for task in waiting:
                 advance(encode_part(*task))
         return
@@ -93,17 +93,13 @@ def _start_worker(tokenizer: Path, kind: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _set_up(tokenizer, kind)
+    _state.update(tokenizer=load_tokenizer(tokenizer), kind=kind)
 
 
 def _end_with(parent: BaseProcess) -> None:
     """A killed parent tells nobody: its workers would wait for work for ever."""
     parent.join()
     os._exit(1)
-
-
-def _set_up(tokenizer: Path, kind: str) -> None:
-    _state.update(tokenizer=load_tokenizer(tokenizer), kind=kind)
 
 
 def encode_part(part: TextPart, splits_D: np.ndarray, target: Path) -> int:

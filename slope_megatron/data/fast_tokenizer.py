@@ -32,11 +32,7 @@ class FastTokenizer:
     kind = "tokenizers"
 
     def __init__(self, content: str, eod: str | None = None):
-        """
-        Args:
-            content: the text of a `tokenizer.json`.
-            eod: the token that ends a document; unset: the first of KNOWN_EODS that there is.
-        """
+        """From the text of a `tokenizer.json`; the `eod` that ends a document is else the first of KNOWN_EODS."""
         given = open_json(content)
         self._vocabulary: dict[str, int] = given.get_vocab(with_added_tokens=True)
         # Ids may have holes; every id must have a row.

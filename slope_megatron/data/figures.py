@@ -26,20 +26,19 @@ def check_counts(corpora: list[Corpus], counts: list[dict[str, dict]], chosen: P
 
 def figures_of(corpora: list[Corpus], counts: list[dict[str, dict]], specs: list[str], weights) -> dict:
     """`corpus`, `splits` (both over all sources) and `sources` (each one's own) from the counts of `join_parts`."""
-    sources = [
-        {
-            "source": spec,
-            "weight": weights[number] if weights else None,
-            "corpus": {
-                "documents": len(corpus.keys_D),
-                "bytes": corpus.bytes,
-                "sha256": corpus.sha256,
-                "skipped": _skipped(corpus, counts[number]),
-            },
-            "splits": {split: _figures([counts[number][split]]) for split in SPLITS},
+    sources = []
+    for number, (spec, corpus) in enumerate(zip(specs, corpora, strict=True)):
+        dropped = sum(split["dropped"] for split in counts[number].values())
+        of_corpus = {
+            "documents": len(corpus.keys_D),
+            "bytes": corpus.bytes,
+            "sha256": corpus.sha256,
+            # Passed over while the text was read, and while it was encoded.
+            "skipped": {**corpus.skipped, **({NO_SENTENCE: dropped} if dropped else {})},
         }
-        for number, (spec, corpus) in enumerate(zip(specs, corpora, strict=True))
-    ]
+        weight = weights[number] if weights else None
+        splits = {split: _figures([counts[number][split]]) for split in SPLITS}
+        sources.append({"source": spec, "weight": weight, "corpus": of_corpus, "splits": splits})
     return {
         "corpus": {
             "documents": sum(len(corpus.keys_D) for corpus in corpora),
@@ -48,12 +47,6 @@ def figures_of(corpora: list[Corpus], counts: list[dict[str, dict]], specs: list
         "splits": {split: _figures([each[split] for each in counts]) for split in SPLITS},
         "sources": sources,
     }
-
-
-def _skipped(corpus: Corpus, splits: dict[str, dict]) -> dict[str, int]:
-    """What was passed over while the text was read, and while it was encoded."""
-    dropped = sum(split["dropped"] for split in splits.values())
-    return {**corpus.skipped, **({NO_SENTENCE: dropped} if dropped else {})}
 
 
 def _figures(parts: list[dict]) -> dict:

@@ -7,8 +7,10 @@
 The test compares with Megatron's own writer byte for byte.
 """
 
+import importlib
 import shutil
 import struct
+import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +23,11 @@ VERSION = 1
 CODES = {"uint16": 8, "int32": 4}
 
 
-def indexed_dataset_module():
-    """`megatron.core.datasets.indexed_dataset`, without its remarks on missing GPU libraries: none is needed here."""
+def megatron_datasets(name: str) -> types.ModuleType:
+    """`megatron.core.datasets.NAME`, without its remarks on missing GPU libraries: none is needed here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
+        return importlib.import_module(f"megatron.core.datasets.{name}")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -47,12 +48,7 @@ def write_index(path: Path, dtype: np.dtype, lengths_S: np.ndarray, sequences_D:
 
 
 def join_parts(folder: Path, name: str, dtype: np.dtype, parts: Sequence[Path], split: str) -> dict:
-    """Write `folder/name.bin` and `.idx` from one split of encoded parts (see `encode`).
-
-    Returns:
-        the split's figures: documents, those that gave no sequence (`dropped`), bytes of text, tokens, sequences, and
-        the counts of each token `counts_V`.
-    """
+    """Write `folder/name.bin` and `.idx` from one split of encoded parts (see `encode`); returns its figures."""
     lengths, sequences, size, dropped, counts_V = [], [], 0, 0, 0
     with (folder / f"{name}.bin").open("wb") as target:
         for part in parts:

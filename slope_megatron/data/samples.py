@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from slope_megatron.config import Config, DataConfig
 from slope_megatron.data import bert
 from slope_megatron.data.blend import Blend, samples_needed
+from slope_megatron.data.indexed import megatron_datasets
 from slope_megatron.data.manifest import CACHE, dataset_name, fingerprint, load_manifest
 from slope_megatron.data.scratch import scratch_beside
 from slope_megatron.data.tokenizer import load_tokenizer
@@ -154,13 +154,11 @@ def _check_lengths(folder: Path, kind: str, seq_length: int, parts: dict, sample
 def _dataset_config(folder: Path, kind: str, seq_length: int, seed: int, masking: DataConfig):
     """Megatron's settings, and its class of dataset."""
     tokenizer = load_tokenizer(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset
-        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     if kind == "bert":
-        return bert.bert_config(tokenizer, seq_length, seed, masking), BERTMaskedWordPieceDataset
-    config = GPTDatasetConfig(
+        dataset_class = megatron_datasets("bert_dataset").BERTMaskedWordPieceDataset
+        return bert.bert_config(tokenizer, seq_length, seed, masking), dataset_class
+    gpt = megatron_datasets("gpt_dataset")
+    config = gpt.GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
         blend_per_split=[None, None, None],
@@ -171,7 +169,7 @@ def _dataset_config(folder: Path, kind: str, seq_length: int, seed: int, masking
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    return config, GPTDataset
+    return config, gpt.GPTDataset
 
 
 def _dataset(dataset_class, config, part: _Part, index: Path):

@@ -27,12 +27,7 @@ class Tokenizer:
     kind = "SentencePiece"
 
     def __init__(self, model: bytes):
-        """
-        Args:
-            model: the bytes of a SentencePiece model with an `<eod>` symbol, or failing that with `</s>`.
-        Raises:
-            ValueError: no such model, or one with neither.
-        """
+        """From the bytes of a SentencePiece model with an `<eod>` symbol, or failing that with `</s>`."""
         import sentencepiece
 
         proto = sentencepiece_json.read_model(model)

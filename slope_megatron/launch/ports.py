@@ -11,7 +11,7 @@ ATTEMPTS = 200
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
+    """One that nobody listens on now; a RuntimeError where all that were tried are taken."""
     for port in random.SystemRandom().sample(CANDIDATES, ATTEMPTS):
         with socket.socket() as listener, contextlib.suppress(OSError):
             # On every address, as a rendezvous will be.

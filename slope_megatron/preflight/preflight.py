@@ -18,11 +18,7 @@ from slope_megatron.preflight.node_checks import Finding
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one node found.
-
-    Args:
-        versions: of what must be equal on all nodes.
-    """
+    """What one node found, and the versions of what must be equal on all nodes."""
 
     node: str
     findings: list[Finding]

@@ -14,18 +14,12 @@ def read_metrics(path: Path) -> tuple[list[dict], list[bytes]]:
     """
     records, damaged = [], []
     for line in path.read_bytes().split(b"\n")[:-1]:
-        record = record_of(line)
-        if record is None:
-            damaged.append(line)
-        else:
+        try:
+            record = json.loads(line.strip(b"\0").decode("utf-8"))
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
+        else:
+            damaged.append(line)
     return records, damaged
-
-
-def record_of(line: bytes) -> dict | None:
-    """What a line records; None: it is damaged."""
-    try:
-        record = json.loads(line.strip(b"\0").decode("utf-8"))
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int else None

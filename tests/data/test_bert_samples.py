@@ -11,7 +11,7 @@ import torch
 from slope_megatron.config import DataConfig
 from slope_megatron.data.batches import MicroBatches
 from slope_megatron.data.bert import bert_config
-from slope_megatron.data.indexed import indexed_dataset_module
+from slope_megatron.data.indexed import megatron_datasets
 from slope_megatron.data.prepare import prepare
 from slope_megatron.data.samples import build_datasets
 from slope_megatron.data.sentences import split_sentences
@@ -53,7 +53,7 @@ def test_a_document_is_its_sentences(stories):
     )
     found = Counter()
     for split in ("train", "valid"):
-        dataset = indexed_dataset_module().IndexedDataset(str(stories / "data" / split))
+        dataset = megatron_datasets("indexed_dataset").IndexedDataset(str(stories / "data" / split))
         for first, last in itertools.pairwise(dataset.document_indices):
             found[tuple(tuple(dataset[number].tolist()) for number in range(first, last))] += 1
     assert found == expected
@@ -67,7 +67,7 @@ def samples_of(stories, cache, count=400, **changes):
 def test_a_sample_is_a_pair_with_hidden_tokens(stories, tmp_path, one_rank):
     tokenizer = load_tokenizer(stories / "data")
     cls, sep, mask, pad = (tokenizer.mark(name) for name in ("cls", "sep", "mask", "pad"))
-    dataset = indexed_dataset_module().IndexedDataset(str(stories / "data" / "train"))
+    dataset = megatron_datasets("indexed_dataset").IndexedDataset(str(stories / "data" / "train"))
     stream_text = " ".join(str(token) for number in range(len(dataset)) for token in dataset[number])
     asked = kept = hidden = real = 0
     following = []
@@ -104,7 +104,7 @@ def test_changed_places_are_what_is_next_says(stories, tmp_path, one_rank):
     """With short sentences and nothing cut, first + second (or second + first) stand together in the text."""
     train = samples_of(stories, tmp_path / "cache", short_sequences=0.0)
     tokenizer = load_tokenizer(stories / "data")
-    dataset = indexed_dataset_module().IndexedDataset(str(stories / "data" / "train"))
+    dataset = megatron_datasets("indexed_dataset").IndexedDataset(str(stories / "data" / "train"))
     text = " ".join(str(token) for number in range(len(dataset)) for token in dataset[number])
     told = Counter()
     for number in range(400):

@@ -109,9 +109,9 @@ def test_ids_may_have_holes():
     ("size", "dtype"), [(256, "uint16"), (65_499, "uint16"), (65_500, "int32"), (128_256, "int32")]
 )
 def test_the_token_type_holds_every_token(size, dtype):
-    from slope_megatron.data.indexed import indexed_dataset_module
+    from slope_megatron.data.indexed import megatron_datasets
 
-    assert token_dtype(size).name == dtype == indexed_dataset_module().DType.optimal_dtype(size).__name__
+    assert token_dtype(size).name == dtype == megatron_datasets("indexed_dataset").DType.optimal_dtype(size).__name__
 
 
 def test_bad_files_are_refused(tmp_path):

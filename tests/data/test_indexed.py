@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slope_megatron.data.indexed import indexed_dataset_module, token_dtype, write_index
+from slope_megatron.data.indexed import megatron_datasets, token_dtype, write_index
 
 
 @pytest.mark.parametrize("vocabulary", [300, 70_000])
@@ -11,7 +11,7 @@ from slope_megatron.data.indexed import indexed_dataset_module, token_dtype, wri
 def test_index_equals_megatrons(tmp_path, vocabulary, documents):
     generator = np.random.default_rng()
     dtype = token_dtype(vocabulary)
-    module = indexed_dataset_module()
+    module = megatron_datasets("indexed_dataset")
     builder = module.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype.type)
     lengths, sequences = [], []
     for _ in range(documents):

@@ -14,7 +14,7 @@ from conftest import DOCUMENTS, VOCABULARY, write_corpus
 
 from slope_megatron.data import corpus as corpus_module
 from slope_megatron.data import encode as encode_module
-from slope_megatron.data.indexed import indexed_dataset_module, unigram_entropy
+from slope_megatron.data.indexed import megatron_datasets, unigram_entropy
 from slope_megatron.data.prepare import prepare
 from slope_megatron.data.settings import PrepareSettings
 from slope_megatron.data.sources import open_source
@@ -30,7 +30,7 @@ def content(folder):
 
 def documents_of(folder, split):
     """Token lists of one split, read back from the files."""
-    dataset = indexed_dataset_module().IndexedDataset(str(folder / split))
+    dataset = megatron_datasets("indexed_dataset").IndexedDataset(str(folder / split))
     return [dataset[number].tolist() for number in range(len(dataset))]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers.payload import Payload
-from slope_megatron.data.indexed import indexed_dataset_module
+from slope_megatron.data.indexed import megatron_datasets
 from slope_megatron.data.manifest import load_manifest
 from slope_megatron.data.samples import build_datasets
 
@@ -23,7 +23,7 @@ def test_samples_are_the_encoded_documents(prepared, tmp_path, one_rank):
     count = one_epoch(prepared, "train")
     train, _ = build_datasets(prepared, SEQ, count, 1, seed=1, cache=tmp_path / "cache")
     assert len(train) == count
-    documents = indexed_dataset_module().IndexedDataset(str(prepared / "train"))
+    documents = megatron_datasets("indexed_dataset").IndexedDataset(str(prepared / "train"))
     # Megatron's own document order, which must name every document once; the rest is recomputed here.
     order = np.asarray(train.document_index)
     assert sorted(order) == list(range(len(documents)))
