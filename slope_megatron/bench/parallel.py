@@ -90,7 +90,7 @@ class Bench:
             self.engine = Engine(model, self.config, dtype)
         self.batches = [self.batch(index) for index in range(work.micro_batches)]
         self.marks: list[tuple[str, float]] = []
-        self.engine.on_part = self.mark
+        self.engine.observers.append(self.mark)
         clock.say(f"{mode}: first step, in which kernels are compiled and chosen")
         self.step()
         clock.say(f"{mode}: {WARM_UP_STEPS + 1} more steps: to warm up, for memory, for bytes sent")

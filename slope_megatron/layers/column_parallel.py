@@ -7,8 +7,6 @@ L is replicated: its gradient is summed over the ranks. R is cut like W.
 """
 
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.packed_weight import PackedWeight
@@ -54,24 +52,5 @@ class SlopeColumnParallelLinear(PackedWeight, ColumnParallelLinear):
             tp_group=tp_group,
         )
         self.input_size = input_size
-        # Gate and up of a gated MLP lie above each other in each shard: checkpoints and fills see them apart.
         self.gated = config.gated_linear_unit and tp_comm_buffer_name == "fc1"
         self.init_packed(slope, partition_dim=0, stride=stride)
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Values, patterns and R cut along axis 0; L replicated."""
-        sharded = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {name: 0 for name in ("weight", "weight_pattern", "weight_column", "bias", "adapter_r")},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        if self.gated:
-            # Megatron's MLP splits weight and bias; these are ours.
-            for name in ("weight_pattern", "weight_column", "adapter_r"):
-                if f"{prefix}{name}" in sharded:
-                    tensor = sharded[f"{prefix}{name}"]
-                    sharded[f"{prefix}{name}"] = apply_swiglu_sharded_factory(tensor, sharded_offsets)
-        return sharded

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
@@ -23,6 +25,10 @@ from slope_megatron.layers.random_streams import RowStreams
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import Following, MvueRng, Products
 from slope_megatron.ops.operands.bias import bias_gradient
+
+# By the axis along which tensor parallelism cuts the weight and its patterns: what is cut with them, along that axis.
+# The rest is replicated.
+CUT_WITH_WEIGHT = {0: ("bias", "adapter_r"), 1: ("adapter_l",)}
 
 
 class PrunedLinear(torch.nn.Module):
@@ -35,6 +41,8 @@ class PrunedLinear(torch.nn.Module):
     tp_group: dist.ProcessGroup
     # Names of the buffers that say which weights count.
     PATTERNS: tuple[str, ...] = ()
+    # Gate and up of a gated MLP lie above each other in each shard: checkpoints and fills see them apart.
+    gated = False
     # True: under any optimizer and loop, operands are refreshed, for about 2 % of a product, in every training forward,
     # in every evaluating one while a gradient waits (under Megatron's DDP, whose `main_grad` stays, in all of them), in
     # the first one after that, and in every one once a CUDA graph has been captured with this layer in it. Not seen is
@@ -59,7 +67,7 @@ class PrunedLinear(torch.nn.Module):
             columns: K.
             partition_dim: axis of the weight that tensor parallelism cuts: 0 (column) or 1 (row).
         """
-        self.slope = slope
+        self.slope, self.partition_dim = slope, partition_dim
         self.replicated_adapter = "l" if partition_dim == 0 else "r"
         rows = self.weight.shape[0]
         if slope.rank:
@@ -124,6 +132,24 @@ class PrunedLinear(torch.nn.Module):
     def __getstate__(self):
         # Copies build operands of their own.
         return {**self.__dict__, "_kept": None}
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """For Megatron's checkpoints: each tensor with the axis along which it is cut (`CUT_WITH_WEIGHT`)."""
+        axes = dict.fromkeys(("weight", *self.PATTERNS, *CUT_WITH_WEIGHT[self.partition_dim]), self.partition_dim)
+        sharded = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        if self.gated:
+            # Megatron's MLP splits weight and bias; these are ours.
+            for name in (*self.PATTERNS, "adapter_r"):
+                if tensor := sharded.get(f"{prefix}{name}"):
+                    sharded[f"{prefix}{name}"] = apply_swiglu_sharded_factory(tensor, sharded_offsets)
+        return sharded
 
     # -- operands -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ L is cut like W. R is replicated: its gradient is summed over the ranks.
 """
 
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.packed_weight import PackedWeight
@@ -54,14 +53,3 @@ class SlopeRowParallelLinear(PackedWeight, RowParallelLinear):
         self.input_size = input_size
         self.input_size_per_partition = self.input_size_per_partition * slope.m // slope.n
         self.init_packed(slope, partition_dim=1, stride=stride)
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Values, patterns and L cut along axis 1; R and the bias replicated."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {name: 1 for name in ("weight", "weight_pattern", "weight_column", "adapter_l")},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )

@@ -5,20 +5,20 @@ partitions and gathers the weights (stage 3: each layer's, when it is used).
 """
 
 import dataclasses
-import functools
 import time
+from collections.abc import Callable
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from slope_megatron.config import Config
 from slope_megatron.models.layer_spec import pruned_modules, sparse_modules
 from slope_megatron.models.random_streams import attach_random_streams
 from slope_megatron.training import baselines
-from slope_megatron.training.objectives import OBJECTIVES, counts
+from slope_megatron.training.forward import Forward
+from slope_megatron.training.objectives import counts
 from slope_megatron.training.optim import optimizer as optim
 from slope_megatron.training.parallel import ModelParallelUnit, seed_step
 from slope_megatron.training.schedule import Phases
@@ -60,17 +60,17 @@ class Engine:
         self.config = config
         self.dtype = dtype
         self.phases = Phases(config)
-        self.objective = OBJECTIVES[config.model.architecture]
         self.steps_done = 0
         self.skipped_steps = 0
         # What each start of this run trained and took (`attempts`).
         self.attempts: list[dict] = []
         self.device = next(model.parameters()).device
         self.held_gradients: HeldGradients | None = None
-        # Whoever looks on: told the part of a step that begins, and the loss when the gradients are ready to be used.
-        self.on_part = lambda part: None
-        self.before_step = lambda loss: None
+        # Called one after the other, in this order, as a part of a step begins: "forward and backward"; "gradients",
+        # which this rank has summed; "update", for which they are reduced and nothing is changed yet.
+        self.observers: list[Callable[[str], None]] = []
         self.rng_state = attach_random_streams(model, config.train.seed)
+        self.forward = Forward(model, config, self.rng_state)
         gradients.mark_tied_copy(model)
         groups = optim.parameter_groups(model, config)
         self.members = {group["name"]: list(group["params"]) for group in groups}
@@ -88,7 +88,7 @@ class Engine:
             pruned.watches_values = False
         for module in sparse_modules(self.model):
             module.keep_operands = config.parallel.zero_stage < 3 or config.parallel.zero3_resident_operands
-        self.accumulation = accumulation.build(self)
+        self.accumulation = self.build_accumulation()
         self.skipping = Skipping(self.optimizer, self.device)
         # The caller owns the boundary: one update a step, after all micro-batches.
         self.deepspeed.set_gradient_accumulation_boundary(True)
@@ -103,6 +103,19 @@ class Engine:
         """What losses, and so the gradients until the update, are multiplied with now: 1 but in fp16."""
         return float(self.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
 
+    def build_accumulation(self) -> accumulation.Accumulation:
+        """As the ZeRO stage and the pipeline stages want it."""
+        if self.config.parallel.zero_stage > 1:
+            return accumulation.CutGradients(self.forward, self.deepspeed)
+        pipelined = self.config.parallel.pipeline_parallel > 1
+        build = accumulation.PipelinedGradients if pipelined else accumulation.LocalGradients
+        sent = partitions.grad_reduce_dtype(self.config, self.dtype)
+        return build(self.forward, self.deepspeed, self.members, sent)
+
+    def begin_part(self, part: str) -> None:
+        for observer in self.observers:
+            observer(part)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train_step(self, batches) -> StepResult:
@@ -111,14 +124,13 @@ class Engine:
         step = self.steps_done
         self.enter_phase()
         self.model.train()
-        self.on_part("forward and backward")
+        self.begin_part("forward and backward")
         loss = self.forward_backward_reduce(list(batches))
         loss_scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
         verdict = self.skipping.decide(loss)
-        self.before_step(loss)
-        self.on_part("update")
+        self.begin_part("update")
         self.deepspeed.step()
         skipped = not self.deepspeed.was_step_applied()
         if skipped:
@@ -151,6 +163,9 @@ class Engine:
     def forward_backward_reduce(self, batches: list[dict]) -> float:
         """Reduced gradients of all micro-batches; returns the mean loss over the global batch."""
         loss = self.accumulation.run(batches, self.mean_counts(batches))
+        self.begin_part("gradients")
+        self.note_gradients(self.accumulation.held())
+        self.accumulation.reduce()
         total = self.sum_over_ranks(loss.double().to(self.device))
         return float(total) / parallel_state.get_data_parallel_world_size()
 
@@ -172,42 +187,10 @@ class Engine:
             adapters = self.phases.adapters_on(self.steps_done)
             self.held_gradients = HeldGradients(partitions.storage_bytes(tensors), width, adapters)
 
-    def to_device(self, batch: dict) -> dict:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-
-    def forward(self, model: torch.nn.Module, index: int, batch: dict):
-        """The model's output of this replica's micro-batch `index`, counted from 0; random numbers are keyed to it."""
-        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.rng_state.micro_batch = index * replicas + replica
-        return self.rng_state.follow(self.objective.forward(model, batch))
-
-    def schedule(self, batches: list[dict], loss_of, *, forward_only: bool) -> list[dict]:
-        """Megatron's schedule (1F1B with stages) over the bare module; what `loss_of` reported of each batch."""
-
-        def forward_step(iterator, model):
-            index, batch = next(iterator)
-            batch = self.to_device(batch)
-            return self.forward(model, index, batch), functools.partial(loss_of, batch)
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=enumerate(batches),
-            model=[self.model],
-            num_microbatches=len(batches),
-            seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.data.micro_batch_size,
-            forward_only=forward_only,
-        )
-
-    def training_loss(self, count: torch.Tensor, batch: dict, output):
-        """A micro-batch's loss for the schedule, and a copy for the log: the schedule divides the loss in place."""
-        loss = self.objective.loss(batch, output, count)
-        return loss, {"loss": loss.detach().clone()}
-
     def summed_loss(self, batch: dict, output):
         """A validation micro-batch's loss and token count, not yet divided: it may hold masked samples as fillers."""
         mask = batch["loss_mask"].double()
-        sums = torch.stack([(self.objective.token_losses(output).double() * mask).sum(), mask.sum()])
+        sums = torch.stack([(self.forward.objective.token_losses(output).double() * mask).sum(), mask.sum()])
         return sums[0].clone(), {"sums": sums}
 
     def refresh(self) -> None:
@@ -229,7 +212,7 @@ class Engine:
     def evaluate(self, batches) -> float:
         """Mean loss in nats per token over the tokens that count in all replicas' `batches`."""
         self.model.eval()
-        results = self.schedule(list(batches), self.summed_loss, forward_only=True)
+        results = self.forward.schedule(batches, self.summed_loss, forward_only=True)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for result in results:
             sums += result["sums"]

@@ -61,7 +61,8 @@ class Run:
             self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
         self.saver = Saver(engine, run)
         self.steps = StepWatch(config.watch, config.data.global_batch_size)
-        engine.before_step = self.before_step
+        # Before anybody who is told of the update: what the layers' figures are made of takes time.
+        engine.observers.append(self.before_update)
         self.tokens = config.data.global_batch_size * config.data.seq_length
         self.peak = flops.peak_tflops(config)
         self.last_step = config.train.last_step
@@ -95,7 +96,7 @@ class Run:
                 if len(self.step_seconds) == 1:
                     kernel_choices.save(self.run)
                     # The first step may compile and search kernels, each rank its own: watched from here on.
-                    self.engine.on_part = lambda part: self.watch.reach(self.engine.steps_done, part)
+                    self.engine.observers.append(lambda part: self.watch.reach(self.engine.steps_done, part))
                 if joining:
                     self.after_adapters()
                 progress.step(result.loss, self.tokens / result.seconds)
@@ -129,9 +130,8 @@ class Run:
         if held:
             logger.info("adapters have joined: %s at the highest so far", memory.gib(held.peak))
 
-    def before_step(self, loss: float) -> None:
-        """Gradients are reduced, nothing is updated yet."""
-        if self.layer_stats and self.layer_stats.due(self.engine.steps_done + 1):
+    def before_update(self, part: str) -> None:
+        if part == "update" and self.layer_stats and self.layer_stats.due(self.engine.steps_done + 1):
             self.layer_stats.note_gradients()
 
     def after_step(self, done: int, result: StepResult) -> None:

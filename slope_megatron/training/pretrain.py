@@ -1,6 +1,7 @@
 """`slope pretrain`: the run from its first line to its summary."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.loop import Run, what_is_safe
 from slope_megatron.training.telemetry import accounting, layer_stats, memory
-from slope_megatron.training.telemetry.writers import check_installed, open_writers
+from slope_megatron.training.telemetry.writers import Writer, check_installed, open_writers
 from slope_megatron.training.together import Agreed, agreed, from_every_rank, on_first_rank
 from slope_megatron.training.watch import process
 from slope_megatron.training.watch.launcher import Launcher
@@ -45,10 +46,49 @@ def resolve_dtype(config: Config) -> str:
     return saved or ("bf16" if torch.cuda.is_available() else "fp32")
 
 
-def check_start(config: Config, samples: int, origins: dict[str, str]) -> None:
-    """`check_init`, but for a run that goes on: that one starts from its own checkpoint."""
-    if not run_folder.is_resumed(config):
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What rank 0 found before anything is written, the same for all ranks.
+
+    Args:
+        dtype: of the parameters.
+    """
+
+    manifest: dict
+    dtype: str
+
+
+def make_plan(config: Config) -> Plan:
+    """Rank 0 calls it.
+
+    Raises:
+        ValueError: a package is missing, the run cannot be written, or there is no such data.
+    """
+    check_installed(config)
+    disk.probe(Path(config.train.out))
+    return Plan(load_manifest(config.data.data), resolve_dtype(config))
+
+
+def open_folder(config: Config, origins: dict[str, str], dtype: str, samples: int, locks: list) -> bool:
+    """Open the run folder, and remove what an earlier process of this run left; rank 0 calls it.
+
+    Args:
+        samples: in the training dataset.
+        locks: gets the folder's lock, which is held as long as the list is.
+    Returns:
+        whether the run goes on from a checkpoint of its own.
+    Raises:
+        ValueError: the run cannot start from `--init-from`, or the folder is not for this run.
+    """
+    run = Path(config.train.out)
+    if config.train.init_from and not run_folder.is_resumed(config):
         check_init(config, samples, origins)
+    locks.append(run_folder.open_run(config, origins, dtype))
+    # Announcements of ranks, half a checkpoint.
+    for path in (run / "ranks").glob("*"):
+        path.unlink()
+    store.remove_partial(run)
+    return run_folder.is_resumed(config)
 
 
 def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None = None) -> dict:
@@ -70,46 +110,50 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     if nothing_left:
         parallel.finish()
         raise Finished(nothing_left)
-    on_first_rank(lambda: check_installed(config))
-    on_first_rank(lambda: disk.probe(run))
-    manifest = on_first_rank(lambda: load_manifest(config.data.data))
-    data_check = DataCheck(Path(config.data.data), {name: entry["bytes"] for name, entry in manifest["files"].items()})
+    plan = on_first_rank(lambda: make_plan(config))
+    sizes = {name: entry["bytes"] for name, entry in plan.manifest["files"].items()}
+    data_check = DataCheck(Path(config.data.data), sizes)
     # Before anything is written or built: a split may be too short for the sequence length.
     datasets = datasets_for(config)
-    dtype = on_first_rank(lambda: resolve_dtype(config))
-    if config.train.init_from:
-        on_first_rank(lambda: check_start(config, len(datasets[0]), origins))
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
-    on_first_rank(lambda: locks.append(run_folder.open_run(config, origins, dtype)))
-    resume_from = recovery.find_checkpoint(config, run)
-    on_first_rank(lambda: remove_leftovers(run))
-    timeout = config.watch.hang_timeout
+    resumed = on_first_rank(lambda: open_folder(config, origins, plan.dtype, len(datasets[0]), locks))
+    resume_from = recovery.find_checkpoint(config, run) if resumed else None
+    vocabulary, timeout = plan.manifest["vocab_size"], config.watch.hang_timeout
     watch = RankWatch(run, every_place(), dist.get_rank(), lambda: what_is_safe(run), timeout, launcher)
     watch.start()
     training = None
     try:
         with in_order(watch):
             logger.info("%s", sparsity_table(config))
-            engine, start = build_watched(config, manifest["vocab_size"], DTYPES[dtype], datasets[0], resume_from)
+            engine, start = build_watched(config, vocabulary, DTYPES[plan.dtype], datasets[0], resume_from)
             size = accounting.checkpoint_bytes(engine)
-            on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
-            kernel_choices.share(run, resumed=resume_from is not None)
             writers: list = []
-            on_first_rank(lambda: writers.extend(open_writers(config, run, engine.steps_done)))
+            on_first_rank(lambda: writers.extend(begin_writing(config, run, engine.steps_done, size)))
+            kernel_choices.share(run, resumed=resume_from is not None)
             stats = layer_stats.LayerStats(engine, start) if start is not None else None
-            training = Run(engine, run, datasets, manifest["vocab_size"], watch, writers, stats, data_check)
+            training = Run(engine, run, datasets, vocabulary, watch, writers, stats, data_check)
             summary = train_watched(training)
     except Agreed:
         if training is None and resume_from is None and locks:
             folders.remove(run)  # nothing but its description is there yet
         raise
-    summary["dtype"] = dtype
+    summary["dtype"] = plan.dtype
     if dist.get_rank() == 0:
         write_results(run, summary, config.train.steps)
         for writer in writers:
             writer.close()
     leave(watch)
     return summary
+
+
+def begin_writing(config: Config, run: Path, steps_done: int, checkpoint_bytes: int) -> list[Writer]:
+    """The run's writers, once there is room for its checkpoints; rank 0 calls it.
+
+    Raises:
+        ValueError: there is not.
+    """
+    disk.check_space(run, checkpoint_bytes, config.train, steps_done)
+    return open_writers(config, run, steps_done)
 
 
 @contextlib.contextmanager
@@ -173,10 +217,3 @@ def write_results(run: Path, summary: dict, steps: int) -> None:
             files.write_text(run / "DONE", f"{steps} steps\n")
     except OSError as error:
         summary["unsaved"] = summary["unsaved"] or files.reason(error)
-
-
-def remove_leftovers(run: Path) -> None:
-    """What an earlier process of this run left: announcements of its ranks, half a checkpoint."""
-    for path in (run / "ranks").glob("*"):
-        path.unlink()
-    store.remove_partial(run)

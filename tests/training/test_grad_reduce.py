@@ -30,7 +30,12 @@ def errors(config, dtype):
 
     for name, parameter in named.items():
         parameter.register_hook(adder(name))
-    engine.before_step = lambda loss: found.update({name: safe_get_full_grad(named[name]).double() for name in sums})
+
+    def note(part):
+        if part == "update":
+            found.update({name: safe_get_full_grad(named[name]).double() for name in sums})
+
+    engine.observers.append(note)
     assert not engine.train_step(step_batches(config, 0, replica, replicas)).skipped
     for total in sums.values():
         dist.all_reduce(total)

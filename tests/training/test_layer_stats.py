@@ -26,12 +26,12 @@ def figures_after_two_steps(config):
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     norms = {}
 
-    def before_step(_):
-        if stats.due(engine.steps_done + 1):
+    def note(part):
+        if part == "update" and stats.due(engine.steps_done + 1):
             stats.note_gradients()
             norms.update({name: float(safe_get_full_grad(value).norm()) for name, value in matrices(model).items()})
 
-    engine.before_step = before_step
+    engine.observers.append(note)
     for step in range(2):
         result = engine.train_step(step_batches(config, step, replica, replicas))
     names = canonical_names(model)
@@ -102,7 +102,7 @@ def figures_of_fp16(config):
     start = sample_all(model)
     engine = Engine(model, config, torch.float16)
     stats = LayerStats(engine, start)
-    engine.before_step = lambda _: stats.note_gradients()
+    engine.observers.append(lambda part: stats.note_gradients() if part == "update" else None)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for step in range(2):
         engine.train_step(step_batches(config, step, replica, replicas))

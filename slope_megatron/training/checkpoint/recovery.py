@@ -12,21 +12,19 @@ from pathlib import Path
 from slope_megatron.config import Config
 from slope_megatron.storage import metadata, sums
 from slope_megatron.training import files
-from slope_megatron.training.checkpoint import run_folder, store
+from slope_megatron.training.checkpoint import store
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.together import Agreed, from_every_rank, on_first_rank, own_share
 
 logger = logging.getLogger(__name__)
 
 
-def find_checkpoint(config: Config, run: Path) -> Path | None:
-    """The verified checkpoint to go on from; None: the run starts. All ranks call it.
+def find_checkpoint(config: Config, run: Path) -> Path:
+    """The verified checkpoint that a resumed run goes on from. All ranks call it.
 
     Raises:
         ValueError: on every rank: it is damaged, or of another run; under `--auto-resume`: no checkpoint is intact.
     """
-    if not on_first_rank(lambda: run_folder.is_resumed(config)):
-        return None
     if config.train.auto_resume:
         return newest_good(run, config)
     folder = on_first_rank(lambda: store.newest(run))

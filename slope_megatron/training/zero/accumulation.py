@@ -1,74 +1,142 @@
-"""How one step's gradients come about: two ways to run the micro-batches, one for each kind of ZeRO stage.
+"""How one step's gradients come about: `run` the micro-batches, then `reduce` what they have left.
 
-ThroughSchedule   stage 1: Megatron's schedule (1F1B with stages) on the bare module, so that gradients add up
-                  locally; then the sums within the model and one reduction over the data-parallel ranks
-                  (`reduction`: our own where DeepSpeed's rounds)
-ThroughHooks      stages 2 and 3: DeepSpeed's forward and backward, whose hooks reduce and cut each gradient as soon
-                  as it is there, in every micro-batch; sums within the model happen before, in autograd
+LocalGradients       stage 1: gradients add up on each rank; then the sums within the model and one reduction over the
+                     data-parallel ranks (`reduction`: our own where DeepSpeed's rounds)
+PipelinedGradients   the same over pipeline stages, which Megatron's schedule runs (1F1B)
+CutGradients         stages 2 and 3: DeepSpeed's hooks reduce and cut each gradient as soon as it is there, in every
+                     micro-batch; sums within the model happen before, in autograd
+
+`micro_batch` is forward, backward and accumulation of one micro-batch: tensors on the device in, a tensor there out. It
+never waits for the device, so that a CUDA graph can capture it; what is keyed on the host is set before, by `begin`.
 """
 
+import abc
 import functools
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from slope_megatron.training.zero import gradients, partitions
+from slope_megatron.training.forward import Forward
+from slope_megatron.training.objectives import Batch
+from slope_megatron.training.zero import gradients
 from slope_megatron.training.zero.reduction import Bf16Gradients
 
 
-class ThroughSchedule:
-    """ZeRO-1."""
+class Accumulation(abc.ABC):
+    """Of one engine.
 
-    def __init__(self, engine):
-        self.engine = engine
-        # Only DeepSpeed's bf16 optimizer keeps fp32 sums of its own.
-        own_sums = hasattr(engine.optimizer, "fp32_groups_gradients_flat")
-        sent = partitions.grad_reduce_dtype(engine.config, engine.dtype)
-        self.bf16 = Bf16Gradients(engine.optimizer, engine.members, sent) if own_sums else None
-        if engine.dtype == torch.float16:
-            # The schedule scales the loss where it is born: on the last stage.
-            engine.model.config.grad_scale_func = lambda loss: loss * engine.optimizer.loss_scale
+    Args:
+        zero: DeepSpeed's engine.
+    """
 
-    def run(self, batches: list[dict], count: torch.Tensor) -> torch.Tensor:
-        """Reduced gradients of all micro-batches; this rank's mean loss (zero but on the last stage).
+    def __init__(self, forward: Forward, zero):
+        self.forward, self.zero = forward, zero
+
+    def run(self, batches: list[Batch], count: torch.Tensor) -> torch.Tensor:
+        """Gradients of all micro-batches on this rank; its mean loss (zero but on the last stage).
 
         Args:
+            batches: on the CPU.
             count: what each one's loss is divided by, see `objectives`.
         """
-        engine = self.engine
-        results = engine.schedule(batches, functools.partial(engine.training_loss, count), forward_only=False)
-        engine.on_part("gradients")
-        gradients.sum_sequence_parallel(engine.model)
-        gradients.sum_tied_copies(engine.model)
-        engine.note_gradients(gradients.held(engine.model, engine.optimizer))
+        losses = []
+        for index, batch in enumerate(batches):
+            self.begin(index, last=index == len(batches) - 1)
+            losses.append(self.micro_batch(self.forward.to_device(batch), count, len(batches)))
+        return torch.stack(losses).mean()
+
+    def begin(self, index: int, *, last: bool) -> None:
+        """What a micro-batch needs on the host; `index` counts from 0."""
+        self.forward.begin(index)
+
+    @abc.abstractmethod
+    def micro_batch(self, batch: Batch, count: torch.Tensor, of: int) -> torch.Tensor:
+        """One micro-batch of so many; its loss."""
+
+    @abc.abstractmethod
+    def held(self) -> list[torch.Tensor]:
+        """The tensors that hold this rank's gradients between `run` and `reduce`."""
+
+    @abc.abstractmethod
+    def reduce(self) -> None:
+        """Sums within the model, then the mean over the replicas."""
+
+
+class LocalGradients(Accumulation):
+    """ZeRO-1 without pipeline stages.
+
+    Args:
+        members: the parameters of each group by its name, as they were before `deepspeed.initialize`.
+        sent: the type in which bf16 training's fp32 sums travel.
+    """
+
+    def __init__(self, forward: Forward, zero, members: dict[str, list[torch.nn.Parameter]], sent: torch.dtype):
+        super().__init__(forward, zero)
+        # Only DeepSpeed's bf16 optimizer keeps fp32 sums of its own.
+        own_sums = hasattr(zero.optimizer, "fp32_groups_gradients_flat")
+        self.bf16 = Bf16Gradients(zero.optimizer, members, sent) if own_sums else None
+
+    def micro_batch(self, batch: Batch, count: torch.Tensor, of: int) -> torch.Tensor:
+        loss = self.forward.loss(self.forward.model, batch, count)
+        self.scaled(loss / of).backward()
+        return loss.detach()
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """fp16's loss, so that small gradients do not vanish."""
+        return loss * self.zero.optimizer.loss_scale if self.zero.fp16_enabled() else loss
+
+    def held(self) -> list[torch.Tensor]:
+        return gradients.held(self.forward.model, self.zero.optimizer)
+
+    def reduce(self) -> None:
+        gradients.sum_sequence_parallel(self.forward.model)
+        gradients.sum_tied_copies(self.forward.model)
         if self.bf16:
             self.bf16.reduce()
         else:
-            engine.deepspeed.allreduce_gradients()
-        # Only the last pipeline stage has losses.
+            self.zero.allreduce_gradients()
+
+
+class PipelinedGradients(LocalGradients):
+    """ZeRO-1 over pipeline stages."""
+
+    def __init__(self, forward: Forward, zero, members: dict[str, list[torch.nn.Parameter]], sent: torch.dtype):
+        super().__init__(forward, zero, members, sent)
+        # The schedule scales the loss where it is born: on the last stage.
+        forward.model.config.grad_scale_func = self.scaled
+
+    def run(self, batches: list[Batch], count: torch.Tensor) -> torch.Tensor:
+        results = self.forward.schedule(batches, functools.partial(self.report, count), forward_only=False)
         return torch.stack([result["loss"] for result in results]).mean() if results else torch.zeros(())
 
+    def report(self, count: torch.Tensor, batch: Batch, output):
+        """A micro-batch's loss for the schedule, and a copy for the log: the schedule divides the loss in place."""
+        loss = self.forward.objective.loss(batch, output, count)
+        return loss, {"loss": loss.detach().clone()}
 
-class ThroughHooks:
+
+class CutGradients(Accumulation):
     """ZeRO-2 and ZeRO-3."""
 
-    def __init__(self, engine):
-        self.engine = engine
-        sum_in_autograd(engine.model)
+    def __init__(self, forward: Forward, zero):
+        super().__init__(forward, zero)
+        sum_in_autograd(forward.model)
 
-    def run(self, batches: list[dict], count: torch.Tensor) -> torch.Tensor:
-        """Reduced and cut gradients of all micro-batches; this rank's mean loss. `count`: as above."""
-        engine = self.engine
-        losses = []
-        for index, batch in enumerate(batches):
-            engine.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            batch = engine.to_device(batch)
-            loss = engine.objective.loss(batch, engine.forward(engine.deepspeed, index, batch), count)
-            losses.append(loss.detach().clone())
-            engine.deepspeed.backward(loss)
-        engine.note_gradients(gradients.held_cut(engine.optimizer))
-        return torch.stack(losses).mean()
+    def begin(self, index: int, *, last: bool) -> None:
+        super().begin(index, last=last)
+        self.zero.set_gradient_accumulation_boundary(last)
+
+    def micro_batch(self, batch: Batch, count: torch.Tensor, of: int) -> torch.Tensor:
+        loss = self.forward.loss(self.zero, batch, count)
+        self.zero.backward(loss)  # which divides the loss, and scales it in fp16
+        return loss.detach()
+
+    def held(self) -> list[torch.Tensor]:
+        return gradients.held_cut(self.zero.optimizer)
+
+    def reduce(self) -> None:
+        """Done in every backward."""
 
 
 def sum_in_autograd(model: torch.nn.Module) -> None:
@@ -85,8 +153,3 @@ def sum_in_autograd(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(summed)
-
-
-def build(engine) -> ThroughSchedule | ThroughHooks:
-    """The way of the engine's stage."""
-    return (ThroughSchedule if engine.config.parallel.zero_stage == 1 else ThroughHooks)(engine)

@@ -48,6 +48,8 @@ class Bf16Gradients:
         self.optimizer, self.members, self.sent = optimizer, members, sent
         self.group = parallel_state.get_data_parallel_group()
         optimizer._update_hp_grad = functools.partial(add_gradient, optimizer)
+        # Called after `step`, which has zeroed the fp32 sums: DeepSpeed's own would zero them once more.
+        optimizer.zero_grad = functools.partial(optimizer.clear_lp_grads, set_to_none=True)
         if self.group.size() > 1:
             self.measured = self.measured_here()
             optimizer.get_grads_for_norm = self.gradients_for_norm
