@@ -35,10 +35,10 @@ def add_decay(model: torch.nn.Module, optimizer, sparse_group: str) -> None:
 @torch.no_grad()
 def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
     """The decay of one weight, for the part of it that lies in this rank's flat fp32 partition."""
-    place = partitions.mapping_of(module.weight)
-    if place is None or partition.grad is None or not module.masking:
+    mapping = partitions.mapping_of(module.weight)
+    if mapping is None or partition.grad is None or not module.masking:
         return
-    part, flat = place.lp_fragment_address, place.hp_fragment_address
+    part, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
     pruned = ~module.mask().flatten().narrow(0, part.start, part.numel).to(partition.device)
     weight = partition.narrow(0, flat.start, flat.numel)
     partition.grad.narrow(0, flat.start, flat.numel).add_(weight * pruned, alpha=module.slope.decay)

@@ -129,7 +129,7 @@ class Engine:
         loss_scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
-        verdict = self.skipping.decide(loss)
+        finite = self.skipping.decide(loss)
         self.begin_part("update")
         self.deepspeed.step()
         skipped = not self.deepspeed.was_step_applied()
@@ -145,7 +145,7 @@ class Engine:
             seconds=time.perf_counter() - started,
             loss_scale=loss_scale,
             skipped=skipped,
-            bad=skipped and not (verdict.loss and self.skipping.scale_can_fall(loss_scale)),
+            bad=skipped and not (finite.loss and self.skipping.scale_can_fall(loss_scale)),
         )
 
     def enter_phase(self) -> None:

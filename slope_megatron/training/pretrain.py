@@ -27,15 +27,9 @@ from slope_megatron.training.telemetry.writers import Writer, check_installed, o
 from slope_megatron.training.together import Agreed, agreed, from_every_rank, on_first_rank
 from slope_megatron.training.watch import process
 from slope_megatron.training.watch.launcher import Launcher
-from slope_megatron.training.watch.process import Place
 from slope_megatron.training.watch.rank_watch import RankWatch
 
 logger = logging.getLogger(__name__)
-
-
-def every_place() -> list[Place]:
-    """Where each rank runs; collective."""
-    return from_every_rank(process.here(dist.get_rank()))
 
 
 def resolve_dtype(config: Config) -> str:
@@ -119,7 +113,8 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     resumed = on_first_rank(lambda: open_folder(config, origins, plan.dtype, len(datasets[0]), locks))
     resume_from = recovery.find_checkpoint(config, run) if resumed else None
     vocabulary, timeout = plan.manifest["vocab_size"], config.watch.hang_timeout
-    watch = RankWatch(run, every_place(), dist.get_rank(), lambda: what_is_safe(run), timeout, launcher)
+    processes = from_every_rank(process.own(dist.get_rank()))
+    watch = RankWatch(run, processes, dist.get_rank(), lambda: what_is_safe(run), timeout, launcher)
     watch.start()
     training = None
     try:
@@ -176,7 +171,7 @@ def train_watched(training: Run) -> dict:
         reason = memory.explain(engine.config, dist.get_rank(), f"in step {engine.steps_done + 1}", held)
         raise memory.OutOfMemory(f"{reason}. {what_is_safe(training.run)}") from None
     except RuntimeError:
-        watch.await_verdict()
+        watch.await_report()
         raise
 
 

@@ -58,7 +58,7 @@ def agreed(function: Callable[[], Any]) -> Any:
     result, met = None, None
     try:
         result = function()
-    except Agreed:  # the others raise it, too, at the same place
+    except Agreed:  # the others raise it, too, at the same line
         raise
     except ValueError as error:
         met = (type(error), str(error))

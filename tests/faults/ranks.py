@@ -103,12 +103,12 @@ def start(config, folder: Path, moment: Moment | None = None, prepare_rank=None)
         folder: for logs and the rendezvous.
         prepare_rank: a function of the rank, importable by name, called in each rank before the run.
     """
-    place = folder / f"attempt_{next(NUMBERS)}"
-    place.mkdir(parents=True)
+    logs = folder / f"attempt_{next(NUMBERS)}"
+    logs.mkdir(parents=True)
     context = fork_server()
     begun = time.monotonic()
     ranks = [
-        context.Process(target=play, args=(rank, config, place, moment, prepare_rank), daemon=True)
+        context.Process(target=play, args=(rank, config, logs, moment, prepare_rank), daemon=True)
         for rank in range(WORLD)
     ]
     for process in ranks:
@@ -119,7 +119,7 @@ def start(config, folder: Path, moment: Moment | None = None, prepare_rank=None)
     for process in late:
         process.kill()
         process.join()
-    said = "".join((place / f"rank_{rank}.log").read_text(errors="replace") for rank in range(WORLD))
+    said = "".join((logs / f"rank_{rank}.log").read_text(errors="replace") for rank in range(WORLD))
     assert not late, f"the ranks had not ended after {PATIENCE} s:\n{said}"
     assert not [process.pid for process in ranks if group_is_alive(process.pid)], "a rank left a process behind"
     return Ended([process.exitcode for process in ranks], said, time.monotonic() - begun)
@@ -150,11 +150,11 @@ def damage(folder: Path, kind: str, seed: str) -> str:
     """Cut the largest file of a checkpoint short, or turn one bit of it over; returns the file's name."""
     victim = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
-    place = random.Random(seed).randrange(len(content))
+    offset = random.Random(seed).randrange(len(content))
     if kind == "truncated":
-        victim.write_bytes(content[:place])
+        victim.write_bytes(content[:offset])
     else:
-        content[place] ^= 1 << place % 8
+        content[offset] ^= 1 << offset % 8
         victim.write_bytes(content)
     return victim.name
 

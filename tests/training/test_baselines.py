@@ -157,9 +157,9 @@ def decays(config, dtype):
     def watched(module, partition):
         before, weight, mask = partition.grad.clone(), partition.detach().clone(), module.mask().flatten()
         decay(module, partition)
-        place = module.weight._hp_mapping
-        if place is not None:
-            flat, part = place.hp_fragment_address, place.lp_fragment_address
+        mapping = module.weight._hp_mapping
+        if mapping is not None:
+            flat, part = mapping.hp_fragment_address, mapping.lp_fragment_address
             own = slice(flat.start, flat.start + flat.numel)
             change = (partition.grad - before)[own]
             expected = config.slope.decay * weight[own] * ~mask[part.start : part.start + part.numel]

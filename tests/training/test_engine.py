@@ -57,11 +57,11 @@ def assemble(results) -> dict[str, torch.Tensor]:
     for _, _, parts in results:
         for name, offset, shape, data in parts:
             target = whole.setdefault(name, torch.zeros(shape, dtype=data.dtype))
-            place = tuple(slice(start, start + size) for start, size in zip(offset, data.shape, strict=True))
+            region = tuple(slice(start, start + size) for start, size in zip(offset, data.shape, strict=True))
             if (name, offset) in seen:
-                assert torch.equal(target[place], data), f"replicas of {name} differ"
+                assert torch.equal(target[region], data), f"replicas of {name} differ"
             seen[name, offset] = True
-            target[place] = data
+            target[region] = data
     return whole
 
 

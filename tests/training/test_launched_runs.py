@@ -48,13 +48,13 @@ class Machine:
         program = ["slope_megatron", "pretrain", "--brief", *map(str, arguments)]
         port = str(free_port())
         if launcher == "torchrun":
-            place = ["--nproc-per-node", str(ranks), "--master-port", port]
-            return [sys.executable, "-m", "torch.distributed.run", *place, "-m", *program]
+            where = ["--nproc-per-node", str(ranks), "--master-port", port]
+            return [sys.executable, "-m", "torch.distributed.run", *where, "-m", *program]
         if launcher == "deepspeed":
-            place = ["--num_gpus", str(ranks), "--no_local_rank", "--master_addr", "127.0.0.1", "--master_port", port]
-            return [sys.executable, "-m", "deepspeed.launcher.runner", *place, "--module", *program]
-        place = ["-np", str(ranks), "--oversubscribe", "--bind-to", "none", "-x", "MASTER_ADDR", "-x", "MASTER_PORT"]
-        return ["mpirun", *place, "-x", "PATH", "-x", "PYTHONPATH", sys.executable, "-m", *program]
+            where = ["--num_gpus", str(ranks), "--no_local_rank", "--master_addr", "127.0.0.1", "--master_port", port]
+            return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--module", *program]
+        where = ["-np", str(ranks), "--oversubscribe", "--bind-to", "none", "-x", "MASTER_ADDR", "-x", "MASTER_PORT"]
+        return ["mpirun", *where, "-x", "PATH", "-x", "PYTHONPATH", sys.executable, "-m", *program]
 
     def start(self, launcher: str, ranks: int, log: Path, *arguments) -> subprocess.Popen:
         with open(log, "w") as stream:

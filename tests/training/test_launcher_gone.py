@@ -143,10 +143,10 @@ def test_ranks_save_and_end_when_their_launcher_goes(name, number, corpus, tmp_p
 def test_a_launcher_that_goes_before_training_leaves_nothing_waiting(corpus, tmp_path):
     """A rank whose peers never come, killed launcher: it would wait for half an hour."""
     code = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); input()"
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     script = tmp_path / "launch.py"
-    script.write_text(code.replace("sys.argv[1:]", f"sys.argv[1:], env={environment(**place)!r}"))
+    script.write_text(code.replace("sys.argv[1:]", f"sys.argv[1:], env={environment(**ranks)!r}"))
     rank = [sys.executable, "-m", "slope_megatron", "pretrain", "--data", str(corpus), "--out", str(tmp_path / "run")]
     with open(tmp_path / "log", "w") as stream:
         command = [sys.executable, str(script), *rank, *MODEL, *STEPS]

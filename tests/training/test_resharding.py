@@ -68,17 +68,17 @@ def check_resharding(ranks, run, family, dtype, saved_at, loaded_at):
     fc2 = f"{'encoder' if family == 'bert' else 'decoder'}.layers.3.mlp.linear_fc2"
     kinds = ("optimizer.fp32.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")
     assert {f"{fc2}.{name}" for name in names} | {f"{kind}{fc2}.adapter_r" for kind in kinds} <= expected.keys()
-    for place in loaded_at:
-        config, sizes = layout(*place)
+    for sizes_then in loaded_at:
+        config, sizes = layout(*sizes_then)
         results = ranks.run(load_and_go_on, config, dtype, run, **sizes)
         found = assemble(results)
         assert found.keys() == expected.keys()
         different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
-        assert not different, f"{place}: {different}"
+        assert not different, f"{sizes_then}: {different}"
         assert results[0][0][1] == steps
         # Only the order of sums differs from here on; bf16 rounds each product to 3 digits.
         bound = 1e-5 if dtype == torch.float32 else 5e-3
-        assert results[0][1] == pytest.approx(losses, rel=bound), place
+        assert results[0][1] == pytest.approx(losses, rel=bound), sizes_then
 
 
 # The fast tier has the family whose weights are cut in the most ways: grouped queries, gate and up.

@@ -153,7 +153,7 @@ def beat(rank, **values):
         ({"silent": 6.0}, "stopped: no heartbeat"),
         ({"part": "batch", "waits": False}, "behind in the step"),
         ({"step": 6, "part": "update"}, "a step behind"),
-        ({"waits": False}, "at the same place, and not waiting"),
+        ({"waits": False}, "at the same line, and not waiting"),
     ],
 )
 def test_the_rank_that_the_others_wait_for_is_named(odd, why):
@@ -177,18 +177,17 @@ def test_where_no_rank_stands_out_all_are_shown():
 
 def test_a_heartbeat_is_rewritten_in_place_and_survives_what_cannot_be_read(tmp_path):
     from slope_megatron.training.watch import heartbeat, process
-    from slope_megatron.training.watch.own_time import OwnTime
 
-    pulse = heartbeat.Pulse(tmp_path, process.here(3), OwnTime())
+    pulse = heartbeat.Pulse(tmp_path, process.own(3), heartbeat.OwnTime())
     pulse.announce()
     path = heartbeat.file_of(tmp_path, 3)
-    place, size = path.stat().st_ino, path.stat().st_size
+    node, size = path.stat().st_ino, path.stat().st_size
     pulse.reach(41, "update")
     pulse.beat()
     found = heartbeat.read(tmp_path, 3)
     assert (found.step, found.part, found.reached) == (41, "update", (41, 4))
-    assert (path.stat().st_ino, path.stat().st_size) == (place, size)
-    assert not process.here(3).is_gone and dataclasses.replace(process.here(3), born=1).is_gone
+    assert (path.stat().st_ino, path.stat().st_size) == (node, size)
+    assert not process.own(3).is_gone and dataclasses.replace(process.own(3), born=1).is_gone
     path.write_text('{"rank": 3, "pi')
     assert heartbeat.read(tmp_path, 3) is None
     assert heartbeat.read(tmp_path, 4) is None

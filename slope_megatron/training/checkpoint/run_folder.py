@@ -52,7 +52,7 @@ def is_resumed(config: Config) -> bool:
 
 
 def check_free(config: Config) -> None:
-    """Refuse a place where this run cannot be written, before anything is loaded; rank 0 calls it.
+    """Refuse a folder that this run cannot be written to, before anything is loaded; rank 0 calls it.
 
     Raises:
         ValueError: a file or a link to nowhere is there, something that is no run, a run that is not to be continued

@@ -68,7 +68,7 @@ class Snapshot:
         folder.mkdir(parents=True, exist_ok=True)
         if not self.plan.items:
             return Written([], {})
-        # The number of the rank in the file's name comes from its place among the plans.
+        # The number of the rank in the file's name is its index among the plans.
         before = [SavePlan([])] * self.rank
         plan = SummingWriter(folder).prepare_global_plan([*before, self.plan])[self.rank]
         writer = SummingWriter(folder)

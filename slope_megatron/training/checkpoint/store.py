@@ -96,15 +96,14 @@ class Saving:
         first = dist.get_rank() == 0
         parts: list = [None] * dist.get_world_size()
         dist.gather_object((self.written, self.problem), parts if first else None, dst=0)
-        verdict: list[str | None] = [None]
+        problem: list[str | None] = [None]
         if first:
-            verdict[0] = next((problem for _, problem in parts if problem), None)
-            if verdict[0] is None:
-                verdict[0] = self.complete([written for written, _ in parts])
-            if verdict[0]:
+            problem[0] = next((met for _, met in parts if met), None)
+            problem[0] = problem[0] or self.complete([written for written, _ in parts])
+            if problem[0]:
                 shutil.rmtree(self.partial, ignore_errors=True)
-        dist.broadcast_object_list(verdict, src=0)
-        return verdict[0]
+        dist.broadcast_object_list(problem, src=0)
+        return problem[0]
 
     def complete(self, parts: list[Written]) -> str | None:
         """Rank 0's share; returns why it failed."""

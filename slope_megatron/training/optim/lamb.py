@@ -69,8 +69,8 @@ class Lamb(torch.optim.Optimizer):
         ]
         ratios = iter(self.trust_ratios(trusted))
         for _, update, pieces in trusted:
-            for place, _ in pieces:
-                update[place].mul_(next(ratios))
+            for where, _ in pieces:
+                update[where].mul_(next(ratios))
         for group, weights, update in updates:
             weights.add_(update, alpha=-group["lr"])
         return loss
@@ -95,9 +95,9 @@ class Lamb(torch.optim.Optimizer):
     def trust_ratios(self, trusted: list[tuple]) -> torch.Tensor:
         """|w| / |u| of all parameters in turn, in one vector; one sum over ranks for all."""
         squares = [
-            torch.stack([tensor[place].norm().square() * counted for tensor in (weights, update)])
+            torch.stack([tensor[where].norm().square() * counted for tensor in (weights, update)])
             for weights, update, pieces in trusted
-            for place, counted in pieces
+            for where, counted in pieces
         ]
         if not squares:
             return torch.ones(0)

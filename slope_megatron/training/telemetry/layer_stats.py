@@ -39,8 +39,8 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
     """Elements spread evenly over a matrix, in float32, on the CPU."""
     flat = weight.detach().flatten()
     count = min(SAMPLES, flat.numel())
-    places = torch.arange(count, device=flat.device) * flat.numel() // count
-    return flat[places].float().cpu()
+    indices = torch.arange(count, device=flat.device) * flat.numel() // count
+    return flat[indices].float().cpu()
 
 
 def sample_all(model: torch.nn.Module) -> dict[str, torch.Tensor]:

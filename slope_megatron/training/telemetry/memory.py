@@ -76,8 +76,8 @@ def adapters_report(need: dict[str, int], memory: Memory | None) -> tuple[str, b
         return f"adapters join: {added}", True
     taken = f"{gib(memory.allocated)} taken now, {gib(memory.peak)} at the highest so far, of {gib(memory.total)}"
     fits = sum(need.values()) <= memory.room
-    verdict = f"{gib(memory.room)} are left for them" + ("" if fits else ", which is not enough")
-    return f"adapters join: {taken}; {added}; {verdict}", fits
+    left = f"{gib(memory.room)} are left for them" + ("" if fits else ", which is not enough")
+    return f"adapters join: {taken}; {added}; {left}", fits
 
 
 def gib(count: int) -> str:

@@ -38,7 +38,7 @@ class StepWatch:
         self.losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
     def look(self, result: StepResult, step: int) -> dict:
-        """Judge the step that ended, counted from 1; what there is to say of it, for the metrics.
+        """Check the step that ended, counted from 1; returns what there is to say of it, for the metrics.
 
         Raises:
             Diverged: it was the last bad step in a row that is allowed.

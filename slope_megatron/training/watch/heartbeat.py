@@ -1,9 +1,11 @@
 """What ranks tell each other through RUN/ranks.
 
-rank_N.json    each rank: that it lives, and how far its main thread has come
-verdict.json   whoever finds that the run cannot go on: why; blank until then
+rank_N.json    each rank's heartbeat: that it lives, and how far its main thread has come
+failure.json   a report by the rank that finds that the run cannot go on; blank until then
 
-A rank lives as long as what it writes changes. When it was written is of no interest: that is another machine's clock.
+A rank lives as long as what it writes changes. No two clocks are ever compared: those of hosts and file servers differ,
+by hours where nobody set them, and jump when somebody does. So it is the reader who measures for how long a heartbeat
+has not changed.
 """
 
 import contextlib
@@ -12,29 +14,44 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 from slope_megatron.training import files
-from slope_megatron.training.watch.own_time import OwnTime
-from slope_megatron.training.watch.process import Place
+from slope_megatron.training.watch.process import RankProcess
 
 # Parts of a step in the order in which the main thread reaches them.
 PARTS = ("start", "batch", "forward and backward", "gradients", "update", "validation", "checkpoint")
 # Written in place in one piece of always the same size: no new space is needed, even on a full disk.
 RECORD_BYTES = 512
-VERDICT_BYTES = 4096
+REPORT_BYTES = 4096
 PACKAGE = f"{os.sep}slope_megatron{os.sep}"
 COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}")
+# In more than this nobody could be heard: the job was suspended, or the disk stood still.
+MAX_TICK_SECONDS = 2.0
+
+
+class OwnTime:
+    """Seconds during which this process could watch others; they pass from one `tick` of its thread to the next."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.last = time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.seconds += min(now - self.last, MAX_TICK_SECONDS)
+        self.last = now
 
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-    """One rank's last word.
+    """What one rank has written last.
 
     Args:
         step: steps done; `part`: what it was doing then.
         still: seconds for which its main thread had not come further; negative: not watched yet.
-        where: the place in the code, and `waits`: whether that is a wait for other ranks.
+        where: the line of code, and `waits`: whether that is a wait for other ranks.
         beats: its number, by which one differs from the last.
         silent: seconds for which the reader has found it unchanged.
     """
@@ -62,7 +79,7 @@ def file_of(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.json"
 
 
-def mark(folder: Path, rank: int) -> tuple[str, int] | None:
+def read_raw(folder: Path, rank: int) -> tuple[str, int] | None:
     """What a rank has written, and the time that its disk gave it: any change of either is a sign of life.
 
     Returns:
@@ -76,8 +93,8 @@ def mark(folder: Path, rank: int) -> tuple[str, int] | None:
 
 
 def read(folder: Path, rank: int) -> Heartbeat | None:
-    """A rank's last word; None: not announced yet, done, or being written."""
-    written = mark(folder, rank)
+    """A rank's last heartbeat; None: not announced yet, done, or being written."""
+    written = read_raw(folder, rank)
     try:
         return Heartbeat(**json.loads(written[0])) if written else None
     except (ValueError, TypeError):
@@ -90,15 +107,15 @@ def is_announced(folder: Path, rank: int) -> bool:
 
 
 class Listener:
-    """How long this rank has heard nothing new of others; they are heard when they are asked for."""
+    """How long others have written nothing new; their files are read when they are asked for."""
 
     def __init__(self, folder: Path, clock: OwnTime):
         self.folder, self.clock = folder, clock
         self.heard: dict[int, tuple[tuple[str, int], float]] = {}
 
     def silence(self, rank: int) -> float | None:
-        """Seconds of our own since a rank's last word was new to us; None: not announced yet, done, or unreadable."""
-        written = mark(self.folder, rank)
+        """Seconds since a rank's last heartbeat was new to this one; None: not announced yet, done, or unreadable."""
+        written = read_raw(self.folder, rank)
         if written is None:
             self.heard.pop(rank, None)
             return None
@@ -106,16 +123,16 @@ class Listener:
             self.heard[rank] = written, self.clock.seconds
         return self.clock.seconds - self.heard[rank][1]
 
-    def last_word(self, rank: int) -> Heartbeat | None:
-        """A rank's last word, with its silence; None: not announced yet, done, or being written."""
+    def heartbeat(self, rank: int) -> Heartbeat | None:
+        """A rank's last one, with its silence; None: not announced yet, done, or being written."""
         silent = self.silence(rank)
         found = read(self.folder, rank)
         return dataclasses.replace(found, silent=silent) if found and silent is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Why the run ends, for those who did not find out themselves.
+class FailureReport:
+    """That the run ends, for ranks that did not find out themselves.
 
     Args:
         hung: ranks that do not end by themselves.
@@ -124,20 +141,20 @@ class Verdict:
     hung: list[int]
 
 
-def make_room_for_verdict(folder: Path) -> None:
-    """Take the space that one will need, where there is none yet."""
-    with contextlib.suppress(FileExistsError), open(folder / "verdict.json", "x") as stream:
-        stream.write(" " * VERDICT_BYTES)
+def reserve_report(folder: Path) -> None:
+    """Take the space that a report needs, before the disk may be full."""
+    with contextlib.suppress(FileExistsError), open(folder / "failure.json", "x") as stream:
+        stream.write(" " * REPORT_BYTES)
 
 
-def write_verdict(folder: Path, verdict: Verdict) -> None:
+def write_report(folder: Path, report: FailureReport) -> None:
     """In place, in one piece.
 
     Raises:
         OSError: it cannot be written.
     """
-    content = json.dumps(dataclasses.asdict(verdict)).ljust(VERDICT_BYTES)
-    descriptor = os.open(folder / "verdict.json", os.O_WRONLY | os.O_CREAT, 0o666)
+    content = json.dumps(dataclasses.asdict(report)).ljust(REPORT_BYTES)
+    descriptor = os.open(folder / "failure.json", os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, content.encode())
         os.ftruncate(descriptor, len(content))
@@ -145,24 +162,24 @@ def write_verdict(folder: Path, verdict: Verdict) -> None:
         os.close(descriptor)
 
 
-def read_verdict(folder: Path) -> Verdict | None:
+def read_report(folder: Path) -> FailureReport | None:
     """None: there is none, or it is being written."""
     try:
-        return Verdict(**json.loads((folder / "verdict.json").read_text()))
+        return FailureReport(**json.loads((folder / "failure.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def remove_verdict(folder: Path) -> None:
+def remove_report(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        (folder / "verdict.json").unlink(missing_ok=True)
+        (folder / "failure.json").unlink(missing_ok=True)
 
 
 class Pulse:
     """Writes this rank's heartbeat, and remembers how far the main thread has come."""
 
-    def __init__(self, folder: Path, place: Place, clock: OwnTime):
-        self.folder, self.own, self.rank, self.clock = folder, place, place.rank, clock
+    def __init__(self, folder: Path, own: RankProcess, clock: OwnTime):
+        self.folder, self.own, self.rank, self.clock = folder, own, own.rank, clock
         self.main = threading.main_thread().ident or 0
         self.progress = (0, "start", clock.seconds)
         self.watched = False
@@ -173,12 +190,12 @@ class Pulse:
         self.progress = (step, part, self.clock.seconds)
 
     def announce(self) -> None:
-        """The first word: this creates the file."""
+        """Write the first heartbeat, which creates the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_text(file_of(self.folder, self.rank), self.record())
 
     def beat(self) -> None:
-        """The next one. A disk that cannot be written now is no reason to die: the time of the file changes then."""
+        """Write the next one; on a disk that cannot be written now, change the file's time."""
         self.beats += 1
         path = file_of(self.folder, self.rank)
         try:
@@ -197,17 +214,17 @@ class Pulse:
 
     def record(self) -> str:
         step, part, _ = self.progress
-        where, waits = self.place()
+        where, waits = self.location()
         content = {"rank": self.rank, "pid": self.own.pid, "host": self.own.host, "step": step}
         content |= {"part": part, "still": round(self.still(), 1), "where": where[-120:], "waits": waits}
         content["beats"] = self.beats
         return json.dumps(content).ljust(RECORD_BYTES - 1) + "\n"
 
-    def word(self) -> Heartbeat:
-        """What the others read of this rank, for itself."""
+    def heartbeat(self) -> Heartbeat:
+        """What the others read of this rank."""
         return Heartbeat(**json.loads(self.record()))
 
-    def place(self) -> tuple[str, bool]:
+    def location(self) -> tuple[str, bool]:
         """The innermost line of this program that the main thread is in, and whether it waits in a collective."""
         frame = sys._current_frames().get(self.main)
         waits = False

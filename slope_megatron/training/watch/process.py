@@ -1,11 +1,12 @@
-"""Where each rank runs, known to all from the start, and which ranks each of them looks after.
+"""The process of each rank, known to all ranks from the start, and the peers that each rank watches.
 
-Whoever looks on a shared disk costs it: with everybody looking after everybody, N ranks read N^2 files each time. So
+Were every rank to read the heartbeat of every other, N ranks would read N^2 files of a shared disk each time. So
 
-    ranks of one host    look after each other through /proc, which is nobody else's
-    hosts in a ring      a host's ranks share out those of the next host, whose files they look at: about N in all
+    local peers     ranks of one host watch each other through /proc, which costs the shared disk nothing
+    remote peers    the hosts form a ring, and a host's ranks divide the heartbeats of the next host among them: about
+                    N files in all
 
-Whatever dies, one rank or whole hosts at once, a host that is left follows or precedes it in the ring or is its own.
+Whatever dies, one rank or several hosts at once, a surviving rank watches it, or watches a host whose ranks died too.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RankProcess:
     """One rank's process.
 
     Args:
@@ -43,9 +44,9 @@ class Place:
         return born(self.pid) != self.born
 
 
-def here(rank: int) -> Place:
-    """This process's."""
-    return Place(rank, socket.gethostname(), os.getpid(), born(os.getpid()) or 0, kernel())
+def own(rank: int) -> RankProcess:
+    """This process, which is rank `rank`."""
+    return RankProcess(rank, socket.gethostname(), os.getpid(), born(os.getpid()) or 0, kernel())
 
 
 def kernel() -> str:
@@ -71,19 +72,19 @@ def born(pid: int) -> int | None:
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
-def beside(places: list[Place], rank: int) -> list[Place]:
+def local_peers(processes: list[RankProcess], rank: int) -> list[RankProcess]:
     """The other ranks of its host."""
-    return [place for place in places if place.machine == places[rank].machine and place.rank != rank]
+    return [other for other in processes if other.machine == processes[rank].machine and other.rank != rank]
 
 
-def afar(places: list[Place], rank: int) -> list[Place]:
+def remote_peers(processes: list[RankProcess], rank: int) -> list[RankProcess]:
     """Its share of the next host's ranks; together a host's ranks have all of them. None where there is one host."""
-    hosts = list(dict.fromkeys(place.machine for place in places))
+    hosts = list(dict.fromkeys(other.machine for other in processes))
     if len(hosts) == 1:
         return []
-    own = places[rank].machine
-    following = hosts[(hosts.index(own) + 1) % len(hosts)]
-    ours = [place.rank for place in places if place.machine == own]
-    theirs = [place for place in places if place.machine == following]
-    turn = ours.index(rank)
-    return theirs[turn :: len(ours)] or [theirs[turn % len(theirs)]]
+    here = processes[rank].machine
+    following = hosts[(hosts.index(here) + 1) % len(hosts)]
+    ours = [other.rank for other in processes if other.machine == here]
+    theirs = [other for other in processes if other.machine == following]
+    index = ours.index(rank)
+    return theirs[index :: len(ours)] or [theirs[index % len(theirs)]]

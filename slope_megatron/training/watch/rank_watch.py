@@ -1,11 +1,12 @@
 """A rank that dies or hangs stops the run, by name.
 
-Each rank writes a heartbeat into RUN/ranks from a thread, which also looks after some others (`places`); whoever finds
-one gone tells all. The thread works while the main one waits in a collective for a peer that is gone.
+A thread of each rank writes a heartbeat into RUN/ranks and watches some other ranks, its peers (`process`). The rank
+that finds one gone writes a failure report, and all ranks end. The thread works while the main one waits in a
+collective for a rank that is gone.
 
-N ranks touch 3 N files of RUN/ranks every half second: each writes its own, reads the verdict, and reads one of the
-next host's. All are read when the run may end alone: of ranks that hang by one rank, of dead ones by those that find
-them. A heartbeat is a change of what was read, timed by the reader (`own_time`): no other clock is looked at.
+N ranks touch 3 N files of RUN/ranks every half second: each writes its own heartbeat, reads the failure report, and
+reads one heartbeat of the next host. All heartbeats are read only before the run ends: by the leader when ranks hang
+(`hangs`), and by the ranks that find a dead one.
 """
 
 import contextlib
@@ -19,11 +20,10 @@ import traceback
 from pathlib import Path
 
 from slope_megatron.training.watch import heartbeat
-from slope_megatron.training.watch.hangs import Judge, describe_hang
-from slope_megatron.training.watch.heartbeat import Listener, Pulse, Verdict
+from slope_megatron.training.watch.hangs import HangDetector, describe_hang
+from slope_megatron.training.watch.heartbeat import FailureReport, Listener, OwnTime, Pulse
 from slope_megatron.training.watch.launcher import Launcher, unblock_output
-from slope_megatron.training.watch.own_time import OwnTime
-from slope_megatron.training.watch.process import Place, afar, beside
+from slope_megatron.training.watch.process import RankProcess, local_peers, remote_peers
 
 POLL_SECONDS = 0.5
 # A rank on another host is taken for dead after this long without a heartbeat that is new to this one.
@@ -33,11 +33,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class RankWatch:
-    """Looks after this run's ranks from `start` to `stop`.
+    """Watches this rank's peers from `start` to `stop`.
 
     Args:
         run: the run folder, shared by all ranks.
-        places: of all ranks, in order.
+        processes: of all ranks, in order.
         rank: this one.
         describe: says in words what is lost and how to go on, for the message.
         hang_timeout: seconds without progress, from the first `reach` on, after which the run ends; 0: never.
@@ -47,23 +47,23 @@ class RankWatch:
     def __init__(
         self,
         run: Path,
-        places: list[Place],
+        processes: list[RankProcess],
         rank: int,
         describe,
         hang_timeout: float = 0.0,
         launcher: Launcher | None = None,
     ):
         self.folder = run / "ranks"
-        self.places, self.rank = places, rank
-        self.beside, self.afar = beside(places, rank), afar(places, rank)
-        self.elsewhere = [place for place in places if place.machine != places[rank].machine]
+        self.processes, self.rank = processes, rank
+        self.local_peers, self.remote_peers = local_peers(processes, rank), remote_peers(processes, rank)
+        self.other_hosts = [other for other in processes if other.machine != processes[rank].machine]
         self.describe = describe
         self.launcher = launcher or Launcher("")
         self.hang_timeout = hang_timeout
         self.clock = OwnTime()
-        self.pulse = Pulse(self.folder, places[rank], self.clock)
+        self.pulse = Pulse(self.folder, processes[rank], self.clock)
         self.listener = Listener(self.folder, self.clock)
-        self.judge = Judge(places, self.pulse, self.listener, self.clock, hang_timeout)
+        self.hangs = HangDetector(processes, self.pulse, self.listener, self.clock, hang_timeout)
         self.alarmed = False
         self.stopped = threading.Event()
         self.stop_requested = threading.Event()
@@ -77,7 +77,7 @@ class RankWatch:
         """Announce this rank. Call after a barrier that follows the removal of an older run's announcements."""
         self.pulse.announce()
         if self.rank == 0:
-            heartbeat.make_room_for_verdict(self.folder)
+            heartbeat.reserve_report(self.folder)
         # USR1 and TERM ask for a checkpoint and a clean end, as a job scheduler does before its time limit, and HUP
         # when a terminal closes (under nohup it is ignored, and stays so). A launcher that sees a dead rank ends the
         # others with TERM, too: they say first whom they have lost. The wake-up descriptor reaches the thread although
@@ -95,9 +95,9 @@ class RankWatch:
         self.pulse.reach(step, part)
         self.pulse.watched = self.hang_timeout > 0
 
-    def await_verdict(self) -> None:
-        """A collective failed in the main thread: perhaps its peer is gone, which the thread says in a moment."""
-        time.sleep(4 * POLL_SECONDS + (SILENCE_SECONDS if self.afar else 0.0))
+    def await_report(self) -> None:
+        """A collective failed in the main thread: perhaps a rank is gone, which the thread reports in a moment."""
+        time.sleep(4 * POLL_SECONDS + (SILENCE_SECONDS if self.remote_peers else 0.0))
 
     def stop(self) -> None:
         """This rank is done: its absence is no fault."""
@@ -108,7 +108,7 @@ class RankWatch:
             signal.signal(number, signal.SIG_DFL)
         self.pulse.remove()
         if self.rank == 0:
-            heartbeat.remove_verdict(self.folder)
+            heartbeat.remove_report(self.folder)
 
     def _watch(self) -> None:
         while not self.stopped.is_set():
@@ -119,10 +119,10 @@ class RankWatch:
                 self.go_on_after(error)
 
     def go_on_after(self, error: Exception) -> None:
-        """A turn that failed is said, once for each place, and the next one comes: without this thread nobody would
-        miss a rank, and TERM, USR1 and HUP would ask in vain."""
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        if (fault := f"{place.filename}:{place.lineno}") not in self.faults:
+        """Log a `look` that failed, once for each line of code, and go on: without this thread nobody would miss a
+        rank, and TERM, USR1 and HUP would ask in vain."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if (fault := f"{frame.filename}:{frame.lineno}") not in self.faults:
             self.faults.add(fault)
             what = "".join(traceback.format_exception(error)).rstrip()
             say(f"slope: error: rank {self.rank}: looking after the ranks failed, and is tried again\n{what}")
@@ -130,33 +130,33 @@ class RankWatch:
         self.stopped.wait(POLL_SECONDS)
 
     def look(self, signals: list[int]) -> None:
-        """One turn of the thread; ends the process where the run cannot go on.
+        """What the thread does every half second; ends the process where the run cannot go on.
 
         Args:
-            signals: those of STOP_SIGNALS that came since the last turn.
+            signals: those of STOP_SIGNALS that came since the last call.
         """
         self.signals += signals
         self.clock.tick()
         self.pulse.beat()
         dead = self.dead()
-        # In this order: a rank that is gone because of a verdict has left it behind, and whoever is told to end says
-        # first whom it has lost.
-        verdict = heartbeat.read_verdict(self.folder)
-        if verdict:
-            self._leave(verdict)
+        # Read after the search: a rank that ended because of a report wrote that first. And before signals are heeded:
+        # a launcher that misses a rank sends TERM, and the lost rank is to be named first.
+        report = heartbeat.read_report(self.folder)
+        if report:
+            self._leave(report)
         if dead:
-            self._end(f"{names(dead)} died; the run stops.", Verdict([]))
+            self._end(f"{names(dead)} died; the run stops.", FailureReport([]))
         self.heed()
         gone = self.launcher.gone()
         if gone and not self.stop_requested.is_set():
             unblock_output()
             self.request_stop(f"has lost its launcher ({gone})")
-        found = self.judge.rule()
+        found = self.hangs.find()
         if found:
             hung, beats = found
-            alone = " (no other rank can be heard)" if len(self.places) > len(beats) == 1 else ""
+            alone = " (no other rank can be heard)" if len(self.processes) > len(beats) == 1 else ""
             what = f"{describe_hang(hung, beats, self.hang_timeout)}{alone}; the run stops."
-            self._end(what, Verdict([beat.rank for beat in hung]))
+            self._end(what, FailureReport([beat.rank for beat in hung]))
 
     def heed(self) -> None:
         """The signals that nobody has heeded yet. Told twice to end, a rank that is stuck ends."""
@@ -174,33 +174,33 @@ class RankWatch:
             self.stop_requested.set()
             say(f"slope: rank {self.rank} {why}: saving after this step")
 
-    def is_gone(self, place: Place) -> bool:
-        """Whether the process of a rank of this host has ended, and has not said that it is done."""
-        return place.is_gone and heartbeat.is_announced(self.folder, place.rank)
+    def lives(self, process: RankProcess) -> bool:
+        """Whether a rank of this host runs and has not said that it is done."""
+        return not process.is_gone and heartbeat.is_announced(self.folder, process.rank)
 
-    def dead(self) -> list[Place]:
-        """Nobody, mostly: this rank's charges are looked at. If one of them is dead, all ranks are, once.
+    def dead(self) -> list[RankProcess]:
+        """The ranks that died. Only this rank's peers are looked at, until one of them is found dead.
 
-        How long a rank has been silent is known of those alone that are heard: all of them from the moment on when one
-        of the charges has been silent for half of the time after which it is dead.
+        Whether ranks of other hosts died with it can be told of those whose heartbeats have been read for a while: all
+        of them are, from the moment on when a remote peer has been silent for half of SILENCE_SECONDS.
         """
-        gone = [place for place in self.beside if self.is_gone(place)]
-        longest = max((self.silence(place) for place in self.afar), default=0.0)
+        gone = [peer for peer in self.local_peers if peer.is_gone and heartbeat.is_announced(self.folder, peer.rank)]
+        longest = max(map(self.silence, self.remote_peers), default=0.0)
         if longest > SILENCE_SECONDS / 2 and not self.alarmed:
-            for place in self.elsewhere:
-                self.silence(place)
+            for other in self.other_hosts:
+                self.silence(other)
         self.alarmed = longest > SILENCE_SECONDS / 2
         if longest > SILENCE_SECONDS:
-            # Who died with it has not been heard since the alarm, which was a third of the time ago and more.
-            gone += [place for place in self.elsewhere if self.silence(place) > SILENCE_SECONDS / 3]
-        return sorted(gone, key=lambda place: place.rank)
+            # Of ranks that died together, all have been silent since the alarm, a third of the time ago and more.
+            gone += [other for other in self.other_hosts if self.silence(other) > SILENCE_SECONDS / 3]
+        return sorted(gone, key=lambda process: process.rank)
 
-    def silence(self, place: Place) -> float:
+    def silence(self, process: RankProcess) -> float:
         """Seconds for which this rank has heard nothing of another; 0 for one that is done, or never began."""
-        return self.listener.silence(place.rank) or 0.0
+        return self.listener.silence(process.rank) or 0.0
 
-    def _end(self, what: str, verdict: Verdict) -> None:
-        """Say it once (the first rank to create the report prints it), tell the others, and leave."""
+    def _end(self, what: str, report: FailureReport) -> None:
+        """Say it once (the first rank to create failure.txt prints it), tell the others, and leave."""
         message = f"slope: error: {what} {self.describe()}"
         try:
             with open(self.folder / "failure.txt", "x") as stream:
@@ -211,27 +211,24 @@ class RankWatch:
         except OSError:
             say(message)
         with contextlib.suppress(OSError):  # they will find out by themselves
-            heartbeat.write_verdict(self.folder, verdict)
-        self._leave(verdict)
+            heartbeat.write_report(self.folder, report)
+        self._leave(report)
 
-    def _leave(self, verdict: Verdict) -> None:
-        """A stopped process would keep its device and its ports, and cannot end itself."""
-        hung = [place for place in self.beside if place.rank in verdict.hung]
-        # A rank whose thread still beats ends by the verdict; how long it has been silent may not be known yet.
-        until = self.clock.seconds + self.judge.stopped + 2.0
+    def _leave(self, report: FailureReport) -> None:
+        """End this process, and stopped ones of this host: those keep their device and ports, and cannot end."""
+        hung = [peer for peer in self.local_peers if peer.rank in report.hung]
+        # A rank whose thread still beats ends by the report; how long it has been silent may not be known yet.
+        until = self.clock.seconds + self.hangs.stopped + 2.0
         while hung and self.clock.seconds < until:
             self.clock.tick()
-            for place in [place for place in hung if self.silence(place) > self.judge.stopped and not place.is_gone]:
+            for peer in [peer for peer in hung if self.silence(peer) > self.hangs.stopped and not peer.is_gone]:
                 with contextlib.suppress(ProcessLookupError):  # ended just now
-                    os.kill(place.pid, signal.SIGKILL)
-                hung.remove(place)
-            hung = [place for place in hung if self.is_heard(place)]
+                    os.kill(peer.pid, signal.SIGKILL)
+                hung.remove(peer)
+            hung = [peer for peer in hung if self.lives(peer)]
             if hung:
                 time.sleep(POLL_SECONDS)
         os._exit(DEAD_PEER_EXIT_CODE)
-
-    def is_heard(self, place: Place) -> bool:
-        return not place.is_gone and heartbeat.is_announced(self.folder, place.rank)
 
 
 def say(message: str) -> None:
@@ -240,5 +237,5 @@ def say(message: str) -> None:
         print(f"\n{message}", file=sys.stderr, flush=True)
 
 
-def names(places: list[Place]) -> str:
-    return ", ".join(map(str, places))
+def names(processes: list[RankProcess]) -> str:
+    return ", ".join(map(str, processes))

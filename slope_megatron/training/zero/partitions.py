@@ -264,11 +264,11 @@ def step_count(optimizer, partition: Partition) -> float:
 
 def set_step_count(optimizer, partition: Partition, count: float) -> None:
     state = optimizer.optimizer.state[partition.masters]
-    place = state if "step" in state else partition.group
-    if torch.is_tensor(place["step"]):
-        place["step"].fill_(count)
+    holder = state if "step" in state else partition.group
+    if torch.is_tensor(holder["step"]):
+        holder["step"].fill_(count)
     else:
-        place["step"] = int(count)
+        holder["step"] = int(count)
 
 
 def reset_state(optimizer, group_name: str) -> None:

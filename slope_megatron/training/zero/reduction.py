@@ -36,7 +36,7 @@ class WholeWorld:
 
 
 class Bf16Gradients:
-    """Takes the place of accumulation, reduction and norm in DeepSpeed's bf16 optimizer.
+    """Replaces accumulation, reduction and norm in DeepSpeed's bf16 optimizer.
 
     Args:
         optimizer: DeepSpeed's, of ZeRO-1 with fp32 accumulation.
@@ -112,7 +112,7 @@ def reduce_converted(own: torch.Tensor, whole: torch.Tensor, sent: torch.dtype, 
         arrive(*travelling)
 
 
-def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, place: int, clear_lp_grads: bool) -> None:
+def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
     """fp32 sum += bf16 gradient, as DeepSpeed 0.19's bf16 optimizer does it, whose private method this stands for.
 
     It first makes an fp32 copy of the gradient: 18 bytes an element are moved. An addition of mixed types rounds the
@@ -120,9 +120,9 @@ def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, place: in
     """
     if parameter.grad is None:
         return
-    total = optimizer.fp32_groups_gradients[group][place]
+    total = optimizer.fp32_groups_gradients[group][index]
     total.add_(parameter.grad.reshape(total.shape))
     mark(parameter, _hp_grad=total)
-    optimizer.fp32_groups_has_gradients[group][place] = True
+    optimizer.fp32_groups_has_gradients[group][index] = True
     if clear_lp_grads:
         parameter.grad.zero_()

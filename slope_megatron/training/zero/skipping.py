@@ -19,7 +19,7 @@ from slope_megatron.training.zero import gradients, partitions
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class Finite:
     """What is finite on every rank; the same on all of them."""
 
     loss: bool = True
@@ -31,7 +31,7 @@ class Verdict:
 
 
 class Skipping:
-    """Takes the place of the checks in DeepSpeed's optimizers (0.19's; the names with an underscore are private).
+    """Replaces the checks in DeepSpeed's optimizers (0.19's; the names with an underscore are private).
 
         ZeRO 1, 2         check_overflow
         ZeRO 3            check_overflow in fp16, _get_norm_groups in every type
@@ -44,7 +44,7 @@ class Skipping:
 
     def __init__(self, optimizer, device: torch.device):
         self.optimizer, self.device = optimizer, device
-        self.verdict = Verdict()
+        self.finite = Finite()
         self.scaler = getattr(optimizer, "loss_scaler", None)
         if self.scaler is not None:
             self.update_scale = self.scaler.update_scale
@@ -62,8 +62,8 @@ class Skipping:
             self.norm_groups = optimizer._get_norm_groups
             optimizer._get_norm_groups = self.told_norm_groups
 
-    def decide(self, loss: float) -> Verdict:
-        """Judge the step whose gradients are reduced; collective over all ranks.
+    def decide(self, loss: float) -> Finite:
+        """Look at the step whose gradients are reduced; collective over all ranks.
 
         Args:
             loss: this rank's; tensor-parallel ranks may disagree where one of them failed.
@@ -72,8 +72,8 @@ class Skipping:
         flags = torch.tensor(here, device=self.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         bad_loss, bad_gradients = map(bool, flags.tolist())
-        self.verdict = Verdict(not bad_loss, not bad_gradients)
-        return self.verdict
+        self.finite = Finite(not bad_loss, not bad_gradients)
+        return self.finite
 
     def scale_can_fall(self, loss_scale: float) -> bool:
         """Whether gradients that overflowed at this loss scale may be finite at the next."""
@@ -82,17 +82,17 @@ class Skipping:
     # -- what DeepSpeed asks ------------------------------------------------------------------------------------------
 
     def told_overflow(self, partition_gradients: bool = True) -> None:
-        self.optimizer.overflow = self.verdict.skip
+        self.optimizer.overflow = self.finite.skip
 
     def told_norm_groups(self) -> list[torch.Tensor]:
-        return [torch.tensor(math.nan, device=self.device)] if self.verdict.skip else self.norm_groups()
+        return [torch.tensor(math.nan, device=self.device)] if self.finite.skip else self.norm_groups()
 
     def told_gradients_for_norm(self, for_clipping: bool = False):
-        if self.verdict.skip:
+        if self.finite.skip:
             return [torch.tensor([math.nan], device=self.device)], {}
         return self.gradients_for_norm(for_clipping=for_clipping)
 
     def update_scale_for_gradients(self, overflow: bool) -> None:
         """The loss is not scaled when it is measured: one that is not finite says nothing about the scale."""
-        if self.verdict.loss:
+        if self.finite.loss:
             self.update_scale(overflow)
