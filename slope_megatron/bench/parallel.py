@@ -35,9 +35,9 @@ from slope_megatron.models.provider import build_model
 from slope_megatron.planner.layout import Layout
 from slope_megatron.planner.memory import Holding, fullest_gpu, precision
 from slope_megatron.planner.traffic import data_parallel_bytes
+from slope_megatron.storage.whole import write_json
 from slope_megatron.training import kernel_choices, parallel
 from slope_megatron.training.engine import Engine
-from slope_megatron.training.files import write_json
 
 GIB = 2**30
 DENSE = "dense"

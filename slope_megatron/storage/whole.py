@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old content or the new, never half of it."""
+"""Writing a file so that a reader sees the old content or the new, never half of it; and why it failed, in words."""
 
 import json
 import os
@@ -18,3 +18,22 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: BaseException) -> str:
+    """Why writing failed, in words: the system's own error if one is behind it (torch wraps it when a disk is full)."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{cause.strerror}{f': {cause.filename}' if cause.filename else ''}"
+    return " ".join(str(error).split())[:300] or type(error).__name__

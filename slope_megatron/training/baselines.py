@@ -1,10 +1,9 @@
-"""What the masked baselines need around a step: the decay of pruned weights, mask searches, the dense tail."""
+"""The decay of pruned weights in the masked baselines."""
 
 import torch
 
 from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.models.layer_spec import masked_modules
-from slope_megatron.training.schedule import Phases
 from slope_megatron.training.zero import partitions
 
 
@@ -42,18 +41,3 @@ def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
     pruned = ~module.mask().flatten().narrow(0, part.start, part.numel).to(partition.device)
     weight = partition.narrow(0, flat.start, flat.numel)
     partition.grad.narrow(0, flat.start, flat.numel).add_(weight * pruned, alpha=module.slope.decay)
-
-
-def enter_phase(model: torch.nn.Module, phases: Phases, step: int) -> None:
-    """Masks are on until the dense tail begins."""
-    for module in masked_modules(model):
-        module.set_masking(phases.masking(step))
-
-
-def refresh(model: torch.nn.Module, phases: Phases, steps_done: int) -> None:
-    """After the weights' gather: products follow the values, and so do the masks when their step has come."""
-    for module in masked_modules(model):
-        if phases.new_mask(steps_done):
-            module.update_mask()
-        else:
-            module.drop_operands()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from slope_megatron.data import manifest
-from slope_megatron.training import files
+from slope_megatron.storage import whole
 from slope_megatron.training.together import Agreed, first_problem, from_every_rank
 
 # Tokens beyond this many bytes are read in the background: about a second of a fast disk.
@@ -52,7 +52,7 @@ class DataCheck:
         except ValueError as error:
             return str(error)
         except OSError as error:
-            return f"{self.folder} cannot be read ({files.reason(error)}): make it readable, or put it on another disk"
+            return f"{self.folder} cannot be read ({whole.reason(error)}): make it readable, or put it on another disk"
         return None
 
     def compare_later(self, names: set[str]) -> None:
@@ -60,7 +60,7 @@ class DataCheck:
         try:
             self.problem = self.compare(names)
         except BaseException as error:
-            self.problem = f"{self.folder} could not be compared with what was written ({files.reason(error)})"
+            self.problem = f"{self.folder} could not be compared with what was written ({whole.reason(error)})"
 
     def busy(self) -> bool:
         """Whether this rank still reads."""
@@ -87,5 +87,5 @@ def identity(paths: list[Path]) -> tuple[list[tuple[int, int, int]], str | None]
     try:
         stats = [path.stat() for path in paths]
     except OSError as error:
-        return [], f"a rank cannot see the data ({files.reason(error)}): put it where all of them see it"
+        return [], f"a rank cannot see the data ({whole.reason(error)}): put it where all of them see it"
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats], None

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.config import Config
-from slope_megatron.models.layer_spec import pruned_modules, sparse_modules
+from slope_megatron.models.layer_spec import masked_modules, pruned_modules, sparse_modules
 from slope_megatron.models.random_streams import attach_random_streams
 from slope_megatron.training import baselines
 from slope_megatron.training.forward import Forward
 from slope_megatron.training.objectives import counts
 from slope_megatron.training.optim import optimizer as optim
-from slope_megatron.training.parallel import ModelParallelUnit, seed_step
+from slope_megatron.training.parallel import MODEL_PARALLEL_UNIT, seed_step
 from slope_megatron.training.schedule import Phases
 from slope_megatron.training.zero import accumulation, gradients, partitions
 from slope_megatron.training.zero.skipping import Skipping
@@ -77,7 +77,7 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.build_optimizer(groups, config),
-            mpu=ModelParallelUnit,
+            mpu=MODEL_PARALLEL_UNIT,
             config=partitions.deepspeed_config(config, dtype, parallel_state.get_data_parallel_world_size()),
         )
         if config.optimizer.optimizer == "lamb":
@@ -129,7 +129,7 @@ class Engine:
         loss_scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
-        finite = self.skipping.decide(loss)
+        self.skipping.decide(loss)
         self.begin_part("update")
         self.deepspeed.step()
         skipped = not self.deepspeed.was_step_applied()
@@ -145,7 +145,7 @@ class Engine:
             seconds=time.perf_counter() - started,
             loss_scale=loss_scale,
             skipped=skipped,
-            bad=skipped and not (finite.loss and self.skipping.scale_can_fall(loss_scale)),
+            bad=skipped and not self.skipping.scale_can_mend(loss_scale),
         )
 
     def enter_phase(self) -> None:
@@ -155,7 +155,8 @@ class Engine:
             seed_step(self.config.train.seed, step)
         for module in pruned_modules(self.model):
             module.adapters_active = self.phases.adapters_on(step)
-        baselines.enter_phase(self.model, self.phases, step)
+        for masked in masked_modules(self.model):
+            masked.set_masking(self.phases.masking(step))
         self.rng_state.step = step
         if self.phases.adapters_join(step):
             partitions.reset_state(self.optimizer, optim.ADAPTERS)
@@ -194,7 +195,7 @@ class Engine:
         return sums[0].clone(), {"sums": sums}
 
     def refresh(self) -> None:
-        """After the weights' gather: operands follow the values, and the column pattern when its step has come."""
+        """After the weights' gather: operands follow the values, and patterns and masks when their step has come."""
         choose = self.phases.new_column_pattern(self.steps_done)
         for module in sparse_modules(self.model):
             if not choose and not module.has_operands:
@@ -204,7 +205,11 @@ class Engine:
                     module.update_column_pattern()
                 else:
                     module.refresh()
-        baselines.refresh(self.model, self.phases, self.steps_done)
+        for masked in masked_modules(self.model):
+            if self.phases.new_mask(self.steps_done):
+                masked.update_mask()
+            else:
+                masked.drop_operands()
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

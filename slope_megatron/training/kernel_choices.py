@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.ops import choices
-from slope_megatron.training import files
+from slope_megatron.storage import whole
+from slope_megatron.training.together import from_every_rank
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,7 @@ def take_over(saved: dict | None, path: Path, group: dist.ProcessGroup) -> None:
     if saved is None:
         choices.clear()
         return
-    from_here = [choices.is_from_here(saved, path)] * group.size()
-    if group.size() > 1:
-        dist.all_gather_object(from_here, from_here[0], group=group)
+    from_here = from_every_rank(choices.is_from_here(saved, path), group)
     if all(from_here):
         choices.adopt(saved)
         return
@@ -75,5 +74,5 @@ def save(run: Path) -> None:
             choices.save(file_of(run))
         except OSError as error:
             logger.warning(
-                "%s could not be written (%s): a resumed run measures anew", file_of(run), files.reason(error)
+                "%s could not be written (%s): a resumed run measures anew", file_of(run), whole.reason(error)
             )

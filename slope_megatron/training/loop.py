@@ -18,7 +18,7 @@ from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine, StepResult
 from slope_megatron.training.telemetry import accounting, flops, memory
 from slope_megatron.training.telemetry.layer_stats import LayerStats
-from slope_megatron.training.telemetry.metrics import Progress
+from slope_megatron.training.telemetry.progress_bar import Progress
 from slope_megatron.training.watch.bad_steps import Diverged, StepWatch
 from slope_megatron.training.watch.rank_watch import RankWatch
 
@@ -97,8 +97,9 @@ class Run:
                     kernel_choices.save(self.run)
                     # The first step may compile and search kernels, each rank its own: watched from here on.
                     self.engine.observers.append(lambda part: self.watch.reach(self.engine.steps_done, part))
-                if joining:
-                    self.after_adapters()
+                held = memory.measure(self.engine.device) if joining else None
+                if held:
+                    logger.info("adapters have joined: %s at the highest so far", memory.gib(held.peak))
                 progress.step(result.loss, self.tokens / result.seconds)
                 self.after_step(self.engine.steps_done, result)
                 self.watch.reach(self.engine.steps_done, "batch")
@@ -123,12 +124,6 @@ class Run:
             self.saver.save()
             self.saver.finish()
         self.record(step=self.engine.steps_done, adapters_need=need, **({"peak_bytes": held.peak} if held else {}))
-
-    def after_adapters(self) -> None:
-        """What their first step took, measured."""
-        held = memory.measure(self.engine.device)
-        if held:
-            logger.info("adapters have joined: %s at the highest so far", memory.gib(held.peak))
 
     def before_update(self, part: str) -> None:
         if part == "update" and self.layer_stats and self.layer_stats.due(self.engine.steps_done + 1):

@@ -23,13 +23,9 @@ def counts(batch: Batch) -> torch.Tensor:
     return torch.stack([tokens, torch.full_like(tokens, len(mask))])
 
 
-def masked_sum(losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum of per-token losses over the tokens that count, in the mask's fp32 at least."""
-    return (losses * mask).sum()
-
-
-def divided(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """`total / count`, in the type of `total`."""
+def masked_mean(losses: torch.Tensor, mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Sum of losses over those that count, in the mask's fp32 at least, divided by `count`."""
+    total = (losses * mask).sum()
     return total / count.to(total.dtype)
 
 
@@ -44,7 +40,7 @@ class CausalLanguageModel:
     @staticmethod
     def loss(batch: Batch, output, count: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats per token; `count` `[2]`: the mean `counts` of a micro-batch of this step."""
-        return divided(masked_sum(output, batch["loss_mask"]), count[0])
+        return masked_mean(output, batch["loss_mask"], count[0])
 
     @staticmethod
     def token_losses(output) -> torch.Tensor:
@@ -71,7 +67,7 @@ class MaskedLanguageModel:
         losses, next_logits = output
         logits = next_logits.to(torch.promote_types(next_logits.dtype, torch.float32))
         follows = torch.nn.functional.cross_entropy(logits, batch["is_next"], reduction="sum")
-        return divided(masked_sum(losses, batch["loss_mask"]), count[0]) + divided(follows, count[1])
+        return masked_mean(losses, batch["loss_mask"], count[0]) + follows / count[1].to(follows.dtype)
 
     @staticmethod
     def token_losses(output) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import types
 
 import torch
 import torch.distributed as dist
@@ -16,27 +17,17 @@ logger = logging.getLogger(__name__)
 SHARE_GPUS = meeting.SHARE_GPUS
 
 
-class ModelParallelUnit:
-    """The `mpu` argument of `deepspeed.initialize`: DeepSpeed's model-parallel group is Megatron's TP x PP."""
-
-    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
-    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
-    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
-
-    @staticmethod
-    def get_model_parallel_rank() -> int:
-        return dist.get_rank(parallel_state.get_model_parallel_group())
-
-    @staticmethod
-    def get_model_parallel_world_size() -> int:
-        return dist.get_world_size(parallel_state.get_model_parallel_group())
+# The `mpu` argument of `deepspeed.initialize`: DeepSpeed's model-parallel group is Megatron's TP x PP.
+MODEL_PARALLEL_UNIT = types.SimpleNamespace(
+    get_model_parallel_group=parallel_state.get_model_parallel_group,
+    get_model_parallel_rank=lambda: dist.get_rank(parallel_state.get_model_parallel_group()),
+    get_model_parallel_world_size=lambda: dist.get_world_size(parallel_state.get_model_parallel_group()),
+    **{
+        name: getattr(parallel_state, name)
+        for group in ("data_parallel", "tensor_model_parallel", "pipeline_model_parallel")
+        for name in (f"get_{group}_group", f"get_{group}_rank", f"get_{group}_world_size")
+    },
+)
 
 
 def is_counted_here(parameter: torch.nn.Parameter) -> bool:

@@ -14,8 +14,8 @@ from slope_megatron.data.manifest import load_manifest
 from slope_megatron.data.samples import datasets_for
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.rules import sparsity_table
-from slope_megatron.storage import folders, metadata, sums
-from slope_megatron.training import deterministic, files, kernel_choices, parallel
+from slope_megatron.storage import folders, metadata, sums, whole
+from slope_megatron.training import deterministic, kernel_choices, parallel
 from slope_megatron.training.checkpoint import disk, recovery, run_folder, store
 from slope_megatron.training.checkpoint.finished import Finished, finished
 from slope_megatron.training.checkpoint.init_from import check_init, load_init
@@ -23,7 +23,7 @@ from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.loop import Run, what_is_safe
 from slope_megatron.training.telemetry import accounting, layer_stats, memory
-from slope_megatron.training.telemetry.writers import Writer, check_installed, open_writers
+from slope_megatron.training.telemetry.writers import check_installed, open_writers
 from slope_megatron.training.together import Agreed, agreed, from_every_rank, on_first_rank
 from slope_megatron.training.watch import process
 from slope_megatron.training.watch.launcher import Launcher
@@ -42,25 +42,20 @@ def resolve_dtype(config: Config) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What rank 0 found before anything is written, the same for all ranks.
-
-    Args:
-        dtype: of the parameters.
-    """
+    """What rank 0 finds for all ranks before anything is written: the data's manifest, the parameters' type."""
 
     manifest: dict
     dtype: str
 
-
-def make_plan(config: Config) -> Plan:
-    """Rank 0 calls it.
-
-    Raises:
-        ValueError: a package is missing, the run cannot be written, or there is no such data.
-    """
-    check_installed(config)
-    disk.probe(Path(config.train.out))
-    return Plan(load_manifest(config.data.data), resolve_dtype(config))
+    @classmethod
+    def make(cls, config: Config) -> "Plan":
+        """
+        Raises:
+            ValueError: a package is missing, the run cannot be written, or there is no such data.
+        """
+        check_installed(config)
+        disk.probe(Path(config.train.out))
+        return cls(load_manifest(config.data.data), resolve_dtype(config))
 
 
 def open_folder(config: Config, origins: dict[str, str], dtype: str, samples: int, locks: list) -> bool:
@@ -104,7 +99,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     if nothing_left:
         parallel.finish()
         raise Finished(nothing_left)
-    plan = on_first_rank(lambda: make_plan(config))
+    plan = on_first_rank(lambda: Plan.make(config))
     sizes = {name: entry["bytes"] for name, entry in plan.manifest["files"].items()}
     data_check = DataCheck(Path(config.data.data), sizes)
     # Before anything is written or built: a split may be too short for the sequence length.
@@ -112,43 +107,39 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     resumed = on_first_rank(lambda: open_folder(config, origins, plan.dtype, len(datasets[0]), locks))
     resume_from = recovery.find_checkpoint(config, run) if resumed else None
-    vocabulary, timeout = plan.manifest["vocab_size"], config.watch.hang_timeout
-    processes = from_every_rank(process.own(dist.get_rank()))
-    watch = RankWatch(run, processes, dist.get_rank(), lambda: what_is_safe(run), timeout, launcher)
+    vocabulary, timeout, rank = plan.manifest["vocab_size"], config.watch.hang_timeout, dist.get_rank()
+    watch = RankWatch(run, from_every_rank(process.own(rank)), rank, lambda: what_is_safe(run), timeout, launcher)
     watch.start()
     training = None
     try:
         with in_order(watch):
             logger.info("%s", sparsity_table(config))
-            engine, start = build_watched(config, vocabulary, DTYPES[plan.dtype], datasets[0], resume_from)
+            engine, start = build_engine(config, vocabulary, DTYPES[plan.dtype], datasets[0], resume_from)
             size = accounting.checkpoint_bytes(engine)
-            writers: list = []
-            on_first_rank(lambda: writers.extend(begin_writing(config, run, engine.steps_done, size)))
+            on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
+            # None of them raises.
+            writers = open_writers(config, run, engine.steps_done) if rank == 0 else []
             kernel_choices.share(run, resumed=resume_from is not None)
             stats = layer_stats.LayerStats(engine, start) if start is not None else None
             training = Run(engine, run, datasets, vocabulary, watch, writers, stats, data_check)
-            summary = train_watched(training)
+            summary = training.train()
+    except torch.OutOfMemoryError:
+        raise out_of_memory(config, training) from None
+    except RuntimeError:
+        if training is not None:
+            watch.await_report()
+        raise
     except Agreed:
         if training is None and resume_from is None and locks:
             folders.remove(run)  # nothing but its description is there yet
         raise
     summary["dtype"] = plan.dtype
-    if dist.get_rank() == 0:
+    if rank == 0:
         write_results(run, summary, config.train.steps)
-        for writer in writers:
-            writer.close()
+    for writer in writers:
+        writer.close()
     leave(watch)
     return summary
-
-
-def begin_writing(config: Config, run: Path, steps_done: int, checkpoint_bytes: int) -> list[Writer]:
-    """The run's writers, once there is room for its checkpoints; rank 0 calls it.
-
-    Raises:
-        ValueError: there is not.
-    """
-    disk.check_space(run, checkpoint_bytes, config.train, steps_done)
-    return open_writers(config, run, steps_done)
 
 
 @contextlib.contextmanager
@@ -161,27 +152,15 @@ def in_order(watch: RankWatch) -> Iterator[None]:
         raise
 
 
-def train_watched(training: Run) -> dict:
-    """`Run.train`, with what its failures mean for the other ranks and for the user."""
-    engine, watch = training.engine, training.watch
-    try:
-        return training.train()
-    except torch.OutOfMemoryError:
-        held = memory.measure(engine.device)
-        reason = memory.explain(engine.config, dist.get_rank(), f"in step {engine.steps_done + 1}", held)
-        raise memory.OutOfMemory(f"{reason}. {what_is_safe(training.run)}") from None
-    except RuntimeError:
-        watch.await_report()
-        raise
-
-
-def build_watched(config: Config, *arguments):
-    """`build_engine`, with what running out of memory means for the user."""
-    try:
-        return build_engine(config, *arguments)
-    except torch.OutOfMemoryError:
+def out_of_memory(config: Config, training: Run | None) -> memory.OutOfMemory:
+    """What a full device means for the user."""
+    if training is None:
         held = memory.measure(torch.cuda.current_device())
-        raise memory.OutOfMemory(memory.explain(config, dist.get_rank(), "building the model", held)) from None
+        return memory.OutOfMemory(memory.explain(config, dist.get_rank(), "building the model", held))
+    engine = training.engine
+    held = memory.measure(engine.device)
+    reason = memory.explain(config, dist.get_rank(), f"in step {engine.steps_done + 1}", held)
+    return memory.OutOfMemory(f"{reason}. {what_is_safe(training.run)}")
 
 
 def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set, resume_from: Path | None):
@@ -207,8 +186,8 @@ def leave(watch: RankWatch) -> None:
 def write_results(run: Path, summary: dict, steps: int) -> None:
     """summary.json, and DONE for whoever starts jobs; a disk that refuses them is in the summary."""
     try:
-        files.write_json(run / "summary.json", summary)
+        whole.write_json(run / "summary.json", summary)
         if summary["steps"] == steps and not summary["unsaved"]:
-            files.write_text(run / "DONE", f"{steps} steps\n")
+            whole.write_text(run / "DONE", f"{steps} steps\n")
     except OSError as error:
-        summary["unsaved"] = summary["unsaved"] or files.reason(error)
+        summary["unsaved"] = summary["unsaved"] or whole.reason(error)

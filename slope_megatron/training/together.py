@@ -30,12 +30,12 @@ def on_first_rank(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def from_every_rank(value: Any) -> list:
-    """Every rank's value, by rank."""
+def from_every_rank(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's value, by rank; of all ranks, or of a group."""
     if not dist.is_initialized():
         return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -65,10 +65,7 @@ def agreed(function: Callable[[], Any]) -> Any:
     if first := next((found for found in from_every_rank(met) if found), None):
         kind, words = first
         # Some of Python's own, such as UnicodeDecodeError, cannot be made of words.
-        raise agreed_kind(kind)(words) if kind.__init__ is ValueError.__init__ else Agreed(words)
+        if issubclass(Agreed, kind) or kind.__init__ is not ValueError.__init__:
+            raise Agreed(words)
+        raise type(kind.__name__, (Agreed, kind), {})(words)
     return result
-
-
-def agreed_kind(kind: type[ValueError]) -> type[ValueError]:
-    """Errors of a kind, as `Damaged`, that every rank raises."""
-    return Agreed if issubclass(Agreed, kind) else type(kind.__name__, (Agreed, kind), {})

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import SEQUENCE, VOCABULARY, small_config, step_batches
+from helpers.models import SEQUENCE, VOCABULARY, save, small_config, step_batches
 from helpers.numerics import relative_error
 
 SLOPE = {"adapter_rank": 4, "lazy_fraction": 0.5}
@@ -16,12 +16,11 @@ def trained(config, run):
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.checkpoint import store
     from slope_megatron.training.engine import Engine
 
     engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
     losses = [engine.train_step(step_batches(config, step, 0, 1)).loss for step in range(config.train.steps)]
-    store.save(engine, run)
+    save(engine, run)
     model = engine.model.eval()
     tokens = prompt()
     with torch.no_grad():

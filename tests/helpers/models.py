@@ -111,11 +111,19 @@ def build_engine(config: Config, dtype=torch.float32):
     return Engine(build_model(config, VOCABULARY, dtype), config, dtype)
 
 
+def save(engine, run):
+    """The folder of a checkpoint of the present step; all ranks call it."""
+    from slope_megatron.training.checkpoint import store
+
+    saving = store.Saving(engine, run)
+    saving.write()
+    assert not (problem := saving.finish()), problem
+    return saving.target
+
+
 def go_on(engine, until: int, save_at=(), run=None) -> list[tuple[float, float]]:
     """Losses and gradient norms up to step `until`; after the steps of `save_at` a checkpoint is saved in `run`."""
     from megatron.core import parallel_state
-
-    from slope_megatron.training.checkpoint import store
 
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     results = []
@@ -123,5 +131,5 @@ def go_on(engine, until: int, save_at=(), run=None) -> list[tuple[float, float]]
         result = engine.train_step(step_batches(engine.config, engine.steps_done, replica, replicas))
         results.append((result.loss, result.grad_norm))
         if engine.steps_done in save_at:
-            store.save(engine, run)
+            save(engine, run)
     return results

@@ -26,8 +26,7 @@ def save_run(model, config, run: Path, step: int) -> Path:
     """`run` with one checkpoint of `model`; one rank calls it. Returns the checkpoint's folder."""
     from slope_megatron.config.saved import saved_form
     from slope_megatron.models.canonical import sharded_state_dict
-    from slope_megatron.storage import sums
-    from slope_megatron.training import files
+    from slope_megatron.storage import sums, whole
     from slope_megatron.training.checkpoint import store
     from slope_megatron.training.checkpoint.snapshot import Snapshot
 
@@ -38,9 +37,9 @@ def save_run(model, config, run: Path, step: int) -> Path:
     manifest = snapshot.write_index(partial, [snapshot.write(partial)])
     content = saved_form(config.to_dict())
     state = {"format": store.FORMAT, "steps_done": step, "optimizer_steps": {}, **content}
-    files.write_json(partial / "state.json", state)
+    whole.write_json(partial / "state.json", state)
     manifest["state.json"] = sums.seal(partial / "state.json")
-    files.write_json(run / "run.json", {**content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
+    whole.write_json(run / "run.json", {**content, "dtype": "fp64", "versions": {"torch": torch.__version__}})
     store.publish(partial, target, manifest)
     return target
 
@@ -106,7 +105,7 @@ def edit_state(checkpoint: Path, *, active: tuple[str, ...] = (), **changes: dic
         active: names to add to those of the settings with an effect.
         changes: section -> {key: new value; `...`: the setting goes}; None: the section goes.
     """
-    from slope_megatron.training import files
+    from slope_megatron.storage import whole
 
     state = json.loads((checkpoint / "state.json").read_text())
     state["config_active"] += active
@@ -116,7 +115,7 @@ def edit_state(checkpoint: Path, *, active: tuple[str, ...] = (), **changes: dic
             continue
         part = {**state["config"].get(section, {}), **values}
         state["config"][section] = {key: value for key, value in part.items() if value is not ...}
-    files.write_json(checkpoint / "state.json", state)
+    whole.write_json(checkpoint / "state.json", state)
     reseal(checkpoint, "state.json")
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import build_engine, go_on, small_config, step_batches
+from helpers.models import build_engine, go_on, save, small_config, step_batches
 from helpers.numerics import relative_error
 from helpers.plain_training import FAMILIES, SLOPE, SLOPE_ON_GPUS, reference
 from slope_megatron.config import Config
@@ -112,11 +112,10 @@ def check_against_oracle(ranks, config, *, replicas=2, family="opt"):
 
 
 def save_and_go_on(config, run):
-    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config)
     go_on(engine, 7)
-    store.save(engine, run)
+    save(engine, run)
     state = canonical_state(engine)
     return state, go_on(engine, 9), canonical_state(engine)
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, build_engine, go_on, small_config, step_batches
+from helpers.models import VOCABULARY, build_engine, go_on, save, small_config, step_batches
 from helpers.numerics import relative_error
 from helpers.plain_baselines import plain_training
 
@@ -193,12 +193,11 @@ def saved_weights(config, run):
     """A checkpoint of a masked model after three steps, and what the model multiplies with by canonical name."""
     from helpers.dense_parts import assemble as assemble_dense
     from helpers.dense_parts import dense_parts
-    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config)
     for step in range(3):
         engine.train_step(step_batches(config, step, 0, 1))
-    store.save(engine, run)
+    save(engine, run)
     return assemble_dense(dense_parts(engine.model))
 
 

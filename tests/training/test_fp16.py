@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from helpers.models import build_engine, step_batches
+from helpers.models import build_engine, save, step_batches
 from helpers.zero_runs import config_of, oracle
 
 STEPS = 8
@@ -35,7 +35,7 @@ def results_of(config, run=None, resume=False):
         result = engine.train_step(step_batches(config, engine.steps_done, replica, replicas))
         found.append((result.loss, result.loss_scale, result.skipped, result.learning_rate))
         if run and engine.steps_done == 5 and not resume:
-            store.save(engine, run)
+            save(engine, run)
     engine_state.link_optimizer_state(engine)
     return found, engine_state.optimizer_steps(engine), engine.skipped_steps
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import VOCABULARY, save, small_config, step_batches
 
 
 def with_run(config, out, **train):
@@ -24,14 +24,13 @@ def begin(config, steps):
     from megatron.core import parallel_state
 
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.checkpoint import store
     from slope_megatron.training.engine import Engine
 
     engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for step in range(steps):
         engine.train_step(step_batches(config, step, replica, replicas))
-    store.save(engine, Path(config.train.out))
+    save(engine, Path(config.train.out))
     return shards_of(engine.model)
 
 
@@ -97,13 +96,12 @@ def test_adapters_that_had_not_joined_are_no_matter(ranks, tmp_path, rank):
 def begin_from(config):
     """What `--init-from X --stop-at 0` saves."""
     from slope_megatron.models.provider import build_model
-    from slope_megatron.training.checkpoint import store
     from slope_megatron.training.checkpoint.init_from import load_init
     from slope_megatron.training.engine import Engine
 
     model = build_model(config, VOCABULARY, torch.float32)
     load_init(model, config, VOCABULARY, dataset=None)
-    store.save(Engine(model, config, torch.float32), Path(config.train.out))
+    save(Engine(model, config, torch.float32), Path(config.train.out))
 
 
 def test_joined_adapters_are_part_of_a_run_that_begins_with_them(ranks, tmp_path):

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from slope_megatron.training.telemetry.metrics import Progress
+from slope_megatron.training.telemetry.progress_bar import Progress
 
 
 def test_a_clock_that_is_set_back_stops_no_line(monkeypatch, capsys):

@@ -119,17 +119,16 @@ def test_checkpoints_that_cannot_be_listed(tmp_path):
 
 
 def test_a_changed_description_of_the_run_is_told(tmp_path):
-    from slope_megatron.storage import sums
-    from slope_megatron.training import files
+    from slope_megatron.storage import sums, whole
     from slope_megatron.training.checkpoint import run_folder
 
-    files.write_json(tmp_path / "run.json", sums.signed({"dtype": "bf16", "data_sha256": "5f"}))
+    whole.write_json(tmp_path / "run.json", sums.signed({"dtype": "bf16", "data_sha256": "5f"}))
     assert run_folder.saved_dtype(tmp_path) == "bf16"
     text = (tmp_path / "run.json").read_text()
     (tmp_path / "run.json").write_text(text.replace("bf16", "fp16"))
     with pytest.raises(ValueError, match=r"run.json is damaged \(it has another checksum\): copy it from a backup"):
         run_folder.saved_dtype(tmp_path)
-    files.write_json(tmp_path / "run.json", {"dtype": "bf16"})
+    whole.write_json(tmp_path / "run.json", {"dtype": "bf16"})
     assert run_folder.saved_dtype(tmp_path) == "bf16", "written before it carried a sum"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.models import build_engine, go_on, small_config
+from helpers.models import build_engine, go_on, save, small_config
 from helpers.zero_runs import canonical_state
 
 SLOPE = {"adapter_rank": 4, "lazy_fraction": 0.5, "backward_mask_interval": 4}
@@ -18,11 +18,10 @@ def config_of(family, sizes, slope=SLOPE, **more):
 
 
 def save_and_go_on(config, dtype, run):
-    from slope_megatron.training.checkpoint import store
 
     engine = build_engine(config, dtype)
     go_on(engine, SAVED)
-    store.save(engine, run)
+    save(engine, run)
     state = canonical_state(engine)
     return state, [loss for loss, _ in go_on(engine, END)]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.models import build_engine, go_on, small_config
+from helpers.models import build_engine, go_on, save, small_config
 from helpers.resumed_runs import SLOPE, check_resumed, state_of
 
 
@@ -48,8 +48,8 @@ def save_a_state_that_is_not_finite(config, run):
     with torch.no_grad():
         engine.optimizer.optimizer.param_groups[0]["params"][0].view(-1)[7] = torch.nan
     engine.steps_done = 2
-    with pytest.raises(OSError, match=r"could not be written: rank 0: optimizer\.fp32\..* holds numbers that are not"):
-        store.save(engine, run)
+    with pytest.raises(AssertionError, match=r"rank 0: optimizer\.fp32\..* holds numbers that are not"):
+        save(engine, run)
     return [folder.name for folder in store.complete_checkpoints(run)], sorted(
         path.name for path in (run / "checkpoints").iterdir()
     )

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from helpers.models import build_engine, step_batches
+from helpers.models import build_engine, save, step_batches
 from helpers.plain_training import SLOPE
 from helpers.zero_runs import OFFLOAD, canonical_state, config_of
 
@@ -99,7 +99,6 @@ def run_to_the_end(engine, spoil, scale_falls=False, save_at=None, run=None):
 
     Without `spoil` the steps in question are passed by.
     """
-    from slope_megatron.training.checkpoint import store
 
     taken = []
     while engine.steps_done < STEPS:
@@ -115,7 +114,7 @@ def run_to_the_end(engine, spoil, scale_falls=False, save_at=None, run=None):
         else:
             passed_by(engine, scale_falls)
         if engine.steps_done == save_at:
-            store.save(engine, run)
+            save(engine, run)
     parts, counters = canonical_state(engine)
     return taken, parts, counters
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -17,6 +16,7 @@ from slope_megatron.models.canonical import sharded_state_dict
 from slope_megatron.models.layer_spec import pruned_modules
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optim.optimizer import model_parameters
+from slope_megatron.training.together import from_every_rank
 from slope_megatron.training.zero import offload, partitions
 from slope_megatron.training.zero.partitions import MOMENTS
 
@@ -86,9 +86,7 @@ def optimizer_steps(engine: Engine) -> dict[str, float]:
     """
     parts = partitions.of(engine.optimizer)
     here = {part.group["name"]: partitions.step_count(engine.optimizer, part) for part in parts}
-    everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, here)
-    return {name: step for steps in everywhere for name, step in steps.items()}
+    return {name: step for steps in from_every_rank(here) for name, step in steps.items()}
 
 
 def install_engine_state(engine: Engine, state: dict, steps: dict[str, float]) -> None:

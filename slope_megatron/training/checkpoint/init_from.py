@@ -143,15 +143,11 @@ def checkpoint_of(config: Config) -> Path:
     return resolve(config.train.init_from)
 
 
-def stored_names(folder: Path) -> set[str]:
-    """Names of the tensors of a checkpoint; none where it is no checkpoint."""
-    if not (folder / metadata.NAME).is_file():
-        return set()
-    return set(CheckedReader(folder).read_metadata().state_dict_metadata)
-
-
 def is_packed(folder: Path) -> bool:
-    return any(name.endswith(".weight_pattern") for name in stored_names(folder))
+    """Whether it is a checkpoint with packed tensors."""
+    if not (folder / metadata.NAME).is_file():
+        return False
+    return any(name.endswith(".weight_pattern") for name in CheckedReader(folder).read_metadata().state_dict_metadata)
 
 
 def load_init(model: torch.nn.Module, config: Config, tokenizer_size: int, dataset) -> None:

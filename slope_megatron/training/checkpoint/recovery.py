@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 
 from slope_megatron.config import Config
-from slope_megatron.storage import metadata, sums
-from slope_megatron.training import files
+from slope_megatron.storage import metadata, sums, whole
 from slope_megatron.training.checkpoint import store
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.together import Agreed, from_every_rank, on_first_rank, own_share
@@ -85,7 +84,7 @@ def set_aside(folders: tuple[Path, ...]) -> None:
         try:
             os.rename(folder, target)
         except OSError as error:
-            logger.warning("checkpoint %s could not be set aside (%s): it is left", folder, files.reason(error))
+            logger.warning("checkpoint %s could not be set aside (%s): it is left", folder, whole.reason(error))
 
 
 def load(engine: Engine, folder: Path) -> Path:

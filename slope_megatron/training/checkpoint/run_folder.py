@@ -10,8 +10,7 @@ from slope_megatron.config import Config
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import saved_form
 from slope_megatron.data.manifest import fingerprint
-from slope_megatron.storage import folders, locks, sums
-from slope_megatron.training import files
+from slope_megatron.storage import folders, locks, sums, whole
 from slope_megatron.training.checkpoint import store
 from slope_megatron.versions import versions
 
@@ -99,7 +98,7 @@ def open_run(config: Config, origins: dict[str, str], dtype: str) -> RunLock:
         "versions": versions(),
         "machine": platform.platform(),
     }
-    files.write_json(run / "run.json", sums.signed(content))
+    whole.write_json(run / "run.json", sums.signed(content))
     return lock
 
 

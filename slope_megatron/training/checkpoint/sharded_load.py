@@ -1,8 +1,6 @@
 """megatron-core's loading of sharded tensors, by a reader that checks what it reads and executes none of it."""
 
-import contextlib
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,9 +9,10 @@ from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from slope_megatron.storage import whole
 from slope_megatron.storage.metadata import Refused
 from slope_megatron.storage.tensors import CheckedReader, first_cause
-from slope_megatron.training import files, together
+from slope_megatron.training import together
 
 
 class CheckedStrategy(megatron_torch.TorchDistLoadShardedStrategy):
@@ -24,16 +23,11 @@ class CheckedStrategy(megatron_torch.TorchDistLoadShardedStrategy):
         self.reader = reader
 
     def load(self, sharded_state_dict, checkpoint_dir):
-        with self.reads():
-            return super().load(sharded_state_dict, checkpoint_dir)
-
-    @contextlib.contextmanager
-    def reads(self) -> Iterator[None]:
-        """While it loads, the reader that it makes is ours; megatron-core 0.16 has no other way to give it one."""
+        # While it loads, the reader that it makes is ours; megatron-core 0.16 cannot be given one.
         original = megatron_torch._get_filesystem_reader
         megatron_torch._get_filesystem_reader = lambda *_, **__: self.reader
         try:
-            yield
+            return super().load(sharded_state_dict, checkpoint_dir)
         finally:
             megatron_torch._get_filesystem_reader = original
 
@@ -71,7 +65,7 @@ def open_strategies(folder: Path, way_out: str) -> dict:
     try:
         common = PlainCommonStrategy(folder)
     except (OSError, RuntimeError, EOFError) as error:
-        raise reader.damaged(f"{COMMON_STATE_FNAME} cannot be read ({files.reason(error)})") from None
+        raise reader.damaged(f"{COMMON_STATE_FNAME} cannot be read ({whole.reason(error)})") from None
     return {"sharded_strategy": CheckedStrategy(reader), "common_strategy": common}
 
 

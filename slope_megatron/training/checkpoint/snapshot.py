@@ -64,7 +64,9 @@ class Snapshot:
             OSError, RuntimeError: the file system's.
             ValueError: the state holds a number that is not finite.
         """
-        self.check_finite()
+        for entry in self.tensors:
+            if entry.data.is_floating_point() and not torch.isfinite(entry.data).all():
+                raise ValueError(f"{entry.key} holds numbers that are not finite")
         folder.mkdir(parents=True, exist_ok=True)
         if not self.plan.items:
             return Written([], {})
@@ -74,12 +76,6 @@ class Snapshot:
         writer = SummingWriter(folder)
         results = writer.write_data(plan, self.planner).wait()
         return Written(results, writer.entries)
-
-    def check_finite(self) -> None:
-        """A state that cannot be trained on is no checkpoint."""
-        for entry in self.tensors:
-            if entry.data.is_floating_point() and not torch.isfinite(entry.data).all():
-                raise ValueError(f"{entry.key} holds numbers that are not finite")
 
     def write_index(self, folder: Path, parts: list[Written]) -> dict[str, dict]:
         """What rank 0 adds once every rank has written: which tensor lies where; returns the whole manifest.

@@ -1,4 +1,4 @@
-"""Checkpoints: one form, by canonical names, that does not know the layout that wrote it.
+"""Checkpoints: one format, by canonical names, that does not know the layout that wrote it.
 
     RUN/checkpoints/step_00000500/   megatron-core distributed checkpoint: values, patterns, adapters, masters, moments
                     .../state.json   configuration, steps done, optimizer step counters
@@ -21,8 +21,7 @@ import torch.distributed as dist
 from slope_megatron.config import Config
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import FIXED_ON_RESUME, SavedConfig, saved_form
-from slope_megatron.storage import latest, sums
-from slope_megatron.training import files
+from slope_megatron.storage import latest, sums, whole
 from slope_megatron.training.checkpoint.engine_state import (
     install_engine_state,
     install_loss_scaler,
@@ -34,6 +33,7 @@ from slope_megatron.training.checkpoint.engine_state import (
 from slope_megatron.training.checkpoint.sharded_load import load_sharded
 from slope_megatron.training.checkpoint.snapshot import Snapshot, Written
 from slope_megatron.training.engine import Engine
+from slope_megatron.training.together import on_first_rank
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -85,7 +85,7 @@ class Saving:
         try:
             self.written = self.snapshot.write(self.partial)
         except Exception as error:
-            self.problem = f"rank {dist.get_rank()}: {files.reason(error)}"
+            self.problem = f"rank {dist.get_rank()}: {whole.reason(error)}"
 
     def finish(self) -> str | None:
         """Complete and publish it, or remove what there is of it; older checkpoints stay as they are.
@@ -93,69 +93,52 @@ class Saving:
         Returns:
             why it could not be written, the same on every rank; None: it is there.
         """
-        first = dist.get_rank() == 0
-        parts: list = [None] * dist.get_world_size()
-        dist.gather_object((self.written, self.problem), parts if first else None, dst=0)
-        problem: list[str | None] = [None]
-        if first:
-            problem[0] = next((met for _, met in parts if met), None)
-            problem[0] = problem[0] or self.complete([written for written, _ in parts])
-            if problem[0]:
-                shutil.rmtree(self.partial, ignore_errors=True)
-        dist.broadcast_object_list(problem, src=0)
-        return problem[0]
+        parts: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((self.written, self.problem), parts, dst=0)
+        return on_first_rank(lambda: self.complete(parts))
 
-    def complete(self, parts: list[Written]) -> str | None:
-        """Rank 0's share; returns why it failed."""
+    def complete(self, parts) -> str | None:
+        """Rank 0's share, given what each rank has written and met; returns why it failed."""
+        problem = next((met for _, met in parts if met), None)
         try:
-            manifest = self.snapshot.write_index(self.partial, parts)
-            files.write_json(self.partial / "state.json", self.state)
-            manifest["state.json"] = sums.seal(self.partial / "state.json")
-            publish(self.partial, self.target, manifest)
+            if problem is None:
+                manifest = self.snapshot.write_index(self.partial, [written for written, _ in parts])
+                whole.write_json(self.partial / "state.json", self.state)
+                manifest["state.json"] = sums.seal(self.partial / "state.json")
+                publish(self.partial, self.target, manifest)
         except Exception as error:
-            return f"rank 0: {files.reason(error)}"
-        prune(self.run, self.settings.keep_checkpoints, self.settings.keep_every)
-        return None
-
-
-def save(engine: Engine, run: Path) -> Path:
-    """Write a checkpoint of the present step and wait for it; all ranks call it.
-
-    Raises:
-        OSError: it could not be written, on every rank.
-    """
-    saving = Saving(engine, run)
-    saving.write()
-    problem = saving.finish()
-    if problem:
-        raise OSError(f"checkpoint {saving.target} could not be written: {problem}")
-    return saving.target
+            problem = f"rank 0: {whole.reason(error)}"
+        if problem:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        else:
+            prune(self.run, self.settings.keep_checkpoints, self.settings.keep_every)
+        return problem
 
 
 def publish(partial: Path, target: Path, manifest: dict[str, dict]) -> None:
     """Seal a complete folder with its manifest, give it its name, and only then point `latest` at it."""
-    files.write_json(partial / "manifest.json", manifest)
-    files.sync_folder(partial)
+    whole.write_json(partial / "manifest.json", manifest)
+    whole.sync_folder(partial)
     if target.exists():
         # A name without a digit at its end never counts as a checkpoint; the next start removes it.
         os.rename(target, target.with_name(f"{target.name}.old.partial"))
     os.rename(partial, target)
-    files.sync_folder(target.parent)
+    whole.sync_folder(target.parent)
     latest.point_at(target)
 
 
-def entries(run: Path, form: re.Pattern = STEP) -> list[Path]:
+def entries(run: Path, names: re.Pattern = STEP) -> list[Path]:
     """What bears a checkpoint's name, whole or not, oldest first.
 
     Args:
-        form: of the names; `SET_ASIDE` has those that were found damaged.
+        names: `SET_ASIDE` has those that were found damaged.
 
     Raises:
         ValueError: the folder cannot be listed.
     """
     folder = run / "checkpoints"
     try:
-        return sorted(folder / name for name in os.listdir(folder) if form.fullmatch(name))
+        return sorted(folder / name for name in os.listdir(folder) if names.fullmatch(name))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -198,7 +181,7 @@ def prune(run: Path, keep: int, keep_every: int | None) -> None:
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
         except OSError as error:
-            logger.warning("checkpoint %s could not be removed: %s", folder, files.reason(error))
+            logger.warning("checkpoint %s could not be removed: %s", folder, whole.reason(error))
 
 
 def remove_partial(run: Path) -> None:

@@ -4,9 +4,9 @@ import functools
 import logging
 
 import torch
-import torch.distributed as dist
 
 from slope_megatron.config import Config
+from slope_megatron.training.together import first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -18,24 +18,24 @@ def build_adamw(groups: list[dict], config: Config) -> torch.optim.Optimizer:
         ValueError: one was asked for by name and cannot run here.
     """
     settings = config.optimizer
-    lr, betas, eps = settings.lr, (settings.beta1, settings.beta2), settings.eps
+    values = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     offloaded = config.parallel.offload_optimizer != "none"
     backend = choose_adam(settings.adam_backend, offloaded, config.parallel.zero_stage)
     if backend == "torch":
         # The default form on GPUs keeps temporaries of the size of the parameters; offloaded state is on the CPU.
         fused = torch.cuda.is_available() and not offloaded
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+        return torch.optim.AdamW(groups, **values, fused=fused)
     if backend == "apex":
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
+        return FusedAdam(groups, adam_w_mode=True, **values)
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, lr=lr, betas=betas, eps=eps)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **values)
     from deepspeed.ops.adam import FusedAdam
 
-    return FusedAdam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
+    return FusedAdam(groups, adam_w_mode=True, **values)
 
 
 def choose_adam(requested: str, offloaded: bool, zero_stage: int) -> str:
@@ -49,7 +49,7 @@ def choose_adam(requested: str, offloaded: bool, zero_stage: int) -> str:
     # Unasked, DeepSpeed's fused kernel would be compiled for minutes, and torch has one.
     candidates = [requested] if requested != "auto" else ["deepspeed"] if offloaded else ["apex"]
     for candidate in candidates:
-        reason = agreed(unavailable(candidate, offloaded, zero_stage))
+        reason = first_problem(unavailable(candidate, offloaded, zero_stage))
         if reason is None:
             return said(candidate, "as requested" if requested != "auto" else "the fastest that runs here")
         if requested != "auto":
@@ -61,13 +61,6 @@ def choose_adam(requested: str, offloaded: bool, zero_stage: int) -> str:
 def said(backend: str, why: str) -> str:
     logger.info("AdamW: %s (%s)", backend, why)
     return backend
-
-
-def agreed(reason: str | None) -> str | None:
-    """The first reason of any rank."""
-    reasons: list = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    return next(filter(None, reasons), None)
 
 
 def unavailable(backend: str, offloaded: bool, zero_stage: int) -> str | None:

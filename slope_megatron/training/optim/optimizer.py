@@ -13,6 +13,7 @@ from slope_megatron.models.layer_spec import weights_to_prune
 from slope_megatron.training.optim.adam import build_adamw
 from slope_megatron.training.optim.lamb import Lamb
 from slope_megatron.training.parallel import is_counted_here
+from slope_megatron.training.together import from_every_rank
 from slope_megatron.training.zero import partitions
 
 SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
@@ -53,9 +54,8 @@ def fill_empty_groups(model: LanguageModule, members: dict[str, list]) -> None:
     DeepSpeed sums the gradient norm over the model-parallel ranks group by group: with other groups on each stage (a
     middle one has no embedding) the ranks would wait for each other for ever.
     """
-    everywhere: list = [None] * parallel_state.get_model_parallel_group().size()
     here = [name for name, parameters in members.items() if parameters]
-    dist.all_gather_object(everywhere, here, group=parallel_state.get_model_parallel_group())
+    everywhere = from_every_rank(here, parallel_state.get_model_parallel_group())
     for name in sorted({name for names in everywhere for name in names} - set(here)):
         like = next(model.parameters())
         placeholder = torch.nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))

@@ -87,11 +87,10 @@ def state_bytes(engine: Engine) -> dict[str, dict[str, int]]:
     """Bytes of one model: tensor-parallel shards added up, replicas counted once, the ZeRO partitions all added up."""
     local = local_bytes(engine)
     shards = torch.tensor([[local[scope][kind] for kind in KINDS] for scope in local], device=engine.device)
-    over_replicas = shards.clone()
-    dist.all_reduce(shards, group=parallel_state.get_model_parallel_group())
-    dist.all_reduce(over_replicas)
+    everywhere = shards.clone()
+    dist.all_reduce(everywhere)
     optimizer = KINDS.index("optimizer")
-    shards[:, optimizer] = over_replicas[:, optimizer]
+    over_model(shards)[:, optimizer] = everywhere[:, optimizer]
     return {scope: dict(zip(KINDS, row, strict=True)) for scope, row in zip(local, shards.tolist(), strict=True)}
 
 
@@ -201,13 +200,18 @@ def double_pruning(engine: Engine) -> dict[str, float] | None:
         expected = count.weights * extra_zeros(module.slope.n, module.slope.m)
         row = [count.weights, count.dropped, expected, count.energy, count.energy_dropped]
         sums += torch.tensor(row, dtype=torch.float64, device=engine.device)
-    dist.all_reduce(sums, group=parallel_state.get_model_parallel_group())
-    weights, dropped, expected, energy, energy_dropped = sums.tolist()
+    weights, dropped, expected, energy, energy_dropped = over_model(sums).tolist()
     return {
         "measured": dropped / weights,
         "formula": expected / weights,
         "energy_lost": energy_dropped / energy if energy else 0.0,
     }
+
+
+def over_model(here: torch.Tensor) -> torch.Tensor:
+    """Summed, in place, over the ranks that share one replica of the model."""
+    dist.all_reduce(here, group=parallel_state.get_model_parallel_group())
+    return here
 
 
 def parameter_count(engine: Engine) -> int:
@@ -217,22 +221,15 @@ def parameter_count(engine: Engine) -> int:
         for _, parameter in model_parameters(engine.model)
         if is_counted_here(parameter) and not getattr(parameter, "ds_pipe_replicated", False)
     )
-    total = torch.tensor([here], device=engine.device)
-    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return int(total)
+    return int(over_model(torch.tensor([here], device=engine.device)))
 
 
 def checkpoint_bytes(engine: Engine) -> int:
     """Bytes of one checkpoint: the weights, their fp32 masters and two moments, and the patterns."""
-    weights, patterns = 0, 0
-    for _, parameter in model_parameters(engine.model):
-        if is_counted_here(parameter):
-            weights += getattr(parameter, "ds_numel", parameter.numel()) * (parameter.element_size() + 12)
-    for module in sparse_modules(engine.model):
-        patterns += module.weight_pattern.nbytes + module.weight_column.nbytes
-    total = torch.tensor([weights + patterns], device=engine.device)
-    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return int(total)
+    counted = [parameter for _, parameter in model_parameters(engine.model) if is_counted_here(parameter)]
+    here = sum(elements(parameter) * (parameter.element_size() + 12) for parameter in counted)
+    here += sum(one.weight_pattern.nbytes + one.weight_column.nbytes for one in sparse_modules(engine.model))
+    return int(over_model(torch.tensor([here], device=engine.device)))
 
 
 # -- the device --------------------------------------------------------------------------------------------------------

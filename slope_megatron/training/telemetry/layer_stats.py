@@ -10,7 +10,6 @@ Gradient norms cost one more sum of the gradients over the replicas in the steps
 """
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from megatron.core import parallel_state
 
@@ -19,6 +18,7 @@ from slope_megatron.models.layer_spec import sparse_modules
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optim.optimizer import model_parameters
 from slope_megatron.training.parallel import is_counted_here
+from slope_megatron.training.together import from_every_rank
 from slope_megatron.training.zero import partitions
 
 # A prime: with a power of two, even spreading would meet few columns only.
@@ -98,12 +98,9 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
 
 def merge(rows: dict[str, tuple[list[float], bool]]) -> dict[str, dict[str, float]]:
     """Add up the shards of each matrix over the ranks that share the model, and turn sums into figures."""
-    group = parallel_state.get_model_parallel_group()
-    everywhere: list = [None] * group.size()
-    dist.all_gather_object(everywhere, rows, group=group)
     sums: dict[str, list[float]] = {}
     sparse: set[str] = set()
-    for part in everywhere:
+    for part in from_every_rank(rows, parallel_state.get_model_parallel_group()):
         for name, (row, is_sparse) in part.items():
             sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * len(row)), row, strict=True)]
             sparse |= {name} if is_sparse else set()

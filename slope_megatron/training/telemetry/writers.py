@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from slope_megatron.config import Config
-from slope_megatron.storage import earlier
+from slope_megatron.storage import earlier, whole
 from slope_megatron.storage.metrics_file import read_metrics
-from slope_megatron.training import files
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def open_writers(config: Config, run: Path, steps_done: int) -> list[Writer]:
         try:
             writers.append(Forgiving(build()))
         except Exception as error:
-            logger.warning("metrics: one writer could not be opened (%s); the run goes on", files.reason(error))
+            logger.warning("metrics: one writer could not be opened (%s); the run goes on", whole.reason(error))
     return writers
 
 
@@ -76,7 +75,7 @@ class Forgiving:
         except Exception as error:
             if not self.failing:
                 name = type(self.writer).__name__
-                logger.warning("metrics: %s failed (%s); the run goes on", name, files.reason(error))
+                logger.warning("metrics: %s failed (%s); the run goes on", name, whole.reason(error))
             self.failing = True
 
 
@@ -113,7 +112,7 @@ class JsonLines:
                 stream.writelines(line + b"\n" for line in damaged)
             logger.warning("%s: %d damaged lines are kept in %s, the others stay", path, len(damaged), aside.name)
         kept = [line for line in lines if line["step"] <= steps_done]
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        whole.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.size = path.stat().st_size
 
     def read(self) -> tuple[list[dict], list[bytes]]:

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from slope_megatron.training import files
+from slope_megatron.storage import whole
 from slope_megatron.training.watch.process import RankProcess
 
 # Parts of a step in the order in which the main thread reaches them.
@@ -130,30 +130,21 @@ class Listener:
         return dataclasses.replace(found, silent=silent) if found and silent is not None else None
 
 
-@dataclasses.dataclass(frozen=True)
-class FailureReport:
-    """That the run ends, for ranks that did not find out themselves.
-
-    Args:
-        hung: ranks that do not end by themselves.
-    """
-
-    hung: list[int]
-
-
 def reserve_report(folder: Path) -> None:
-    """Take the space that a report needs, before the disk may be full."""
+    """Take the space that a failure report needs, before the disk may be full."""
     with contextlib.suppress(FileExistsError), open(folder / "failure.json", "x") as stream:
         stream.write(" " * REPORT_BYTES)
 
 
-def write_report(folder: Path, report: FailureReport) -> None:
-    """In place, in one piece.
+def write_report(folder: Path, hung: list[int]) -> None:
+    """Tell all ranks that the run ends, in place and in one piece.
 
+    Args:
+        hung: ranks that do not end by themselves.
     Raises:
         OSError: it cannot be written.
     """
-    content = json.dumps(dataclasses.asdict(report)).ljust(REPORT_BYTES)
+    content = json.dumps({"hung": hung}).ljust(REPORT_BYTES)
     descriptor = os.open(folder / "failure.json", os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, content.encode())
@@ -162,17 +153,12 @@ def write_report(folder: Path, report: FailureReport) -> None:
         os.close(descriptor)
 
 
-def read_report(folder: Path) -> FailureReport | None:
-    """None: there is none, or it is being written."""
+def read_report(folder: Path) -> list[int] | None:
+    """The ranks that hang; None: there is no report, or it is being written."""
     try:
-        return FailureReport(**json.loads((folder / "failure.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        return json.loads((folder / "failure.json").read_text())["hung"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def remove_report(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        (folder / "failure.json").unlink(missing_ok=True)
 
 
 class Pulse:
@@ -192,7 +178,7 @@ class Pulse:
     def announce(self) -> None:
         """Write the first heartbeat, which creates the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(file_of(self.folder, self.rank), self.record())
+        whole.write_text(file_of(self.folder, self.rank), self.record())
 
     def beat(self) -> None:
         """Write the next one; on a disk that cannot be written now, change the file's time."""
@@ -206,23 +192,24 @@ class Pulse:
                 os.utime(path)
 
     def remove(self) -> None:
+        """This rank is done; the first one takes the blank report away, too."""
         with contextlib.suppress(OSError):
             file_of(self.folder, self.rank).unlink(missing_ok=True)
+            if self.rank == 0:
+                (self.folder / "failure.json").unlink(missing_ok=True)
 
     def still(self) -> float:
         return self.clock.seconds - self.progress[2] if self.watched else -1.0
 
-    def record(self) -> str:
-        step, part, _ = self.progress
-        where, waits = self.location()
-        content = {"rank": self.rank, "pid": self.own.pid, "host": self.own.host, "step": step}
-        content |= {"part": part, "still": round(self.still(), 1), "where": where[-120:], "waits": waits}
-        content["beats"] = self.beats
-        return json.dumps(content).ljust(RECORD_BYTES - 1) + "\n"
-
     def heartbeat(self) -> Heartbeat:
         """What the others read of this rank."""
-        return Heartbeat(**json.loads(self.record()))
+        step, part, _ = self.progress
+        where, waits = self.location()
+        still = round(self.still(), 1)
+        return Heartbeat(self.rank, self.own.pid, self.own.host, step, part, still, where[-120:], waits, self.beats)
+
+    def record(self) -> str:
+        return json.dumps(dataclasses.asdict(self.heartbeat())).ljust(RECORD_BYTES - 1) + "\n"
 
     def location(self) -> tuple[str, bool]:
         """The innermost line of this program that the main thread is in, and whether it waits in a collective."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from slope_megatron.training.watch import heartbeat
 from slope_megatron.training.watch.hangs import HangDetector, describe_hang
-from slope_megatron.training.watch.heartbeat import FailureReport, Listener, OwnTime, Pulse
+from slope_megatron.training.watch.heartbeat import Listener, OwnTime, Pulse
 from slope_megatron.training.watch.launcher import Launcher, unblock_output
 from slope_megatron.training.watch.process import RankProcess, local_peers, remote_peers
 
@@ -107,8 +107,6 @@ class RankWatch:
         for number in self.heeded:
             signal.signal(number, signal.SIG_DFL)
         self.pulse.remove()
-        if self.rank == 0:
-            heartbeat.remove_report(self.folder)
 
     def _watch(self) -> None:
         while not self.stopped.is_set():
@@ -141,11 +139,11 @@ class RankWatch:
         dead = self.dead()
         # Read after the search: a rank that ended because of a report wrote that first. And before signals are heeded:
         # a launcher that misses a rank sends TERM, and the lost rank is to be named first.
-        report = heartbeat.read_report(self.folder)
-        if report:
-            self._leave(report)
+        hung = heartbeat.read_report(self.folder)
+        if hung is not None:
+            self._leave(hung)
         if dead:
-            self._end(f"{names(dead)} died; the run stops.", FailureReport([]))
+            self._end(f"{', '.join(map(str, dead))} died; the run stops.", [])
         self.heed()
         gone = self.launcher.gone()
         if gone and not self.stop_requested.is_set():
@@ -153,10 +151,10 @@ class RankWatch:
             self.request_stop(f"has lost its launcher ({gone})")
         found = self.hangs.find()
         if found:
-            hung, beats = found
+            late, beats = found
             alone = " (no other rank can be heard)" if len(self.processes) > len(beats) == 1 else ""
-            what = f"{describe_hang(hung, beats, self.hang_timeout)}{alone}; the run stops."
-            self._end(what, FailureReport([beat.rank for beat in hung]))
+            what = f"{describe_hang(late, beats, self.hang_timeout)}{alone}; the run stops."
+            self._end(what, [beat.rank for beat in late])
 
     def heed(self) -> None:
         """The signals that nobody has heeded yet. Told twice to end, a rank that is stuck ends."""
@@ -199,7 +197,7 @@ class RankWatch:
         """Seconds for which this rank has heard nothing of another; 0 for one that is done, or never began."""
         return self.listener.silence(process.rank) or 0.0
 
-    def _end(self, what: str, report: FailureReport) -> None:
+    def _end(self, what: str, hung: list[int]) -> None:
         """Say it once (the first rank to create failure.txt prints it), tell the others, and leave."""
         message = f"slope: error: {what} {self.describe()}"
         try:
@@ -211,12 +209,12 @@ class RankWatch:
         except OSError:
             say(message)
         with contextlib.suppress(OSError):  # they will find out by themselves
-            heartbeat.write_report(self.folder, report)
-        self._leave(report)
+            heartbeat.write_report(self.folder, hung)
+        self._leave(hung)
 
-    def _leave(self, report: FailureReport) -> None:
+    def _leave(self, ranks: list[int]) -> None:
         """End this process, and stopped ones of this host: those keep their device and ports, and cannot end."""
-        hung = [peer for peer in self.local_peers if peer.rank in report.hung]
+        hung = [peer for peer in self.local_peers if peer.rank in ranks]
         # A rank whose thread still beats ends by the report; how long it has been silent may not be known yet.
         until = self.clock.seconds + self.hangs.stopped + 2.0
         while hung and self.clock.seconds < until:
@@ -235,7 +233,3 @@ def say(message: str) -> None:
     """On a line of its own: a progress bar leaves its line open, and the main thread may never close it."""
     with contextlib.suppress(OSError):  # whoever read it is gone
         print(f"\n{message}", file=sys.stderr, flush=True)
-
-
-def names(processes: list[RankProcess]) -> str:
-    return ", ".join(map(str, processes))

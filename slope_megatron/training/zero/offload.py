@@ -67,16 +67,12 @@ def swaps(optimizer, elements: int) -> bool:
     return swapper is not None and swapper.is_swappable_tensor(None, elements)
 
 
-def elements_of(optimizer, index: int) -> int:
-    """Of partition `index`, which may not be here to be counted; of no interest below stage 3."""
-    counts = getattr(optimizer, "fp16_partitioned_groups_flat_numel", None)
-    return int(counts[index]) if counts else 0
-
-
 @contextlib.contextmanager
 def in_memory(optimizer, index: int, *, write: bool = False) -> Iterator[None]:
     """Within this context the masters and moments of a partition are there; with `write` they go back as they are."""
-    if not swaps(optimizer, elements_of(optimizer, index)):
+    # It may not be here to be counted; below stage 3 nothing is swapped.
+    counts = getattr(optimizer, "fp16_partitioned_groups_flat_numel", None)
+    if not counts or not swaps(optimizer, int(counts[index])):
         yield
         return
     optimizer._optimizer_states_and_gradient_swap_in(index)

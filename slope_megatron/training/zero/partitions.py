@@ -21,6 +21,7 @@ from slope_megatron.config import Config
 from slope_megatron.config.parallel import reduced_dtype
 from slope_megatron.models.provider import DTYPES
 from slope_megatron.training.optim.lamb import Lamb
+from slope_megatron.training.together import first_problem
 from slope_megatron.training.zero import offload
 
 # Stage 3 keeps parameters up to this size, biases and norms, gathered: many small messages cost more than they hold.
@@ -92,11 +93,8 @@ def check_offload(config: Config) -> None:
     Raises:
         ValueError: one sentence, the same on every rank.
     """
-    if config.parallel.offload_optimizer == "nvme":
-        reasons: list = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, offload.unsupported(config))
-        for reason in filter(None, reasons):
-            raise ValueError(f"--offload-optimizer is nvme {reason}; use --offload-optimizer cpu")
+    if config.parallel.offload_optimizer == "nvme" and (reason := first_problem(offload.unsupported(config))):
+        raise ValueError(f"--offload-optimizer is nvme {reason}; use --offload-optimizer cpu")
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -206,28 +204,26 @@ def segments(optimizer, members: dict[str, list[torch.nn.Parameter]]) -> list[li
     Args:
         members: the parameters of each group by its name, as they were before `deepspeed.initialize`.
     """
-    if not is_stage_3(optimizer):
-        return [[fragment(parameter) for parameter in members[part.group["name"]]] for part in of(optimizer)]
-    return [[stage_3_segment(optimizer, parameter) for parameter in group] for group in optimizer.fp16_groups]
+
+    def fragment(parameter: torch.nn.Parameter) -> Segment:
+        mapping = mapping_of(parameter)
+        address = mapping.get_hp_fragment_address() if mapping is not None else None
+        return Segment(parameter, address.start, address.numel) if address else Segment(parameter, 0, 0)
+
+    def even_part(parameter: CutParameter) -> Segment:
+        # Stage 3 cuts every parameter evenly; the last parts may hold fewer elements than the room they take.
+        _, start, room = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        before = room * dist.get_rank(parameter.ds_process_group)
+        return Segment(parameter, start, max(0, min(room, parameter.ds_numel - before)))
+
+    if is_stage_3(optimizer):
+        return [list(map(even_part, group)) for group in optimizer.fp16_groups]
+    return [list(map(fragment, members[part.group["name"]])) for part in of(optimizer)]
 
 
 def mapping_of(parameter: torch.nn.Parameter):
     """Stages 1 and 2: DeepSpeed's note of where a parameter lies in the fp32 partition; None: this rank has nothing."""
     return vars(parameter)["_hp_mapping"]
-
-
-def fragment(parameter: torch.nn.Parameter) -> Segment:
-    """Stages 1 and 2: what this rank has of a parameter."""
-    mapping = mapping_of(parameter)
-    address = mapping.get_hp_fragment_address() if mapping is not None else None
-    return Segment(parameter, address.start, address.numel) if address else Segment(parameter, 0, 0)
-
-
-def stage_3_segment(optimizer, parameter: CutParameter) -> Segment:
-    """Stage 3 cuts every parameter evenly; the last parts may hold fewer elements than the room they take."""
-    _, start, room = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    before = room * dist.get_rank(parameter.ds_process_group)
-    return Segment(parameter, start, max(0, min(room, parameter.ds_numel - before)))
 
 
 def stage_3_state(optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ sums until DeepSpeed zeroes them after the update; nobody reads it.
 """
 
 import functools
+import types
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,6 @@ from slope_megatron.training.zero import partitions
 
 # Elements that are converted and sent at once, and again as many while the ones before travel.
 ELEMENTS_AT_ONCE = 2**26
-
-
-class WholeWorld:
-    """DeepSpeed's `mpu` where it sums the gradient norm: each rank has a part that no other one has."""
-
-    @staticmethod
-    def get_model_parallel_group() -> dist.ProcessGroup | None:
-        return dist.group.WORLD
 
 
 class Bf16Gradients:
@@ -53,7 +46,8 @@ class Bf16Gradients:
         if self.group.size() > 1:
             self.measured = self.measured_here()
             optimizer.get_grads_for_norm = self.gradients_for_norm
-            optimizer.mpu = WholeWorld
+            # Where DeepSpeed sums the norm: each rank has a part that no other one has.
+            optimizer.mpu = types.SimpleNamespace(get_model_parallel_group=lambda: dist.group.WORLD)
 
     def reduce(self) -> None:
         """The mean over the replicas, into each replica's own partition."""
@@ -77,17 +71,13 @@ class Bf16Gradients:
             partition.narrow(0, segment.start, segment.numel)
             for partition, segments in zip(flats, cut, strict=True)
             for segment in segments
-            if is_measured_here(segment.parameter)
+            # Once over all stages, too: a tied copy where its original is.
+            if is_counted_here(segment.parameter) and not getattr(segment.parameter, "ds_pipe_replicated", False)
         ]
 
     def gradients_for_norm(self, for_clipping: bool = False):
         """In DeepSpeed's form: what is clipped; else what is measured, and the experts' share of it, none."""
         return self.optimizer.fp32_groups_gradient_flat_partition if for_clipping else (self.measured, {})
-
-
-def is_measured_here(parameter: torch.nn.Parameter) -> bool:
-    """Once over all stages, too: a tied copy where its original is."""
-    return is_counted_here(parameter) and not getattr(parameter, "ds_pipe_replicated", False)
 
 
 def reduce_converted(own: torch.Tensor, whole: torch.Tensor, sent: torch.dtype, group: dist.ProcessGroup) -> None:

@@ -9,25 +9,12 @@ gradients for that: DeepSpeed uses the memory of many again, and what no later b
 adapters that have not joined) would spoil every step to come.
 """
 
-import dataclasses
 import math
 
 import torch
 import torch.distributed as dist
 
 from slope_megatron.training.zero import gradients, partitions
-
-
-@dataclasses.dataclass(frozen=True)
-class Finite:
-    """What is finite on every rank; the same on all of them."""
-
-    loss: bool = True
-    gradients: bool = True
-
-    @property
-    def skip(self) -> bool:
-        return not (self.loss and self.gradients)
 
 
 class Skipping:
@@ -44,7 +31,8 @@ class Skipping:
 
     def __init__(self, optimizer, device: torch.device):
         self.optimizer, self.device = optimizer, device
-        self.finite = Finite()
+        # Whether any rank's was not finite in the present step; the same on all ranks.
+        self.bad_loss = self.bad_gradients = False
         self.scaler = getattr(optimizer, "loss_scaler", None)
         if self.scaler is not None:
             self.update_scale = self.scaler.update_scale
@@ -62,7 +50,11 @@ class Skipping:
             self.norm_groups = optimizer._get_norm_groups
             optimizer._get_norm_groups = self.told_norm_groups
 
-    def decide(self, loss: float) -> Finite:
+    @property
+    def skips(self) -> bool:
+        return self.bad_loss or self.bad_gradients
+
+    def decide(self, loss: float) -> None:
         """Look at the step whose gradients are reduced; collective over all ranks.
 
         Args:
@@ -71,28 +63,27 @@ class Skipping:
         here = [int(not math.isfinite(loss)), int(not gradients.are_finite(self.optimizer))]
         flags = torch.tensor(here, device=self.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad_loss, bad_gradients = map(bool, flags.tolist())
-        self.finite = Finite(not bad_loss, not bad_gradients)
-        return self.finite
+        self.bad_loss, self.bad_gradients = map(bool, flags.tolist())
 
-    def scale_can_fall(self, loss_scale: float) -> bool:
-        """Whether gradients that overflowed at this loss scale may be finite at the next."""
-        return self.scaler is not None and self.scaler.dynamic and loss_scale > self.scaler.min_scale
+    def scale_can_mend(self, loss_scale: float) -> bool:
+        """Whether only gradients were not finite, which overflowed at this loss scale and may not at the next."""
+        can_fall = self.scaler is not None and self.scaler.dynamic and loss_scale > self.scaler.min_scale
+        return can_fall and not self.bad_loss
 
     # -- what DeepSpeed asks ------------------------------------------------------------------------------------------
 
     def told_overflow(self, partition_gradients: bool = True) -> None:
-        self.optimizer.overflow = self.finite.skip
+        self.optimizer.overflow = self.skips
 
     def told_norm_groups(self) -> list[torch.Tensor]:
-        return [torch.tensor(math.nan, device=self.device)] if self.finite.skip else self.norm_groups()
+        return [torch.tensor(math.nan, device=self.device)] if self.skips else self.norm_groups()
 
     def told_gradients_for_norm(self, for_clipping: bool = False):
-        if self.finite.skip:
+        if self.skips:
             return [torch.tensor([math.nan], device=self.device)], {}
         return self.gradients_for_norm(for_clipping=for_clipping)
 
     def update_scale_for_gradients(self, overflow: bool) -> None:
         """The loss is not scaled when it is measured: one that is not finite says nothing about the scale."""
-        if self.finite.loss:
+        if not self.bad_loss:
             self.update_scale(overflow)
