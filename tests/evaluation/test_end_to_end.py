@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import SEQUENCE, VOCABULARY, save, small_config, step_batches
+from helpers.models import SEQUENCE, VOCABULARY, build_engine, save, small_config, step_batches
 from helpers.numerics import relative_error
 
 SLOPE = {"adapter_rank": 4, "lazy_fraction": 0.5}
@@ -15,10 +15,7 @@ def trained(config, run):
     """Train, save, and the logits of the model as it is then."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(config, torch.float32)
     losses = [engine.train_step(step_batches(config, step, 0, 1)).loss for step in range(config.train.steps)]
     save(engine, run)
     model = engine.model.eval()

@@ -7,19 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.models import VOCABULARY, build_engine, go_on, small_config, step_batches
+from helpers.models import build_engine, go_on, small_config, step_batches
 
 
-def losses(config, ours: bool) -> list[float]:
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    engine = Engine(build_model(config, VOCABULARY, torch.bfloat16), config, torch.bfloat16)
+def losses(config, ours: bool) -> list[tuple[float, float]]:
+    engine = build_engine(config, torch.bfloat16)
     assert "_update_hp_grad" in vars(engine.optimizer), "DeepSpeed's method has another name: look at add_gradient"
     if not ours:
         del engine.optimizer._update_hp_grad
-    results = [engine.train_step(step_batches(config, step, 0, 1)) for step in range(4)]
-    return [(result.loss, result.grad_norm) for result in results]
+    return go_on(engine, 4)
 
 
 def both(config):

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from helpers import models
+
 VOCABULARY, SEQ = 60, 32
 
 
@@ -77,7 +79,7 @@ def train(config, first, last, save=False, resume=False):
         store.load(engine, store.newest(Path(config.train.out)))
     losses = [engine.train_step(batches.step(step)).loss for step in range(first, last)]
     if save:
-        store.save(engine, Path(config.train.out))
+        models.save(engine, Path(config.train.out))
     asked = torch.cat([batch["labels"][batch["loss_mask"] > 0] for batch in validation])
     shares = torch.bincount(asked).double() / len(asked)
     entropy = -(shares[shares > 0] * shares[shares > 0].log()).sum().item()

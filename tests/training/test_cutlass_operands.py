@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, small_config, step_batches
 
 STEPS = 6
 
@@ -27,16 +27,14 @@ def train(config):
     from megatron.core import parallel_state
 
     from slope_megatron.models.layer_spec import sparse_modules
-    from slope_megatron.models.provider import build_model
     from slope_megatron.ops import backend
     from slope_megatron.ops.operands import cutlass
     from slope_megatron.sparsity.operand_cutlass import metadata_bytes
-    from slope_megatron.training.engine import Engine
     from slope_megatron.training.telemetry import accounting
 
     told = mock.patch.object(backend, "choose", lambda requested: requested)
     with told, mock.patch.object(cutlass, "unsupported_weight", lambda values, bits: None):
-        engine = Engine(build_model(config, VOCABULARY, torch.bfloat16), config, torch.bfloat16)
+        engine = build_engine(config, torch.bfloat16)
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         batches = [step_batches(config, step, replica, replicas) for step in range(STEPS)]
         losses = [engine.train_step(batch).loss for batch in batches]

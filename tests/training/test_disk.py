@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, small_config, step_batches
 from slope_megatron.config import TrainConfig
 
 
@@ -54,14 +54,12 @@ def test_a_read_only_place_is_refused(small_disk):
 
 def save_around_a_full_disk(run, filler):
     """Save, fill the disk, fail to save in the background, free the disk, save again; returns what is there then."""
-    from slope_megatron.models.provider import build_model
     from slope_megatron.storage import sums
     from slope_megatron.training.checkpoint import store
     from slope_megatron.training.checkpoint.saver import Saver
-    from slope_megatron.training.engine import Engine
 
     config = small_config(layers=1)
-    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(config, torch.float32)
     saver = Saver(engine, run)
     failures = []
     for step in range(3):

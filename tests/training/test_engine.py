@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, small_config, step_batches
 from helpers.numerics import relative_error
 from helpers.plain_training import FAMILIES, SLOPE, SLOPE_ON_GPUS, reference
 
@@ -41,10 +41,8 @@ def train(config, steps):
     from megatron.core import parallel_state
 
     from slope_megatron.models.canonical import shards
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
 
-    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(config, torch.float32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     results = [engine.train_step(step_batches(config, step, replica, replicas)) for step in range(steps)]
     parts = [(shard.name, shard.offset, shard.shape, shard.data.detach().clone()) for shard in shards(engine.model)]
@@ -149,10 +147,7 @@ def test_evaluation_changes_nothing(ranks):
 
 
 def train_with_evaluation(config, evaluate):
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    engine = Engine(build_model(copy.deepcopy(config), VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(copy.deepcopy(config), torch.float32)
     losses = []
     for step in range(4):
         batches = step_batches(config, step, 0, 1)
@@ -167,11 +162,8 @@ def losses_with_dropout(config):
 
     from megatron.core import parallel_state
 
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.2))
-    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(config, torch.float32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     return [engine.train_step(step_batches(config, step, replica, replicas)).loss for step in range(3)]
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import VOCABULARY, build_engine, small_config, step_batches
 from slope_megatron.config import WatchConfig
 
 
@@ -40,10 +40,7 @@ def counted(config):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(config, torch.float32)
     batches = step_batches(config, 0, 0, 1)
     # Attention as plain products: torch does not count its fused form on CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from helpers.models import SEQUENCE, VOCABULARY, masked, sample, small_config
+from helpers.models import SEQUENCE, VOCABULARY, masked, sample, save, small_config
 from helpers.numerics import relative_error
 
 SAMPLES = 16
@@ -175,7 +175,7 @@ def go_on_from(config, run, first, last):
     while engine.steps_done < last:
         losses.append(engine.train_step(own_batches(config)).loss)
         if not first and engine.steps_done == 2:
-            store.save(engine, run)
+            save(engine, run)
     return losses
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, save, small_config, step_batches
+from helpers.models import VOCABULARY, build_engine, save, small_config, step_batches
 
 
 def with_run(config, out, **train):
@@ -23,10 +23,7 @@ def begin(config, steps):
     """Train and save; this rank's tensors."""
     from megatron.core import parallel_state
 
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
-
-    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(config, torch.float32)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for step in range(steps):
         engine.train_step(step_batches(config, step, replica, replicas))

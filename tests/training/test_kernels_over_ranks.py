@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, small_config, step_batches
 
 STEPS = 6
 # TP, PP, DP, ZeRO stage.
@@ -40,12 +40,10 @@ def train(config):
 
     from megatron.core import parallel_state
 
-    from slope_megatron.models.provider import build_model
     from slope_megatron.ops import choices
     from slope_megatron.training import kernel_choices
-    from slope_megatron.training.engine import Engine
 
-    engine = Engine(build_model(config, VOCABULARY, torch.bfloat16), config, torch.bfloat16)
+    engine = build_engine(config, torch.bfloat16)
     kernel_choices.share(Path("none"), resumed=False)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     losses = [engine.train_step(step_batches(config, step, replica, replicas)).loss for step in range(STEPS)]

@@ -6,7 +6,7 @@ import sys
 import pytest
 from test_pretrain import ENVIRONMENT, MODEL, RUN, SLOPE
 
-from helpers.models import small_config
+from helpers.models import build_engine, small_config
 from slope_megatron.training.telemetry import memory
 from slope_megatron.training.telemetry.memory import GIB, Memory
 
@@ -42,11 +42,9 @@ def need_of(config, dtype):
     """What the adapters were predicted to add, and the gradient bytes measured before and after they joined."""
     import torch
 
-    from helpers.models import VOCABULARY, step_batches
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
+    from helpers.models import step_batches
 
-    engine = Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+    engine = build_engine(config, dtype)
     need, measured = memory.adapters_need(engine), []
     for step in range(config.adapter_start + 1):
         engine.held_gradients = None

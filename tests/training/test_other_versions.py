@@ -6,18 +6,14 @@ import shutil
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, save, small_config, step_batches
 from helpers.runs import edit_state
 
 
 def saved_run(config, run):
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.checkpoint import store
-    from slope_megatron.training.engine import Engine
-
-    engine = Engine(build_model(config, VOCABULARY, torch.float32), config, torch.float32)
+    engine = build_engine(config, torch.float32)
     engine.train_step(step_batches(config, 0, 0, 1))
-    store.save(engine, run)
+    save(engine, run)
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,14 @@ import math
 import pytest
 import torch
 
-from helpers.models import VOCABULARY, small_config, step_batches
+from helpers.models import build_engine, small_config, step_batches
 from slope_megatron.config import WatchConfig
 
 
 def build(config, dtype):
-    from slope_megatron.models.provider import build_model
-    from slope_megatron.training.engine import Engine
     from slope_megatron.training.watch.bad_steps import StepWatch
 
-    engine = Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+    engine = build_engine(config, dtype)
     return engine, StepWatch(config.watch, config.data.global_batch_size)
 
 
