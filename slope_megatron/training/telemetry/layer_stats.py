@@ -83,10 +83,9 @@ class LayerStats:
                 pruning = module.double_pruning() if module else None
             start = self.start[name]
             row = [self.squares.get(name, 0.0), float((now - start).square().sum()), float(start.square().sum())]
-            row += [pruning.energy, pruning.energy_dropped] if pruning else [0.0, 0.0]
-            if not is_counted_here(parameter):
-                row = [0.0] * len(row)  # replicated: counted once
-            rows[self.names[name]] = (row, pruning is not None)
+            row += [1.0, pruning.energy, pruning.energy_dropped] if pruning else [0.0, 0.0, 0.0]
+            # What is replicated is counted once.
+            rows[self.names[name]] = row if is_counted_here(parameter) else [0.0] * len(row)
         return merge(rows)
 
 
@@ -96,19 +95,17 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
         return {name: getattr(entry, "key", name) for name, entry in sharded_state_dict(model).items()}
 
 
-def merge(rows: dict[str, tuple[list[float], bool]]) -> dict[str, dict[str, float]]:
+def merge(rows: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Add up the shards of each matrix over the ranks that share the model, and turn sums into figures."""
     sums: dict[str, list[float]] = {}
-    sparse: set[str] = set()
     for part in from_every_rank(rows, parallel_state.get_model_parallel_group()):
-        for name, (row, is_sparse) in part.items():
+        for name, row in part.items():
             sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * len(row)), row, strict=True)]
-            sparse |= {name} if is_sparse else set()
     figures = {}
-    for name, (gradient, moved, start, energy, dropped) in sums.items():
+    for name, (gradient, moved, start, sparse, energy, dropped) in sums.items():
         figures[name] = {"grad_norm": gradient**0.5}
         if start:
             figures[name]["drift"] = (moved / start) ** 0.5
-        if name in sparse:
+        if sparse:
             figures[name]["energy_lost"] = dropped / energy if energy else 0.0
     return figures

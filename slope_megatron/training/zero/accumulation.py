@@ -76,6 +76,8 @@ class LocalGradients(Accumulation):
         # Only DeepSpeed's bf16 optimizer keeps fp32 sums of its own.
         own_sums = hasattr(zero.optimizer, "fp32_groups_gradients_flat")
         self.bf16 = Bf16Gradients(zero.optimizer, members, sent) if own_sums else None
+        # A schedule over stages scales the loss where it is born: on the last one.
+        forward.model.config.grad_scale_func = self.scaled
 
     def micro_batch(self, batch: Batch, count: torch.Tensor, of: int) -> torch.Tensor:
         loss = self.forward.loss(self.forward.model, batch, count)
@@ -100,11 +102,6 @@ class LocalGradients(Accumulation):
 
 class PipelinedGradients(LocalGradients):
     """ZeRO-1 over pipeline stages."""
-
-    def __init__(self, forward: Forward, zero, members: dict[str, list[torch.nn.Parameter]], sent: torch.dtype):
-        super().__init__(forward, zero, members, sent)
-        # The schedule scales the loss where it is born: on the last stage.
-        forward.model.config.grad_scale_func = self.scaled
 
     def run(self, batches: list[Batch], count: torch.Tensor) -> torch.Tensor:
         results = self.forward.schedule(batches, functools.partial(self.report, count), forward_only=False)
