@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ def build_adamw(groups: list[dict], config: Config) -> torch.optim.Optimizer:
         ValueError: one was asked for by name and cannot run here.
     """
     settings = config.optimizer
-    values = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    values: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     offloaded = config.parallel.offload_optimizer != "none"
     backend = choose_adam(settings.adam_backend, offloaded, config.parallel.zero_stage)
     if backend == "torch":

@@ -12,6 +12,7 @@ never waits for the device, so that a CUDA graph can capture it; what is keyed o
 
 import abc
 import functools
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,8 @@ class LocalGradients(Accumulation):
         own_sums = hasattr(zero.optimizer, "fp32_groups_gradients_flat")
         self.bf16 = Bf16Gradients(zero.optimizer, members, sent) if own_sums else None
         # A schedule over stages scales the loss where it is born: on the last one.
-        forward.model.config.grad_scale_func = self.scaled
+        megatron: Any = forward.model.config
+        megatron.grad_scale_func = self.scaled
 
     def micro_batch(self, batch: Batch, count: torch.Tensor, of: int) -> torch.Tensor:
         loss = self.forward.loss(self.forward.model, batch, count)
