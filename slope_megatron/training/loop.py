@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.data.batches import MicroBatches, ValidationBatches
+from slope_megatron.data.prefetch import Prefetch
 from slope_megatron.ops.backend import choose
 from slope_megatron.training import kernel_choices
 from slope_megatron.training.checkpoint import attempts, store
@@ -55,7 +56,8 @@ class Run:
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         train_set, valid_set = datasets
         micro = config.data.micro_batch_size
-        self.batches = MicroBatches(train_set, config.data.global_batch_size, micro, replica, replicas)
+        batches = MicroBatches(train_set, config.data.global_batch_size, micro, replica, replicas)
+        self.batches = Prefetch(batches, config.train.last_step, pin=engine.device.type == "cuda")
         self.validation: ValidationBatches | None = None
         if valid_set is not None:
             self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
@@ -108,6 +110,7 @@ class Run:
             raise Diverged(f"{error}. {what_is_safe(self.run)}") from None
         finally:
             progress.close()
+            self.batches.close()
         self.saver.finish()
         self.await_data_check()
         return self.summary(time.perf_counter() - started)
