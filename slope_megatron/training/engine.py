@@ -89,7 +89,7 @@ class Engine:
         for module in sparse_modules(self.model):
             module.keep_operands = config.parallel.zero_stage < 3 or config.parallel.zero3_resident_operands
         self.accumulation = self.build_accumulation()
-        self.skipping = Skipping(self.optimizer, self.device)
+        self.skipping = Skipping(self.optimizer, self.device, getattr(self.accumulation, "bf16", None))
         # The caller owns the boundary: one update a step, after all micro-batches.
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.enter_phase()
@@ -129,7 +129,7 @@ class Engine:
         loss_scale = self.loss_scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.phases.learning_rate(step, group["name"])
-        self.skipping.decide(loss)
+        mean_loss = self.skipping.decide(loss)
         self.begin_part("update")
         self.deepspeed.step()
         skipped = not self.deepspeed.was_step_applied()
@@ -139,7 +139,7 @@ class Engine:
         self.steps_done = step + 1
         self.refresh()
         return StepResult(
-            loss=loss,
+            loss=mean_loss,
             grad_norm=float(self.deepspeed.get_global_grad_norm() or 0.0),
             learning_rate=self.config.optimizer.lr_at(step, self.config.train.steps),
             seconds=time.perf_counter() - started,
@@ -161,14 +161,14 @@ class Engine:
         if self.phases.adapters_join(step):
             partitions.reset_state(self.optimizer, optim.ADAPTERS)
 
-    def forward_backward_reduce(self, batches: list[dict]) -> float:
-        """Reduced gradients of all micro-batches; returns the mean loss over the global batch."""
+    def forward_backward_reduce(self, batches: list[dict]) -> torch.Tensor:
+        """Reduced gradients of all micro-batches; returns the mean loss over the global batch, fp64 on the device."""
         loss = self.accumulation.run(batches, self.mean_counts(batches))
         self.begin_part("gradients")
         self.note_gradients(self.accumulation.held())
         self.accumulation.reduce()
         total = self.sum_over_ranks(loss.double().to(self.device))
-        return float(total) / parallel_state.get_data_parallel_world_size()
+        return total / parallel_state.get_data_parallel_world_size()
 
     def mean_counts(self, batches: list[dict]) -> torch.Tensor:
         """What the losses of this step are divided by, from its batches alone: see `objectives`; on the device.

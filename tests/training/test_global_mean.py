@@ -91,7 +91,7 @@ def exact_step(config, empty=False):
 
     for name, parameter in engine.model.named_parameters():
         parameter.register_hook(keep(name))
-    return engine.forward_backward_reduce(own_batches(config, empty)), found
+    return float(engine.forward_backward_reduce(own_batches(config, empty))), found
 
 
 def reduced_step(config):
@@ -101,7 +101,7 @@ def reduced_step(config):
     from helpers.models import build_engine
 
     engine = build_engine(config)
-    loss = engine.forward_backward_reduce(own_batches(config))
+    loss = float(engine.forward_backward_reduce(own_batches(config)))
     return loss, {name: safe_get_full_grad(one).clone() for name, one in engine.model.named_parameters()}
 
 
@@ -149,7 +149,7 @@ def test_every_layout_has_the_same_loss(ranks, bert, layout):
 def step_loss(config):
     from helpers.models import build_engine
 
-    return (build_engine(config).forward_backward_reduce(own_batches(config)),)
+    return (float(build_engine(config).forward_backward_reduce(own_batches(config))),)
 
 
 @pytest.mark.slow

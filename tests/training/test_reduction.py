@@ -24,11 +24,11 @@ def build(config):
 
 
 def as_deepspeed_reduces(engine) -> None:
-    """Give DeepSpeed back its all-reduce of everything, its norm and its clipping, in fp32."""
+    """Give DeepSpeed back its all-reduce of everything, its norm, clipping and update, in fp32."""
     engine.deepspeed.communication_data_type = torch.float32
     engine.accumulation.bf16.reduce = engine.deepspeed.allreduce_gradients
-    del engine.optimizer.get_grads_for_norm
-    engine.optimizer.mpu = engine.deepspeed.mpu
+    for name in ("_update_hp_grad", "zero_grad", "step"):
+        delattr(engine.optimizer, name)
 
 
 def both_ways(config):

@@ -40,16 +40,18 @@ def held_cut(optimizer) -> list[torch.Tensor]:
     return [tensor for kept in optimizer.averaged_gradients.values() for tensor in kept or ()]
 
 
-def are_finite(optimizer) -> bool:
-    """Whether all gradients that this rank is about to use are finite, between reduction and update; waits for the GPU.
+def finite(optimizer) -> torch.Tensor:
+    """Whether all gradients that this rank is about to use are finite, between reduction and update: a bool, where they
+    are.
 
     Under offload, of the norms that DeepSpeed took of them on the device: copies may still be on their way, or on disk.
     """
     norms = getattr(optimizer, "norm_for_param_grads", None)
     tensors = held_cut(optimizer) if norms is None else list(norms.values())
     # The largest magnitude hands on what is not a number.
-    largest = torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor.numel()], norm_type=math.inf)
-    return bool(largest.isfinite())
+    return torch.nn.utils.get_total_norm(
+        [tensor for tensor in tensors if tensor.numel()], norm_type=math.inf
+    ).isfinite()
 
 
 def clear_kept(optimizer) -> None:

@@ -1,4 +1,4 @@
-"""ZeRO-1's gradients in bf16 training: summed in fp32 over the micro-batches, then over the replicas, then measured.
+"""ZeRO-1's gradients in bf16 training: summed in fp32 over the micro-batches, then over the replicas, then used.
 
 d replicas, P parameters of this rank, in flat groups that ZeRO cuts into d equal partitions.
 
@@ -10,11 +10,14 @@ where it lies: a replica gets the sum of its own partition, and
     norm and clipping   of the own partition, P / d numbers (DeepSpeed: P), one more sum over the replicas
 
 so that exact fp32 sums cost what DeepSpeed's rounded ones do. What of a group is not the replica's own keeps its local
-sums until DeepSpeed zeroes them after the update; nobody reads it.
+sums until they are zeroed after the update; nobody reads it.
+
+The update waits for the GPU nowhere: the norm is read together with the loss (`skipping`), and kernels are asked for by
+the group, not by the parameter.
 """
 
 import functools
-import types
+import math
 
 import torch
 import torch.distributed as dist
@@ -26,10 +29,12 @@ from slope_megatron.training.zero import partitions
 
 # Elements that are converted and sent at once, and again as many while the ones before travel.
 ELEMENTS_AT_ONCE = 2**26
+# As in DeepSpeed's and torch's clipping.
+EPSILON = 1e-6
 
 
 class Bf16Gradients:
-    """Replaces accumulation, reduction and norm in DeepSpeed's bf16 optimizer.
+    """Replaces accumulation, reduction, norm and update in DeepSpeed's bf16 optimizer.
 
     Args:
         optimizer: DeepSpeed's, of ZeRO-1 with fp32 accumulation.
@@ -38,16 +43,19 @@ class Bf16Gradients:
     """
 
     def __init__(self, optimizer, members: dict[str, list[torch.nn.Parameter]], sent: torch.dtype):
-        self.optimizer, self.members, self.sent = optimizer, members, sent
+        self.optimizer, self.sent = optimizer, sent
         self.group = parallel_state.get_data_parallel_group()
         optimizer._update_hp_grad = functools.partial(add_gradient, optimizer)
         # Called after `step`, which has zeroed the fp32 sums: DeepSpeed's own would zero them once more.
         optimizer.zero_grad = functools.partial(optimizer.clear_lp_grads, set_to_none=True)
-        if self.group.size() > 1:
-            self.measured = self.measured_here()
-            optimizer.get_grads_for_norm = self.gradients_for_norm
-            # Where DeepSpeed sums the norm: each rank has a part that no other one has.
-            optimizer.mpu = types.SimpleNamespace(get_model_parallel_group=lambda: dist.group.WORLD)
+        flats = optimizer.fp32_groups_gradient_flat_partition
+        # A norm needs at least one number.
+        self.measured, self.copies = [flats[0].new_zeros(1)], [flats[0].new_zeros(1)]
+        for flat, segments in zip(flats, partitions.segments(optimizer, members), strict=True):
+            for segment in segments:
+                views = self.measured if is_measured_here(segment.parameter) else self.copies
+                if segment.numel:
+                    views.append(flat.narrow(0, segment.start, segment.numel))
 
     def reduce(self) -> None:
         """The mean over the replicas, into each replica's own partition."""
@@ -62,22 +70,45 @@ class Bf16Gradients:
                 reduce_converted(own, whole, self.sent, self.group)
             own.div_(self.group.size())
 
-    def measured_here(self) -> list[torch.Tensor]:
-        """Views of the own partitions: of every parameter's part that no other rank measures."""
-        flats = self.optimizer.fp32_groups_gradient_flat_partition
-        cut = partitions.segments(self.optimizer, self.members)
-        # The empty one: a norm needs at least one tensor.
-        return [flats[0][:0]] + [
-            partition.narrow(0, segment.start, segment.numel)
-            for partition, segments in zip(flats, cut, strict=True)
-            for segment in segments
-            # Once over all stages, too: a tied copy where its original is.
-            if is_counted_here(segment.parameter) and not getattr(segment.parameter, "ds_pipe_replicated", False)
-        ]
+    def norm(self) -> torch.Tensor:
+        """Of the reduced gradients of the whole model, every number counted once; collective over all ranks."""
+        squares = torch.stack(torch._foreach_norm(self.measured)).square().sum()
+        dist.all_reduce(squares)
+        return squares.sqrt()
 
-    def gradients_for_norm(self, for_clipping: bool = False):
-        """In DeepSpeed's form: what is clipped; else what is measured, and the experts' share of it, none."""
-        return self.optimizer.fp32_groups_gradient_flat_partition if for_clipping else (self.measured, {})
+    def copies_are_finite(self) -> torch.Tensor:
+        """Whether the gradients are finite that this rank uses and `norm` does not see: other ranks' copies are there.
+
+        A bool on the device.
+        """
+        return torch.nn.utils.get_total_norm(self.copies, norm_type=math.inf).isfinite()
+
+    @torch.no_grad()
+    def step(self, norm: float, *, skip: bool) -> None:
+        """What DeepSpeed's `step` does with the reduced gradients: clip, update, round the weights, gather them.
+
+        Args:
+            norm: what `norm` has found.
+            skip: nothing is updated.
+        """
+        optimizer, gradients = self.optimizer, self.optimizer.fp32_groups_gradient_flat_partition
+        optimizer.overflow, optimizer._global_grad_norm = skip, math.inf if skip else norm
+        if not skip:
+            # In fp32, as DeepSpeed computes it on the device.
+            coefficient = float(optimizer.clip_grad / (torch.tensor(norm) + EPSILON))
+            if 0 < coefficient < 1:
+                torch._foreach_mul_(gradients, coefficient)
+            for masters, gradient in zip(optimizer.fp32_groups_flat_partition, gradients, strict=True):
+                masters.grad = gradient
+            optimizer.optimizer.step()
+            optimizer._lazy_init_hp_params_optimizer_state()
+            optimizer.update_lp_params()
+        torch._foreach_zero_(optimizer.fp32_groups_gradients_flat)
+
+
+def is_measured_here(parameter: torch.nn.Parameter) -> bool:
+    """Once over all stages, too: a tied copy where its original is."""
+    return is_counted_here(parameter) and not getattr(parameter, "ds_pipe_replicated", False)
 
 
 def reduce_converted(own: torch.Tensor, whole: torch.Tensor, sent: torch.dtype, group: dist.ProcessGroup) -> None:
@@ -106,13 +137,13 @@ def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, index: in
     """fp32 sum += bf16 gradient, as DeepSpeed 0.19's bf16 optimizer does it, whose private method this stands for.
 
     It first makes an fp32 copy of the gradient: 18 bytes an element are moved. An addition of mixed types rounds the
-    same and moves 10; on a GPU the copies took 2 % of a step.
+    same and moves 10; on a GPU the copies took 2 % of a step. And it keeps the gradient's memory, zeroed, for the next
+    backward to add to: here autograd gives that memory back, 2 bytes an element.
     """
     if parameter.grad is None:
         return
     total = optimizer.fp32_groups_gradients[group][index]
     total.add_(parameter.grad.reshape(total.shape))
     mark(parameter, _hp_grad=total)
-    optimizer.fp32_groups_has_gradients[group][index] = True
     if clear_lp_grads:
-        parameter.grad.zero_()
+        parameter.grad = None
