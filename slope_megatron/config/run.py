@@ -74,6 +74,13 @@ class TrainConfig:
         "GPUs: the same bits in every run at the same layout, resumed or not, on machines of one kind; only algorithms "
         "that add in a fixed order, which are slower. CPUs always compute so",
     )
+    cuda_graphs: str = option(
+        "auto",
+        "GPUs: capture forward and backward of a micro-batch once and replay it, so that the GPU does not wait for "
+        "Python; auto: where the layout has been tested (one line of the log says why not); on: refuse what cannot be "
+        "captured",
+        choices=("auto", "on", "off"),
+    )
     eval_interval: int = option(200, "steps between two validations", must=COUNT)
     eval_samples: int = option(
         64,

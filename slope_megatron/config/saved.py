@@ -30,6 +30,7 @@ FREE_KEYS = {
         "auto_resume",
         "overwrite",
         "deterministic",
+        "cuda_graphs",
         "stop_at",
         "eval_interval",
         "save_interval",

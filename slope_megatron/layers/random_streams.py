@@ -26,18 +26,36 @@ class RngState:
         self.step = 0
         self.micro_batch = 0
         self._key: tuple[tuple, torch.Tensor] | None = None
+        self._held: torch.Tensor | None = None
+
+    def hold_key(self, device: torch.device) -> None:
+        """From now on the key lies in one tensor, where a CUDA graph finds it, and `write_key` brings it up to date.
+
+        Not for a pipeline, several of whose micro-batches are under way.
+        """
+        self._held = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def write_key(self) -> None:
+        """The held key follows step and micro-batch; where none is held there is nothing to do."""
+        if self._held is not None:
+            self._held.copy_(self._words(self._held.device), non_blocking=True)
+
+    def _words(self, device: torch.device) -> torch.Tensor:
+        """The key of this micro-batch, where a copy to `device` does not wait."""
+        words = as_int32(counter.key_of(self.seed, f"mvue:{self.step}:{self.micro_batch}"))
+        return words.pin_memory() if device.type == "cuda" else words
 
     def key(self, device: torch.device) -> torch.Tensor:
-        """The generator's key of this micro-batch, int32 `[2]` on `device`; a new tensor for each micro-batch.
+        """The generator's key of this micro-batch, int32 `[2]` on `device`; a new tensor for each micro-batch, or
+        the held one.
 
         A pipeline's earlier micro-batches still hold theirs. The copy to a GPU does not wait.
         """
+        if self._held is not None:
+            return self._held
         wanted = (self.step, self.micro_batch, device)
         if self._key is None or self._key[0] != wanted:
-            words = as_int32(counter.key_of(self.seed, f"mvue:{self.step}:{self.micro_batch}"))
-            if device.type == "cuda":
-                words = words.pin_memory().to(device, non_blocking=True)
-            self._key = (wanted, words)
+            self._key = (wanted, self._words(device).to(device, non_blocking=True))
         return self._key[1]
 
     def follow(self, output):

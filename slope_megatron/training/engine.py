@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from slope_megatron.config import Config
 from slope_megatron.models.layer_spec import masked_modules, pruned_modules, sparse_modules
 from slope_megatron.models.random_streams import attach_random_streams
-from slope_megatron.training import baselines
+from slope_megatron.training import baselines, cuda_graphs
 from slope_megatron.training.forward import Forward
 from slope_megatron.training.objectives import counts
 from slope_megatron.training.optim import optimizer as optim
@@ -71,6 +71,8 @@ class Engine:
         self.observers: list[Callable[[str], None]] = []
         self.rng_state = attach_random_streams(model, config.train.seed)
         self.forward = Forward(model, config, self.rng_state)
+        self.graphs = self.build_graphs(model)
+        self.validated = self.graphs.function(self.validation_sums, "validation") if self.graphs else None
         gradients.mark_tied_copy(model)
         groups = optim.parameter_groups(model, config)
         self.members = {group["name"]: list(group["params"]) for group in groups}
@@ -103,6 +105,15 @@ class Engine:
         """What losses, and so the gradients until the update, are multiplied with now: 1 but in fp16."""
         return float(self.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
 
+    def build_graphs(self, model: torch.nn.Module) -> cuda_graphs.Graphs | None:
+        """What captures micro-batches; None: they run eagerly. Before `deepspeed.initialize`."""
+        if not cuda_graphs.wanted(self.config, self.dtype, self.device):
+            return None
+        cuda_graphs.leave_default_stream(self.device)
+        self.rng_state.hold_key(self.device)
+        group, required = parallel_state.get_tensor_model_parallel_group(), self.config.train.cuda_graphs == "on"
+        return cuda_graphs.Graphs(model.modules(), group, self.device, required=required)
+
     def build_accumulation(self) -> accumulation.Accumulation:
         """As the ZeRO stage and the pipeline stages want it."""
         if self.config.parallel.zero_stage > 1:
@@ -110,7 +121,7 @@ class Engine:
         pipelined = self.config.parallel.pipeline_parallel > 1
         build = accumulation.PipelinedGradients if pipelined else accumulation.LocalGradients
         sent = partitions.grad_reduce_dtype(self.config, self.dtype)
-        return build(self.forward, self.deepspeed, self.members, sent)
+        return build(self.forward, self.deepspeed, self.members, sent, self.graphs)
 
     def begin_part(self, part: str) -> None:
         for observer in self.observers:
@@ -152,7 +163,7 @@ class Engine:
         """Bring the model into the phase of the next step: adapters join, with fresh optimizer state."""
         step = self.steps_done
         if self.config.model.dropout:
-            seed_step(self.config.train.seed, step)
+            seed_step(self.config, step)
         for module in pruned_modules(self.model):
             module.adapters_active = self.phases.adapters_on(step)
         for masked in masked_modules(self.model):
@@ -194,6 +205,10 @@ class Engine:
         sums = torch.stack([(self.forward.objective.token_losses(output).double() * mask).sum(), mask.sum()])
         return sums[0].clone(), {"sums": sums}
 
+    def validation_sums(self, batch: dict) -> torch.Tensor:
+        """The same of a batch on the device: `[loss, tokens]`."""
+        return self.summed_loss(batch, self.forward.output(self.model, batch))[1]["sums"]
+
     def refresh(self) -> None:
         """After the weights' gather: operands follow the values, and patterns and masks when their step has come."""
         choose = self.phases.new_column_pattern(self.steps_done)
@@ -217,10 +232,16 @@ class Engine:
     def evaluate(self, batches) -> float:
         """Mean loss in nats per token over the tokens that count in all replicas' `batches`."""
         self.model.eval()
-        results = self.forward.schedule(batches, self.summed_loss, forward_only=True)
+        if self.validated is None:
+            reports = self.forward.schedule(batches, self.summed_loss, forward_only=True)
+            results = [report["sums"] for report in reports]
+        else:
+            batches = list(batches)
+            self.validated.begin(batches)
+            results = [self.validated(batch) for batch in batches]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for result in results:
-            sums += result["sums"]
+            sums += result
         loss, tokens = self.sum_over_ranks(sums).tolist()
         return loss / max(tokens, 1.0)
 

@@ -32,6 +32,7 @@ class Forward:
         """Key the random numbers to this replica's micro-batch `index` of the step, counted from 0."""
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         self.rng_state.micro_batch = index * replicas + replica
+        self.rng_state.write_key()
 
     def output(self, model: torch.nn.Module, batch: Batch):
         """What `model` (the bare one, or DeepSpeed's engine around it) makes of a batch on the device."""

@@ -117,6 +117,9 @@ class Run:
 
     def before_adapters(self) -> None:
         """Say what memory there is and what the adapters need; if that is too little, save first, and try."""
+        if self.engine.graphs:
+            # Captured without them; the memory is wanted.
+            self.engine.graphs.drop()
         need = memory.adapters_need(self.engine)
         held = memory.measure(self.engine.device)
         said, fits = memory.adapters_report(need, held)

@@ -7,7 +7,7 @@ import types
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from slope_megatron.config import Config
 from slope_megatron.sparsity import counter
@@ -103,18 +103,28 @@ def initialize(config: Config) -> None:
         tensor_model_parallel_size=config.parallel.tensor_parallel,
         pipeline_model_parallel_size=config.parallel.pipeline_parallel,
     )
-    seed_step(config.train.seed, 0)
+    seed_step(config, 0)
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(config: Config, step: int) -> None:
     """Set all random states from (seed, step, stage, replica): nothing random has to be saved to resume exactly.
 
     Hashed, for Megatron adds the tensor-parallel rank: of neighbouring seeds, one rank's would be another's.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     replica = parallel_state.get_data_parallel_rank()
-    word, _ = counter.key_of(seed, f"dropout:{step}:{stage}:{replica}")
-    model_parallel_cuda_manual_seed(word, force_reset_rng=True)
+    word, _ = counter.key_of(config.train.seed, f"dropout:{step}:{stage}:{replica}")
+    before = get_cuda_rng_tracker().get_states()
+    # Of states that CUDA graphs can take in, recomputation cannot go back to an earlier one.
+    recomputed = config.parallel.recompute != "none" and config.model.dropout > 0
+    capturable = torch.cuda.is_available() and not recomputed
+    model_parallel_cuda_manual_seed(word, use_cudagraphable_rng=capturable, force_reset_rng=True)
+    tracker = get_cuda_rng_tracker()
+    for name, state in tracker.get_states().items():
+        if isinstance(state, torch.Generator) and isinstance(before.get(name), torch.Generator):
+            # A graph replays with the generators that it was captured with.
+            tracker.states_[name] = before[name]
+            before[name].set_state(state.get_state())
 
 
 def finish() -> None:

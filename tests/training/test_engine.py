@@ -168,13 +168,13 @@ def losses_with_dropout(config):
     return [engine.train_step(step_batches(config, step, replica, replicas)).loss for step in range(3)]
 
 
-def random_numbers():
+def random_numbers(config):
     """Of where all tensor-parallel ranks hold the same, and of where each holds its own part."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from slope_megatron.training.parallel import seed_step
 
-    seed_step(1234, 7)
+    seed_step(config, 7)
     with get_cuda_rng_tracker().fork():
         own = torch.rand(4).tolist()
     return tuple(torch.rand(4).tolist()), tuple(own)
@@ -182,7 +182,7 @@ def random_numbers():
 
 @pytest.mark.parametrize("pipeline_parallel", [1, 2], ids=["TP2-DP2", "TP2-PP2"])
 def test_no_two_ranks_draw_the_same_dropout_for_their_own_parts(ranks, pipeline_parallel):
-    found = ranks.run(random_numbers, world=4, tensor_parallel=2, pipeline_parallel=pipeline_parallel)
+    found = ranks.run(random_numbers, small_config(), world=4, tensor_parallel=2, pipeline_parallel=pipeline_parallel)
     shared, own = zip(*found, strict=True)
     assert shared[0] == shared[1] != shared[2] == shared[3], "two tensor-parallel ranks hold the same"
     assert len(set(own) | set(shared)) == 4 + 2

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from slope_megatron.training.cuda_graphs import Graphs
 from slope_megatron.training.forward import Forward
 from slope_megatron.training.objectives import Batch
 from slope_megatron.training.zero import gradients
@@ -70,9 +71,17 @@ class LocalGradients(Accumulation):
     Args:
         members: the parameters of each group by its name, as they were before `deepspeed.initialize`.
         sent: the type in which bf16 training's fp32 sums travel.
+        graphs: capture micro-batches; None: they run eagerly.
     """
 
-    def __init__(self, forward: Forward, zero, members: dict[str, list[torch.nn.Parameter]], sent: torch.dtype):
+    def __init__(
+        self,
+        forward: Forward,
+        zero,
+        members: dict[str, list[torch.nn.Parameter]],
+        sent: torch.dtype,
+        graphs: Graphs | None = None,
+    ):
         super().__init__(forward, zero)
         # Only DeepSpeed's bf16 optimizer keeps fp32 sums of its own.
         own_sums = hasattr(zero.optimizer, "fp32_groups_gradients_flat")
@@ -80,6 +89,20 @@ class LocalGradients(Accumulation):
         # A schedule over stages scales the loss where it is born: on the last one.
         megatron: Any = forward.model.config
         megatron.grad_scale_func = self.scaled
+        self.replayed = graphs.function(self.micro_batch, "training") if graphs else None
+        # Where graphs read what losses are divided by.
+        self.count: torch.Tensor | None = None
+
+    def run(self, batches: list[Batch], count: torch.Tensor) -> torch.Tensor:
+        if self.replayed is None:
+            return super().run(batches, count)
+        self.count = count if self.count is None else self.count.copy_(count)
+        self.replayed.begin(batches, len(batches))
+        losses = []
+        for index, batch in enumerate(batches):
+            self.begin(index, last=index == len(batches) - 1)
+            losses.append(self.replayed(batch, self.count, len(batches)))
+        return torch.stack(losses).mean()
 
     def micro_batch(self, batch: Batch, count: torch.Tensor, of: int) -> torch.Tensor:
         loss = self.forward.loss(self.forward.model, batch, count)

@@ -1,0 +1,279 @@
+"""CUDA graphs of a micro-batch: the host asks the GPU for its kernels once, and replays them from then on.
+
+A micro-batch of GPT-2 small is about a thousand kernels; asked for one by one they take the host longer than the GPU.
+A graph repeats the very kernels on the very addresses that it was captured with. So whatever changes from one
+micro-batch to the next is copied to where it was then (inputs, counts, keys of random numbers), and whatever may not
+change is compared before each step (`addresses`): parameters, buffers, operands, and the choices that are on the host.
+Where one of them differs, the step runs eagerly. A step is captured once nothing has differed between the beginnings of
+two eager ones: by then each kernel is chosen and compiled, and every buffer has its last form.
+"""
+
+import enum
+import functools
+import gc
+import logging
+from collections.abc import Callable, Hashable, Iterable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from slope_megatron.config import Config
+from slope_megatron.training.objectives import Batch
+
+logger = logging.getLogger(__name__)
+# Steps in a row that do not settle, after which the log says so.
+RESTLESS = 16
+# Attributes of modules that say what is computed.
+SWITCHES = ("training", "adapters_active", "masking")
+PLAIN = (bool, int, float, str, type(None), enum.Enum, torch.dtype, torch.device)
+
+
+def unsupported(config: Config, dtype: torch.dtype) -> str | None:
+    """Why this run's micro-batches cannot be captured; None: they can.
+
+    Args:
+        dtype: the parameters'.
+    """
+    parallel, model = config.parallel, config.model
+    reasons = {
+        "it has pipeline stages, whose micro-batches wait for each other": parallel.pipeline_parallel > 1,
+        f"ZeRO-{parallel.zero_stage} reduces gradients inside each backward": parallel.zero_stage > 1,
+        "the optimizer is offloaded": parallel.offload_optimizer != "none",
+        "only bf16 training adds gradients up in place": dtype != torch.bfloat16,
+        "recomputation would draw other dropout masks": parallel.recompute != "none" and model.dropout > 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def untried(config: Config) -> str | None:
+    """Why `auto` does not capture what can be captured; None: a layout that the GPU tests run."""
+    parallel = config.parallel
+    return "it is untried with tensor parallelism" if parallel.tensor_parallel > 1 else None
+
+
+def wanted(config: Config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether to capture, as `--cuda-graphs` says; a line in the log says why not.
+
+    Raises:
+        ValueError: they are asked for and cannot be had.
+    """
+    asked = config.train.cuda_graphs
+    if asked == "off" or (asked == "auto" and device.type != "cuda"):
+        return False
+    reason = "there is no CUDA device" if device.type != "cuda" else unsupported(config, dtype)
+    if asked == "on" and reason:
+        raise ValueError(f"--cuda-graphs is on and this run cannot be captured: {reason}; use --cuda-graphs auto")
+    if asked == "auto":
+        reason = reason or untried(config)
+    if reason:
+        logger.info("CUDA graphs: off, %s", reason)
+    return reason is None
+
+
+# -- what must not change ----------------------------------------------------------------------------------------------
+
+
+def addresses(modules: Iterable[torch.nn.Module]) -> tuple[Hashable, ...]:
+    """What a captured graph has taken for granted of these modules: where parameters, buffers and operands lie, and
+    what they decide on the host."""
+    found: list[Hashable] = []
+    for module in modules:
+        found.extend(getattr(module, name, None) for name in SWITCHES)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append(tensor.data_ptr())
+        kept = getattr(module, "_kept", None)
+        if kept is not None:
+            found.append(id(kept.operands))
+            collect(kept.operands, found, set())
+    return tuple(found)
+
+
+def collect(value, found: list[Hashable], seen: set[int]) -> None:
+    """Add where the tensors of an object of ours lie, and its plain values: what kernels get from the host."""
+    if isinstance(value, torch.Tensor):
+        found.append(value.data_ptr())
+    elif isinstance(value, PLAIN):
+        found.append(value)
+    elif id(value) in seen:
+        return
+    else:
+        seen.add(id(value))
+        for part in parts(value):
+            collect(part, found, seen)
+
+
+def parts(value) -> Iterable:
+    if isinstance(value, dict):
+        return (part for item in value.items() for part in item)
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    ours = type(value).__module__.startswith("slope_megatron.")
+    return vars(value).values() if ours and hasattr(value, "__dict__") else ()
+
+
+# -- capturing ---------------------------------------------------------------------------------------------------------
+
+
+class Replayable(Protocol):
+    """Something captured."""
+
+    def replay(self) -> torch.Tensor:
+        """Compute it again; its output, which the next replay overwrites."""
+
+
+class CudaGraph:
+    """One captured function without arguments.
+
+    Args:
+        pool: the memory that graphs share which never run at the same time.
+    """
+
+    def __init__(self, function: Callable[[], torch.Tensor], pool):
+        # Cached blocks are of no use to the graph, which takes its memory from a pool of its own.
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.graph = torch.cuda.CUDAGraph()
+        for state in get_cuda_rng_tracker().get_states().values():
+            self.graph.register_generator_state(state)
+        # On the stream that the model was built on: there the gradients' accumulation runs. Other threads may copy.
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.output = function()
+
+    def replay(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.output
+
+
+class Graphs:
+    """What all captured functions of an engine share.
+
+    Args:
+        modules: of the model.
+        group: ranks whose collectives are inside the graphs; they capture together.
+        required: a capture that fails ends the run; else the steps go on eagerly.
+    """
+
+    def __init__(
+        self, modules: Iterable[torch.nn.Module], group: dist.ProcessGroup, device: torch.device, *, required: bool
+    ):
+        self.modules, self.group, self.device, self.required = list(modules), group, device, required
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.functions: list[Replayed] = []
+        self.failed = False
+
+    def function(self, function: Callable[..., torch.Tensor], what: str) -> "Replayed":
+        """`function(batch, *constants)` as it will be replayed; `what` it is, for the log."""
+        self.functions.append(Replayed(self, function, what))
+        return self.functions[-1]
+
+    def capture(self, function: Callable[[], torch.Tensor]) -> Replayable | None:
+        """The function as a graph; nothing is computed. None: it cannot be captured, and nothing will be any more."""
+        try:
+            return CudaGraph(function, self.pool)
+        except RuntimeError as error:
+            if self.required or self.group.size() > 1:
+                raise
+            logger.warning("CUDA graphs: off, a capture failed (%s)", str(error).splitlines()[0])
+        self.failed = True
+        self.drop()
+        for module in self.modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    # It may lie in the memory of the graph that is gone.
+                    parameter.grad = None
+        return None
+
+    def drop(self) -> None:
+        """Give back the memory of all graphs: the next steps run eagerly."""
+        for function in self.functions:
+            function.drop()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def same_everywhere(self, same: bool) -> bool:
+        """Whether it is so on every rank whose collectives are inside."""
+        if self.group.size() == 1:
+            return same
+        differs = torch.tensor(int(not same), device=self.device)
+        dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=self.group)
+        return not differs.item()
+
+
+class Replayed:
+    """A function of a batch on the device: eager until nothing changes any more, then captured and replayed."""
+
+    def __init__(self, graphs: Graphs, function: Callable[..., torch.Tensor], what: str):
+        self.graphs, self.function, self.what = graphs, function, what
+        self.seen: Hashable = None
+        self.replaying = False
+        self.graph: Replayable | None = None
+        # Where a graph reads the batch.
+        self.inputs: Batch = {}
+        self.eager_steps = 0
+
+    def begin(self, batches: list[Batch], *key: Hashable) -> None:
+        """Before the micro-batches of a step: decide how they run.
+
+        Args:
+            key: what they depend on besides their shapes and `addresses`, on the host.
+        """
+        shapes = {tuple((name, value.shape, value.dtype) for name, value in batch.items()) for batch in batches}
+        now = (key, shapes, addresses(self.graphs.modules))
+        alike = len(shapes) == 1 and now == self.seen
+        self.replaying = self.graphs.same_everywhere(alike and not self.graphs.failed)
+        self.seen = now
+        if not self.replaying:
+            self.drop()
+            self.eager_steps += 1
+            if self.eager_steps == RESTLESS:
+                logger.info("CUDA graphs: %s runs eagerly as long as its operands change in each step", self.what)
+
+    def __call__(self, batch: Batch, *constants) -> torch.Tensor:
+        """The output for a batch on the CPU or the device, a tensor of its own.
+
+        Args:
+            constants: further arguments, the same objects in every call since `begin` has seen something new.
+        """
+        if self.replaying and self.graph is None:
+            self.capture(batch, *constants)
+        if self.graph is None:
+            return self.function(self.on_device(batch), *constants)
+        for name, value in batch.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        return self.graph.replay().clone()
+
+    def capture(self, batch: Batch, *constants) -> None:
+        inputs = {name: torch.empty_like(value, device=self.graphs.device) for name, value in batch.items()}
+        self.graph = self.graphs.capture(lambda: self.function(inputs, *constants))
+        if self.graph is not None:
+            self.inputs, self.eager_steps = inputs, 0
+            logger.info("CUDA graphs: %s is captured, and replayed from now on", self.what)
+
+    def on_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.graphs.device, non_blocking=True) for name, value in batch.items()}
+
+    def drop(self) -> None:
+        """Forget the graph, and what it read from."""
+        self.graph, self.inputs, self.replaying = None, {}, False
+
+
+@functools.cache
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that can be captured, as a device's default stream cannot."""
+    return torch.cuda.Stream(device)
+
+
+def leave_default_stream(device: torch.device) -> None:
+    """Make a stream that can be captured the current one, before gradients' accumulation is bound to another.
+
+    Autograd adds a gradient up on the stream on which its hooks were made; a capture takes no other one in.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.set_stream(own_stream(device))
