@@ -63,8 +63,8 @@ def scale_values(values: dict[str, dict], classes: dict[str, type], factor: floa
     rate = math.sqrt(scaler.get("data", "global_batch_size") / batch)
     if scaler.get("optimizer", "optimizer") != "lamb":
         rate *= hidden / scaler.get("model", "hidden_size")
-    for key in ("lr", "min_lr"):
-        scaler.change("optimizer", key, lambda old: float(f"{old * rate:.3g}"))
+    for name in ("lr", "min_lr"):
+        scaler.change("optimizer", name, lambda old: float(f"{old * rate:.3g}"))
     return scaler.lines
 
 
