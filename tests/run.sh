@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests. Without a flag: the fast tier. --all: also many ranks, faults, whole runs and SLURM (--no-slurm: without).
-# --gpu: the tests marked so of operations, kernels, layers and training, on a GPU host. It runs no linters, and installs
-# nothing where python has torch already (SLOPE_VENV=none, which it sets itself if SLOPE_VENV is unset).
+# --gpu: the tests marked so of operations, kernels, layers and training, on a GPU host. It runs no linters, and
+# installs nothing where python has torch already (SLOPE_VENV=none, which it sets itself if SLOPE_VENV is unset).
 # Other flags go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -174,11 +174,11 @@ from slope_megatron.bench.work import Work
 from slope_megatron.bench.models import TINY
 ranks.GRACE = 0
 def stuck_in_a_collective(work):
-    time.sleep(60)
+    time.sleep(3600)
 sys.modules["slope_megatron.bench.parallel"] = types.SimpleNamespace(play=stuck_in_a_collective)
 ranks.play_rank(0, 1, 0, Work(TINY, ("dense",), 1, 1, 64, 32, 1, 100, 3, False, "", seconds=0.0, started=0.0))
 """
-    found = subprocess.run([sys.executable, "-c", hung], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    found = subprocess.run([sys.executable, "-c", hung], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert found.returncode == 1 and "in stuck_in_a_collective" in found.stderr
 
 
@@ -210,8 +210,8 @@ def test_the_whole_command_on_cpu_ranks(tmp_path):
 def test_a_stopped_command_leaves_the_rows_it_has(tmp_path):
     process = command(tmp_path, "--rounds", "100000", "--parts", "data", "--modes", "dense", "paper")
     try:
-        path, end = tmp_path / "parallel.csv", time.time() + 300
-        while not path.is_file() and time.time() < end:
+        path, end = tmp_path / "parallel.csv", time.monotonic() + 300
+        while not path.is_file() and time.monotonic() < end:
             assert process.poll() is None, process.communicate()
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
@@ -224,11 +224,11 @@ def test_a_stopped_command_leaves_the_rows_it_has(tmp_path):
 
 @pytest.mark.slow
 def test_starts_after_the_budget_are_named(tmp_path):
-    process = command(tmp_path, "--rounds", "100000", "--seconds", "20", "--modes", "dense", "--parts", "data")
+    process = command(tmp_path, "--rounds", "100000", "--seconds", "10", "--modes", "dense", "--parts", "data")
     _, said = process.communicate(timeout=500)
     assert process.returncode == 0, said
     assert "--seconds are over: " in said and "rounds of 100000" in said
-    assert "the 20 s of --seconds are over: not measured: tiny, 2 ranks at TP 1" in said
+    assert "the 10 s of --seconds are over: not measured: tiny, 2 ranks at TP 1" in said
     assert [row["data_parallel"] for row in rows_in(tmp_path / "parallel.csv")[1]] == ["1"]
 
 

@@ -126,7 +126,8 @@ def test_numbers_of_a_run_are_what_the_file_says(tmp_path):
             config_of(text)
 
 
-TEXTS = ("6e-4", "0o17", "0100", "2:4", "yes", "true", "null", "", "1_000", "0x10", ".5", "~", "a: b", "# x", "ξ\u2028")
+TEXTS = ("6e-4", "0o17", "0100", "2:4", "yes", "true", "null", "", "1_000", "0x10", ".5", "~", "a: b", "# x")
+TEXTS += ("ξ\u2028",)
 
 
 def test_what_is_written_is_read_back(tmp_path):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from faults.moments import SAVE_INTERVAL, STEPS, Moment, arm
 
-from helpers.distributed import fork_server
+from helpers.distributed import Meeting, fork_server, new_meeting
 
 WORLD = 2
 # For runs that are to hang; a busy machine may take this long for a step of the others.
 HANG_TIMEOUT = 4.0
-PATIENCE = 120.0
+PATIENCE = 300.0
 NUMBERS = itertools.count()
 
 
@@ -53,7 +53,7 @@ def settings(data: Path, run: Path, tensor_parallel: int, *, hang_timeout: float
     )
 
 
-def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -> None:
+def play(rank: int, config, folder: Path, meeting: Meeting, moment: Moment | None, prepare_rank) -> None:
     """One rank of a run, in a process of its own; leaves with the program's exit code."""
     import sys
     import traceback
@@ -71,7 +71,7 @@ def play(rank: int, config, folder: Path, moment: Moment | None, prepare_rank) -
 
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
         set_up_logging(False)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+        dist.init_process_group("gloo", store=meeting.store(), rank=rank, world_size=WORLD)
         if moment is not None and moment.rank == rank:
             arm(moment)
         if prepare_rank is not None:
@@ -100,15 +100,15 @@ def start(config, folder: Path, moment: Moment | None = None, prepare_rank=None)
     """Run both ranks to their end.
 
     Args:
-        folder: for logs and the rendezvous.
+        folder: for logs.
         prepare_rank: a function of the rank, importable by name, called in each rank before the run.
     """
     logs = folder / f"attempt_{next(NUMBERS)}"
     logs.mkdir(parents=True)
-    context = fork_server()
+    context, meeting = fork_server(), new_meeting()
     begun = time.monotonic()
     ranks = [
-        context.Process(target=play, args=(rank, config, logs, moment, prepare_rank), daemon=True)
+        context.Process(target=play, args=(rank, config, logs, meeting, moment, prepare_rank), daemon=True)
         for rank in range(WORLD)
     ]
     for process in ranks:

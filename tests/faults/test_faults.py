@@ -91,7 +91,7 @@ def test_every_moment_is_one_of_the_program(point):
     """What is to be struck there exists; in a process of its own, which stays armed."""
     process = fork_server().Process(target=arm, args=(Moment(0, "killed", 0, 4, point, 1),))
     process.start()
-    process.join(60)
+    process.join(ranks.PATIENCE)
     assert process.exitcode == 0
 
 

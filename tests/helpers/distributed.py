@@ -1,4 +1,4 @@
-"""Run a test function on several ranks: processes of their own for each call, a file rendezvous each time.
+"""Run a test function on several ranks: processes of their own for each call, which meet at a store of this process.
 
 Threads of process groups outlive the groups, thousands of them after some dozens of layouts, and slow a machine to a
 crawl: so no process plays a rank twice.
@@ -17,9 +17,7 @@ import os
 import pickle
 import signal
 import sys
-import tempfile
 import traceback
-from pathlib import Path
 
 from helpers.seeds import seed_everything
 from helpers.servers import fork_server, gpu_context
@@ -27,13 +25,42 @@ from helpers.servers import fork_server, gpu_context
 # For an answer, and of a collective. GPUs are fast, and hours on them dear.
 TIMEOUT_SECONDS = {"cpu": 600, "cuda": 180}
 PR_SET_PDEATHSIG = 1
+MEETINGS = itertools.count()
+
+
+@functools.cache
+def _served_store():
+    """Whoever waits for a key hears of it at once: files are polled, twice for each of Megatron's many groups."""
+    import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of one call meet: the port of the store, and their own part of it."""
+
+    port: int
+    number: int
+
+    def store(self):
+        """For `init_process_group`, in a rank."""
+        import torch.distributed as dist
+
+        patience = datetime.timedelta(seconds=TIMEOUT_SECONDS["cpu"])
+        store = dist.TCPStore("127.0.0.1", self.port, is_master=False, timeout=patience)
+        return dist.PrefixStore(str(self.number), store)
+
+
+def new_meeting() -> Meeting:
+    return Meeting(_served_store().port, next(MEETINGS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """One rank of a call, and the groups that it forms with the others."""
 
-    rendezvous: str
+    meeting: Meeting
     rank: int
     world: int
     tensor_parallel: int
@@ -53,7 +80,7 @@ def _start_groups(place: Place) -> None:
         parallel.take_gpu()
     dist.init_process_group(
         "nccl" if place.device == "cuda" else "gloo",
-        init_method=f"file://{place.rendezvous}",
+        store=place.meeting.store(),
         rank=place.rank,
         world_size=place.world,
         timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS[place.device]),
@@ -112,8 +139,6 @@ class RankPool:
 
     def __init__(self, device: str = "cpu"):
         self.device = device
-        self.folder = tempfile.TemporaryDirectory()
-        self.numbers = itertools.count()
 
     @functools.cached_property
     def context(self):
@@ -123,11 +148,10 @@ class RankPool:
     def run(self, function, *arguments, world: int, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list:
         """What `function(*arguments)` returned on each of `world` ranks; `function` must be importable by name."""
         self.skip_if_too_few(world)
-        rendezvous = str(Path(self.folder.name) / f"rendezvous{next(self.numbers)}")
-        ranks = []
+        meeting, ranks = new_meeting(), []
         for rank in range(world):
             ours, theirs = self.context.Pipe()
-            place = Place(rendezvous, rank, world, tensor_parallel, pipeline_parallel, self.device)
+            place = Place(meeting, rank, world, tensor_parallel, pipeline_parallel, self.device)
             process = self.context.Process(target=_play_rank, args=(theirs, function, arguments, place))
             process.start()
             theirs.close()

@@ -198,7 +198,7 @@ def test_megatron_deepspeed_trains_a_sparse_gpt(tmp_path):
 
 
 def test_a_script_that_stands_still_fails_with_what_it_said():
-    command = [sys.executable, "-c", "import time; print('compiling', flush=True); time.sleep(60)"]
+    command = [sys.executable, "-c", "import time; print('compiling', flush=True); time.sleep(3600)"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with pytest.raises(pytest.fail.Exception, match="not done in 5 s; it said:\ncompiling"):
         outcome(process, 5)

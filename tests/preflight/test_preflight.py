@@ -109,6 +109,7 @@ def test_bandwidth_has_a_floor():
 
 # -- nodes that are processes ----------------------------------------------------------------------------------------
 
+PATIENCE = 600
 PROGRAM = """\
 import argparse, sys
 from slope_megatron.cli import preflight
@@ -148,7 +149,7 @@ def start(flags, rank, world, port, **variables):
 def test_two_sound_nodes_are_ready(flags):
     port = free_port()
     nodes = [start(flags, rank, 2, port) for rank in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in nodes]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], said
     assert "preflight: 2 nodes are ready" in said[0] and "all-reduce, 2 nodes:" in said[0]
 
@@ -157,10 +158,10 @@ def test_nodes_that_never_come_are_named(flags):
     """The second of two, as the first sees it; and the first, as the second does: both wait, at the same time."""
     first = start([*flags, "--patience", "4"], 0, 2, free_port(), SLURM_JOB_NODELIST="")
     second = start([*flags, "--patience", "3"], 1, 2, free_port())
-    said = first.communicate(timeout=120)[1]
+    said = first.communicate(timeout=PATIENCE)[1]
     assert first.returncode == 1
     assert "node number 1: FAILED report: no report within 4 s" in said and "--exclude" not in said
-    said = second.communicate(timeout=120)[1]
+    said = second.communicate(timeout=PATIENCE)[1]
     assert second.returncode != 0 and "cannot be reached" in said
 
 
@@ -207,7 +208,7 @@ def gpu_flags(flags, tmp_path):
 def looked_at(flags):
     """Exit code and words of a preflight of this machine alone."""
     process = start(flags, 0, 1, 0)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     return process.returncode, said
 
 

@@ -125,7 +125,7 @@ def test_a_killed_rank_is_named_and_fewer_replicas_go_on(machine, corpus, tmp_pa
         wait_until(lambda: max(losses(run), default=0) >= 13, process, tmp_path / "log")
         victim = json.loads((run / "ranks" / f"rank_{machine.world - 1}.json").read_text())["pid"]
         os.kill(victim, signal.SIGKILL)
-        assert process.wait(60) != 0
+        assert process.wait(PATIENCE) != 0
     finally:
         process.kill()
     said = (tmp_path / "log").read_text()

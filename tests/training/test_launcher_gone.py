@@ -17,7 +17,7 @@ MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32
 STEPS = "--steps 100000 --global-batch-size 4 --micro-batch-size 2 --eval-samples 4 --eval-interval 100000".split()
 STEPS += "--warmup-steps 2 --log-interval 1 --save-interval 100000".split()
 SHOW = "from slope_megatron.training.watch.launcher import found_above; print(found_above('RANK'))"
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 def environment(**more) -> dict[str, str]:

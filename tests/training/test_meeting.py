@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from slope_megatron.launch.ports import free_port
 from slope_megatron.training.watch import meeting
 
 
-def meet(gpus: dict[int, str], world: int, seconds: float = 30.0) -> dict[int, str]:
-    """What the ranks in `gpus` hear, each in a thread; empty: all is well."""
+def meet(gpus: dict[int, str], world: int, seconds: float = 300.0) -> dict[int, str]:
+    """What the ranks in `gpus` hear, each in a thread; empty: all is well. Rank 0, which waits, comes last."""
     store, heard = dist.HashStore(), {}
 
     def play(rank):
@@ -26,10 +27,14 @@ def meet(gpus: dict[int, str], world: int, seconds: float = 30.0) -> dict[int, s
         except ValueError as error:
             heard[rank] = str(error)
 
-    threads = [threading.Thread(target=play, args=(rank,)) for rank in gpus]
-    for thread in threads:
+    threads = {rank: threading.Thread(target=play, args=(rank,)) for rank in gpus}
+    others, first = [thread for rank, thread in threads.items() if rank], threads[0]
+    for thread in others:
         thread.start()
-    for thread in threads:
+    while store.add("come", 0) < len(others):
+        time.sleep(0.01)
+    first.start()
+    for thread in threads.values():
         thread.join()
     return heard
 
@@ -67,12 +72,13 @@ def test_a_place_where_nobody_answers_is_said(rank, monkeypatch):
         meeting.meet(datetime.timedelta(seconds=1))
 
 
-def come(rank: int, world: int, port: int, seconds: float, folder) -> None:
+def come(rank: int, world: int, port: int, seconds: float, folder, together) -> None:
     """One rank of a program that is started: it meets the others, sums with them, and says how that went."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    meeting.QUIET_SECONDS = 0.5
+    meeting.QUIET_SECONDS = seconds / 2
     logging.basicConfig(filename=folder / f"{rank}.log", level=logging.WARNING, force=True)
+    together.wait()
     try:
         store = meeting.meet(datetime.timedelta(seconds=seconds))
         dist.init_process_group("gloo")
@@ -91,25 +97,26 @@ def come(rank: int, world: int, port: int, seconds: float, folder) -> None:
 def processes_meet(ranks, world, seconds, folder) -> tuple[set[str], str]:
     """What ranks in processes of their own said at the end, and rank 0 meanwhile."""
     port, context = free_port(), fork_server()
-    started = [context.Process(target=come, args=(rank, world, port, seconds, folder)) for rank in ranks]
+    common = (world, port, seconds, folder, context.Barrier(len(ranks)))
+    started = [context.Process(target=come, args=(rank, *common)) for rank in ranks]
     for process in started:
         process.start()
     for process in started:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     return {(folder / f"{rank}.said").read_text() for rank in ranks}, (folder / "0.log").read_text()
 
 
 def test_over_a_real_store_who_is_missing_is_named_on_every_rank(tmp_path):
-    said, meanwhile = processes_meet([0, 1], 3, 2.0, tmp_path)
+    said, meanwhile = processes_meet([0, 1], 3, 4.0, tmp_path)
     named = "of 3 ranks that are to meet at 127.0.0.1:"
     assert f"waiting: {named}" in meanwhile and "1 have not come (rank 2)" in meanwhile
     [one] = said
-    assert one.startswith(f"NotMet: {named}") and "1 have not come (rank 2) after 2 s: start all of them" in one
+    assert one.startswith(f"NotMet: {named}") and "1 have not come (rank 2) after 4 s: start all of them" in one
 
 
 def test_over_a_real_store_all_meet_and_go_on(tmp_path):
-    said, _ = processes_meet([0, 1, 2], 3, 30.0, tmp_path)
+    said, _ = processes_meet([0, 1, 2], 3, 300.0, tmp_path)
     assert said == {"sum 3"}
 
 
