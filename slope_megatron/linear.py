@@ -5,8 +5,8 @@ weights: `adapter_l` is L^T `[R, K]`, `adapter_r` is R^T `[N, R]`.
 
     forward   Y  = X (W^R)^T + (1/R) (X L) R
     dgrad     dX = dY W^{R,C} + (1/R) (dY R^T) L^T
-    wgrad     dW = dY^T X at the kept places: packed `[N, C]`, the shape of the parameter
-                   (with rng: P(dY)^T X, P the unbiased N:M estimate along the tokens)
+    wgrad     dW = dY^T X at the kept positions: packed `[N, C]`, the shape of the parameter
+                   (with an rng: P(dY)^T X, P the unbiased N:M estimate along the tokens)
     adapters  dL^T = ((1/R) dY R^T)^T X,   dR^T = (1/R) dY^T (X L)
 
 Surprising: dgrad reads the doubly pruned W^{R,C}, not the W^R of the forward (SLoPe, section 3.1); the packed values

@@ -38,7 +38,7 @@ HALF_IS_ZERO = 0
 # cusparseLtMatmulAlgAttribute_t
 CONFIG_ID, CONFIG_MAX_ID, SPLIT_K, SPLIT_K_MODE = 0, 1, 3, 4
 # cusparseLtMatmulDescAttribute_t
-ACTIVATION_RELU, BIAS_POINTER = 0, 8
+BIAS_POINTER = 8
 ALIGNMENT = 16
 
 
@@ -56,7 +56,6 @@ class Product:
     dtype: torch.dtype
     device: int
     stride: int
-    relu: bool = False
     straight: bool = False
     output: torch.dtype | None = None
 
@@ -85,7 +84,7 @@ def operand_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
 
 
 def padded_columns(columns: int) -> int:
-    """An operand's columns are a multiple of 64; tokens are filled up with zeros where they become columns."""
+    """An operand's columns are a multiple of 64; tokens are padded with zeros where they become columns."""
     return columns + -columns % 64
 
 
@@ -105,7 +104,7 @@ class Plan:
         """
         Args:
             algorithm: None: the library's default.
-            bias: address of a bias `[rows]` of Y's dtype, added before ReLU; 0: none.
+            bias: address of a bias `[rows]` of Y's dtype; 0: none.
         """
         self.product = product
         self.handle = handle_of(product.device)
@@ -138,10 +137,10 @@ class Plan:
         matrices = (self.weight.pointer, self.x.pointer, self.y.pointer, self.y.pointer)
         operations = (c_int32(NON_TRANSPOSE), c_int32(NON_TRANSPOSE))
         call("MatmulDescriptorInit", self.handle, self.matmul.pointer, *operations, *matrices, c_int32(COMPUTE_FP32))
-        for attribute, value in ((BIAS_POINTER, c_void_p(bias)), (ACTIVATION_RELU, c_int32(self.product.relu))):
-            if value.value:
-                size = c_size_t(ctypes.sizeof(value))
-                call("MatmulDescSetAttribute", self.handle, self.matmul.pointer, c_int32(attribute), byref(value), size)
+        if bias:
+            size = c_size_t(ctypes.sizeof(c_void_p))
+            attribute = (c_int32(BIAS_POINTER), byref(c_void_p(bias)), size)
+            call("MatmulDescSetAttribute", self.handle, self.matmul.pointer, *attribute)
 
     def _select(self, algorithm: Algorithm | None) -> None:
         call("MatmulAlgSelectionInit", self.handle, self.selection.pointer, self.matmul.pointer, c_int32(0))
@@ -185,10 +184,10 @@ class Plan:
         scratch = _workspace(self.workspace_bytes, self.product.device, stream)
         beta = c_float(float(accumulate))
         inputs = (byref(c_float(factor)), c_void_p(operand), c_void_p(x), byref(beta))
-        place = c_void_p(scratch.data_ptr() if scratch is not None else None)
+        workspace = c_void_p(scratch.data_ptr() if scratch is not None else None)
         streams = c_void_p(stream)
         output = (c_void_p(y), c_void_p(y))
-        call("Matmul", self.handle, self.plan.pointer, *inputs, *output, place, byref(streams), c_int32(1))
+        call("Matmul", self.handle, self.plan.pointer, *inputs, *output, workspace, byref(streams), c_int32(1))
 
 
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}

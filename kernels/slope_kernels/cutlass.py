@@ -1,10 +1,10 @@
 """The 2:4 product by CUTLASS's collectives, compiled here and called through ctypes.
 
-    Y [T, R] = X [T, S] W^T (+ b, ReLU) or with beta C added; W [R, S] 2:4 along S, 16-bit values, fp32 sums
+    Y [T, R] = X [T, S] W^T (+ C) (+ b); W [R, S] 2:4 along S, 16-bit values, fp32 sums
 
 Values and metadata are separate operands: the values are a packed parameter's own memory, `[R, S/2]` row-major, read
-when the product runs; the metadata depends on the places alone (`slope_megatron.sparsity.operand`). A kernel is one
-tile and one shared library; how its tiles are walked is an argument. Nothing here synchronizes or allocates.
+when the product runs; the metadata depends on the indices alone (`slope_megatron.sparsity.operand`). A kernel is one
+tile and one shared library; how its tiles are scheduled is an argument. Nothing here synchronizes or allocates.
 """
 
 import ctypes
@@ -25,21 +25,20 @@ TILE_COLUMNS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A tile of `rows` of W x `tokens`, TILE_COLUMNS of W at a time, in clusters of blocks.
+    """A tile of `rows` x `columns` of the output, TILE_COLUMNS of the sums at a time, in clusters of blocks.
 
-    Args:
-        schedule: "Cooperative": two warpgroups share a tile; "Pingpong": each has its own.
+    Two warpgroups share a tile. Of W's products the output's columns are tokens.
     """
 
     rows: int
-    tokens: int
+    columns: int
     cluster: tuple[int, int]
-    schedule: str = "Cooperative"
+    what: str = "cooperative"
 
     @property
     def name(self) -> str:
         clusters = "x".join(map(str, self.cluster))
-        return f"{self.rows}x{self.tokens}x{TILE_COLUMNS} {clusters} {self.schedule.lower()}"
+        return f"{self.rows}x{self.columns}x{TILE_COLUMNS} {clusters} {self.what}"
 
 
 KERNELS = {
@@ -55,8 +54,8 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """A kernel by name and the walk over its tiles: groups `swizzle` tiles wide, raster 0 CUTLASS's own, 1 rows first,
-    2 tokens first."""
+    """A kernel by name and how its tile scheduler goes: groups `swizzle` tiles wide, raster 0 CUTLASS's own, 1 rows
+    first, 2 tokens first."""
 
     library: ClassVar[str] = "cutlass"
     kernel: str
@@ -64,7 +63,7 @@ class Algorithm:
     raster: int = 0
 
     def __str__(self) -> str:
-        return f"CUTLASS {self.kernel}, walk {self.swizzle}/{self.raster}"
+        return f"CUTLASS {self.kernel}, tile scheduler {self.swizzle}/{self.raster}"
 
 
 DEFAULT = Algorithm(next(iter(KERNELS)))
@@ -138,37 +137,32 @@ def enqueue(function, arguments: ctypes.Structure, device: int, error_text, what
 
 
 def source(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> load_cuda.Source:
-    """What to compile for a kernel; `with_source`: with the epilogue that adds beta C."""
+    """What to compile for a kernel; `with_source`: with the epilogue that adds C."""
     macros = {
         "SLOPE_ELEMENT": ELEMENTS[dtype],
         "SLOPE_TILE_R": kernel.rows,
-        "SLOPE_TILE_T": kernel.tokens,
+        "SLOPE_TILE_T": kernel.columns,
         "SLOPE_TILE_S": TILE_COLUMNS,
         "SLOPE_CLUSTER_R": kernel.cluster[0],
         "SLOPE_CLUSTER_T": kernel.cluster[1],
-        "SLOPE_SCHEDULE": kernel.schedule,
+        "SLOPE_SCHEDULE": "Cooperative",
         "SLOPE_SOURCE": int(with_source),
     }
     return hopper_source("sparse_gemm_sm90.cu", **macros)
 
 
 @functools.cache
-def library(kernel: Kernel, dtype: torch.dtype, with_source: bool = False) -> ctypes.CDLL:
-    """The kernel's library, compiled on first use.
+def library(name: str, dtype: torch.dtype, with_source: bool = False) -> ctypes.CDLL:
+    """The library of a kernel of `KERNELS`, compiled on first use.
 
     Raises:
         RuntimeError: it cannot be compiled.
     """
-    opened = load_cuda.library(source(kernel, dtype, with_source))
+    opened = load_cuda.library(source(KERNELS[name], dtype, with_source))
     opened.slope_sparse_gemm.argtypes = (ctypes.POINTER(Arguments), ctypes.c_void_p)
     opened.slope_metadata_bytes.restype = ctypes.c_int64
     opened.slope_error.restype = ctypes.c_char_p
     return opened
-
-
-@functools.cache
-def _library_of(algorithm: Algorithm, dtype: torch.dtype, with_source: bool) -> ctypes.CDLL:
-    return library(KERNELS[algorithm.kernel], dtype, with_source)
 
 
 def run(
@@ -180,10 +174,8 @@ def run(
     *,
     bias_R: torch.Tensor | None = None,
     source_TR: torch.Tensor | None = None,
-    beta: float = 1.0,
-    relu: bool = False,
 ) -> None:
-    """Enqueue Y = max(X W^T + beta C + b, 0 or not) on the current stream.
+    """Enqueue Y = X W^T (+ C) (+ b) on the current stream; C is `source_TR`.
 
     Args:
         values_RC, x_TS, source_TR, y_TR: row-major on 16-byte boundaries; `y_TR` may be `source_TR`.
@@ -192,7 +184,7 @@ def run(
     """
     tokens, columns = x_TS.shape
     rows, device = values_RC.shape[0], x_TS.device.index
-    opened = _library_of(algorithm, x_TS.dtype, source_TR is not None)
+    opened = library(algorithm.kernel, x_TS.dtype, source_TR is not None)
     arguments = Arguments(
         values_RC.data_ptr(),
         metadata.data_ptr(),
@@ -205,8 +197,8 @@ def run(
         columns,
         tokens,
         device,
-        beta if source_TR is not None else 0.0,
-        relu,
+        0.0 if source_TR is None else 1.0,
+        False,
         algorithm.swizzle,
         algorithm.raster,
     )
@@ -214,8 +206,8 @@ def run(
     enqueue(opened.slope_sparse_gemm, arguments, device, opened.slope_error, what)
 
 
-def metadata_places(kernel: Kernel, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+def metadata_positions(name: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
     """CUTLASS's own word on the metadata's order: for each group int64 `[rows, columns/4]` the number of its nibble."""
-    places = torch.empty(rows, columns // 4, dtype=torch.int64)
-    library(kernel, dtype).slope_metadata_places(rows, columns, ctypes.c_void_p(places.data_ptr()))
-    return places
+    positions = torch.empty(rows, columns // 4, dtype=torch.int64)
+    library(name, dtype).slope_metadata_places(rows, columns, ctypes.c_void_p(positions.data_ptr()))
+    return positions

@@ -3,35 +3,19 @@
     packed [N, C] = kept(S X)     S = P(dY)^T [N, T], 2:4 along the tokens; X [T, K]
 
 T tokens, N out, K in, C = K/2 kept per row; 16-bit values, fp32 sums, rounded once. A kernel is one tile and one shared
-library; how its tiles are walked is an argument. Nothing here synchronizes or allocates.
+library; how its tiles are scheduled is an argument. Nothing here synchronizes or allocates.
 Oracle: `slope_megatron.sparsity.packing.pack` of the dense product.
 """
 
 import ctypes
-import dataclasses
 import functools
 
 import torch
 
 from slope_kernels import load_cuda
-from slope_kernels.cutlass import ELEMENTS, TILE_COLUMNS, Algorithm, enqueue, hopper_source
+from slope_kernels.cutlass import ELEMENTS, TILE_COLUMNS, Algorithm, Kernel, enqueue, hopper_source
 
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A tile of `rows` of dW x `columns`, shared by two warpgroups, TILE_COLUMNS tokens at a time, in clusters."""
-
-    rows: int
-    columns: int
-    cluster: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        clusters = "x".join(map(str, self.cluster))
-        return f"{self.rows}x{self.columns}x{TILE_COLUMNS} {clusters} packing"
-
-
-KERNELS = {kernel.name: kernel for kernel in (Kernel(128, 256, (2, 1)), Kernel(256, 128, (2, 1)))}
+KERNELS = {kernel.name: kernel for kernel in (Kernel(128, 256, (2, 1), "packing"), Kernel(256, 128, (2, 1), "packing"))}
 DEFAULT = Algorithm(next(iter(KERNELS)))
 
 
@@ -85,8 +69,8 @@ def run(
     """Enqueue packed = kept(S X) on the current stream; N and K are multiples of 64.
 
     Args:
-        algorithm: its kernel one of `KERNELS`, the walk over tiles of rows and columns.
-        operand: of P(dY)^T, uint8 `[9/8 N S]`, values, then metadata in CUTLASS's order; S is T filled up to a
+        algorithm: its kernel one of `KERNELS`, its tile scheduler over rows and columns.
+        operand: of P(dY)^T, uint8 `[9/8 N S]`, values, then metadata in CUTLASS's order; S is T padded to a
             multiple of 64.
         row_bits: uint8 `[N, K/8]`; like all others contiguous, on a 16-byte boundary.
     Raises:

@@ -45,7 +45,6 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
     meta = torch.empty(weights // 8, dtype=torch.uint8, device=device)
     forward = torch.empty(layout.operand_bytes(rows, columns), dtype=torch.uint8, device=device)
     backward = torch.empty_like(forward)
-    total, total16 = torch.zeros(rows, columns // 2, device=device), torch.zeros_like(values)
     packed, row, column = weights, weights // 8, weights // 16
     # Metadata of columns follows from three rows of four.
     three_of_four = (row + column) * 3 // 4
@@ -58,8 +57,6 @@ def cases(rows: int, columns: int, dtype) -> list[Case]:
         Case("column_metadata", metadata.column_metadata, (*patterns, meta), three_of_four + weights // 8),
         Case("row_metadata", metadata.row_metadata, (row_bits, meta), row + weights // 8),
         Case("gather", gather.gather, (dense, row_bits, values), 2 * weights + row + packed),
-        Case("gather_add_fp32", gather.gather_add, (dense, row_bits, total), 2 * weights + row + 4 * packed),
-        Case("gather_add_16", gather.gather_add, (dense, row_bits, total16), 2 * weights + row + 2 * packed),
         Case("unpack", gather.unpack, (values, row_bits, dense), 2 * weights + row + packed),
         # dY of TOKENS tokens is read, the values and the metadata of its operand are written: 2 + 1 + 1/8 bytes.
         Case("mvue_operand", mvue.mvue_operand, gradient, TOKENS * rows * 25 // 8),

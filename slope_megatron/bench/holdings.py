@@ -87,8 +87,8 @@ def charge_operands(ledger: Ledger, operands, weights: int, shared: tuple[torch.
 def charge_operand(ledger: Ledger, label: str, operand, weights: int, storages: set[int]) -> None:
     """Values and metadata lie in one buffer, or apart; with room for adapters there is that much more of both."""
     outer = weights
-    if hasattr(operand, "outer_rows"):
-        outer = operand.outer_rows * operand.outer_columns
+    if hasattr(operand, "outer_columns"):
+        outer = operand.rows * operand.outer_columns
     counted = {"buffer": outer * 9 / 8, "values_RC": weights, "metadata": weights / 8, "matrix_NK": 2 * weights}
     charge_tensors(ledger, f"{label}: ", operand, storages, counted)
 

@@ -9,16 +9,7 @@ import torch
 
 from slope_megatron.ops.backend import ForwardProduct, Product, build_forward
 from slope_megatron.ops.operands import low_rank
-
-
-class DenseOperands:
-    """A dense weight `[N, K]`."""
-
-    def __init__(self, weight_NK: torch.Tensor):
-        self.weight_NK = weight_NK
-
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK @ self.weight_NK.t()
+from slope_megatron.ops.operands.reference import ForwardOnly
 
 
 class Linear(torch.nn.Module):
@@ -74,4 +65,4 @@ def build_linear(tensors: Mapping[str, torch.Tensor], name: str, place, backend:
     adapters = (get("adapter_l"), get("adapter_r")) if has("adapter_l") else None
     if has("weight_pattern"):
         return SparseLinear(get("weight"), get("weight_pattern"), bias, adapters, backend)
-    return Linear(DenseOperands(get("weight")), bias, adapters)
+    return Linear(ForwardOnly(get("weight")), bias, adapters)

@@ -9,13 +9,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import divide
 
-from slope_megatron.layers.rotary import rotate
+from slope_megatron.layers.rotary import apply_rope
 
 
 class SdpaAttention(MegatronModule):
     """Softmax(Q K^T / sqrt(d)) V in the constructor dialect of Megatron's `DotProductAttention`.
 
-    With a `rotary_base` it turns Q and K first, for a model that leaves its positions to it.
+    With a `rotary_base` it applies rotary embeddings to Q and K first, for a model whose Megatron part has none.
     Shapes: query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this rank; output `[s, b, heads * d]`.
     """
 
@@ -48,7 +48,8 @@ class SdpaAttention(MegatronModule):
                 "query-key layer scaling and window attention are not supported by SdpaAttention: leave them off"
             )
         for name, plain in (("softmax_type", "vanilla"), ("qk_clip", False), ("log_max_attention_logit", False)):
-            # Options of later cores: the first is another function, the others look at scores that flash has not.
+            # Options of later cores. The first changes the softmax; the others need the attention scores, which flash
+            # kernels never write.
             if getattr(config, name, plain) != plain:
                 raise ValueError(
                     f"{name} is {getattr(config, name)!r}: SdpaAttention has {plain!r} alone; leave it out"
@@ -74,7 +75,7 @@ class SdpaAttention(MegatronModule):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences are not supported by SdpaAttention: leave them unset")
         if self.rotary_base is not None:
-            query, key = rotate(query, self.rotary_base), rotate(key, self.rotary_base)
+            query, key = apply_rope(query, self.rotary_base), apply_rope(key, self.rotary_base)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         allowed = None if causal or attention_mask is None else ~attention_mask
         # Each rank drops its own heads: the tensor-parallel random state, as in Megatron's own attention.

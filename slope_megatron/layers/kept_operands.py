@@ -1,8 +1,9 @@
 """Operands that are kept from one product to the next, and what they were made of.
 
-Autograd's version counters miss fused optimizers and writes through `.data`; addresses and objects miss writes in
-place. So a layer that nobody tells of changes brings its operands up to date wherever an optimizer may have come before
-(`PrunedLinear.watches_values` says where); elsewhere it looks at all three (`TensorSnapshot`).
+Whether a weight has changed since is hard to see: autograd's version counters miss fused optimizers and writes through
+`.data`; addresses and object identities miss writes in place. So a layer that nobody tells of changes refreshes its
+operands wherever an optimizer may have run before (`PrunedLinear.watches_values` says where); elsewhere it compares all
+three (`TensorSnapshot`).
 
 A backward product may come after others have been multiplied with these operands: under a pipeline, or where
 `torch.func.functional_call` gives one weight after the other. `restore_for_backward` then brings them back to what
@@ -55,7 +56,7 @@ class TensorSnapshot:
         return here and self.unwritten(tensor)
 
     def is_same(self, tensor: torch.Tensor) -> bool:
-        """Whether it is the very tensor that was seen, in the same place, and unwritten."""
+        """Whether it is the very tensor that was seen, at the same address, and unwritten."""
         return self.tensor() is tensor and self.same_memory(tensor)
 
 
@@ -64,13 +65,13 @@ class KeptOperands(Generic[Made]):
 
     Args:
         operands: built of the present values of `weight`.
-        weight: the parameter, or what was given in its place.
+        weight: the parameter, or what was given instead of it.
         patterns: the buffers that say which weights count; operands may read them where they lie.
     """
 
     def __init__(self, operands: Made, weight: torch.Tensor, patterns: tuple[torch.Tensor, ...]):
         self.operands = operands
-        self.form = (weight.shape, weight.dtype, weight.device)
+        self.signature = (weight.shape, weight.dtype, weight.device)
         # Counts refreshes: a backward product asks whether there were any since its forward.
         self.generation = 0
         # Whether the values may change, unseen, before the next product.
@@ -79,7 +80,7 @@ class KeptOperands(Generic[Made]):
 
     def fits(self, weight: torch.Tensor) -> bool:
         """Whether these operands can take the values at all; others must be built for another shape, type or device."""
-        return self.form == (weight.shape, weight.dtype, weight.device)
+        return self.signature == (weight.shape, weight.dtype, weight.device)
 
     def unwritten(self, weight: torch.Tensor, patterns: tuple[torch.Tensor, ...]) -> tuple[bool, bool]:
         """Whether weight and patterns have not been written by anything that autograd counts."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.pruned_linear import PrunedLinear
+from slope_megatron.layers.pruned_linear import PrunedLinear, check_shard
 from slope_megatron.ops.backend import MvueRng
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern
@@ -75,7 +75,7 @@ class MaskedWeight(PrunedLinear):
             ValueError: the shard cuts a group, a block or a byte of the bitmask.
         """
         rows, columns = self.weight.shape
-        check_masked_shard(rows, columns, slope)
+        check_shard(rows, columns, slope, max(8, slope.m), "masked")
         mask = torch.zeros(rows, columns // 8, dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("weight_mask", mask)
         self.init_adapters(slope, columns, partition_dim, stride)
@@ -123,13 +123,3 @@ class MaskedWeight(PrunedLinear):
 
     def gradient_rng(self) -> MvueRng | None:
         return self.current_rng() if self.masking and self.slope.method == "fst" else None
-
-
-def check_masked_shard(rows: int, columns: int, slope: SlopeConfig) -> None:
-    """Refuse a shard that cuts a group, a 4 x 4 block or a byte of the bitmask."""
-    if rows % slope.m or columns % slope.m or columns % 8:
-        raise ValueError(
-            f"a masked {slope.nm} shard of {rows} x {columns} (out x in on this rank) cannot be cut: out must be a "
-            f"multiple of {slope.m} and in one of {max(8, slope.m)}; choose other widths or a smaller tensor-parallel "
-            "size"
-        )

@@ -23,13 +23,13 @@ class Norm:
         for name in ("layernorm_zero_centered_gamma", "memory_efficient_layer_norm"):
             if getattr(config, name, False):
                 raise ValueError(f"{name} is on and torch's norms do not have it: install apex, or leave it off")
-        kind = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        norm_class = FusedRMSNorm if config.normalization == "RMSNorm" else FusedLayerNorm
+        norm = norm_class(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             mark(parameter, sequence_parallel=config.sequence_parallel)
         return norm
 
 
 def own_norm(stock: type) -> type:
-    """`stock` as the installed Megatron's spec names it; ours in the place of its wrapper."""
+    """`stock` as the installed Megatron's spec names it; ours instead of its wrapper."""
     return Norm if stock is WrappedTorchNorm else stock

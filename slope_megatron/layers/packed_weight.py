@@ -10,14 +10,15 @@ Operands, what a kernel wants, are derived from these on first use, follow them 
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.ephemeral_operands import EphemeralOperands
 from slope_megatron.layers.kept_operands import KeptOperands, TensorSnapshot, lent
-from slope_megatron.layers.pruned_linear import PrunedLinear
+from slope_megatron.layers.pruned_linear import PrunedLinear, check_shard
 from slope_megatron.ops.backend import PRODUCTS, MvueRng, Operands, Product, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
@@ -51,6 +52,35 @@ class DoublePruning:
     energy_dropped: float
 
 
+class EphemeralOperands:
+    """Operands of a weight whose values are here only while its layer computes, as under ZeRO-3.
+
+    They are built from the values for each use and dropped after it: in forward, and once in backward for both
+    products. The memory is scratch: the next layer's operands take it. The weight must be gathered whenever a product
+    is asked for, which ZeRO-3's hooks around a layer's forward and backward see to.
+
+    Args:
+        build: (weight, names of products) -> operands of its present values.
+        weight: what is multiplied; the parameter itself, whose memory comes and goes.
+    """
+
+    def __init__(self, build: Callable[[torch.Tensor, tuple[Product, ...]], Operands], weight: torch.Tensor):
+        self.build, self.weight = build, weight
+        self.of_backward: Operands | None = None
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self.build(self.weight, (Product.FORWARD,)).forward(x_TK)
+
+    def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        self.of_backward = self.build(self.weight, (Product.DGRAD, Product.WGRAD))
+        return self.of_backward.dgrad(dy_TN)
+
+    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+        operands = self.of_backward or self.build(self.weight, (Product.WGRAD,))
+        self.of_backward = None
+        return operands.wgrad(dy_TN, x_TK, rng)
+
+
 class PackedWeight(PrunedLinear):
     """Mixed into Megatron's linears, whose constructor leaves `weight` as `[N, C]`: no dense weight ever exists."""
 
@@ -69,7 +99,9 @@ class PackedWeight(PrunedLinear):
         """
         rows, kept = self.weight.shape
         columns = kept * slope.m // slope.n
-        check_shard(rows, columns, kept, slope)
+        # Of these inputs the kept ones are whole bytes of a bitmask.
+        unit = 8 * slope.m // math.gcd(8 * slope.m, slope.n)
+        check_shard(rows, columns, slope, unit, "packed")
         device = self.weight.device
         self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device))
         self.register_buffer("weight_column", torch.zeros(rows, kept // 8, dtype=torch.uint8, device=device))
@@ -107,7 +139,7 @@ class PackedWeight(PrunedLinear):
     # -- state and operands -------------------------------------------------------------------------------------------
 
     def row_pattern(self) -> torch.Tensor:
-        """W^R's places: bool `[N, K]`."""
+        """W^R's kept positions: bool `[N, K]`."""
         return unpack_bits(self.weight_pattern)
 
     def surviving(self) -> torch.Tensor:
@@ -139,7 +171,7 @@ class PackedWeight(PrunedLinear):
         """Operands of the present values of `weight` that serve `products`.
 
         Raises:
-            RuntimeError: weight or patterns were never filled nor loaded.
+            RuntimeError: weight or patterns were never initialized nor loaded.
         """
         self.check_initialized()
         return build_operands(
@@ -171,14 +203,3 @@ class PackedWeight(PrunedLinear):
     def gradient_rng(self) -> MvueRng | None:
         """In `full` mode wgrad reads an unbiased 2:4 estimate of dY."""
         return self.current_rng() if self.slope.mode == "full" else None
-
-
-def check_shard(rows: int, columns: int, kept: int, slope: SlopeConfig) -> None:
-    """Refuse a shard that cuts a group or a byte of a bitmask."""
-    if rows % slope.m or columns % slope.m or columns % 8 or kept % 8:
-        unit = max(8, slope.m, 8 * slope.m // slope.n)
-        raise ValueError(
-            f"a packed {slope.nm} shard of {rows} x {columns} (out x in on this rank) cannot be cut: out "
-            "must be a multiple "
-            f"of {slope.m} and in one of {unit}; choose other widths or a smaller tensor-parallel size"
-        )

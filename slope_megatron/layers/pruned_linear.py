@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
@@ -32,8 +30,7 @@ CUT_WITH_WEIGHT = {0: ("bias", "adapter_r"), 1: ("adapter_l",)}
 
 
 class PrunedLinear(torch.nn.Module):
-    """Mixed into Megatron's linears. A subclass says what its patterns are and builds operands, and what it prunes of
-    the gradient."""
+    """Mixed into Megatron's linears. A subclass names its patterns, builds operands and may prune the gradient."""
 
     weight: torch.nn.Parameter
     config: ModelParallelConfig
@@ -41,16 +38,15 @@ class PrunedLinear(torch.nn.Module):
     tp_group: dist.ProcessGroup
     # Names of the buffers that say which weights count.
     PATTERNS: tuple[str, ...] = ()
-    # Gate and up of a gated MLP lie above each other in each shard: checkpoints and fills see them apart.
+    # Gate and up of a gated MLP lie above each other in each shard: checkpoints and initialization see them apart.
     gated = False
-    # True: under any optimizer and loop, operands are refreshed, for about 2 % of a product, in every training forward,
-    # in every evaluating one while a gradient waits (under Megatron's DDP, whose `main_grad` stays, in all of them), in
-    # the first one after that, and in every one once a CUDA graph has been captured with this layer in it. Not seen is
-    # a write through `.data` between evaluating forwards with no gradient about. False: whoever trains calls `refresh`
-    # or `drop_operands` after every change, as our engine does, and forwards refresh nothing unless autograd has
-    # counted a write.
+    # True: any optimizer may change the weight unseen, so operands are refreshed (about 2 % of a product) in every
+    # training forward; in evaluating ones as long as an optimizer may have a gradient to use (Megatron's DDP always has
+    # one), and once after; and always once a CUDA graph was captured with this layer. A write through `.data` between
+    # other evaluating forwards goes unnoticed. False: whoever trains calls `refresh` or `drop_operands` after every
+    # change, as our engine does, and a forward refreshes only after a write that autograd has counted.
     watches_values = True
-    # Sticky: a replayed graph may change values, and runs no Python that could note it.
+    # For good: a replayed graph may change values, and runs no Python that could note it.
     _captured = False
     _kept: KeptOperands | None = None
     _present: frozenset[str] = frozenset()
@@ -100,7 +96,7 @@ class PrunedLinear(torch.nn.Module):
 
     @property
     def absent(self) -> list[str]:
-        """Those of weight and patterns that nobody has filled or loaded yet."""
+        """Those of weight and patterns that nobody has initialized or loaded yet."""
         return [name for name in ("weight", *self.PATTERNS) if name not in self._present]
 
     def check_initialized(self) -> None:
@@ -110,7 +106,7 @@ class PrunedLinear(torch.nn.Module):
         """
         if self.absent:
             raise RuntimeError(
-                f"{type(self).__name__} has no {', '.join(self.absent)} yet: fill the built model with "
+                f"{type(self).__name__} has no {', '.join(self.absent)} yet: initialize the built model with "
                 "slope_megatron.models.init_weights.init_weights, or load a checkpoint that has all of "
                 f"{', '.join(('weight', *self.PATTERNS))}"
             )
@@ -135,6 +131,10 @@ class PrunedLinear(torch.nn.Module):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """For Megatron's checkpoints: each tensor with the axis along which it is cut (`CUT_WITH_WEIGHT`)."""
+        # Megatron-DeepSpeed's core of 2023, under which this module is imported too, has neither.
+        from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
         axes = dict.fromkeys(("weight", *self.PATTERNS, *CUT_WITH_WEIGHT[self.partition_dim]), self.partition_dim)
         sharded = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -161,7 +161,7 @@ class PrunedLinear(torch.nn.Module):
         return tuple(getattr(self, name) for name in self.PATTERNS)
 
     def present_operands(self, weight: torch.Tensor) -> KeptOperands:
-        """The kept operands, of the present values of `weight`: the parameter, or what was given in its place."""
+        """The kept operands, of the present values of `weight`: the parameter, or what was given instead of it."""
         kept, patterns = self._kept, self.pattern_buffers()
         training = self.training or (torch.is_grad_enabled() and weight.requires_grad)
         # An optimizer may come before the next product.
@@ -271,6 +271,20 @@ def gradient_waits(weight: torch.Tensor) -> bool:
 def is_being_captured(weight: torch.Tensor) -> bool:
     """Whether what is done with this weight now goes into a CUDA graph."""
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_shard(rows: int, columns: int, slope: SlopeConfig, unit: int, weight: str) -> None:
+    """Refuse a shard that cuts a group of n:m, along the inputs or the outputs, or a byte of a bitmask.
+
+    Args:
+        unit: what the inputs must be a multiple of.
+        weight: "packed" or "masked".
+    """
+    if rows % slope.m or columns % unit:
+        raise ValueError(
+            f"a {weight} {slope.nm} shard of {rows} x {columns} (out x in on this rank) cannot be cut: out must be a "
+            f"multiple of {slope.m} and in one of {unit}; choose other widths or a smaller tensor-parallel size"
+        )
 
 
 def refuse_unsupported(config, **asked) -> None:

@@ -1,7 +1,7 @@
 """Rotary positions of queries and keys, one kernel each on a GPU.
 
-s positions, d width of a head. Position p turns pair i of a head, its elements i and i + d/2, by the angle
-p base^(-2i/d):
+s positions, d width of a head. Position p rotates pair i of a head, its elements i and i + d/2, by the
+angle p base^(-2i/d):
 
     (x1, x2) -> (x1 cos - x2 sin,  x2 cos + x1 sin)
 
@@ -26,11 +26,11 @@ def tables(positions: int, width: int, base: int, device: torch.device, dtype: t
 
 
 @fused
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
-def rotate(x: torch.Tensor, base: int) -> torch.Tensor:
-    """`x` `[s, b, heads, d]` at the positions 0..s-1."""
-    return turn(x, *tables(x.shape[0], x.shape[-1], base, x.device, x.dtype))
+def apply_rope(x: torch.Tensor, base: int) -> torch.Tensor:
+    """`x` `[s, b, heads, d]` rotated by the positions 0..s-1."""
+    return rotate_halves(x, *tables(x.shape[0], x.shape[-1], base, x.device, x.dtype))

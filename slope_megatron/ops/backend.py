@@ -34,7 +34,7 @@ class Products(ForwardProduct, Protocol):
         """dX = dY W^{R,C}, `[T, K]`."""
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
-        """dW = dY^T X read at the kept places, `[N, C]`; with an rng P(dY)^T X, P the unbiased estimate it draws."""
+        """dW = dY^T X read at the kept positions, `[N, C]`; with an rng P(dY)^T X, P the unbiased estimate it draws."""
 
 
 class Following(Products, Protocol):
@@ -84,7 +84,7 @@ def choose(requested: str) -> str:
     chosen = next(name for name, reason in reasons.items() if reason is None)
     tried = itertools.takewhile(lambda name: name != chosen, reasons)
     refused = "".join(f"; {name}: {reasons[name]}" for name in tried)
-    logger.info("sparse products: backend %s (%s)%s", chosen, BACKENDS[chosen].SAYS, refused)
+    logger.info("sparse products: backend %s (%s)%s", chosen, BACKENDS[chosen].DESCRIPTION, refused)
     return chosen
 
 
@@ -121,7 +121,7 @@ def build_forward(backend: str, values_NC: torch.Tensor, row_bits: torch.Tensor)
     """
     name = choose_for(backend, values_NC, row_bits)
     if name == "reference":
-        return reference.ForwardOnly(values_NC, unpack_bits(row_bits))
+        return reference.ForwardOnly(unpack(values_NC, unpack_bits(row_bits)))
     return PackedOperands(
         values_NC, row_bits, None, library=name, dense_allowed=False, products_wanted=(Product.FORWARD,)
     )

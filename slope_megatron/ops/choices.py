@@ -20,16 +20,14 @@ from slope_megatron.ops import libraries
 from slope_megatron.storage import sums, whole
 
 logger = logging.getLogger(__name__)
-# As tables of before 0.2 have them.
-EARLIER_NAMES = {"tall": "row-augmented", "wide": "column-augmented"}
+# Tables of before 0.2 call an operand with adapters in it so.
+WIDE = "wide"
+# Strategies of earlier tables that are no more, since they won nowhere: products that had them are measured anew.
+REMOVED = {"kernels", "row-augmented", "tall"}
 
 
 class Named(str, enum.Enum):
-    """Members are their own text; texts of earlier tables are read too."""
-
-    @classmethod
-    def _missing_(cls, value):
-        return cls(EARLIER_NAMES[value]) if value in EARLIER_NAMES else None
+    """Members are their own text."""
 
     def __str__(self) -> str:
         return self.value
@@ -39,35 +37,37 @@ class Named(str, enum.Enum):
 
 
 class Product(Named):
-    """A product of training; or, for the library's algorithm alone, one of an operand with adapters in it."""
+    """A product of training."""
 
     FORWARD = "forward"
     DGRAD = "dgrad"
     WGRAD = "wgrad"
-    ROW_AUGMENTED = "row-augmented"
-    COLUMN_AUGMENTED = "column-augmented"
 
 
-# The three products of training.
-PRODUCTS = (Product.FORWARD, Product.DGRAD, Product.WGRAD)
+PRODUCTS = tuple(Product)
 
 
 class Strategy(Named):
     """How a product runs with low-rank adapters beside it; see `operands.low_rank`."""
 
     LAST = "last"
-    KERNELS = "kernels"
     FIRST = "first"
-    ROW_AUGMENTED = "row-augmented"
-    COLUMN_AUGMENTED = "column-augmented"
+    AUGMENTED = "column-augmented"
+
+    @classmethod
+    def _missing_(cls, value):
+        return cls.AUGMENTED if value == WIDE else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
     """One product. `rows` x `columns` is the sparse operand: W^R for forward, the transposed W^{R,C} for dgrad.
 
-    For wgrad, whose operand is N x T and is written anew each time, it is the shape of the gradient, N x K. With a
-    rank it stands for the product together with adapters of that rank.
+    For wgrad, whose operand is N x T and is written anew each time, it is the shape of the gradient, N x K.
+
+    Args:
+        rank: of the adapters that the product has beside it; 0: none.
+        augmented: of an operand with adapters in it, whose columns count; FORWARD stands for dgrad too.
     """
 
     product: Product
@@ -76,10 +76,12 @@ class Key:
     tokens: int
     dtype: torch.dtype
     rank: int = 0
+    augmented: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        product = f"{self.product.value}+{self.rank}" if self.rank else self.product.value
+        product = Strategy.AUGMENTED.value if self.augmented else self.product.value
+        product = f"{product}+{self.rank}" if self.rank else product
         return f"{product} {self.rows}x{self.columns} T{self.tokens} {dtype}"
 
     @classmethod
@@ -87,7 +89,10 @@ class Key:
         name, shape, tokens, dtype = text.split()
         product, _, rank = name.partition("+")
         rows, columns = shape.split("x")
-        return cls(Product(product), int(rows), int(columns), int(tokens[1:]), getattr(torch, dtype), int(rank or 0))
+        numbers = (int(rows), int(columns), int(tokens[1:]), getattr(torch, dtype), int(rank or 0))
+        if product in (Strategy.AUGMENTED.value, WIDE):
+            return cls(Product.FORWARD, *numbers, augmented=True)
+        return cls(Product(product), *numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,18 +153,12 @@ def find(key: Key) -> Any:
 
 
 def earlier(key: Key) -> Choice | None:
-    """The sparse choice for another number of tokens of this shape: it says what form the operands already have."""
+    """The sparse choice for another number of tokens of this shape: it says which layout the operands already have."""
     shape = dataclasses.replace(key, tokens=0)
     for other, choice in _table.items():
         if not other.rank and choice.sparse and dataclasses.replace(other, tokens=0) == shape:
             return choice
     return None
-
-
-def fixed_tiles(key: Key) -> int | None:
-    """The tiles that this shape's operands already have."""
-    choice = earlier(key)
-    return choice.tiles if choice else None
 
 
 def algorithm(library: str, problem: Hashable) -> Any:
@@ -191,26 +190,15 @@ def clear() -> None:
     _algorithms.clear()
 
 
-def decide(
-    key: Key, measure: Callable[[], OneDecision], fits: Callable[[OneDecision], bool] = lambda _: True
-) -> OneDecision:
-    """The choice for `key`, made now if need be: by `measure`, on the deciding rank where there are several.
-
-    Args:
-        fits: whether an earlier choice will do; one that does not is made anew.
-    """
-    decision = find(key)
-    if decision is None or not fits(decision):
-        decision = _agreed(measure)
-        record(key, decision)
-    return decision
-
-
-def _agreed(measure: Callable[[], Decision]) -> Decision:
-    """What this process measures, or the deciding rank where there are several."""
+def decide(key: Key, measure: Callable[[], OneDecision]) -> OneDecision:
+    """Make the choice for `key` and record it: what this process measures, or the deciding rank of several."""
+    decision: Any
     if _broadcast is None:
-        return measure()
-    return _read(_broadcast(dataclasses.asdict(measure()) if _decides else None))
+        decision = measure()
+    else:
+        decision = _read(_broadcast(dataclasses.asdict(measure()) if _decides else None))
+    record(key, decision)
+    return decision
 
 
 def agree_over(broadcast: Callable[[dict | None], dict] | None, decides: bool) -> None:
@@ -241,7 +229,7 @@ def machine() -> dict[str, str]:
 
 def _read(fields: dict) -> Decision:
     """The choice that `dataclasses.asdict` made `fields` of."""
-    strategy = fields.get("strategy", fields.get("order"))
+    strategy = _strategy_of(fields)
     if strategy:
         return AdapterChoice(Strategy(strategy), fields.get("times", {}))
     algorithm = fields.get("algorithm")
@@ -294,4 +282,15 @@ def adopt(saved: dict) -> None:
 
 
 def _parsed(saved: dict) -> dict[Key, Decision]:
-    return {Key.parse(text): _read(fields) for text, fields in saved["choices"].items()}
+    entries = saved["choices"].items()
+    return {Key.parse(text): _read(fields) for text, fields in entries if not _is_removed(text, fields)}
+
+
+def _is_removed(text: str, fields: dict) -> bool:
+    """Whether an entry is about a strategy that is no more."""
+    return not REMOVED.isdisjoint((text.split()[0], _strategy_of(fields)))
+
+
+def _strategy_of(fields: dict) -> str | None:
+    """What runs a product with adapters; None: it has none. Tables of before 0.2 call it the order."""
+    return fields.get("strategy", fields.get("order"))

@@ -24,7 +24,7 @@ class Library(Protocol):
     # A dataclass; its ClassVar `library` is the module's name.
     Algorithm: Any
     # What it is, for the log line that names the backend.
-    SAYS: str
+    DESCRIPTION: str
     # The sparse operand of a weight's forward product or dgrad; values are set afterwards.
     Operand: "Callable[[WeightPatterns, Product], SparseOperand]"
 
@@ -41,7 +41,7 @@ class Library(Protocol):
         """Why it cannot compute this wgrad of `full` mode here; None: it can."""
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: "MvueRng") -> torch.Tensor:
-        """P(dY)^T X at the kept places, `[N, C]`."""
+        """P(dY)^T X at the kept positions, `[N, C]`."""
 
     def finalists(self, trial: "Trial") -> "list[Candidate]":
         """Its fastest candidates for a measurement that pass the numerics gate, fastest first."""

@@ -27,7 +27,7 @@ def key_of(seed: int, name: str) -> tuple[int, int]:
 
 
 def _multiply_(word: torch.Tensor, factor: int, high: torch.Tensor) -> None:
-    """High and low word of a 32 x 32 bit product, the low one in the place of `word`: int64 wraps around, so the low
+    """High and low word of a 32 x 32 bit product, the low one into `word`: int64 wraps around, so the low
     64 bits are right."""
     word.mul_(factor)
     torch.bitwise_right_shift(word, 32, out=high).bitwise_and_(MASK32)
@@ -59,10 +59,6 @@ def philox(key: tuple[Word, Word], block: torch.Tensor, stream=(0, 0), rounds: i
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def _words(key: tuple[Word, Word], block: torch.Tensor, stream=(0, 0), rounds: int = ROUNDS) -> torch.Tensor:
-    return philox(key, block, stream, rounds)
-
-
 def _normals(key: tuple[int, int], block: torch.Tensor) -> torch.Tensor:
     """Box-Muller on both pairs of words. In fp64, then rounded: an implementation's last bit does not show in fp32."""
     uniform = (philox(key, block).double() + 0.5) * 2.0**-32
@@ -88,7 +84,7 @@ def _rows(rows: range, device) -> torch.Tensor:
 
 def bits(key: tuple[int, int], rows: range, columns: range, row_length: int, device="cpu") -> torch.Tensor:
     """Uniform 32-bit words, int64 `[len(rows), len(columns)]`, of a region of a row-major matrix."""
-    return _region(_words, key, _rows(rows, device), columns, row_length)
+    return _region(philox, key, _rows(rows, device), columns, row_length)
 
 
 def bits_of_rows(
@@ -101,7 +97,7 @@ def bits_of_rows(
         rows: int64.
         stream: two words, int64 `[len(rows), 1]` each.
     """
-    return _region(_words, key, rows, range(row_length), row_length, stream=stream, rounds=rounds)
+    return _region(philox, key, rows, range(row_length), row_length, stream=stream, rounds=rounds)
 
 
 def normal(key: tuple[int, int], rows: range, columns: range, row_length: int, device="cpu") -> torch.Tensor:

@@ -43,14 +43,10 @@ def quantize(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.
     return (x.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
-def dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """q s."""
-    return (q.float() * scale).to(dtype)
-
-
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """The nearest values that e4m3 has with x's own scale, in x's dtype."""
-    return dequantize(*quantize(x), x.dtype)
+    q, scale = quantize(x)
+    return (q.float() * scale).to(x.dtype)
 
 
 def scaled_mm(q_TS, w_RS, q_scale, w_scale, bias, dtype: torch.dtype) -> torch.Tensor:

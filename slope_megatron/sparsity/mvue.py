@@ -7,8 +7,8 @@ and sum p_i = n it is smallest where
     p_i = min(1, |a_i| / c),  c such that sum p_i = n
 
 which for 1:2 and 2:4 is the estimator of Chmiel et al., "Minimum variance unbiased N:M sparsity for the neural
-gradients" (arXiv 2203.10991, section 3): only the p_i enter its variance, so any way to draw n places with these
-probabilities serves. Here it is systematic sampling (Madow 1949): the p_i laid end to end on a line, and the n places
+gradients" (arXiv 2203.10991, section 3): only the p_i enter its variance, so any way to draw n elements with these
+probabilities serves. Here it is systematic sampling (Madow 1949): the p_i laid end to end on a line, and the n elements
 that a comb of unit spacing with a random start hits; one random word a group. `mvue24` is the same for 2:4, without
 divisions: what the kernel computes.
 
@@ -22,7 +22,7 @@ from slope_megatron.sparsity.operand import scatter_slots
 
 
 def keep_probabilities(size: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(p, certain)`, both `[..., m]`: the probability of each place, and where it is one.
+    """`(p, certain)`, both `[..., m]`: the probability of each element, and where it is one.
 
     Args:
         size: |a|, `[..., m]`, fp64.
@@ -37,13 +37,13 @@ def keep_probabilities(size: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.
 
 
 def _rest(size: torch.Tensor, certain: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the places that are not certain add up to, and how many of them can be kept: `[..., 1]` each."""
+    """What the elements that are not certain add up to, and how many of them can be kept: `[..., 1]` each."""
     rest = torch.where(certain, torch.zeros_like(size), size).sum(-1, keepdim=True)
     return rest, n - certain.sum(-1, keepdim=True)
 
 
 def draw(probabilities: torch.Tensor, certain: torch.Tensor, uniform: torch.Tensor, n: int) -> torch.Tensor:
-    """Which places are kept: bool `[..., m]`, at most n in each group.
+    """Which elements are kept: bool `[..., m]`, at most n in each group.
 
     Args:
         uniform: fp64 `[..., 1]` in (0, 1): where the comb starts.

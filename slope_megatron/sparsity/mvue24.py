@@ -3,15 +3,15 @@
 Four numbers x_i with sizes a_i = |x_i|, halves `left` = a_0 + a_1 and `right` = a_2 + a_3:
 
     c    = min(sum of a / 2, sum of a without a_i, i = 0..3)       then p_i = min(1, a_i / c) add up to 2 (see `mvue`)
-    kept = two places, i with probability p_i
+    kept = two indices, i with probability p_i
     x_i -> sign(x_i) max(a_i, c)                                    = x_i / p_i
 
-The places come from one random number t in [0, c) by systematic sampling: a comb of spacing c on the line on which the
+The indices come from one random number t in [0, c) by systematic sampling: a comb of spacing c on the line on which the
 a_i lie end to end. Its first tooth is at t from the left end; its second, c further, is at w = c - t from the right
 end. Measured so, each tooth meets sums of numbers that come before it, and never one that has swallowed a larger one:
 
-    right < w       both of the left pair    places 0, 1
-    left <= t       both of the right pair   places 2, 3
+    right < w       both of the left pair    indices 0, 1
+    left <= t       both of the right pair   indices 2, 3
     else            one of each              0 where t < a_0, else 1;    3 where w <= a_3, else 2
 
 The two conditions exclude each other, and a zero is never drawn, in rounded arithmetic too. With at most one non-zero
@@ -32,7 +32,7 @@ SMALLEST = 2.0**-149
 
 
 def two_of_four(gradient: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values `[..., S/2]` in the gradient's type and places int64 `[..., S/4, 2]`, ascending, of the estimate.
+    """Values `[..., S/2]` in the gradient's type and indices int64 `[..., S/4, 2]`, ascending, of the estimate.
 
     A group that holds an infinity or NaN, or whose estimate is beyond the type's range, comes back as two NaN.
 
@@ -54,12 +54,12 @@ def two_of_four(gradient: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tens
     both_left, both_right = from_right > right, from_left >= left
     first = torch.where(both_right, 2, torch.where(both_left | (from_left < a0), 0, 1))
     second = torch.where(both_left, 1, torch.where(both_right | (from_right <= a3), 3, 2))
-    places = torch.stack((first, second), -1)
+    indices = torch.stack((first, second), -1)
     enlarged = _rounded_at_random(spacing * 4.0, words, gradient.dtype)
-    kept = groups.gather(-1, places)
+    kept = groups.gather(-1, indices)
     values = torch.copysign(torch.maximum(kept.abs(), enlarged[..., None]), kept)
     finite = total.isfinite() & enlarged.isfinite()
-    return torch.where(finite[..., None], values, torch.nan).flatten(-2), places
+    return torch.where(finite[..., None], values, torch.nan).flatten(-2), indices
 
 
 def _rounded_at_random(spacing: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,18 +8,13 @@ kernels have.
 
 import torch
 
-BLOCK_ROWS, BLOCK_GROUPS = 64, 16
+BLOCK_GROUPS = 16
 
 
-def metadata_bytes(rows: int, groups: int) -> int:
-    """Size of an operand's metadata."""
-    return rows * -(-groups // BLOCK_GROUPS) * BLOCK_GROUPS // 2
-
-
-def metadata_cutlass(places: torch.Tensor) -> torch.Tensor:
-    """Metadata uint8 from places `[R, G, 2]`; R a multiple of 64."""
-    rows, groups, _ = places.shape
-    nibble = (places[..., 0] | places[..., 1] << 2).to(torch.uint8)
+def metadata_cutlass(indices: torch.Tensor) -> torch.Tensor:
+    """Metadata uint8 from indices `[R, G, 2]`; R a multiple of 64."""
+    rows, groups, _ = indices.shape
+    nibble = (indices[..., 0] | indices[..., 1] << 2).to(torch.uint8)
     nibble = torch.nn.functional.pad(nibble, (0, -groups % BLOCK_GROUPS))
     # Axes: row block, r54, r3, r210, group block, g3, g2, g10.
     bits = nibble.view(rows // 64, 4, 2, 8, -1, BLOCK_GROUPS // 8, 2, 4)
@@ -27,8 +22,8 @@ def metadata_cutlass(places: torch.Tensor) -> torch.Tensor:
     return ordered[:, 0] | ordered[:, 1] << 4
 
 
-def places_cutlass(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """The inverse of `metadata_cutlass`: places int64 `[rows, groups, 2]`."""
+def indices_cutlass(metadata: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The inverse of `metadata_cutlass`: indices int64 `[rows, groups, 2]`."""
     nibble = torch.stack((metadata & 15, metadata >> 4), -1)
     bits = nibble.view(-1, rows // 64, 4, 2, 8, BLOCK_GROUPS // 8, 2, 4)
     ordered = bits.permute(1, 2, 6, 4, 0, 5, 3, 7).reshape(rows, -1)[:, :groups].long()

@@ -29,7 +29,7 @@ def kept_index(mask: torch.Tensor) -> torch.Tensor:
 
 
 def pack(dense: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`[N, K]` read at the kept places -> `[N, C]`."""
+    """`[N, K]` read at the kept positions -> `[N, C]`."""
     return dense[mask].view(dense.shape[0], -1)
 
 

@@ -21,12 +21,12 @@ def top_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     groups = scores.unflatten(-1, (-1, m))
     if groups.is_floating_point():
         groups = torch.nan_to_num(groups, nan=torch.finfo(groups.dtype).max)
-    places = [place.contiguous() for place in groups.unbind(-1)]
-    ranks = [torch.zeros(place.shape, dtype=torch.uint8, device=scores.device) for place in places]
-    # A place's rank is the number of those that come before it: one comparison for each pair of places, no sort.
+    columns = [column.contiguous() for column in groups.unbind(-1)]
+    ranks = [torch.zeros(column.shape, dtype=torch.uint8, device=scores.device) for column in columns]
+    # A score's rank is the number of those that come before it: one comparison for each pair of a group, no sort.
     for later in range(m):
         for earlier in range(later):
-            earlier_is_first = places[earlier] >= places[later]
+            earlier_is_first = columns[earlier] >= columns[later]
             ranks[later] += earlier_is_first
             ranks[earlier] += ~earlier_is_first
     return torch.stack([rank < n for rank in ranks], dim=-1).flatten(-2)
@@ -38,7 +38,7 @@ def magnitude_pattern(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def random_pattern(words: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Row pattern from random words `[N, K]` (`counter.bits`): every choice of n places is equally likely."""
+    """Row pattern from random words `[N, K]` (`counter.bits`): every choice of n of m is equally likely."""
     return top_n_of_m(words, n, m)
 
 
@@ -48,12 +48,12 @@ def column_pattern(weight: torch.Tensor, row_pattern: torch.Tensor, n: int, m: i
     A column group with at most n kept weights loses none. Ties keep the lower row.
 
     Args:
-        weight: `[N, K]`, N a multiple of m; only its values at kept places matter.
+        weight: `[N, K]`, N a multiple of m; only its values at kept positions matter.
         row_pattern: bool `[N, K]`.
     Returns:
         bool `[N, K]`, a subset of `row_pattern`.
     """
-    # Dropped places rank below every kept one, a kept zero too.
+    # Dropped weights rank below every kept one, a kept zero too.
     scores = torch.where(row_pattern, weight.abs(), torch.full((), -1.0, dtype=weight.dtype, device=weight.device))
     survives = top_n_of_m(scores.t().contiguous(), n, m).t()
     return survives & row_pattern

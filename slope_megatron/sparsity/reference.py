@@ -3,7 +3,7 @@
 T tokens, N out, K in, R rank.
     forward   Y  = X (W^R)^T + (1/R) (X L) R
     dgrad     dX = dY W^{R,C} + (1/R) (dY R^T) L^T
-    wgrad     dW = (dY^T X) at the kept places of W^R
+    wgrad     dW = (dY^T X) at the kept positions of W^R
     adapters  dL = (1/R) X^T (dY R^T),   dR = (1/R) (X L)^T dY
 Surprising: dX uses W^{R,C}, which lacks weights that W^R has: it is not the forward's gradient (SLoPe, eq. 4-6).
 """

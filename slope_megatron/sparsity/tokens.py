@@ -1,6 +1,6 @@
 """Groups along the tokens of an output gradient: N:M there is N:M along the reduction axis of wgrad.
 
-T tokens, N out. Where m does not divide T, the last group is filled up with zeros, which no pruning keeps.
+T tokens, N out. Where m does not divide T, the last group is padded with zeros, which no pruning keeps.
 """
 
 from collections.abc import Callable

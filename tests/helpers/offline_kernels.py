@@ -26,11 +26,10 @@ DOWN = dict.fromkeys(("x", "again", "factor", "hidden", "joined"), "*bf16") | {"
 DOWN |= {name: "i32" for name in ("tokens", "x_stride", "factor_row", "joined_stride")}
 
 
-def down(block_p: int, joined: bool, form: bool) -> tuple:
-    """`down` at a rank that fills `block_p`, compiled as it is with X' (`joined`) or without; `form`: whether it writes
-    X' when it is."""
-    tokens, columns, stages, warps = low_rank.down_blocks(block_p, joined)
-    constants = {"factor_column": 1, "COLUMNS": 2560, "RANK": block_p, "PADDED": block_p, "JOIN": form}
+def down(block_p: int) -> tuple:
+    """`down` at a rank that fills `block_p`."""
+    tokens, columns, stages, warps = low_rank.down_blocks(block_p)
+    constants = {"factor_column": 1, "COLUMNS": 2560, "RANK": block_p, "PADDED": block_p}
     constants |= {"BLOCK_T": tokens, "BLOCK_S": columns, "BLOCK_P": block_p}
     return low_rank._down_kernel, DOWN, constants, warps, stages
 
@@ -68,16 +67,8 @@ KERNELS = {
         1,
     ),
     "gather": (gather._gather_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
-    "gather_add": (
-        gather._gather_add_kernel,
-        {**GATHER, "packed": "*fp32"},
-        {"IS_BF16": True, "BLOCK": gather.BLOCK},
-        4,
-    ),
-    "down": down(128, False, False),
-    **{
-        f"down_{rank}_{'joined' if form else 'alone'}": down(rank, True, form) for rank in (128, 256) for form in (0, 1)
-    },
+    "down_128": down(128),
+    "down_256": down(256),
     "unpack": (gather._unpack_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
 }
 

@@ -1,4 +1,4 @@
-"""The operand of P(dY)^T against its plain-torch twin: equal to the bit, on poisoned outputs."""
+"""The operand of P(dY)^T against its plain-torch reference: equal to the bit, on poisoned outputs."""
 
 import pytest
 import torch
@@ -33,12 +33,12 @@ def rng_of(rows, device, seed):
     return MvueRng(key.to(device), streams.to(device), 2, 4)
 
 
-def twin(dy, rng, columns, order=metadata_sm90):
+def reference(dy, rng, columns, order=metadata_sm90):
     """Values [N, S/2] and metadata."""
     groups = -(-dy.shape[0] // 4)
     words = torch.nn.functional.pad(rng.words(groups), (0, columns // 4 - groups))
-    values, places = two_of_four(torch.nn.functional.pad(dy.t(), (0, columns - dy.shape[0])), words)
-    return values, order(places)
+    values, indices = two_of_four(torch.nn.functional.pad(dy.t(), (0, columns - dy.shape[0])), words)
+    return values, order(indices)
 
 
 def written(dy, rng, columns, order=metadata_sm90):
@@ -68,7 +68,7 @@ def test_operand_equals_its_twin(tokens, rows, dtype, order, device):
     dy, rng = gradient(tokens, rows, dtype, seed=tokens).to(device), rng_of(rows, device, seed=rows)
     columns = tokens + -tokens % 64
     values, metadata = written(dy, rng, columns, order)
-    expected, expected_metadata = twin(dy, rng, columns, order)
+    expected, expected_metadata = reference(dy, rng, columns, order)
     assert same(values, expected) and values.isnan().any()
     assert torch.equal(metadata, expected_metadata)
 
@@ -81,14 +81,14 @@ def test_operand_equals_its_twin_on_the_gpu(tokens, rows, dtype, order, device):
     dy, rng = gradient(max(tokens, 16), rows, dtype, seed=tokens)[:tokens].to(device), rng_of(rows, device, seed=1)
     columns = tokens + -tokens % 64
     values, metadata = written(dy, rng, columns, order)
-    expected, expected_metadata = twin(dy, rng, columns, order)
+    expected, expected_metadata = reference(dy, rng, columns, order)
     assert same(values, expected)
     assert torch.equal(metadata, expected_metadata)
 
 
 @pytest.mark.gpu
 def test_more_elements_than_a_32_bit_index_holds(device):
-    """2^31 + 2^23 elements: the last rows, whose offsets would have wrapped, against the twin of those rows alone."""
+    """2^31 + 2^23 elements: the last rows, whose offsets would have wrapped, against those rows alone."""
     tokens, rows, last = 32896, 65536, 64
     if torch.cuda.mem_get_info()[0] < 20 << 30:
         pytest.skip("needs 20 GiB of free GPU memory")
@@ -96,6 +96,6 @@ def test_more_elements_than_a_32_bit_index_holds(device):
     rng = rng_of(rows, device, seed=2)
     values, metadata = written(dy, rng, tokens)
     tail = MvueRng(rng.key, rng.streams[:, :, -last // 2 :].contiguous(), 2, 4)
-    expected, expected_metadata = twin(dy[:, -last:].contiguous(), tail, tokens)
+    expected, expected_metadata = reference(dy[:, -last:].contiguous(), tail, tokens)
     assert same(values[-last:], expected)
     assert torch.equal(metadata[-expected_metadata.numel() :], expected_metadata)

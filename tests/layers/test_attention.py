@@ -49,22 +49,22 @@ def test_another_softmax_is_refused(option, value):
 def test_rotary_positions_are_megatrons_to_the_bit(dtype):
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-    from slope_megatron.layers.rotary import rotate
+    from slope_megatron.layers.rotary import apply_rope
 
     x = torch.randn(11, 2, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     speeds = 1.0 / 500000 ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16)
     half = torch.outer(torch.arange(11, dtype=torch.float32), speeds)
     angles = torch.cat((half, half), -1)[:, None, None, :]
-    assert torch.equal(rotate(x, 500000), _apply_rotary_pos_emb_bshd(x, angles))
+    assert torch.equal(apply_rope(x, 500000), _apply_rotary_pos_emb_bshd(x, angles))
 
 
 def test_rotary_positions_of_a_validation_in_inference_mode_serve_training():
-    from slope_megatron.layers.rotary import rotate
+    from slope_megatron.layers.rotary import apply_rope
 
     x = torch.randn(13, 1, 2, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        validated = rotate(x, 12345)
+        validated = apply_rope(x, 12345)
     x.requires_grad_()
-    trained = rotate(x, 12345)
+    trained = apply_rope(x, 12345)
     trained.sum().backward()
     assert torch.equal(trained, validated) and x.grad.isfinite().all()

@@ -24,7 +24,7 @@ def build(kind, nm, rank, sequence_parallel, fp8="off"):
     from slope_megatron.sparsity.packing import pack
 
     size = parallel_state.get_tensor_model_parallel_world_size()
-    place = parallel_state.get_tensor_model_parallel_rank()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
     config = TransformerConfig(
         num_layers=1,
         hidden_size=IN,
@@ -41,11 +41,11 @@ def build(kind, nm, rank, sequence_parallel, fp8="off"):
     if kind == "column":
         layer = SlopeColumnParallelLinear(IN, OUT, gather_output=False, **common)
         rows, columns = OUT // size, IN
-        first_row, first_column = place * rows, 0
+        first_row, first_column = tp_rank * rows, 0
     else:
         layer = SlopeRowParallelLinear(IN, OUT, input_is_parallel=True, **common)
         rows, columns = OUT, IN // size
-        first_row, first_column = 0, place * columns
+        first_row, first_column = 0, tp_rank * columns
     layer.init_weight(11, Region(NAME, range(rows), first_row, first_column, IN), std=1.0)
     with torch.no_grad():
         whole = integers(OUT, IN, seed=1)[first_row : first_row + rows, first_column : first_column + columns]
@@ -68,7 +68,7 @@ def shard_of_oracle(kind, nm, rank, sequence_parallel, fp8="off"):
     from slope_megatron.sparsity.pattern import column_pattern, random_pattern
 
     size = parallel_state.get_tensor_model_parallel_world_size()
-    place = parallel_state.get_tensor_model_parallel_rank()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
     layer, rows, columns = build(kind, nm, rank, sequence_parallel, fp8)
     n, m = layer.slope.n, layer.slope.m
     words = counter.bits(counter.key_of(11, f"{NAME}_pattern"), range(OUT), range(IN), IN)
@@ -78,7 +78,7 @@ def shard_of_oracle(kind, nm, rank, sequence_parallel, fp8="off"):
     x, dy = integers(TOKENS, 1, IN, seed=5), integers(TOKENS, 1, OUT, seed=6)
     adapters = (integers(IN, rank, seed=3), integers(rank, OUT, seed=4)) if rank else ()
 
-    sequence = slice(place * TOKENS // size, (place + 1) * TOKENS // size) if sequence_parallel else slice(None)
+    sequence = slice(tp_rank * TOKENS // size, (tp_rank + 1) * TOKENS // size) if sequence_parallel else slice(None)
     wide = slice(columns.start, columns.stop)
     tall = slice(rows.start, rows.stop)
     x_here = (x[sequence] if kind == "column" else x[..., wide]).clone().requires_grad_()
@@ -128,9 +128,9 @@ def name_of(case) -> str:
 def test_a_shard_equals_its_part_of_the_oracle(shards, case):
     sizes = (2, 4) if case[3] else (1, 2, 4)
     for size in sizes:
-        for place, checks in enumerate(shards[size]):
+        for tp_rank, checks in enumerate(shards[size]):
             wrong = [name for name, equal in checks[case].items() if not equal]
-            assert not wrong, f"TP {size}, rank {place}: {wrong} differ from the oracle"
+            assert not wrong, f"TP {size}, rank {tp_rank}: {wrong} differ from the oracle"
 
 
 def life_of_a_layer():
@@ -185,7 +185,7 @@ def life_of_a_layer():
 
 def test_one_layer_alone(ranks):
     found = ranks.run(life_of_a_layer, world=1)[0]
-    assert "has no weight, weight_pattern, weight_column yet: fill the built model" in found["unfilled"]
+    assert "has no weight, weight_pattern, weight_column yet: initialize the built model" in found["unfilled"]
     assert "2:4 shard of 32 x 24" in found["cut"] and "in one of 16" in found["cut"]
     assert "skip_weight_param_allocation is True" in found["tied"] and "keep this linear dense" in found["tied"]
     assert found["in-place update is seen"] and found["load restores"] and found["dtype follows"]

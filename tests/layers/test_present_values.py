@@ -1,7 +1,7 @@
 """Products are those of the present values and patterns, by whatever means they were changed.
 
 Forward, dX and dW beside the plain oracle (`helpers.present_values`), on the plain backend and on those of 2:4 tensor
-cores, whose plain-torch twins compute on a CPU.
+cores, whose plain-torch references compute on a CPU.
 """
 
 import copy
@@ -172,7 +172,7 @@ def test_initialised_is_what_was_really_loaded(ranks):
             case = found[kind, assign]
             assert case["nothing"] == names and case["without"] == [[name] for name in names], assign
             assert case["in parts"] == case["whole"] == [] and case["same"]
-            assert f"has no {', '.join(names)} yet: fill the built model" in case["refused"]
+            assert f"has no {', '.join(names)} yet: initialize the built model" in case["refused"]
         said, absent = found[kind, "wrong shape"]
         assert "size mismatch for weight" in said and absent == names
         assert found[kind, "meta"] == (names, names, names, [])

@@ -23,7 +23,7 @@ def build(mode, state=None):
     from slope_megatron.layers.random_streams import RowStreams
 
     size = parallel_state.get_tensor_model_parallel_world_size()
-    place = parallel_state.get_tensor_model_parallel_rank()
+    rank = parallel_state.get_tensor_model_parallel_rank()
     config = TransformerConfig(
         num_layers=1,
         hidden_size=IN,
@@ -36,7 +36,7 @@ def build(mode, state=None):
     slope = SlopeConfig(mode=mode)
     layer = SlopeColumnParallelLinear(IN, OUT, slope=slope, config=config, init_method=None, bias=False)
     half = OUT // 2 // size
-    parts = [range(start + place * half, start + (place + 1) * half) for start in (0, OUT // 2)]
+    parts = [range(start + rank * half, start + (rank + 1) * half) for start in (0, OUT // 2)]
     for index, rows in enumerate(parts):
         local = range(index * half, (index + 1) * half)
         layer.init_weight(SEED, Region(NAME, local, rows.start, 0, IN), std=1.0)
@@ -47,7 +47,7 @@ def build(mode, state=None):
 
 
 def gradients(mode, step=0, micro_batch=0):
-    """`(dX, dW, W^R's places, rows)` of this rank for small whole numbers."""
+    """`(dX, dW, W^R's kept positions, rows)` of this rank for small whole numbers."""
     from slope_megatron.layers.random_streams import RngState
 
     state = RngState(SEED)

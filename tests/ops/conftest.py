@@ -18,7 +18,7 @@ def device():
 
 @pytest.fixture
 def kernels_here(device):
-    """A GPU that our own kernels run on; on a CPU the ops' twins."""
+    """A GPU that our own kernels run on; on a CPU the ops' plain-torch references."""
     if device.type == "cuda":
         from slope_megatron.ops.operands.cutlass import unsupported
 

@@ -8,14 +8,16 @@ import torch
 
 from slope_kernels import cutlass
 from slope_kernels.cusparselt import Algorithm
-from slope_megatron.ops.autotune import resolve
+from slope_megatron.ops.autotune import measure_cusparselt, resolve
 from slope_megatron.ops.choices import AdapterChoice, Choice, Key, Product, Strategy
 
 KEY = Key(Product.FORWARD, 128, 192, 48, torch.bfloat16)
 CHOICE = Choice(True, 2, Algorithm(7, 2, 5), 0.5, 0.75)
 
 
-@pytest.mark.parametrize("key", [KEY, dataclasses.replace(KEY, rank=40)], ids=str)
+@pytest.mark.parametrize(
+    "key", [KEY, dataclasses.replace(KEY, rank=40), dataclasses.replace(KEY, augmented=True)], ids=str
+)
 def test_a_key_reads_back_what_it_writes(key):
     assert Key.parse(str(key)) == key
 
@@ -23,11 +25,17 @@ def test_a_key_reads_back_what_it_writes(key):
 def test_a_table_of_version_0_1_is_read(fresh_choices, tmp_path):
     """Its words for strategies were others."""
     plain = {"sparse": True, "tiles": 2, "sparse_ms": 0.5, "dense_ms": 0.75}
+    augmented = {"tiles": 1, "algorithm": None}
     saved = {
         "forward 128x192 T48 bfloat16": plain | {"algorithm": {"config": 7, "split_k": 2, "split_k_mode": 5}},
         "dgrad 192x128 T48 bfloat16": plain | {"tiles": 1, "algorithm": dataclasses.asdict(cutlass.DEFAULT)},
         "forward+40 128x192 T48 bfloat16": {"order": "wide", "times": {"last": 0.5, "wide": 0.25}},
-        "wide 128x320 T48 bfloat16": plain | {"tiles": 1, "algorithm": None},
+        "wide 128x320 T48 bfloat16": plain | augmented,
+        # What is no more is left out, and measured anew.
+        "tall 192x320 T48 bfloat16": plain | augmented,
+        "row-augmented 192x384 T48 bfloat16": plain | augmented,
+        "dgrad+40 192x128 T48 bfloat16": {"order": "tall", "times": {"last": 0.5, "tall": 0.25}},
+        "dgrad+8 192x128 T48 bfloat16": {"strategy": "kernels", "times": {"last": 0.5, "kernels": 0.25}},
     }
     path = tmp_path / "choices.json"
     path.write_text(json.dumps({"machine": fresh_choices.machine(), "choices": saved}))
@@ -35,8 +43,12 @@ def test_a_table_of_version_0_1_is_read(fresh_choices, tmp_path):
     assert fresh_choices.find(KEY) == CHOICE
     dgrad = dataclasses.replace(KEY, product=Product.DGRAD, rows=192, columns=128)
     assert fresh_choices.find(dgrad).algorithm == cutlass.DEFAULT and fresh_choices.find(dgrad).library == "cutlass"
-    assert fresh_choices.find(dataclasses.replace(KEY, rank=40)).strategy is Strategy.COLUMN_AUGMENTED
-    assert fresh_choices.find(Key(Product.COLUMN_AUGMENTED, 128, 320, 48, torch.bfloat16)).sparse
+    assert fresh_choices.find(dataclasses.replace(KEY, rank=40)).strategy is Strategy.AUGMENTED
+    augmented_key = Key(Product.FORWARD, 128, 320, 48, torch.bfloat16, augmented=True)
+    assert fresh_choices.find(augmented_key).sparse
+    assert str(augmented_key) == "column-augmented 128x320 T48 bfloat16"
+    fresh_choices.save(path)
+    assert len(json.loads(path.read_text())["choices"]) == 4
 
 
 def test_saved_choices_come_back(fresh_choices, tmp_path):
@@ -104,7 +116,8 @@ def test_one_rank_decides(fresh_choices):
     fresh_choices.agree_over(broadcast, decides=False)
     choice = fresh_choices.decide(KEY, lambda: pytest.fail("only the deciding rank measures"))
     assert (choice.tiles, choice.algorithm, sent) == (2, Algorithm(7, 2, 5), [None])
-    assert fresh_choices.decide(KEY, lambda: pytest.fail("already decided")) is choice
+    again = resolve.resolve(KEY, torch.device("cuda"), lambda: pytest.fail("already decided"), on_cpu=Choice(False))
+    assert again is choice
 
 
 def test_one_rank_decides_on_strategies_too(fresh_choices):
@@ -130,17 +143,17 @@ def test_one_rank_decides_on_strategies_too(fresh_choices):
 def test_each_choice_is_logged_once(fresh_choices, caplog):
     with caplog.at_level("INFO"):
         for _ in range(2):
-            fresh_choices.decide(KEY, lambda: CHOICE)
+            resolve.resolve(KEY, torch.device("cpu"), lambda: pytest.fail("a CPU measures nothing"), on_cpu=CHOICE)
     assert caplog.messages == ["forward 128x192 T48 bfloat16: 2:4, 2 tiles, algorithm 7 (2:4 0.500 ms, dense 0.750 ms)"]
 
 
 def test_a_shape_keeps_its_tiles_for_other_numbers_of_tokens(fresh_choices):
     """A weight has one operand: were tiles chosen for each number of tokens, it would be cut anew at every change."""
     other = dataclasses.replace(KEY, tokens=96)
-    assert fresh_choices.fixed_tiles(other) is None
+    assert fresh_choices.earlier(other) is None
     fresh_choices.record(KEY, CHOICE)
-    assert fresh_choices.fixed_tiles(other) == CHOICE.tiles
-    assert fresh_choices.fixed_tiles(dataclasses.replace(other, product=Product.DGRAD)) is None
+    assert measure_cusparselt.tilings(other, torch.device("cpu")) == [CHOICE.tiles]
+    assert fresh_choices.earlier(dataclasses.replace(other, product=Product.DGRAD)) is None
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):

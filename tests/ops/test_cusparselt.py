@@ -10,7 +10,7 @@ from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.ops.operands import patterns, reference
 from slope_megatron.ops.operands.cusparselt import unsupported_weight
 from slope_megatron.ops.operands.packed import PackedOperands
-from slope_megatron.sparsity.operand import backward_slots, slot_places
+from slope_megatron.sparsity.operand import backward_slots, slot_indices
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack
 from slope_megatron.sparsity.pattern import column_pattern
 
@@ -169,9 +169,9 @@ def test_an_unknown_metadata_layout(rows, columns, dtype, unknown_layout, device
 def test_the_library_s_metadata_is_what_our_kernels_write(device):
     """On an architecture whose layout is known: both ways to the same bytes."""
     weight = packed_weight(192, 320, DTYPE, device)
-    places = slot_places(weight.row)
+    indices = slot_indices(weight.row)
     assert layout.probe(device, DTYPE).known_metadata
-    assert torch.equal(layout.library_metadata(places, DTYPE), products.row_metadata(weight.row_bits))
-    _, places = backward_slots(weight.values, weight.row, weight.column)
+    assert torch.equal(layout.library_metadata(indices, DTYPE), products.row_metadata(weight.row_bits))
+    _, indices = backward_slots(weight.values, weight.row, weight.column)
     written = products.column_metadata(weight.row_bits, weight.column_bits)
-    assert torch.equal(layout.library_metadata(places, DTYPE), written)
+    assert torch.equal(layout.library_metadata(indices, DTYPE), written)

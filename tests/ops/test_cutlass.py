@@ -1,4 +1,4 @@
-"""The `cutlass` backend against the reference; on a CPU the op's plain-torch twin stands in for the kernels."""
+"""The `cutlass` backend against the reference; on a CPU the op's plain-torch reference stands in for the kernels."""
 
 import argparse
 import dataclasses
@@ -73,7 +73,7 @@ def test_the_forward_product_reads_the_parameter_itself(kernels_here, fresh_choi
 
 @pytest.mark.gpu
 def test_a_parameter_off_the_line_is_copied_and_said_once(kernels_here, fresh_choices, caplog):
-    """The plain-torch twin of a CPU reads any address."""
+    """The plain-torch reference of a CPU reads any address."""
     weight, ours, theirs = both(kernels_here)
     flat = torch.zeros(weight.values.numel() + 1, dtype=DTYPE, device=kernels_here)
     ours.rebind(flat[1:].view_as(weight.values).copy_(weight.values))
@@ -175,7 +175,7 @@ def test_a_saved_choice_of_a_kernel_comes_back(fresh_choices, tmp_path):
     assert fresh_choices.load(tmp_path / "choices.json")
     assert fresh_choices.find(key) == choice
     assert choices.algorithm("cutlass", (False, 128, 192, 48, DTYPE)) == choice.algorithm
-    assert str(choice) == "2:4, CUTLASS 128x256x64 2x1 cooperative, walk 4/2 (2:4 0.500 ms, dense 0.750 ms)"
+    assert str(choice) == "2:4, CUTLASS 128x256x64 2x1 cooperative, tile scheduler 4/2 (2:4 0.500 ms, dense 0.750 ms)"
 
 
 def test_reasons_for_refusing_a_weight():
@@ -198,16 +198,16 @@ def test_opcheck(kernels_here):
 @pytest.mark.gpu
 def test_cutlass_s_own_word_on_the_metadata(kernels_here):
     """The order that our kernels write is the layout type that its kernels read by."""
-    from slope_megatron.sparsity.operand import slot_places
+    from slope_megatron.sparsity.operand import slot_indices
     from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
 
     for name in cutlass_library.kernels(DTYPE):
         for rows, columns in ((192, 320), (256, 512)):
             weight = packed_weight(rows, columns, DTYPE, "cpu")
-            places, metadata = slot_places(weight.row), metadata_cutlass(slot_places(weight.row))
+            indices, metadata = slot_indices(weight.row), metadata_cutlass(slot_indices(weight.row))
             nibbles = torch.stack((metadata & 15, metadata >> 4), -1).flatten()
-            at = kernels.metadata_places(kernels.KERNELS[name], DTYPE, rows, columns)
-            assert torch.equal(nibbles[at], (places[..., 0] | places[..., 1] << 2).to(torch.uint8)), name
+            at = kernels.metadata_positions(name, DTYPE, rows, columns)
+            assert torch.equal(nibbles[at], (indices[..., 0] | indices[..., 1] << 2).to(torch.uint8)), name
 
 
 @pytest.mark.gpu
@@ -221,12 +221,12 @@ def test_every_kernel_is_as_near_fp64_as_dense_products(rows, columns, tokens, k
     exact = x.double() @ weight.dense().double().t()
     bound = 2 * relative_error(x @ weight.dense().t(), exact)
     for name in cutlass_library.kernels(DTYPE):
-        for walk in ((1, 0), (8, 1), (2, 2)):
+        for scheduler in ((1, 0), (8, 1), (2, 2)):
             y = torch.full((tokens, rows), float("nan"), dtype=DTYPE, device=kernels_here)
-            kernels.run(kernels.Algorithm(name, *walk), weight.values, metadata, x, y)
-            assert relative_error(y, exact) <= bound, (name, walk)
-            kernels.run(kernels.Algorithm(name, *walk), weight.values, metadata, x, y, bias_R=bias, relu=True)
-            assert relative_error(y, torch.relu(exact + bias.double())) <= bound, (name, walk)
+            kernels.run(kernels.Algorithm(name, *scheduler), weight.values, metadata, x, y)
+            assert relative_error(y, exact) <= bound, (name, scheduler)
+            kernels.run(kernels.Algorithm(name, *scheduler), weight.values, metadata, x, y, bias_R=bias)
+            assert relative_error(y, exact + bias.double()) <= bound, (name, scheduler)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from slope_megatron.ops.custom_ops import float8 as float8_products
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
-from slope_megatron.sparsity.operand import metadata_e4m3, metadata_sm90, places_e4m3, slot_places
+from slope_megatron.sparsity.operand import indices_e4m3, metadata_e4m3, metadata_sm90, slot_indices
 from slope_megatron.sparsity.packing import pack_bits
 
 DTYPE = torch.bfloat16
@@ -29,11 +29,11 @@ def both(device, rows=128, columns=192, seed=0, dtype=DTYPE, wgrad=True, dense=F
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 192)])
-def test_places_survive_the_metadata_layout(rows, columns):
+def test_indices_survive_the_metadata_layout(rows, columns):
     weight = packed_weight(rows, columns, torch.float32, "cpu")
-    places = slot_places(weight.row)
-    metadata = metadata_e4m3(metadata_sm90(places), rows, columns // 4)
-    assert torch.equal(places_e4m3(metadata, rows, columns // 4), places)
+    indices = slot_indices(weight.row)
+    metadata = metadata_e4m3(metadata_sm90(indices), rows, columns // 4)
+    assert torch.equal(indices_e4m3(metadata, rows, columns // 4), indices)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(True, False), (False, True), (True, True)])
@@ -69,7 +69,7 @@ def test_products_equal_the_emulated_ones(tokens, wgrad, dtype, device, fresh_ch
 @pytest.mark.parametrize("kind", ["forward", "dgrad"])
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(kind, allowed, device, fresh_choices):
-    """Where it is not allowed, as with a backend asked for by name, the 2:4 kernel runs in its place."""
+    """Where it is not allowed, as with a backend asked for by name, the 2:4 kernel runs instead."""
     weight, ours, theirs = both(device, dense=allowed)
     shape = (128, 192) if kind == "forward" else (192, 128)
     fresh_choices.record(Key(Product(kind), *shape, 48, E4M3), Choice(False))
@@ -83,13 +83,13 @@ def test_a_dense_choice_gives_the_same_products_and_follows_refreshes(kind, allo
 
 def test_a_new_column_pattern_rewrites_the_backward_operand_alone(device, fresh_choices):
     weight, ours, theirs = both(device)
-    # Values are dropped from another place in each group of four that loses some.
+    # Values are dropped from another position in each group of four that loses some.
     column = packed_weight(128, 192, DTYPE, device, seed=0).column
     assert not torch.equal(column, weight.column)
-    before = ours.operands["forward"].clone()
+    before = ours.sparse["forward"].buffer.clone()
     for operands in (ours, theirs):
         operands.set_column_pattern(pack_bits(column), weight.values)
-    assert torch.equal(ours.operands["forward"], before)
+    assert torch.equal(ours.sparse["forward"].buffer, before)
     dy = whole_numbers(48, 128, device=device)
     assert torch.equal(ours.dgrad(dy), theirs.dgrad(dy))
 
@@ -143,7 +143,7 @@ def op_arguments(device):
     x = torch.randn(20, 128, device=device).to(DTYPE)
     q, _, scale = float8_products.quantize(x, True, False)
     bias = torch.randn(64, device=device).to(DTYPE)
-    forward, backward = ours.operands.values()
+    forward, backward = (operand.buffer for operand in ours.sparse.values())
     return {
         "quantize_e4m3": (x, True, True, scale, -20),
         "sparse_mm_e4m3": (forward, ours.scale, q, scale, 64, bias, DTYPE, -18),

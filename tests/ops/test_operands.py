@@ -107,7 +107,7 @@ def test_the_products_of_a_step_do_not_synchronize(operands, inputs):
 
 @pytest.mark.parametrize("forgotten", ["product", "add", "set_values", "set_metadata", "packed_values"])
 def test_an_operand_that_lacks_a_method_cannot_be_made(forgotten):
-    """A base class that did nothing in its place would leave stale operands in silence."""
+    """A base class that did nothing instead would leave stale operands in silence."""
     methods = {name: lambda self, *_: None for name in SparseOperand.__abstractmethods__ - {forgotten}}
     with pytest.raises(TypeError, match=f"abstract method {forgotten}"):
         type("Forgetful", (SparseOperand,), methods)()

@@ -11,12 +11,12 @@ from helpers.wgrad import DTYPE, is_near_fp64, problem, rng_of
 from slope_kernels import cutlass
 from slope_kernels import packed_wgrad as kernels
 from slope_megatron.ops import choices
-from slope_megatron.ops.autotune import gate, measure
+from slope_megatron.ops.autotune import gate, measure, measure_cusparselt
 from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import mvue
 from slope_megatron.ops.operands import cutlass as cutlass_library
 from slope_megatron.ops.operands import wgrad
-from slope_megatron.sparsity.operand import scatter_slots, slot_places
+from slope_megatron.sparsity.operand import scatter_slots, slot_indices
 from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
 from slope_megatron.sparsity.packing import pack, unpack_bits
 from slope_megatron.sparsity.pattern import random_pattern
@@ -65,7 +65,7 @@ def test_a_saved_choice_of_a_packing_kernel_comes_back(fresh_choices, tmp_path):
     assert fresh_choices.find(key) == choice and choice.library == "cutlass"
     assert choices.algorithm("cutlass", problem_of_it) == algorithm
     assert choices.algorithm("cutlass", (False, *problem_of_it[1:])) == cutlass.DEFAULT
-    assert str(choice) == "2:4, CUTLASS 128x256x64 2x1 packing, walk 4/2 (2:4 0.500 ms, dense 0.750 ms)"
+    assert str(choice) == "2:4, CUTLASS 128x256x64 2x1 packing, tile scheduler 4/2 (2:4 0.500 ms, dense 0.750 ms)"
 
 
 def test_ranks_agree_on_a_packing_kernel(fresh_choices):
@@ -108,25 +108,25 @@ def test_the_gate_sees_a_dense_gradient_that_was_not_written(kernels_here, monke
         def __init__(self, *_):
             pass
 
-        def run(self, *_):
+        def run(self, *_, **__):
             pass
 
     monkeypatch.setattr(cusparselt, "Plan", NoPlan)
     if kernels_here.type == "cpu":
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: argparse.Namespace(cuda_stream=0))
     trial = WgradTrial(Key(Product.WGRAD, 64, 128, 64, DTYPE), kernels_here)
-    assert "relative error nan" in gate.wrong(trial.candidate(None, 1))
+    assert "relative error nan" in gate.wrong(measure_cusparselt.candidate_of(trial, None, 1))
 
 
 def whole_operand(rows, tokens, dtype, device):
-    """An operand of whole numbers and its matrix `[N, T]`; past the last token zeros, at any places."""
+    """An operand of whole numbers and its matrix `[N, T]`; past the last token zeros, at any indices."""
     columns = tokens + -tokens % 64
-    places = slot_places(random_pattern(torch.randint(0, 1 << 32, (rows, columns), device=device), 2, 4))
+    indices = slot_indices(random_pattern(torch.randint(0, 1 << 32, (rows, columns), device=device), 2, 4))
     values = torch.randint(-2, 3, (rows, columns // 2), device=device).to(dtype)
-    token = places + 4 * torch.arange(columns // 4, device=device)[:, None]
+    token = indices + 4 * torch.arange(columns // 4, device=device)[:, None]
     values[token.reshape(rows, -1) >= tokens] = 0
-    operand = torch.cat((values.view(torch.uint8).flatten(), metadata_cutlass(places)))
-    return operand, scatter_slots(values, places)[:, :tokens]
+    operand = torch.cat((values.view(torch.uint8).flatten(), metadata_cutlass(indices)))
+    return operand, scatter_slots(values, indices)[:, :tokens]
 
 
 @pytest.mark.gpu
@@ -143,12 +143,12 @@ def test_every_packing_kernel_rounds_the_exact_sums_once(tokens, rows, columns, 
     _, _, row_bits = problem(1, rows, columns, kernels_here, dtype)
     expected = pack(matrix.double() @ x.double(), unpack_bits(row_bits)).to(dtype)
     for name in cutlass_library.packing_kernels(dtype):
-        for walk in ((1, 0), (8, 1), (2, 2)):
+        for scheduler in ((1, 0), (8, 1), (2, 2)):
             output = torch.full((rows + 16, columns // 2), -77.0, dtype=dtype, device=kernels_here)
             packed = output[8:-8].fill_(float("nan"))
-            kernels.run(kernels.Algorithm(name, *walk), operand, x, row_bits, packed)
-            assert torch.equal(packed, expected), (name, walk)
-            assert (output[:8] == -77).all() and (output[-8:] == -77).all(), (name, walk)
+            kernels.run(kernels.Algorithm(name, *scheduler), operand, x, row_bits, packed)
+            assert torch.equal(packed, expected), (name, scheduler)
+            assert (output[:8] == -77).all() and (output[-8:] == -77).all(), (name, scheduler)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import torch
 
 from helpers.packed import packed_weight
 from slope_megatron.ops.custom_ops import layout, products
-from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots, slot_places, slots
+from slope_megatron.sparsity.operand import indices_sm90, metadata_sm90, scatter_slots, slot_indices, slots
 from slope_megatron.sparsity.packing import unpack
 
 SHAPES = [(64, 64), (128, 192)]
@@ -21,10 +21,10 @@ def operand_of(weight, device, dtype):
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_places_survive_the_metadata_layout(rows, columns):
+def test_indices_survive_the_metadata_layout(rows, columns):
     weight = packed_weight(rows, columns, torch.float32, "cpu")
-    places = slot_places(weight.row)
-    assert torch.equal(places_sm90(metadata_sm90(places), rows, columns // 4), places)
+    indices = slot_indices(weight.row)
+    assert torch.equal(indices_sm90(metadata_sm90(indices), rows, columns // 4), indices)
 
 
 def test_slots_stand_for_the_same_matrix_even_where_fewer_than_two_survive():
@@ -32,9 +32,9 @@ def test_slots_stand_for_the_same_matrix_even_where_fewer_than_two_survive():
     alive = torch.rand(64, 64, generator=generator) < 0.3
     alive &= alive.view(64, 16, 4).cumsum(-1).view(64, 64) <= 2
     dense = torch.randn(64, 64, generator=generator)
-    values, places = slots(dense, alive)
-    assert torch.equal(scatter_slots(values, places), dense * alive)
-    assert (places[..., 0] < places[..., 1]).all()
+    values, indices = slots(dense, alive)
+    assert torch.equal(scatter_slots(values, indices), dense * alive)
+    assert (indices[..., 0] < indices[..., 1]).all()
 
 
 @pytest.mark.parametrize("tokens", [16, 40, 7])
@@ -116,16 +116,9 @@ def op_arguments(device):
     return {
         "sparse_mm": (operand, x, 64, 1, bias),
         "sparse_mm_add_": (torch.randn(32, 64, device=device).to(dtype), operand, x, 1, bias),
-        "low_rank_hidden": (x, torch.randn(8, 128, device=device).to(dtype), 0.5),
         "join_input": (x, torch.randn(8, 128, device=device).to(dtype), 32, 0.5),
-        "add_low_rank": (
-            x[:, :64],
-            torch.randn(32, 8, device=device).to(dtype),
-            torch.randn(64, 8, device=device).to(dtype),
-        ),
         "gather_kept": (dense, weight.row_bits),
         "unpack_kept": (weight.values, weight.row_bits),
-        "gather_kept_add_": (torch.zeros(64, 64, device=device), dense, weight.row_bits),
         "refresh_": (weight.values, *bits, operand.clone(), operand.clone(), 1, 1),
         "choose_column": (weight.values, weight.row_bits),
         "row_metadata": (weight.row_bits,),
@@ -136,12 +129,9 @@ def op_arguments(device):
 OPS = [
     "sparse_mm",
     "sparse_mm_add_",
-    "low_rank_hidden",
     "join_input",
-    "add_low_rank",
     "gather_kept",
     "unpack_kept",
-    "gather_kept_add_",
     "refresh_",
     "choose_column",
     "row_metadata",
@@ -165,10 +155,10 @@ def strided(tensor):
 def test_inputs_that_are_not_contiguous(name, device):
     """Matrices may come as views; operand buffers are the backend's own and are whole."""
     op, arguments = getattr(torch.ops.slope, name), op_arguments(device)[name]
-    tensors = {place: each for place, each in enumerate(arguments) if isinstance(each, torch.Tensor)}
+    tensors = {index: each for index, each in enumerate(arguments) if isinstance(each, torch.Tensor)}
     views = list(arguments)
-    for place, tensor in tensors.items():
-        views[place] = strided(tensor) if tensor.dim() == 2 else tensor.clone()
+    for index, tensor in tensors.items():
+        views[index] = strided(tensor) if tensor.dim() == 2 else tensor.clone()
     found, expected = op(*views), op(*arguments)
     outputs = [(found, expected)] if found is not None else list(zip(views, arguments, strict=True))
     assert all(torch.equal(one, other) for one, other in outputs if isinstance(one, torch.Tensor))

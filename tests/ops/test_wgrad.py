@@ -21,7 +21,7 @@ from slope_megatron.sparsity.packing import pack, unpack_bits
 
 @pytest.fixture(params=["cusparselt", "cutlass"])
 def by_name(request, device):
-    """Whose sparse product it is, asked for by name; on a CPU each op's plain-torch twin stands in."""
+    """Whose sparse product it is, asked for by name; on a CPU each op's plain-torch reference stands in."""
     if device.type == "cuda" and request.param == "cutlass" and cutlass.unsupported():
         pytest.skip(cutlass.unsupported())
     return {"among": (request.param,), "dense_allowed": False}

@@ -47,10 +47,10 @@ def variance(probabilities, group):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2)])
 def test_the_variance_is_the_least_there_is(n, m):
     groups = gradients(300, m, seed=1)
-    places = list(itertools.combinations(range(m), n))
-    membership = torch.tensor([[float(i in pair) for i in range(m)] for pair in places], dtype=torch.float64)
+    indices = list(itertools.combinations(range(m), n))
+    membership = torch.tensor([[float(i in pair) for i in range(m)] for pair in indices], dtype=torch.float64)
     generator = torch.Generator().manual_seed(2)
-    weights = torch.rand(2000, len(places), generator=generator, dtype=torch.float64).pow(4.0)
+    weights = torch.rand(2000, len(indices), generator=generator, dtype=torch.float64).pow(4.0)
     others = (weights / weights.sum(-1, keepdim=True)) @ membership  # inclusion probabilities of any way to draw
     for group in groups:
         p, _ = keep_probabilities(group.abs().double(), n)
@@ -65,7 +65,7 @@ def test_the_variance_is_the_least_there_is(n, m):
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (2, 8), (3, 4)])
 def test_places_are_kept_with_their_probability(n, m):
-    """The comb's start swept over an even grid: each place is hit as often as its probability says."""
+    """The comb's start swept over an even grid: each element is hit as often as its probability says."""
     size = gradients(64, m, seed=3).abs().double()
     p, certain = keep_probabilities(size, n)
     nonzero = (size > 0).sum(-1)
@@ -74,7 +74,7 @@ def test_places_are_kept_with_their_probability(n, m):
     starts = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     kept = draw(p.expand(grid, -1, -1), certain.expand(grid, -1, -1), starts[:, None, None].expand(grid, 64, 1), n)
     assert int(kept.sum(-1).max()) <= n
-    # An interval's share of a grid is its length to within one point at each end; a place meets at most n intervals.
+    # An interval's share of a grid is its length to within one point at each end; an element meets at most n intervals.
     assert float((kept.double().mean(0) - p).abs().max()) <= 2 * n / grid
 
 

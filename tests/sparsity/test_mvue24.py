@@ -22,17 +22,17 @@ def test_places_are_kept_with_the_least_variance_s_probabilities():
     groups[::5, 1] = groups[::5, 3]
     grid = 4096
     starts = torch.arange(grid) * (2**23 // grid)
-    values, places = two_of_four(groups.expand(grid, -1, -1), starts[:, None, None].expand(grid, 48, 1))
+    values, indices = two_of_four(groups.expand(grid, -1, -1), starts[:, None, None].expand(grid, 48, 1))
     share = torch.zeros(48, 4, dtype=torch.float64)
     for slot in range(2):
-        share += torch.nn.functional.one_hot(places[:, :, 0, slot], 4).double().mean(0)
+        share += torch.nn.functional.one_hot(indices[:, :, 0, slot], 4).double().mean(0)
     expected, _ = keep_probabilities(groups.abs().double(), 2)
-    # An interval's share of a grid is its length to within one point at each end; a place has two intervals at most.
+    # An interval's share of a grid is its length to within one point at each end; an element has two intervals at most.
     assert float((share - expected).abs().max()) <= 4 / grid
-    assert (places[..., 0] < places[..., 1]).all()
-    kept = groups.expand(grid, -1, -1).gather(-1, places[:, :, 0])
+    assert (indices[..., 0] < indices[..., 1]).all()
+    kept = groups.expand(grid, -1, -1).gather(-1, indices[:, :, 0])
     enlarged = torch.where(share > 0, groups / expected.clamp_min(1e-30), 0.0).float()
-    wanted = enlarged.expand(grid, -1, -1).gather(-1, places[:, :, 0])
+    wanted = enlarged.expand(grid, -1, -1).gather(-1, indices[:, :, 0])
     assert torch.allclose(values, wanted, rtol=1e-6) and (kept != 0).all()
 
 

@@ -1,4 +1,4 @@
-"""Words by place: each output asks for its own, whoever holds it, and the table is what a kernel reads."""
+"""Words by index: each output asks for its own, whoever holds it, and the table is what a kernel reads."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def test_the_table_lists_even_outputs_then_odd_ones():
 @pytest.mark.parametrize("groups", [8, 7])
 def test_a_word_is_that_of_its_row_in_the_whole_weight(groups):
     words = rng_of(NAMES, [range(10, 14), range(20, 22)]).words(groups)
-    places = [(NAMES[0], row) for row in range(10, 14)] + [(NAMES[1], row) for row in range(20, 22)]
-    for found, (name, row) in zip(words, places, strict=True):
+    indices = [(NAMES[0], row) for row in range(10, 14)] + [(NAMES[1], row) for row in range(20, 22)]
+    for found, (name, row) in zip(words, indices, strict=True):
         index = row * groups + torch.arange(groups)
         blocks = counter.philox((0xDEADBEEF, 3), index // 4, name, ROUNDS)
         assert torch.equal(found, blocks[torch.arange(groups), index % 4])

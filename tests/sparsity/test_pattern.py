@@ -26,7 +26,7 @@ def test_the_n_largest_are_kept_and_ties_keep_the_earlier(n, m, groups, rows, se
     for row in range(rows):
         for group in range(groups):
             magnitudes = weight[row, group * m : group * m + m].abs().tolist()
-            expected = sorted(range(m), key=lambda place: (-magnitudes[place], place))[:n]
+            expected = sorted(range(m), key=lambda index: (-magnitudes[index], index))[:n]
             found = kept[row, group * m : group * m + m].nonzero().flatten().tolist()
             assert found == sorted(expected)
 

@@ -29,7 +29,6 @@ def train(config):
     from slope_megatron.models.layer_spec import sparse_modules
     from slope_megatron.ops import backend
     from slope_megatron.ops.operands import cutlass
-    from slope_megatron.sparsity.operand_cutlass import metadata_bytes
     from slope_megatron.training.telemetry import accounting
 
     told = mock.patch.object(backend, "choose", lambda requested: requested)
@@ -44,7 +43,7 @@ def train(config):
         rows, columns = module.weight_pattern.shape[0], module.weight_pattern.shape[1] * 8
         # Transposed values and both metadata.
         wanted += rows * columns
-        wanted += metadata_bytes(rows, columns // 4) + metadata_bytes(columns, rows // 4)
+        wanted += sum(out * (width + -width % 64) // 8 for out, width in ((rows, columns), (columns, rows)))
     return losses, measured, wanted
 
 

@@ -44,7 +44,8 @@ def resumed(run: Path, who: int, trouble: str):
         kernel_choices.share(run, resumed=True)
     found = [choices.find(key_of(tokens)) for tokens in (32, 64)]
     for tokens in (32, 64):
-        choices.decide(key_of(tokens), lambda: Choice(True, 4))
+        if choices.find(key_of(tokens)) is None:
+            choices.decide(key_of(tokens), lambda: Choice(True, 4))
     return found, [choices.find(key_of(tokens)).tiles for tokens in (32, 64)]
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slope_kernels.triton.places import higher_bits, permute_bytes
+from slope_kernels.triton.bits import higher_bits, permute_bytes
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _column_bits(losers, j: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _kept_in_order(kept):
-    """Nibbles q = 4 q2 + 2 q1 + q0 of a word to the places (q0 q2 q1)."""
+    """Nibbles q = 4 q2 + 2 q1 + q0 of a word to the positions (q0 q2 q1)."""
     swapped = (kept ^ (kept >> 4)) & 0x00F000F0
     kept = kept ^ swapped ^ (swapped << 4)
     swapped = (kept ^ (kept >> 8)) & 0x0000FF00
@@ -150,13 +150,13 @@ def _choose_kernel(
     tile = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     mask = tile < tiles
     word, group = tile % words, tile // words
-    place = group.to(tl.int64) * 4 * words + word
-    row_masks += place
+    offset = group.to(tl.int64) * 4 * words + word
+    row_masks += offset
     k0 = tl.load(row_masks, mask=mask)
     k1 = tl.load(row_masks + words, mask=mask)
     k2 = tl.load(row_masks + 2 * words, mask=mask)
     k3 = tl.load(row_masks + 3 * words, mask=mask)
-    values += (place * 8)[:, None, None] + (tl.arange(0, 2) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    values += (offset * 8)[:, None, None] + (tl.arange(0, 2) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     p0 = _load_scores(values, mask, NATIVE, IS_BF16, THREADS)
     p1 = _load_scores(values + 8 * words, mask, NATIVE, IS_BF16, THREADS)
     p2 = _load_scores(values + 16 * words, mask, NATIVE, IS_BF16, THREADS)
@@ -174,7 +174,7 @@ def _choose_kernel(
         lost1 |= _column_bits(s1, j, NATIVE)
         lost2 |= _column_bits(s2, j, NATIVE)
         lost3 |= _column_bits(s3, j, NATIVE)
-    column_masks += place
+    column_masks += offset
     _store_bits(column_masks, k0, lost0, mask)
     _store_bits(column_masks + words, k1, lost1, mask)
     _store_bits(column_masks + 2 * words, k2, lost2, mask)

@@ -1,6 +1,6 @@
 """The metadata that says where kept values belong, in cuSPARSELt's layout for 16-bit types on sm_90.
 
-One nibble a group of four: first place | second place << 2. An operand of R rows and G groups a row is cut into blocks
+One nibble a group of four: first index | second index << 2. An operand of R rows and G groups a row is cut into blocks
 of 64 rows x 8 groups (256 bytes), group-major within a row block. Within a block the address of a nibble is, from the
 highest bit down, r5 r4 r2 r1 r0 g1 g0 g2 r3 (r row, g group): found by setting one group at a time and compressing.
 The layout is the library's own affair: `ops.custom_ops.layout` verifies it against the library's compressor before
@@ -8,7 +8,7 @@ it is used, and falls back to that compressor.
 
     row_metadata      of W^R from the row bitmask
     column_metadata   of the transposed W^{R,C} from both bitmasks
-Both are permutations of bits, done on whole words: a step exchanges one bit of the place within a word with one bit of
+Both are permutations of bits, done on whole words: a step exchanges one bit of the position in a word with one bit of
 which word it is, for all 32 bits of two words at once.
 Oracle: `slope_megatron.sparsity.operand`.
 """
@@ -17,14 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from slope_kernels.triton.places import merge_bits, permute_bytes, slot_places, survivors
+from slope_kernels.triton.bits import merge_bits, permute_bytes, slot_indices, survivors
 
 
 @triton.jit
 def _nibbles_of_row(kept, NATIVE: tl.constexpr):
     """Metadata nibbles of eight groups from their eight row nibbles, of whose bits exactly two are set.
 
-    From the kept bits k3 k2 k1 k0: first place = (not k0 and not k1, k1 and not k0), second = (k2 or k3, k3 or not k2).
+    From the kept bits k3 k2 k1 k0: first index = (not k0 and not k1, k1 and not k0), second = (k2 or k3, k3 or not k2).
     Its bits 0 and 2 are an `and` and an `or` of the same two words, which the majority of three computes at once.
     """
     above, choice = kept >> 1, 0x44444444
@@ -50,9 +50,9 @@ def _row_metadata_kernel(
     pair = thread // 2 % 32
     block = (tl.program_id(0) * SETS + thread // 64 * 2 + thread % 2) * BLOCKS
     row_block = tl.program_id(1).to(tl.int64)
-    place = (row_block * 64 + pair // 8 * 16 + pair % 8) * group_blocks + block
+    offset = (row_block * 64 + pair // 8 * 16 + pair % 8) * group_blocks + block
     mask = (block < group_blocks)[:, None]
-    words = row_masks + place[:, None] + tl.arange(0, BLOCKS)[None, :]
+    words = row_masks + offset[:, None] + tl.arange(0, BLOCKS)[None, :]
     upper = _nibbles_of_row(tl.load(words, mask=mask), NATIVE)
     lower = _nibbles_of_row(tl.load(words + 8 * group_blocks, mask=mask), NATIVE)
     even, odd = _exchange(upper, lower, 4, 0x0F0F0F0F, NATIVE)
@@ -90,12 +90,12 @@ def row_metadata(row_bits: torch.Tensor, metadata: torch.Tensor, *, sets: int = 
 def _nibbles_of_group(row_masks, column_masks, row, mask, WORDS: tl.constexpr, NATIVE: tl.constexpr):
     """Metadata nibbles of 32 columns of one group of four rows: word j has those of the columns 4 q + j, q in order.
 
-    The group's first row is not read: the other three tell the places.
+    The group's first row is not read: the other three tell the indices.
     """
     a1 = _load_survivors(row_masks, column_masks, (row + 1) * WORDS, mask, NATIVE)
     a2 = _load_survivors(row_masks, column_masks, (row + 2) * WORDS, mask, NATIVE)
     a3 = _load_survivors(row_masks, column_masks, (row + 3) * WORDS, mask, NATIVE)
-    p0, p1, p2, p3 = slot_places(a1, a2, a3, -1)
+    p0, p1, p2, p3 = slot_indices(a1, a2, a3, -1)
     # Planes -> nibbles: first the lowest bit of the column with that of the plane, then the second ones.
     even01, odd01 = _exchange(p0, p1, 1, 0x55555555, NATIVE)
     even23, odd23 = _exchange(p2, p3, 1, 0x55555555, NATIVE)
@@ -105,9 +105,9 @@ def _nibbles_of_group(row_masks, column_masks, row, mask, WORDS: tl.constexpr, N
 
 
 @triton.jit
-def _load_survivors(row_masks, column_masks, place, mask, NATIVE: tl.constexpr):
-    kept = tl.load(row_masks + place, mask=mask)
-    return survivors(kept, tl.load(column_masks + place, mask=mask).to(tl.int32), NATIVE)
+def _load_survivors(row_masks, column_masks, offset, mask, NATIVE: tl.constexpr):
+    kept = tl.load(row_masks + offset, mask=mask)
+    return survivors(kept, tl.load(column_masks + offset, mask=mask).to(tl.int32), NATIVE)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _exchange_bytes(a, b, NATIVE: tl.constexpr):
 @triton.jit
 def _words_of_groups(w0, w1, w2, w3, NATIVE: tl.constexpr):
     """The words r4 r2 = 00, 01, 10, 11 from those of the groups g2 g0 = 00, 01, 10, 11, as a last axis."""
-    # Within a word a nibble's place is r4 r3 r2, and is to be g0 g2 r3.
+    # Within a word a nibble's position is r4 r3 r2, and is to be g0 g2 r3.
     w0, w1 = _exchange_halves(w0, w1, NATIVE)
     w2, w3 = _exchange_halves(w2, w3, NATIVE)
     w0, w2 = _exchange_bytes(w0, w2, NATIVE)
@@ -188,7 +188,7 @@ def _column_metadata_kernel(
     )
     block = (word // 2).to(tl.int64) * group_blocks + group_block
     target = block * 64 + word % 2 * 32
-    # 128 bytes a thread: passed through shared memory, so that neighbouring threads write neighbouring places.
+    # 128 bytes a thread: passed through shared memory, so that neighbouring threads write neighbouring addresses.
     target = target[:, None] + tl.arange(0, 32)[None, :]
     tl.store(metadata + target, tl.reshape(tl.join(even, odd), (THREADS, 32)), mask=mask[:, None])
 

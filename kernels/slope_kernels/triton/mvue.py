@@ -1,7 +1,7 @@
 """mvue: dY [T, N] -> the operand of its unbiased 2:4 estimate, transposed: P(dY)^T [N, T], in one pass.
 
 T tokens, N out. A group is four tokens of one output, a quad four groups: the words of one Philox block.
-    values     [N, S/2]     two kept values a group, 32 bits; S is T filled up with zeros
+    values     [N, S/2]     two kept values a group, 32 bits; S is T padded with zeros
     metadata   [N S / 8]    where they belong, in cuSPARSELt's sm_90 layout (see `metadata`) or in CUTLASS's
 Traffic: 2 B read, 1 + 1/8 B written an element. A program's loads are issued in three waves, between which it computes:
 the assembler decides so, whatever their order here.
@@ -13,20 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
+from slope_kernels.triton.bits import permute_bytes
 from slope_kernels.triton.mvue24 import two_of_four
 from slope_kernels.triton.philox import philox
-from slope_kernels.triton.places import permute_bytes
 
 # Of the generator, as `slope_megatron.sparsity.mvue_rng` has it.
 ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def _load(place, token, tokens, EVEN: tl.constexpr):
+def _load(pointer, token, tokens, EVEN: tl.constexpr):
     """A row of dY, two outputs a word; zeros past the last token."""
     if EVEN:
-        return tl.load(place)
-    return tl.load(place, mask=token < tokens, other=0)
+        return tl.load(pointer)
+    return tl.load(pointer, mask=token < tokens, other=0)
 
 
 @triton.jit
@@ -47,11 +47,11 @@ def _word_at(index, s0, s1, k0, k1):
 @triton.jit
 def _quad_words(streams, words, quad, groups, k0, k1, WHOLE_BLOCKS: tl.constexpr, Q: tl.constexpr):
     """The words of each quad's four groups, of the 32 outputs whose streams begin at `streams`."""
-    place = streams + tl.arange(0, 32)[None, :]
-    s0 = tl.load(place).to(tl.uint32, bitcast=True)
-    s1 = tl.load(place + words).to(tl.uint32, bitcast=True)
+    pointer = streams + tl.arange(0, 32)[None, :]
+    s0 = tl.load(pointer).to(tl.uint32, bitcast=True)
+    s1 = tl.load(pointer + words).to(tl.uint32, bitcast=True)
     # Loaded for every quad, so that the compiler lays all that follows out as it does dY.
-    row = tl.load(tl.broadcast_to(place + 2 * words, (Q, 32)))
+    row = tl.load(tl.broadcast_to(pointer + 2 * words, (Q, 32)))
     index = row.to(tl.int64) * groups + quad * 4
     if WHOLE_BLOCKS:
         return _words_from(index, s0, s1, k0, k1)
@@ -68,14 +68,14 @@ def _interleave(left, right, Q: tl.constexpr):
 
 @triton.jit
 def _group(
-    place, token, tokens, stride, left_word, right_word,
+    pointer, token, tokens, stride, left_word, right_word,
     SHIFT: tl.constexpr, EVEN: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Pairs and choices of the four tokens from `token` on, of two neighbouring outputs."""
-    x0 = _load(place, token, tokens, EVEN)
-    x1 = _load(place + stride, token + 1, tokens, EVEN)
-    x2 = _load(place + 2 * stride, token + 2, tokens, EVEN)
-    x3 = _load(place + 3 * stride, token + 3, tokens, EVEN)
+    x0 = _load(pointer, token, tokens, EVEN)
+    x1 = _load(pointer + stride, token + 1, tokens, EVEN)
+    x2 = _load(pointer + 2 * stride, token + 2, tokens, EVEN)
+    x3 = _load(pointer + 3 * stride, token + 3, tokens, EVEN)
     lower, upper = (x0 & 0) + 0x5410, (x0 & 0) + 0x7632
     front, back = permute_bytes(x0, x1, lower, NATIVE), permute_bytes(x2, x3, lower, NATIVE)
     left, left_choice = two_of_four(front, back, left_word, SHIFT, IS_BF16, NATIVE)
@@ -91,11 +91,11 @@ def _store_values(values, p0, p1, p2, p3, row_block, quad_start, quads, EVEN: tl
     words = tl.reshape(tl.permute(fours, (1, 0, 2)), (64, Q * 4))
     word = quad_start * 4 + tl.arange(0, Q * 4)[None, :]
     row = row_block.to(tl.int64) * 64 + tl.arange(0, 64)[:, None]
-    place = row * (quads * 4) + word
+    offset = row * (quads * 4) + word
     if EVEN:
-        tl.store(values + place, words)
+        tl.store(values + offset, words)
     else:
-        tl.store(values + place, words, mask=word < quads * 4)
+        tl.store(values + offset, words, mask=word < quads * 4)
 
 
 @triton.jit
@@ -115,11 +115,11 @@ def _store_metadata(
     second = permute_bytes(even, odd, zero + 0x7362, NATIVE)
     words = tl.reshape(tl.join(first, second), (Q // 2, 64))
     block = quad_start // 2 + tl.arange(0, Q // 2)[:, None]
-    place = (row_block.to(tl.int64) * (quads // 2) + block) * 64 + tl.arange(0, 64)[None, :]
+    offset = (row_block.to(tl.int64) * (quads // 2) + block) * 64 + tl.arange(0, 64)[None, :]
     if EVEN:
-        tl.store(metadata + place, words)
+        tl.store(metadata + offset, words)
     else:
-        tl.store(metadata + place, words, mask=block < quads // 2)
+        tl.store(metadata + offset, words, mask=block < quads // 2)
 
 
 @triton.jit
@@ -149,11 +149,11 @@ def _store_metadata_cutlass(
     ordered = tl.permute(tl.reshape(both, (Q // 4, 2, 2, 4, 8)), (0, 3, 2, 4, 1))
     words = tl.reshape(ordered, (Q // 4, 128))
     block = quad_start // 4 + tl.arange(0, Q // 4)[:, None]
-    place = (block.to(tl.int64) * row_blocks + row_block) * 128 + tl.arange(0, 128)[None, :]
+    offset = (block.to(tl.int64) * row_blocks + row_block) * 128 + tl.arange(0, 128)[None, :]
     if EVEN:
-        tl.store(metadata + place, words)
+        tl.store(metadata + offset, words)
     else:
-        tl.store(metadata + place, words, mask=block < quads // 4)
+        tl.store(metadata + offset, words, mask=block < quads // 4)
 
 
 @triton.jit
@@ -184,13 +184,13 @@ def _mvue_kernel(
     r0, r1, r2, r3 = _quad_words(first + stride, 2 * stride, quad, groups, k0, k1, WHOLE_BLOCKS, Q)
     # 64-bit offsets up to the first token, 32-bit ones within the tile; a word is two outputs.
     dy += quad_start.to(tl.int64) * 16 * stride
-    place = dy + (tl.arange(0, Q)[:, None] * (16 * stride) + couple[None, :])
+    pointer = dy + (tl.arange(0, Q)[:, None] * (16 * stride) + couple[None, :])
     token = quad * 16
     four = 4 * stride
-    p0, n0 = _group(place, token, tokens, stride, l0, r0, 16, EVEN, IS_BF16, NATIVE, Q)
-    p1, n1 = _group(place + four, token + 4, tokens, stride, l1, r1, 24, EVEN, IS_BF16, NATIVE, Q)
-    p2, n2 = _group(place + 2 * four, token + 8, tokens, stride, l2, r2, 16, EVEN, IS_BF16, NATIVE, Q)
-    p3, n3 = _group(place + 3 * four, token + 12, tokens, stride, l3, r3, 24, EVEN, IS_BF16, NATIVE, Q)
+    p0, n0 = _group(pointer, token, tokens, stride, l0, r0, 16, EVEN, IS_BF16, NATIVE, Q)
+    p1, n1 = _group(pointer + four, token + 4, tokens, stride, l1, r1, 24, EVEN, IS_BF16, NATIVE, Q)
+    p2, n2 = _group(pointer + 2 * four, token + 8, tokens, stride, l2, r2, 16, EVEN, IS_BF16, NATIVE, Q)
+    p3, n3 = _group(pointer + 3 * four, token + 12, tokens, stride, l3, r3, 24, EVEN, IS_BF16, NATIVE, Q)
     _store_values(values, p0, p1, p2, p3, row_block, quad_start, quads, EVEN, Q)
     nibbles = permute_bytes(n0 | n1, n2 | n3, (n0 & 0) + 0x7632, NATIVE)
     if CUTLASS:
@@ -211,11 +211,11 @@ def mvue_operand(
     warps: int = 4,
     registers: int = 64,
 ) -> None:
-    """Write the operand of P(dY)^T `[N, S]`, S the operand's columns: T filled up to a multiple of 64.
+    """Write the operand of P(dY)^T `[N, S]`, S the operand's columns: T padded to a multiple of 64.
 
     Args:
         dy_TN: 16-bit, contiguous; N a multiple of 64.
-        key: int32 `[2]`, the generator's key at this place in the run.
+        key: int32 `[2]`, the generator's key of this micro-batch.
         streams: int32 `[3, 2, N/2]`: the two words of each output's weight's name, and its row in the whole weight;
             of the even outputs, then of the odd ones.
         operand: uint8 `[9/8 N S]`, values, then metadata.

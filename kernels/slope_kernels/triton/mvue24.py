@@ -8,7 +8,7 @@ about half of 67 instructions a group.
 import triton
 import triton.language as tl
 
-from slope_kernels.triton.places import permute_bytes
+from slope_kernels.triton.bits import permute_bytes
 
 NAN_SAFE = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -24,7 +24,7 @@ def _rounded_at_random(spacing, poison, word, IS_BF16: tl.constexpr):
     if IS_BF16:
         rounded = (spacing.to(tl.uint32, bitcast=True) + (word >> 16)).to(tl.float32, bitcast=True)
         return tl.fma(poison, 0.0, tl.fma(rounded, 0.0, rounded)).to(tl.int32, bitcast=True)
-    # Times 2^-112, fp32's bits are fp16's, 13 places up, subnormal numbers included.
+    # Times 2^-112, fp32's bits are fp16's, 13 bits up, subnormal numbers included.
     bits = ((spacing * 1.925929944387236e-34).to(tl.uint32, bitcast=True) + (word >> 19)) >> 13
     finite = (bits < 0x7C00) & (poison < float("inf"))
     return tl.where(finite, bits, 0x7FFF).to(tl.int32) << 16

@@ -33,8 +33,8 @@ def _amax_kernel(x, amax, words, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """Magnitudes of 16-bit floats order as their bits do, infinities and NaNs last. `x` points to pairs."""
     most = tl.zeros((BLOCK,), tl.int32)
     for step in range(STEPS):
-        place = (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
-        pair = tl.load(x + place, mask=place < words, other=0)
+        offset = (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+        pair = tl.load(x + offset, mask=offset < words, other=0)
         most = tl.maximum(most, tl.maximum(pair & 0x7FFF, (pair >> 16) & 0x7FFF))
     tl.atomic_max(amax, tl.reduce(most, 0, _larger), sem="relaxed")
 
@@ -124,12 +124,12 @@ def _rescale_kernel(
     factor = tl.load(first) * constant * tl.load(second)
     if BIASED | (factor != 1.0):
         for step in range(STEPS):
-            place = (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
-            inside = None if EVEN else place < elements
-            value = tl.load(y + place, mask=inside).to(tl.float32) * factor
+            offset = (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * BLOCK + tl.arange(0, BLOCK)
+            inside = None if EVEN else offset < elements
+            value = tl.load(y + offset, mask=inside).to(tl.float32) * factor
             if BIASED:
-                value += tl.load(bias + place % width, mask=inside).to(tl.float32)
-            tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+                value += tl.load(bias + offset % width, mask=inside).to(tl.float32)
+            tl.store(y + offset, value.to(y.dtype.element_ty), mask=inside)
 
 
 def amax_bits(

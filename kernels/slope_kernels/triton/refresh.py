@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from slope_kernels.triton.places import permute_bytes, slot_places, spread, survivors
+from slope_kernels.triton.bits import permute_bytes, slot_indices, spread, survivors
 
 
 @triton.jit
@@ -66,8 +66,8 @@ def _bytes_of(bits, q: tl.constexpr):
 
 @triton.jit
 def _slots(a1, a2, a3):
-    """Per column the byte pairs that its two slots take of four rows' values: 0x10 + 0x22 place, a byte a column."""
-    first0, first1, second0, second1 = slot_places(a1, a2, a3, 0x01010101)
+    """Per column the byte pairs that its two slots take of four rows' values: 0x10 + 0x22 index, a byte a column."""
+    first0, first1, second0, second1 = slot_indices(a1, a2, a3, 0x01010101)
     return 0x10101010 + 0x22 * first0 + 0x44 * first1, 0x10101010 + 0x22 * second0 + 0x44 * second1
 
 
@@ -102,19 +102,19 @@ def _operand_row(row, tile_rows, tile_stride, row_stride, TILED: tl.constexpr):
 
 
 @triton.jit
-def _load_patterns(row_bits, column_bits, place, mask, NATIVE: tl.constexpr):
+def _load_patterns(row_bits, column_bits, offset, mask, NATIVE: tl.constexpr):
     """One row's pattern in each group, `[T, 2, 2]`, and its survivors, two groups a word, `[T, 2]`."""
-    kept = tl.load(row_bits + place, mask=mask).to(tl.int32)
+    kept = tl.load(row_bits + offset, mask=mask).to(tl.int32)
     kept_low, kept_high = tl.split(kept)
-    low, high = tl.split(tl.load(column_bits + place, mask=mask).to(tl.int32))
+    low, high = tl.split(tl.load(column_bits + offset, mask=mask).to(tl.int32))
     return kept, survivors(kept_low | (kept_high << 16), low | (high << 8), NATIVE)
 
 
 @triton.jit
-def _place_of_program(height, width, BAND: tl.constexpr):
+def _tile_of_program(height, width, BAND: tl.constexpr):
     """Row and column of this program's tile: bands of BAND tile rows, column by column.
 
-    Programs that run together then write to neighbouring places of both operands.
+    Programs that run together then write to neighbouring addresses of both operands.
     """
     program = tl.program_id(0)
     band = program // (BAND * width)
@@ -124,13 +124,13 @@ def _place_of_program(height, width, BAND: tl.constexpr):
 
 
 @triton.jit
-def _write_backward(backward, groups, rows, row_bits, column_bits, place, chunks, mask, NATIVE: tl.constexpr):
+def _write_backward(backward, groups, rows, row_bits, column_bits, offset, chunks, mask, NATIVE: tl.constexpr):
     """The 16 columns of a thread: 16 bytes each, the slots of its four groups. `rows`: pairs of the rows i = 0..3."""
     mask3 = mask[:, None, None]
-    k0, a0 = _load_patterns(row_bits, column_bits, place, mask3, NATIVE)
-    k1, a1 = _load_patterns(row_bits, column_bits, place + chunks, mask3, NATIVE)
-    k2, a2 = _load_patterns(row_bits, column_bits, place + 2 * chunks, mask3, NATIVE)
-    k3, a3 = _load_patterns(row_bits, column_bits, place + 3 * chunks, mask3, NATIVE)
+    k0, a0 = _load_patterns(row_bits, column_bits, offset, mask3, NATIVE)
+    k1, a1 = _load_patterns(row_bits, column_bits, offset + chunks, mask3, NATIVE)
+    k2, a2 = _load_patterns(row_bits, column_bits, offset + 2 * chunks, mask3, NATIVE)
+    k3, a3 = _load_patterns(row_bits, column_bits, offset + 3 * chunks, mask3, NATIVE)
     high01, high23 = _selectors_of_rows(k0, k1, NATIVE), _selectors_of_rows(k2, k3, NATIVE)
     p0, p1, p2, p3 = _by_group(rows[0]), _by_group(rows[1]), _by_group(rows[2]), _by_group(rows[3])
     backward += tl.arange(0, 4)[None, :]
@@ -173,7 +173,7 @@ def _refresh_kernel(
     16 bits of a chunk in the row bitmask, and to its 8 bits in the column bitmask.
     """
     thread = tl.arange(0, LANES_G * LANES_C)
-    across, along = _place_of_program(tl.cdiv(groups, 4 * LANES_G), tl.cdiv(chunks, LANES_C), BAND)
+    across, along = _tile_of_program(tl.cdiv(groups, 4 * LANES_G), tl.cdiv(chunks, LANES_C), BAND)
     group = (across * LANES_G + thread % LANES_G) * 4
     chunk = along * LANES_C + thread // LANES_G
     mask = (group < groups) & (chunk < chunks)
@@ -195,9 +195,9 @@ def _refresh_kernel(
         tl.store(forward + 12 * chunks, p3, mask=mask4)
     if WRITE_BACKWARD:
         first = _operand_row(chunk * 16, backward_tile_rows, backward_tile_stride, groups, BACKWARD_TILED) + group
-        place = start[:, None, None] + rows[None, :, :]
+        offset = start[:, None, None] + rows[None, :, :]
         rows4 = (p0, p1, p2, p3)
-        _write_backward(backward + first[:, None], groups, rows4, row_bits, column_bits, place, chunks, mask, NATIVE)
+        _write_backward(backward + first[:, None], groups, rows4, row_bits, column_bits, offset, chunks, mask, NATIVE)
 
 
 def refresh(
@@ -219,7 +219,7 @@ def refresh(
         row_bits, column_bits: uint8 bitmasks of 2:4 patterns, the row one 2-byte aligned.
         forward, backward: uint8 operand buffers, values in front of the metadata in each tile; None: leave it out.
         lanes: threads of a program along rows and along columns.
-        band: see `_place_of_program`. The defaults are the fastest tried on an H200.
+        band: see `_tile_of_program`. The defaults are the fastest tried on an H200.
     """
     rows, kept = values_NC.shape
     columns = kept * 2

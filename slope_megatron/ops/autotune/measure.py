@@ -79,6 +79,7 @@ def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:
     return Choice(True, best[0], best[1], times[best], dense_ms)
 
 
+@torch.no_grad()
 def measure(key: Key, device: torch.device, *, dense_allowed: bool = True, among: tuple[str, ...] = ()) -> Choice:
     """Measure a product's candidates, those of the libraries `among` or of all, and choose."""
     choice = pick(key, contest(key, device, among=among), dense_allowed=dense_allowed)

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from slope_kernels import cusparselt
 from slope_megatron.ops import choices
 from slope_megatron.ops.autotune import gate, timing
-from slope_megatron.ops.autotune.trials import PlannedCandidate, Trial
+from slope_megatron.ops.autotune.trials import Trial
 from slope_megatron.ops.choices import Key, Product
 from slope_megatron.ops.custom_ops import layout
 from slope_megatron.sparsity.float8 import E4M3
@@ -22,6 +23,81 @@ TRIED_IN_TILES = 6
 MOST_CONFIGS = 21
 
 
+class Candidate:
+    """A trial's sparse product with one algorithm; None: the library's default."""
+
+    tiles = 1
+
+    def __init__(self, trial: Any, algorithm: cusparselt.Algorithm | None, product: cusparselt.Product):
+        self.trial, self.algorithm = trial, algorithm
+        self.plan = cusparselt.Plan(product, algorithm)
+
+    def enqueue(self, operand: int, x: torch.Tensor, y: int, factor: float = 1.0) -> None:
+        """`operand` and `y` are addresses."""
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        self.plan.run(operand, x.data_ptr(), y, stream, factor=factor)
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+class WeightCandidate(Candidate):
+    """Of a 16-bit weight, its tiles one after the other."""
+
+    def __init__(self, trial, algorithm: cusparselt.Algorithm | None, tiles: int):
+        key, (tokens, columns), device = trial.key, trial.x_TS.shape, trial.x_TS.device.index
+        shape = cusparselt.Product(key.rows // tiles, columns, tokens, key.dtype, device, key.rows)
+        super().__init__(trial, algorithm, shape)
+        self.tiles, self.operand = tiles, trial.operand(tiles)
+
+    def __call__(self) -> None:
+        x_TS = self.trial.x_TS
+        step = self.plan.product.rows * x_TS.element_size()
+        for tile in range(self.tiles):
+            start = self.operand.data_ptr() + tile * self.operand.numel() // self.tiles
+            self.enqueue(start, x_TS, self.trial.y_TR.data_ptr() + tile * step)
+
+
+class WgradCandidate(Candidate):
+    """Of `full` mode's wgrad; a call writes the operand too, as every micro-batch must, and keeps half of dW."""
+
+    def __init__(self, trial, algorithm: cusparselt.Algorithm | None):
+        key, (columns, width), device = trial.key, trial.x_SK.shape, trial.x_SK.device.index
+        shape = cusparselt.Product(key.rows, columns, width, key.dtype, device, width, straight=True)
+        super().__init__(trial, algorithm, shape)
+
+    def __call__(self) -> None:
+        trial = self.trial
+        trial.write_operand()
+        self.enqueue(trial.operand.data_ptr(), trial.x_SK, trial.dw_NK.data_ptr())
+        trial.keep_half()
+
+
+class Float8Candidate(Candidate):
+    """In e4m3, with the pass that scales the result, which mostly finds nothing to do."""
+
+    def __init__(self, trial, algorithm: cusparselt.Algorithm | None):
+        key, (tokens, rows), device = trial.key, trial.y_TR.shape, trial.y_TR.device.index
+        shape = cusparselt.Product(rows, key.columns, tokens, E4M3, device, rows, output=trial.y_TR.dtype)
+        super().__init__(trial, algorithm, shape)
+
+    def __call__(self) -> None:
+        from slope_kernels.triton.quantize import rescale
+
+        trial = self.trial
+        self.enqueue(trial.operand.data_ptr(), trial.q_TS, trial.y_TR.data_ptr(), factor=2.0**-18)
+        rescale(trial.y_TR, trial.scale, trial.scale, 2.0**18, None)
+
+
+def candidate_of(trial: Trial, algorithm: cusparselt.Algorithm | None, tiles: int) -> Candidate:
+    """A trial's candidate; only a 16-bit weight's operand is ever cut."""
+    if trial.key.product is Product.WGRAD:
+        return WgradCandidate(trial, algorithm)
+    if trial.key.dtype == E4M3:
+        return Float8Candidate(trial, algorithm)
+    return WeightCandidate(trial, algorithm, tiles)
+
+
 def ranking(trial: Trial, tiles: int, configs: Iterable[int]) -> list[int]:
     """The library's algorithms from the fastest on, by a rough timing; those that cannot run are left out.
 
@@ -31,7 +107,7 @@ def ranking(trial: Trial, tiles: int, configs: Iterable[int]) -> list[int]:
     for config in configs:
         algorithm = cusparselt.Algorithm(config)
         try:
-            candidate = trial.candidate(algorithm, tiles)
+            candidate = candidate_of(trial, algorithm, tiles)
             times = timing.interleaved({"": candidate}, rounds=2, calls=2)[""]
         except torch.AcceleratorError:
             # The context is lost: nothing can run after this.
@@ -52,9 +128,9 @@ def tilings(key: Key, device: torch.device) -> list[int]:
     """
     if key.product is Product.WGRAD or key.dtype == E4M3:
         return [1]
-    fixed = choices.fixed_tiles(key)
-    if fixed:
-        return [fixed]
+    earlier = choices.earlier(key)
+    if earlier:
+        return [earlier.tiles]
     height = key.rows // key.columns
     if height < 2 or not layout.probe(device, key.dtype).known_metadata:
         return [1]
@@ -62,18 +138,18 @@ def tilings(key: Key, device: torch.device) -> list[int]:
     return [1, *sorted(tiles for tiles in cuts if key.rows % (64 * tiles) == 0)]
 
 
-def finalists(trial: Trial, numbers_of_tiles: list[int] | None = None) -> list[PlannedCandidate]:
+def finalists(trial: Trial, numbers_of_tiles: list[int] | None = None) -> list[Candidate]:
     """The fastest few of each number of tiles that pass the gate.
 
     Args:
         numbers_of_tiles: None: those of `tilings`.
     """
     tried = tilings(trial.key, trial.y_TR.device) if numbers_of_tiles is None else numbers_of_tiles
-    configs: Iterable[int] = range(min(MOST_CONFIGS, trial.candidate(None, 1).plan.algorithm_count()))
+    configs: Iterable[int] = range(min(MOST_CONFIGS, candidate_of(trial, None, 1).plan.algorithm_count()))
     found = []
     for tiles in tried:
         ranked = ranking(trial, tiles, configs)
         configs = ranked[:TRIED_IN_TILES]
-        candidates = (trial.candidate(cusparselt.Algorithm(config), tiles) for config in ranked[:FINALISTS])
+        candidates = (candidate_of(trial, cusparselt.Algorithm(config), tiles) for config in ranked[:FINALISTS])
         found += gate.passing(candidates)
     return found

@@ -7,15 +7,14 @@ every e4m3 value.
 import torch
 
 from slope_kernels import cusparselt
-from slope_kernels.triton.quantize import rescale
 from slope_megatron.ops.autotune.trials import random_bits
-from slope_megatron.ops.choices import Key
+from slope_megatron.ops.choices import Key, Product
 from slope_megatron.ops.custom_ops import float8 as float8_products
 from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.operands.float8 import Float8Operand
+from slope_megatron.ops.operands.protocol import WeightPatterns
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
-from slope_megatron.sparsity.operand import metadata_e4m3, slot_places
-from slope_megatron.sparsity.packing import unpack_bits
 
 # Y's type: which of the 16-bit types it is makes no difference to the time.
 OUTPUT = torch.bfloat16
@@ -32,13 +31,8 @@ class Float8Trial:
         self.key = key
         row_bits = random_bits(key.rows, key.columns, device)
         values = random_e4m3(key.rows, key.columns // 2, device)
-        self.operand = torch.empty(layout.operand_bytes(key.rows, key.columns, E4M3), dtype=torch.uint8, device=device)
+        self.operand = Float8Operand(WeightPatterns.of(values, row_bits, None), Product.FORWARD).buffer
         layout.values_of(self.operand, key.rows, key.columns, 1, E4M3).copy_(values[None])
-        if layout.probe(device, E4M3).known_metadata:
-            metadata = metadata_e4m3(products.row_metadata(row_bits), key.rows, key.columns // 4)
-        else:
-            metadata = layout.library_metadata(slot_places(unpack_bits(row_bits)), E4M3)
-        layout.metadata_of(self.operand, key.rows, key.columns, 1).copy_(metadata[None])
         self.q_TS = random_e4m3(cusparselt.padded_tokens(key.tokens), key.columns, device)
         # One factor's scale; Y is scaled by the square, 2^-18.
         self.scale = torch.full((1,), 2.0**-9, device=device)
@@ -52,23 +46,3 @@ class Float8Trial:
 
     def dense_product(self) -> torch.Tensor:
         return float8_products.dense_mm(self.q_TS, self.w_RS, self.scale, self.scale, None, OUTPUT)
-
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "Float8Candidate":
-        assert tiles == 1, "e4m3 operands are not cut"
-        return Float8Candidate(self, algorithm)
-
-
-class Float8Candidate:
-    """The sparse product with one algorithm, and the pass that scales it, which mostly finds nothing to do."""
-
-    def __init__(self, trial: Float8Trial, algorithm: cusparselt.Algorithm | None):
-        self.trial, self.algorithm, self.tiles = trial, algorithm, 1
-        key, (tokens, rows) = trial.key, trial.y_TR.shape
-        shape = cusparselt.Product(rows, key.columns, tokens, E4M3, trial.y_TR.device.index, rows, output=OUTPUT)
-        self.plan = cusparselt.Plan(shape, algorithm)
-
-    def __call__(self) -> None:
-        trial = self.trial
-        stream = torch.cuda.current_stream(trial.y_TR.device).cuda_stream
-        self.plan.run(trial.operand.data_ptr(), trial.q_TS.data_ptr(), trial.y_TR.data_ptr(), stream, factor=2.0**-18)
-        rescale(trial.y_TR, trial.scale, trial.scale, 2.0**18, None)

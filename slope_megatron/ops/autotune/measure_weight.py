@@ -11,8 +11,7 @@ from slope_kernels import cusparselt, cusparselt_library
 from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.choices import Key, Product
 from slope_megatron.ops.custom_ops import layout, products
-from slope_megatron.sparsity.operand import slot_places
-from slope_megatron.sparsity.packing import unpack_bits
+from slope_megatron.ops.operands.protocol import WeightPatterns
 
 
 @dataclasses.dataclass
@@ -35,9 +34,6 @@ class WeightTrial:
         weight = self.dense if self.key.product is Product.DGRAD else self.dense.t()
         return torch.mm(self.x_TS, weight, out=self.y_TR)
 
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WeightCandidate":
-        return WeightCandidate(self, algorithm, tiles)
-
     def operand(self, tiles: int) -> torch.Tensor:
         if tiles not in self.operands:
             self.operands[tiles] = layout.retile(self.operands[1], self.key.rows, self.key.columns, 1, tiles)
@@ -51,10 +47,7 @@ def trial_of(key: Key, device: torch.device) -> WeightTrial:
     operand = torch.empty(layout.operand_bytes(key.rows, key.columns), dtype=torch.uint8, device=device)
     layout.values_of(operand, key.rows, key.columns, 1, key.dtype).copy_(values[None])
     if cusparselt_library.unsupported() is None:
-        if layout.probe(device, key.dtype).known_metadata:
-            metadata = products.row_metadata(row_bits)
-        else:
-            metadata = layout.library_metadata(slot_places(unpack_bits(row_bits)), key.dtype)
+        metadata = WeightPatterns.of(values, row_bits, None).metadata(Product.FORWARD)
         layout.metadata_of(operand, key.rows, key.columns, 1).copy_(metadata[None])
     dense = products.unpack_kept(values, row_bits)
     if key.product is Product.DGRAD:
@@ -65,24 +58,3 @@ def trial_of(key: Key, device: torch.device) -> WeightTrial:
     trial = WeightTrial(key, x, row_bits, {1: operand}, y, dense, y)
     trial.expected_TR = trial.dense_product().clone()
     return trial
-
-
-class WeightCandidate:
-    """A sparse product of a trial: one algorithm, its tiles one after the other."""
-
-    def __init__(self, trial: WeightTrial, algorithm: cusparselt.Algorithm | None, tiles: int = 1):
-        key, device = trial.key, trial.x_TS.device
-        self.trial, self.tiles, self.algorithm = trial, tiles, algorithm
-        product = cusparselt.Product(
-            key.rows // tiles, key.columns, trial.x_TS.shape[0], key.dtype, device.index, key.rows
-        )
-        self.plan = cusparselt.Plan(product, algorithm)
-        self.operand = trial.operand(tiles)
-
-    def __call__(self) -> None:
-        trial = self.trial
-        stream = torch.cuda.current_stream(trial.x_TS.device).cuda_stream
-        step = self.plan.product.rows * trial.x_TS.element_size()
-        for tile in range(self.tiles):
-            start = self.operand.data_ptr() + tile * self.operand.numel() // self.tiles
-            self.plan.run(start, trial.x_TS.data_ptr(), trial.y_TR.data_ptr() + tile * step, stream)

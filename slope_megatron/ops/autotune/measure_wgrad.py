@@ -1,6 +1,6 @@
-"""Measuring wgrad of `full` mode: from dY and X to the packed gradient, by each way of `operands.wgrad`.
+"""Measuring wgrad of `full` mode: from dY and X to the packed gradient, by each strategy of `operands.wgrad`.
 
-T tokens, N out, K in, C = K/2 kept per row; S is T filled up to whole operand columns. The gate compares with the dense
+T tokens, N out, K in, C = K/2 kept per row; S is T padded to whole operand columns. The gate compares with the dense
 product of the operand decoded, so it judges the kernel's metadata with the product's algorithm.
 """
 
@@ -13,7 +13,7 @@ from slope_megatron.ops.autotune.trials import random_bits
 from slope_megatron.ops.choices import Key
 from slope_megatron.ops.custom_ops import layout
 from slope_megatron.sparsity.mvue_rng import as_int32, stream_table
-from slope_megatron.sparsity.operand import places_sm90, scatter_slots
+from slope_megatron.sparsity.operand import indices_sm90, scatter_slots
 
 # Whole metadata blocks, decoded at once.
 ROWS_AT_ONCE = 4096
@@ -58,7 +58,7 @@ class WgradTrial:
         metadata = layout.metadata_of(self.operand, self.key.rows, columns, 1).view(self.key.rows // 64, -1)
         parts = []
         for part, bits in zip(values.split(ROWS_AT_ONCE), metadata.split(ROWS_AT_ONCE // 64), strict=True):
-            parts.append(scatter_slots(part, places_sm90(bits.flatten(), part.shape[0], columns // 4)))
+            parts.append(scatter_slots(part, indices_sm90(bits.flatten(), part.shape[0], columns // 4)))
         return torch.cat(parts)
 
     def dense_gradient(self) -> None:
@@ -70,25 +70,3 @@ class WgradTrial:
         self.dense_gradient()
         self.keep_half()
         return self.y_TR
-
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "WgradCandidate":
-        assert tiles == 1, "wgrad's operand lives for one product and is not cut"
-        return WgradCandidate(self, algorithm)
-
-
-class WgradCandidate:
-    """cuSPARSELt's product with one algorithm; a call writes the operand too, as every micro-batch must."""
-
-    def __init__(self, trial: WgradTrial, algorithm: cusparselt.Algorithm | None):
-        self.trial, self.algorithm, self.tiles = trial, algorithm, 1
-        columns, width = trial.x_SK.shape
-        device = trial.x_SK.device.index
-        shape = cusparselt.Product(trial.key.rows, columns, width, trial.key.dtype, device, width, straight=True)
-        self.plan = cusparselt.Plan(shape, algorithm)
-
-    def __call__(self) -> None:
-        trial = self.trial
-        trial.write_operand()
-        stream = torch.cuda.current_stream(trial.x_SK.device).cuda_stream
-        self.plan.run(trial.operand.data_ptr(), trial.x_SK.data_ptr(), trial.dw_NK.data_ptr(), stream)
-        trial.keep_half()

@@ -1,8 +1,8 @@
-"""The one way to a choice: found in the table, or measured now, outside what torch.compile and CUDA graphs see."""
+"""Where every choice comes from: found in the table, or measured, outside torch.compile and CUDA graphs."""
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,28 +25,35 @@ def resolve(
     *,
     on_cpu: OneDecision,
     fits: Callable[[OneDecision], bool] = lambda _: True,
+    check: Callable[[], None] = lambda: None,
 ) -> OneDecision:
-    """The choice for `key`, measured now if need be. Call it through `uncompiled` where a product may be traced.
+    """The choice for `key`, measured now if need be; what torch.compile traces of this is a look into the table.
 
     Args:
         on_cpu: the choice of a CPU, where nothing is measured.
         fits: whether an earlier choice will do; one that does not is made anew.
+        check: called on every rank before any measures, to raise what all of them refuse.
     Raises:
         RuntimeError: it would have to be made while a CUDA graph is captured.
     """
+    found = choices.find(key)
+    if found is not None and fits(found):
+        return found
+    return uncompiled(_choose_now)(key, device, measure, on_cpu, check)
+
+
+def _choose_now(key, device, measure, on_cpu, check) -> Any:
     if device.type == "cpu":
         # The same on every rank: there is nothing to agree on.
-        decision = choices.find(key)
-        if decision is None or not fits(decision):
-            decision = on_cpu
-            choices.record(key, decision)
-        return decision
+        choices.record(key, on_cpu)
+        return on_cpu
+    check()
     refuse_while_capturing(key, device)
-    return choices.decide(key, measure, fits)
+    return choices.decide(key, measure)
 
 
 def refuse_while_capturing(key: Key, device: torch.device) -> None:
-    """Measuring, and bringing buffers into another form, are not for a CUDA graph to replay.
+    """Measuring, and rewriting buffers in another layout, are not for a CUDA graph to replay.
 
     Raises:
         RuntimeError: a graph is being captured.

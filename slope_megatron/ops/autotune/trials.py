@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 import torch
 
-from slope_kernels import cusparselt
 from slope_megatron.ops.choices import Key
 from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.sparsity.pattern import random_pattern
@@ -26,9 +25,6 @@ class Trial(Protocol):
     def dense_product(self) -> torch.Tensor:
         """The dense candidate."""
 
-    def candidate(self, algorithm: cusparselt.Algorithm | None, tiles: int) -> "PlannedCandidate":
-        """The sparse one with an algorithm of cuSPARSELt's; None: its default."""
-
 
 class Candidate(Protocol):
     """A sparse product of a trial; a call enqueues it."""
@@ -43,16 +39,6 @@ class Candidate(Protocol):
     def algorithm(self) -> Any: ...
 
     def __call__(self) -> None: ...
-
-
-class PlannedCandidate(Candidate, Protocol):
-    """One of cuSPARSELt's."""
-
-    @property
-    def algorithm(self) -> cusparselt.Algorithm | None: ...
-
-    @property
-    def plan(self) -> cusparselt.Plan: ...
 
 
 def random_bits(rows: int, columns: int, device) -> torch.Tensor:

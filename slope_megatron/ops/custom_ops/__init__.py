@@ -1,1 +1,1 @@
-"""Registered ops: plain tensors in and out, with schemas and fakes, each with its plain-torch twin on CPUs."""
+"""Registered ops: plain tensors in and out, with schemas and fakes, each with a plain-torch reference for CPUs."""

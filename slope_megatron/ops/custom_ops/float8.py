@@ -5,7 +5,7 @@ T tokens, T' the same padded to what products want, R rows and S columns of an o
     slope::sparse_mm_e4m3     Y [T', R] = s_w s_x Q W^T (+ bias), W an operand buffer
     slope::refresh_e4m3_      packed values -> the values of both operands, and their scale
 q is uint8, the bytes of e4m3 numbers: most of torch knows no arithmetic on that type.
-On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers.
+On CUDA they run `slope_kernels`; on a CPU plain-torch references, which read and write the same buffers.
 """
 
 import torch
@@ -15,7 +15,7 @@ from slope_megatron.ops.custom_ops import layout
 from slope_megatron.ops.custom_ops.products import aligned, measured
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
-from slope_megatron.sparsity.operand import backward_slots, places_e4m3, scatter_slots
+from slope_megatron.sparsity.operand import backward_slots, indices_e4m3, scatter_slots
 from slope_megatron.sparsity.packing import unpack_bits
 
 
@@ -100,8 +100,8 @@ def sparse_mm(
 def _(operand, operand_scale, q_TS, q_scale, rows, bias, output, target):
     columns = q_TS.shape[1]
     values = layout.values_of(operand, rows, columns, 1, E4M3)[0]
-    places = places_e4m3(layout.metadata_of(operand, rows, columns, 1)[0], rows, columns // 4)
-    return float8.scaled_mm(q_TS.view(E4M3), scatter_slots(values, places), q_scale, operand_scale, bias, output)
+    indices = indices_e4m3(layout.metadata_of(operand, rows, columns, 1)[0], rows, columns // 4)
+    return float8.scaled_mm(q_TS.view(E4M3), scatter_slots(values, indices), q_scale, operand_scale, bias, output)
 
 
 @sparse_mm.register_fake

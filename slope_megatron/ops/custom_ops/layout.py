@@ -5,7 +5,7 @@ not document either, so both are read off its own compressor once for each (devi
 
     values first, row-major   required; otherwise the backend is refused here
     metadata as on sm_90      then our kernels write it; otherwise the library's compressor does, from a matrix of ones
-                              with our places, since metadata depends on the places alone
+                              with our indices, since metadata depends on them alone
 Tiles cut an operand's rows: each tile is an operand of its own, one after the other in the buffer.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_megatron.sparsity.float8 import E4M3
-from slope_megatron.sparsity.operand import metadata_e4m3, metadata_sm90, scatter_slots, slot_places
+from slope_megatron.sparsity.operand import metadata_e4m3, metadata_sm90, scatter_slots, slot_indices
 from slope_megatron.sparsity.pattern import random_pattern
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,16 @@ def probe(device: torch.device, dtype: torch.dtype) -> Layout:
     # None is zero: the compressor keeps what is not.
     values = torch.randint(1, 16, (PROBE_ROWS, PROBE_COLUMNS // 2), device=device)
     values = torch.where(words[:, ::2] > 1 << 31, values, -values).to(dtype)
-    places = slot_places(row)
+    indices = slot_indices(row)
     operand = torch.zeros(operand_bytes(PROBE_ROWS, PROBE_COLUMNS, dtype), dtype=torch.uint8, device=device)
     try:
-        cusparselt.compress(PROBE_ROWS, PROBE_COLUMNS, scatter_slots(values, places), operand)
+        cusparselt.compress(PROBE_ROWS, PROBE_COLUMNS, scatter_slots(values, indices), operand)
     except RuntimeError as error:
         return Layout(False, f"its compressor failed the probe: {error}")
     size = values.numel() * dtype.itemsize
     if not torch.equal(operand[:size], values.view(torch.uint8).flatten()):
         return Layout(False, "its compressed values are not the packed values in row order")
-    expected = metadata_sm90(places)
+    expected = metadata_sm90(indices)
     if dtype == E4M3:
         expected = metadata_e4m3(expected, PROBE_ROWS, PROBE_COLUMNS // 4)
     known = torch.equal(operand[size:], expected)
@@ -85,10 +85,10 @@ def retile(operand: torch.Tensor, rows: int, columns: int, tiles: int, new_tiles
     return torch.cat((values, metadata), 1).flatten()
 
 
-def library_metadata(places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def library_metadata(indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Metadata from the library's compressor, for layouts that our kernels do not write. Places `[R, G, 2]`."""
-    rows, groups, _ = places.shape
-    ones = scatter_slots(torch.ones(rows, groups * 2, dtype=dtype, device=places.device), places)
-    operand = torch.empty(operand_bytes(rows, groups * 4, dtype), dtype=torch.uint8, device=places.device)
+    rows, groups, _ = indices.shape
+    ones = scatter_slots(torch.ones(rows, groups * 2, dtype=dtype, device=indices.device), indices)
+    operand = torch.empty(operand_bytes(rows, groups * 4, dtype), dtype=torch.uint8, device=indices.device)
     cusparselt.compress(rows, groups * 4, ones, operand)
     return operand[-rows * groups // 2 :]

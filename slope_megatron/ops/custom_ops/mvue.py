@@ -1,6 +1,6 @@
 """Registered ops of `full` mode's wgrad; see `custom_ops.products` for what that means.
 
-T tokens, N out, K in; P the unbiased 2:4 estimate along the tokens; S is T filled up with zeros to whole columns.
+T tokens, N out, K in; P the unbiased 2:4 estimate along the tokens; S is T padded with zeros to whole columns.
     slope::mvue_operand   dY [T, N] -> operand of P(dY)^T [N, S]
     slope::sparse_wgrad   dense dW [N, K] = P(dY)^T X, from that operand; by cuSPARSELt
 `slope::packed_wgrad`, which gives its kept half alone, is in `operands.cutlass`.
@@ -13,7 +13,7 @@ from slope_megatron.ops.custom_ops import layout
 from slope_megatron.ops.custom_ops.products import aligned, measured, padded
 from slope_megatron.sparsity.mvue24 import two_of_four
 from slope_megatron.sparsity.mvue_rng import MvueRng
-from slope_megatron.sparsity.operand import metadata_sm90, places_sm90, scatter_slots
+from slope_megatron.sparsity.operand import indices_sm90, metadata_sm90, scatter_slots
 from slope_megatron.sparsity.operand_cutlass import metadata_cutlass
 
 
@@ -42,8 +42,8 @@ def _(dy_TN, key, streams, for_cutlass):
     # Groups of zeros alone: any word does.
     words = torch.nn.functional.pad(words, (0, groups - words.shape[1]))
     dy_NS = torch.nn.functional.pad(dy_TN.t(), (0, groups * 4 - dy_TN.shape[0]))
-    values, places = two_of_four(dy_NS, words)
-    metadata = metadata_cutlass(places) if for_cutlass else metadata_sm90(places)
+    values, indices = two_of_four(dy_NS, words)
+    metadata = metadata_cutlass(indices) if for_cutlass else metadata_sm90(indices)
     return torch.cat((values.contiguous().view(torch.uint8).flatten(), metadata))
 
 
@@ -68,15 +68,15 @@ def sparse_wgrad(operand: torch.Tensor, x_TK: torch.Tensor, rows: int) -> torch.
 
 @sparse_wgrad.register_kernel("cpu")
 def _(operand, x_TK, rows):
-    return estimate(operand, x_TK, rows, places_sm90) @ x_TK
+    return estimate(operand, x_TK, rows, indices_sm90) @ x_TK
 
 
-def estimate(operand, x_TK, rows: int, places_of) -> torch.Tensor:
-    """P(dY)^T `[N, T]` that an operand stands for, whose places `places_of` reads off its metadata."""
+def estimate(operand, x_TK, rows: int, indices_of) -> torch.Tensor:
+    """P(dY)^T `[N, T]` that an operand stands for, whose indices `indices_of` reads off its metadata."""
     columns = cusparselt.padded_columns(x_TK.shape[0])
     values = operand[: rows * columns].view(x_TK.dtype).view(rows, columns // 2)
-    places = places_of(operand[rows * columns :], rows, columns // 4)
-    return scatter_slots(values, places)[:, : x_TK.shape[0]]
+    indices = indices_of(operand[rows * columns :], rows, columns // 4)
+    return scatter_slots(values, indices)[:, : x_TK.shape[0]]
 
 
 @sparse_wgrad.register_fake

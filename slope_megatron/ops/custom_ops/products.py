@@ -1,14 +1,13 @@
 """Registered ops: plain tensors, with schemas and fakes, so that `torch.compile` and CUDA graphs see through them.
 
 T tokens, R rows and S columns of an operand, N out, K in, C = K/2 kept per row.
-    slope::sparse_mm      Y [T, R] = X [T, S] W^T (+ bias, ReLU), W an operand buffer
+    slope::sparse_mm      Y [T, R] = X [T, S] W^T (+ bias), W an operand buffer
     slope::sparse_mm_add_ Y += X W^T (+ bias), in the product's epilogue
     slope::gather_kept    dense [N, K] -> its kept values [N, C];   slope::unpack_kept  is its transpose
-    slope::gather_kept_add_   the same, added into an accumulator
     slope::refresh_       packed values -> both operands' values
     slope::choose_column  the second pruning by magnitude -> bitmask [N, C/8]
     slope::row_metadata_, slope::column_metadata_   the operands' metadata
-On CUDA they run `slope_kernels`; on a CPU their plain-torch twins, which read and write the same buffers. Those of
+On CUDA they run `slope_kernels`; on a CPU plain-torch references, which read and write the same buffers. Those of
 `full` mode are in `custom_ops.mvue`.
 """
 
@@ -16,7 +15,7 @@ import torch
 
 from slope_kernels import cusparselt
 from slope_megatron.ops import choices
-from slope_megatron.sparsity.operand import backward_slots, metadata_sm90, places_sm90, scatter_slots, slot_places
+from slope_megatron.sparsity.operand import backward_slots, indices_sm90, metadata_sm90, scatter_slots, slot_indices
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 
@@ -77,7 +76,7 @@ def _operand_matrix(operand, rows: int, columns: int, tiles: int, dtype: torch.d
     size = rows // tiles * columns
     for tile in operand.view(tiles, -1):
         values = tile[:size].view(dtype).view(rows // tiles, columns // 2)
-        parts.append(scatter_slots(values, places_sm90(tile[size:], rows // tiles, columns // 4)))
+        parts.append(scatter_slots(values, indices_sm90(tile[size:], rows // tiles, columns // 4)))
     return torch.cat(parts)
 
 
@@ -153,22 +152,6 @@ gather_kept.register_autograd(lambda ctx, d_NC: (unpack_kept(d_NC, *ctx.saved_te
 unpack_kept.register_autograd(lambda ctx, d_NK: (gather_kept(d_NK, *ctx.saved_tensors), None), setup_context=_save_bits)
 
 
-@torch.library.custom_op("slope::gather_kept_add_", mutates_args=("packed_NC",), device_types="cuda")
-def gather_kept_add_(packed_NC: torch.Tensor, dense_NK: torch.Tensor, row_bits: torch.Tensor) -> None:
-    """packed += dense at the kept places: a gradient accumulated over micro-batches, in fp32 say."""
-    from slope_kernels.triton.gather import gather_add
-
-    total_NC = packed_NC.contiguous()
-    gather_add(aligned(dense_NK, 8), aligned(row_bits), total_NC)
-    if total_NC is not packed_NC:
-        packed_NC.copy_(total_NC)
-
-
-@gather_kept_add_.register_kernel("cpu")
-def _(packed_NC, dense_NK, row_bits):
-    packed_NC.copy_(packed_NC.float() + pack(dense_NK, unpack_bits(row_bits)).float())
-
-
 @torch.library.custom_op("slope::refresh_", mutates_args=("forward", "backward"), device_types="cuda")
 def refresh_(
     values_NC: torch.Tensor,
@@ -236,7 +219,7 @@ def row_metadata(row_bits: torch.Tensor) -> torch.Tensor:
 
 @row_metadata.register_kernel("cpu")
 def _(row_bits):
-    return metadata_sm90(slot_places(unpack_bits(row_bits)))
+    return metadata_sm90(slot_indices(unpack_bits(row_bits)))
 
 
 @torch.library.custom_op("slope::column_metadata", mutates_args=(), device_types="cuda")

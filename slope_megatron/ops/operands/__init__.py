@@ -1,1 +1,1 @@
-"""What the products read of a packed weight: one file a form."""
+"""What the products read of a packed weight: one file a layout."""

@@ -19,7 +19,7 @@ from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
 from slope_megatron.sparsity.mvue_rng import MvueRng
 
 NAME = Algorithm.library
-SAYS = "2:4 tensor cores, or dense where that measures faster"
+DESCRIPTION = "2:4 tensor cores, or dense where that measures faster"
 
 
 def version() -> str:
@@ -49,7 +49,7 @@ def unsupported_wgrad(key: Key, device: torch.device) -> str | None:
 
 
 class CusparseltOperand(SparseOperand):
-    """One buffer in the library's own form; see `SparseOperand`."""
+    """One buffer in the library's own layout; see `SparseOperand`."""
 
     library = NAME
 

@@ -7,7 +7,7 @@ T tokens, R rows and S columns of the sparse operand, N out, K in, C = K/2 kept 
 The values are read where they lie: for the forward product in the parameter itself, so a weight has no forward operand
 but metadata, 1 byte a dense weight less than with cuSPARSELt. The price is that the product reads what the parameter
 holds when it runs. What is kept is the parameter, not its memory, which ZeRO-3 frees after each use. On a CPU the ops'
-plain-torch twins read the same metadata.
+plain-torch references read the same metadata.
 """
 
 import functools
@@ -29,12 +29,12 @@ from slope_megatron.ops.operands import patterns as two_of_four
 from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
 from slope_megatron.sparsity.mvue_rng import MvueRng
 from slope_megatron.sparsity.operand import scatter_slots
-from slope_megatron.sparsity.operand_cutlass import from_sm90, places_cutlass
+from slope_megatron.sparsity.operand_cutlass import from_sm90, indices_cutlass
 from slope_megatron.sparsity.packing import pack, unpack_bits
 
 logger = logging.getLogger(__name__)
 NAME = Algorithm.library
-SAYS = "2:4 tensor cores, the forward product on the parameter's own memory"
+DESCRIPTION = "2:4 tensor cores, the forward product on the parameter's own memory"
 # (swizzle, raster) of the tile scheduler: the default first; wider swizzles never won.
 SCHEDULES = ((1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2))
 KERNELS_TO_SCHEDULE = 2
@@ -73,7 +73,7 @@ def cutlass_mm(
 
 
 def _weight(values_RC, metadata, columns: int) -> torch.Tensor:
-    return scatter_slots(values_RC, places_cutlass(metadata, values_RC.shape[0], columns // 4))
+    return scatter_slots(values_RC, indices_cutlass(metadata, values_RC.shape[0], columns // 4))
 
 
 @cutlass_mm.register_kernel("cpu")
@@ -118,7 +118,7 @@ def packed_wgrad(estimate: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Ten
 
 @packed_wgrad.register_kernel("cpu")
 def _(estimate, x_TK, row_bits):
-    estimate_NT = mvue.estimate(estimate, x_TK, row_bits.shape[0], places_cutlass)
+    estimate_NT = mvue.estimate(estimate, x_TK, row_bits.shape[0], indices_cutlass)
     return pack(estimate_NT @ x_TK, unpack_bits(row_bits))
 
 

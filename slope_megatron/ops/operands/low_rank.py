@@ -1,4 +1,4 @@
-"""A product with low-rank adapters beside it, in the way that moves least.
+"""A product with low-rank adapters beside it, by the strategy that moves least.
 
 T tokens, S in, R out, P rank.   Y [T, R] = X W^T + H U^T,   H [T, P] = scale X D^T
 
@@ -8,10 +8,8 @@ T tokens, S in, R out, P rank.   Y [T, R] = X W^T + H U^T,   H [T, P] = scale X 
 The products over P are small; what costs is that X and Y move once more for each. The strategies:
 
     last               Y := X W^T, then Y += H U^T in place: X is read again, Y read and written again
-    kernels            the same by kernels of our own, for small ranks
     first              Y := H U^T, then Y += X W^T in the sparse product's epilogue
-    row-augmented,     one sparse product of an operand that has D or U in it (`operands.augmented`)
-    column-augmented
+    column-augmented   one sparse product of an operand that has U in it (`operands.augmented`)
 
 All but "last" are for PackedOperands. On a GPU those that there are are timed once for each shape behind a numerics
 gate, and the choice is kept like every other.
@@ -24,19 +22,14 @@ from typing import Any
 
 import torch
 
-from slope_megatron.ops import choices
 from slope_megatron.ops.autotune import timing
-from slope_megatron.ops.autotune.resolve import resolve, uncompiled
+from slope_megatron.ops.autotune.resolve import refuse_while_capturing, resolve, uncompiled
 from slope_megatron.ops.choices import AdapterChoice, Key, Product, Strategy
-from slope_megatron.ops.custom_ops import adapters
-from slope_megatron.ops.operands import augmented
 from slope_megatron.ops.operands.bias import WithBias
 from slope_megatron.ops.operands.packed import PackedOperands
 
 logger = logging.getLogger(__name__)
-AUGMENTED = (Strategy.ROW_AUGMENTED, Strategy.COLUMN_AUGMENTED)
-# Each strategy rounds one term, or the halves of H, to 16 bits before the sum: within 2^-9 of what is no larger than a
-# few times Y.
+# Each strategy rounds one term, or H, to 16 bits before the sum: within 2^-9 of what is no larger than a few times Y.
 MOST_RELATIVE_ERROR = 1e-2
 
 
@@ -48,11 +41,9 @@ def product(operands, product: Product, x_TS, down_PS, up_RP, scale: float, x_of
         x_of_weight: what W is multiplied with where that is not X itself (a pruned gradient).
     """
     strategy = _strategy(operands, product, x_TS, up_RP) if x_of_weight is None else Strategy.LAST
-    if strategy in AUGMENTED:
+    if strategy is Strategy.AUGMENTED:
         bias_R = operands.bias_of(product) if isinstance(operands, WithBias) else None
         return _packed(operands).augmented(product).with_adapters(x_TS, down_PS, up_RP, scale, bias_R)
-    if strategy is Strategy.KERNELS:
-        return _by_kernels(operands, product, x_TS, down_PS, up_RP, scale)
     hidden_TP = hidden(x_TS, down_PS, scale)
     if strategy is Strategy.FIRST:
         return _first(operands, product, x_TS, hidden_TP, up_RP), hidden_TP
@@ -72,17 +63,9 @@ def _packed(operands) -> Any:
     return inner if isinstance(inner, PackedOperands) else None
 
 
-def _multiply(operands, product: Product, x_TS: torch.Tensor) -> torch.Tensor:
-    return operands.forward(x_TS) if product is Product.FORWARD else operands.dgrad(x_TS)
-
-
 def _last(operands, product: Product, x_TS, hidden_TP, up_RP) -> torch.Tensor:
-    return _multiply(operands, product, x_TS).addmm_(hidden_TP, up_RP.t())
-
-
-def _by_kernels(operands, product: Product, x_TS, down_PS, up_RP, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden_TP = adapters.low_rank_hidden(x_TS, down_PS, scale)
-    return adapters.add_low_rank(_multiply(operands, product, x_TS), hidden_TP, up_RP), hidden_TP
+    y_TR = operands.forward(x_TS) if product is Product.FORWARD else operands.dgrad(x_TS)
+    return y_TR.addmm_(hidden_TP, up_RP.t())
 
 
 def _first(operands, product: Product, x_TS, hidden_TP, up_RP) -> torch.Tensor:
@@ -95,26 +78,23 @@ def _strategy(operands, product: Product, x_TS: torch.Tensor, up_RP: torch.Tenso
     if packed is None:
         return Strategy.LAST
     rows, rank = up_RP.shape
-    in_place = packed.augmented(product)
-    if in_place is not None:
-        return in_place.strategy if in_place.rank == rank else Strategy.LAST
+    present = packed.augmented(product)
+    if present is not None:
+        return Strategy.AUGMENTED if present.rank == rank else Strategy.LAST
     key = Key(product, rows, x_TS.shape[1], x_TS.shape[0], x_TS.dtype, rank)
-    found = choices.find(key)
-    if found is not None and found.strategy not in AUGMENTED:
-        return found.strategy
-    return uncompiled(_adopt)(packed, key, x_TS.device)
-
-
-def _adopt(operands: PackedOperands, key: Key, device: torch.device) -> Strategy:
-    """Make the choice if need be, and bring the operand into the form that it wants."""
-    measured = functools.partial(measure, operands, key, device)
+    device = x_TS.device
+    measured = functools.partial(measure, packed, key, device)
     strategy = resolve(key, device, measured, on_cpu=AdapterChoice(Strategy.FIRST)).strategy
-    if strategy not in AUGMENTED:
-        return strategy
+    return strategy if strategy is not Strategy.AUGMENTED else uncompiled(_augment)(packed, key)
+
+
+def _augment(operands: PackedOperands, key: Key) -> Strategy:
+    """Give a product the operand with room for adapters, where these operands can have it."""
     if not operands.can_augment(key.product, key.tokens, key.rank):
         return Strategy.LAST
-    operands.augment(key.product, strategy, key.rank)
-    return strategy
+    refuse_while_capturing(key, operands.patterns.device)
+    operands.augment(key.product, key.rank)
+    return Strategy.AUGMENTED
 
 
 @torch.no_grad()
@@ -127,17 +107,14 @@ def measure(operands: PackedOperands, key: Key, device: torch.device, *, rounds:
 
     x_TS, down_PS, up_RP = random(key.tokens, key.columns), random(rank, key.columns), random(key.rows, rank)
     # Terms of the size of Y's own, the hardest case for the rounding of the one that comes first.
-    scale = float(_multiply(operands, product, x_TS)[:64].float().std()) / (rank * key.columns) ** 0.5
+    scale = float(operands.product(product, x_TS)[:64].float().std()) / (rank * key.columns) ** 0.5
     strategies: dict[Strategy, Callable[[], torch.Tensor]] = {
-        Strategy.LAST: lambda: _last(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP)
+        Strategy.LAST: lambda: _last(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP),
+        Strategy.FIRST: lambda: _first(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP),
     }
-    if adapters.suits_kernel(key.tokens, rank):
-        strategies[Strategy.KERNELS] = lambda: _by_kernels(operands, product, x_TS, down_PS, up_RP, scale)[0]
-    strategies[Strategy.FIRST] = lambda: _first(operands, product, x_TS, hidden(x_TS, down_PS, scale), up_RP)
     if operands.can_augment(product, key.tokens, rank):
-        strategy = augmented.strategy_for(key.rows, key.columns)
-        copy = operands.augmented_copy(product, strategy, rank)
-        strategies[strategy] = lambda: copy.with_adapters(x_TS, down_PS, up_RP, scale)[0]
+        copy = operands.augmented_copy(product, rank)
+        strategies[Strategy.AUGMENTED] = lambda: copy.with_adapters(x_TS, down_PS, up_RP, scale)[0]
     expected = strategies[Strategy.LAST]().float()
     for name in [name for name in strategies if name is not Strategy.LAST]:
         problem = wrong(strategies[name], expected)

@@ -1,4 +1,4 @@
-"""What every form of a weight's operand is, and what it is made of.
+"""What every layout of a weight's operand is, and what it is made of.
 
 T tokens, N out, K in, C kept per row; an operand W is R x S: W^R `[N, K]` for the forward product, the transposed
 W^{R,C} `[K, N]` for dgrad. So either product is Y `[T, R]` = X `[T, S]` W^T.
@@ -12,43 +12,34 @@ import torch
 
 from slope_megatron.ops.choices import Choice, Product
 from slope_megatron.ops.custom_ops import layout, products
-from slope_megatron.sparsity.operand import backward_slots, slot_places
+from slope_megatron.sparsity.operand import backward_slots, slot_indices
 from slope_megatron.sparsity.packing import unpack_bits
 
 
 class WeightOperand(Protocol):
-    """W of one product, in the form that one kernel reads."""
+    """W of one product, in the layout that one kernel reads."""
 
+    @abc.abstractmethod
     def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         """Y = X W^T (+ bias), `[T, R]`."""
 
+    @abc.abstractmethod
     def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-        """Y + X W^T (+ bias), in the place of Y."""
+        """Y + X W^T (+ bias), in place."""
 
+    @abc.abstractmethod
     def set_values(self, values_NC: torch.Tensor) -> None:
         """New packed values, same patterns."""
 
 
-class SparseOperand(abc.ABC):
-    """A 2:4 one, a `WeightOperand`; one form, whose values a refresh sets, unless a class says otherwise."""
+class SparseOperand(WeightOperand, abc.ABC):
+    """A 2:4 one, a `WeightOperand`; of one layout, its values set by a refresh, unless a class says otherwise."""
 
     # Whose kernels read it, of `ops.libraries`.
     library: str
     # Whether it reads the packed values where they lie: they are then set before each use, as the parameter itself
     # where there is one, whose memory may come and go.
     borrows_values: bool = False
-
-    @abc.abstractmethod
-    def product(self, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-        """As of every `WeightOperand`."""
-
-    @abc.abstractmethod
-    def add(self, x_TS: torch.Tensor, y_TR: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-        """As of every `WeightOperand`."""
-
-    @abc.abstractmethod
-    def set_values(self, values_NC: torch.Tensor) -> None:
-        """As of every `WeightOperand`."""
 
     @abc.abstractmethod
     def set_metadata(self) -> None:
@@ -63,7 +54,7 @@ class SparseOperand(abc.ABC):
         return True
 
     def adopt(self, choice: Choice) -> None:
-        """Take the form that such a choice wants."""
+        """Take the layout that such a choice wants."""
         return
 
     def refresh_buffer(self) -> tuple[torch.Tensor, int] | None:
@@ -102,11 +93,11 @@ class WeightPatterns:
         assert self.row_bits is not None and self.column_bits is not None
         return self.row_bits, self.column_bits
 
-    def places(self, product: Product) -> torch.Tensor:
+    def indices(self, product: Product) -> torch.Tensor:
         """Places of the operand's slots, `[R, S/4, 2]`."""
         if product is Product.FORWARD:
             assert self.row_bits is not None
-            return slot_places(unpack_bits(self.row_bits))
+            return slot_indices(unpack_bits(self.row_bits))
         row_NK, survives = map(unpack_bits, self.both())
         return backward_slots(survives.to(torch.uint8), row_NK, survives)[1]
 
@@ -120,7 +111,7 @@ class WeightPatterns:
         """In the order that this device's cuSPARSELt reads: by our kernels where they know it, else by the library."""
         if layout.probe(self.device, self.dtype).known_metadata:
             return self.metadata_sm90(product)
-        return layout.library_metadata(self.places(product), self.dtype)
+        return layout.library_metadata(self.indices(product), self.dtype)
 
     def dense(self, product: Product, values_NC: torch.Tensor) -> torch.Tensor:
         """W^R or W^{R,C}, `[N, K]` with its zeros."""

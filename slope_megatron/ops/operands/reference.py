@@ -5,9 +5,9 @@ import torch
 from slope_megatron.ops.choices import PRODUCTS, Product
 from slope_megatron.ops.operands.protocol import not_held
 from slope_megatron.sparsity.mvue_rng import MvueRng
-from slope_megatron.sparsity.packing import kept_index, unpack, unpack_bits
+from slope_megatron.sparsity.packing import kept_index, unpack_bits
 
-SAYS = "unpack and dense product"
+DESCRIPTION = "unpack and dense product"
 
 
 def unsupported() -> None:
@@ -66,10 +66,10 @@ class ReferenceOperands:
 
 
 class ForwardOnly:
-    """W^R as a dense matrix, for inference."""
+    """A dense matrix `[N, K]`, for inference."""
 
-    def __init__(self, values_NC: torch.Tensor, row_NK: torch.Tensor):
-        self.forward_NK = unpack(values_NC, row_NK)
+    def __init__(self, weight_NK: torch.Tensor):
+        self.weight_NK = weight_NK
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK @ self.forward_NK.t()
+        return x_TK @ self.weight_NK.t()

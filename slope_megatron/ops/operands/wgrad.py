@@ -1,7 +1,7 @@
-"""wgrad of `full` mode: dW = P(dY)^T X at the kept places, or the exact dY^T X where that is faster.
+"""wgrad of `full` mode: dW = P(dY)^T X at the kept positions, or the exact dY^T X where that is faster.
 
 T tokens, N out, K in, C = K/2 kept per row; P the unbiased 2:4 estimate along the tokens. A pass over dY writes the
-operand of P(dY)^T, and then there are two sparse ways, and a dense one:
+operand of P(dY)^T, and then there are two sparse strategies, and a dense one:
     cuSPARSELt     dense dW [N, K], rounded to 16 bits, then its kept half gathered: [N, C]
     our kernels    the kept half alone, straight from the sums (`slope_kernels.packed_wgrad`)
     dense          dY^T X, gathered
@@ -14,9 +14,9 @@ import logging
 
 import torch
 
-from slope_megatron.ops import choices, libraries
+from slope_megatron.ops import libraries
 from slope_megatron.ops.autotune import measure
-from slope_megatron.ops.autotune.resolve import resolve, uncompiled
+from slope_megatron.ops.autotune.resolve import resolve
 from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops.products import gather_kept
 from slope_megatron.sparsity.mvue_rng import MvueRng
@@ -34,10 +34,10 @@ def packed(
     dense_allowed: bool = True,
     among: tuple[str, ...] = tuple(LIBRARIES),
 ) -> torch.Tensor:
-    """P(dY)^T X at the kept places, `[N, C]`; dY^T X there where its choice says so.
+    """P(dY)^T X at the kept positions, `[N, C]`; dY^T X there where its choice says so.
 
     Args:
-        row_bits: bitmask uint8 `[N, K/8]` of the kept places.
+        row_bits: bitmask uint8 `[N, K/8]` of the kept positions.
         among: the libraries whose sparse product it may be. A choice of another one, made in this process for another
             backend, is made anew.
     Raises:
@@ -46,10 +46,16 @@ def packed(
     if (rng.n, rng.m) != (2, 4):
         _say_once(f"full mode: {rng.n}:{rng.m} gradients are estimated in plain torch; the kernel is for 2:4")
         return gather_kept(rng.estimate(dy_TN).t() @ x_TK, row_bits)
-    key = Key(Product.WGRAD, dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype)
-    choice = choices.find(key)
-    if choice is None or not _fits(choice, dense_allowed, among):
-        choice = uncompiled(_resolve)(key, dy_TN.device, dense_allowed, among)
+    key, device = Key(Product.WGRAD, dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype), dy_TN.device
+    allowed = {"dense_allowed": dense_allowed, "among": among}
+    choice = resolve(
+        key,
+        device,
+        functools.partial(_measure, key, device, **allowed),
+        on_cpu=Choice(True),
+        fits=functools.partial(_fits, **allowed),
+        check=functools.partial(_check, key, device, **allowed),
+    )
     if not choice.sparse:
         return gather_kept(dy_TN.t() @ x_TK, row_bits)
     # A CPU's choice names no library.
@@ -68,20 +74,22 @@ def _fits(choice: Choice, dense_allowed: bool, among: tuple[str, ...]) -> bool:
     return choice.library is None or choice.library in among
 
 
-@torch.no_grad()
-def _resolve(key: Key, device: torch.device, dense_allowed: bool, among: tuple[str, ...]) -> Choice:
-    fits = functools.partial(_fits, dense_allowed=dense_allowed, among=among)
-    if device.type == "cpu":
-        return resolve(key, device, lambda: Choice(True), on_cpu=Choice(True), fits=fits)
-    reasons = {name: LIBRARIES[name].unsupported_wgrad(key, device) for name in among}
-    usable = tuple(name for name, reason in reasons.items() if reason is None)
-    if usable:
-        measured = functools.partial(measure.measure, key, device, dense_allowed=dense_allowed, among=usable)
-    elif dense_allowed:
-        measured = functools.partial(Choice, False)
-    else:
+def _reasons(key: Key, device: torch.device, among: tuple[str, ...]) -> dict[str, str | None]:
+    """Why each library cannot run this wgrad; None: it can."""
+    return {name: LIBRARIES[name].unsupported_wgrad(key, device) for name in among}
+
+
+def _check(key: Key, device: torch.device, *, dense_allowed: bool, among: tuple[str, ...]) -> None:
+    reasons = _reasons(key, device, among)
+    if not dense_allowed and all(reasons.values()):
         raise ValueError(
             f"--slope-mode full has no 2:4 product for {key}: {'; '.join(map(str, reasons.values()))}; "
             "use --slope-backend auto, whose wgrad is then dense and exact"
         )
-    return resolve(key, device, measured, on_cpu=Choice(True), fits=fits)
+
+
+def _measure(key: Key, device: torch.device, *, dense_allowed: bool, among: tuple[str, ...]) -> Choice:
+    usable = tuple(name for name, reason in _reasons(key, device, among).items() if reason is None)
+    if not usable:
+        return Choice(False)
+    return measure.measure(key, device, dense_allowed=dense_allowed, among=usable)

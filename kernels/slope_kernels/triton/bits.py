@@ -90,14 +90,14 @@ def spread(nibble):
 
 
 @triton.jit
-def slot_places(a1, a2, a3, ones):
+def slot_indices(a1, a2, a3, ones):
     """Places of both slots of each column group, as bit planes: first bit 0, first bit 1, second bit 0, second bit 1.
 
     Args:
         a1..a3: whose column survives in the rows 1 to 3 of four; with row 0, which changes nothing, at most two do.
         ones: all columns' bits set.
 
-    The places differ and ascend, as the hardware wants. With fewer than two survivors the other slot sits on a place
-    that did not survive: place 0, or place 1 where 0 is the survivor.
+    The indices differ and ascend, as the hardware wants. With fewer than two survivors the other slot takes an index
+    that did not survive: index 0, or index 1 where 0 is the survivor.
     """
     return a1 & (a2 | a3), a2 & a3, (a3 | (a2 ^ ones)) & ones, a2 | a3
