@@ -4,10 +4,15 @@ All are built from one description (block.py, linears.py) and alternate in one r
 run's GEMM times allow if all else took as long as in the dense block; `reached` is the share of that gain which is
 there. `floor_ms` is the time that the sparse block's weights, gradients and linears' inputs and outputs take at the
 machine's measured copy bandwidth, each moved once.
+
+`--adapters 1.56 6.25` adds `paper` blocks with low-rank adapters, their ranks in % of the width: `kept` is the speed
+relative to `paper` alone, `flop_bound` and `byte_bound` what it could be at most (adapters.py).
 """
 
+import functools
 import gc
 
+from slope_megatron.bench.adapters import kept_speed, mode_of, rank_of
 from slope_megatron.bench.common import bar_chart, copy_bandwidth, machine, print_table, rounded, sparse_peak, write_csv
 from slope_megatron.bench.models import MODELS, Model
 from slope_megatron.bench.progress import add_budget, begin
@@ -18,6 +23,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens T, in sequences of 2048")
     parser.add_argument("--blocks", type=int, default=2, help="blocks in a stack; times are per block")
     parser.add_argument("--modes", nargs="+", default=["paper"], help="modes of linears.py to time against dense")
+    parser.add_argument("--adapters", nargs="+", type=float, default=[], help="ranks of adapters, %% of the width")
     parser.add_argument("--accumulate", nargs="+", default=["fp32"], choices=("fp32", "bf16", "none"))
     parser.add_argument("--rounds", type=int, default=11, help="samples of each")
     parser.add_argument("--eager", action="store_true", help="launch from Python instead of replaying CUDA graphs")
@@ -54,11 +60,13 @@ def moved_bytes(model: Model, tokens: int, train: bool) -> float:
 def timed(model: Model, arguments, accumulate: str) -> dict:
     """{pass: {mode: samples}}, ms a block; "dense" is among the modes."""
     from slope_megatron.bench.block import Stack
-    from slope_megatron.bench.linears import MODES
+    from slope_megatron.bench.linears import MODES, LinearMaker, WithAdapters
 
+    linears: dict[str, LinearMaker] = {mode: MODES[mode] for mode in ("dense", *arguments.modes)}
+    for share in arguments.adapters:
+        linears[mode_of(share)] = functools.partial(WithAdapters, rank=rank_of(model, share))
     stacks = {
-        mode: Stack(model, MODES[mode], arguments.blocks, arguments.tokens, accumulate)
-        for mode in ("dense", *arguments.modes)
+        mode: Stack(model, linear, arguments.blocks, arguments.tokens, accumulate) for mode, linear in linears.items()
     }
     return {name: timed_stacks(stacks, name, arguments) for name in ("train", "forward")}
 
@@ -85,8 +93,12 @@ def row(model: Model, mode: str, accumulate: str, name: str, samples: dict, argu
 
     dense_ms, sparse_ms = timing.median(samples["dense"]), timing.median(samples[mode])
     gain, flops = gemm_gain(model, mode, arguments.tokens, name == "train")
-    # In e4m3 all else is not the same: rounding and scaling come on top, so there is no ceiling of this kind.
-    ceiling = None if mode in E4M3_MODES else dense_ms / (dense_ms - gain)
+    # With e4m3 and adapters all else is not the same, so there is no ceiling of this kind.
+    shares = {mode_of(share): share for share in arguments.adapters}
+    ceiling = None if mode in (*E4M3_MODES, *shares) else dense_ms / (dense_ms - gain)
+    adapters = dict.fromkeys(("rank", "kept", "flop_bound", "byte_bound"), "") if shares else {}
+    if mode in shares:
+        adapters = kept_speed(model, shares[mode], name, samples, arguments.tokens, bandwidth)
     if peak and mode in E4M3_MODES:
         peak *= 2
     pairs = [dense / sparse for dense, sparse in zip(samples["dense"], samples[mode], strict=True)]
@@ -106,14 +118,15 @@ def row(model: Model, mode: str, accumulate: str, name: str, samples: dict, argu
             "floor_ms": moved_bytes(model, arguments.tokens, name == "train") / bandwidth * 1e3,
             "peak_share": flops / sparse_ms / 1e9 / peak if peak else "",
             "launch": "eager" if arguments.eager else "graph",
+            **adapters,
         }
     )
 
 
-def check_modes(modes: list[str]) -> None:
+def check_modes(modes: list[str], adapters: list[float]) -> None:
     """
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or adapters without what they are compared with.
     """
     from slope_megatron.bench.linears import MODES
 
@@ -121,6 +134,8 @@ def check_modes(modes: list[str]) -> None:
     if unknown:
         known = ", ".join(mode for mode in MODES if mode != "dense")
         raise ValueError(f"--modes holds {unknown[0]!r}: the modes timed against dense are {known}")
+    if adapters and "paper" not in modes:
+        raise ValueError(f"--adapters with --modes {' '.join(modes)}: they are compared with paper; add it to --modes")
 
 
 def chart(rows: list[dict], folder) -> None:
@@ -136,7 +151,7 @@ def chart(rows: list[dict], folder) -> None:
 
 def main(arguments) -> int:
     clock = begin(arguments)
-    check_modes(arguments.modes)
+    check_modes(arguments.modes, arguments.adapters)
     import torch
 
     bandwidth, peak = copy_bandwidth(), sparse_peak()
@@ -145,16 +160,15 @@ def main(arguments) -> int:
         for accumulate in arguments.accumulate:
             results = timed(MODELS[name], arguments, accumulate)
             for kind, samples in results.items():
-                for mode in arguments.modes:
+                for mode in (*arguments.modes, *map(mode_of, arguments.adapters)):
                     rows.append(row(MODELS[name], mode, accumulate, kind, samples, arguments, bandwidth, peak))
                     clock.say(" ".join(str(value) for value in rows[-1].values()))
             path = write_csv("block", rows, arguments.out)
             del results
             gc.collect()
             torch.cuda.empty_cache()
-    print_table(
-        rows, ["model", "mode", "pass", "accumulate", "dense_ms", "sparse_ms", "ratio", "spread", "ceiling", "reached"]
-    )
+    columns = ["model", "mode", "pass", "accumulate", "dense_ms", "sparse_ms", "ratio", "spread", "ceiling", "reached"]
+    print_table(rows, [*columns, *(["kept"] if arguments.adapters else [])])
     chart(rows, arguments.out)
     print(f"wrote {path}")
     return 0

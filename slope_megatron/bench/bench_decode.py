@@ -7,13 +7,15 @@ each replayed from a CUDA graph. `byte_bound` is the ratio if decoding took no t
 weights, dense ones and packed values with their metadata and the adapters' factors: what a small batch can reach.
 """
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 
-from slope_megatron.bench.bench_adapters import rank_of
+from slope_megatron.bench.adapters import rank_of
 from slope_megatron.bench.common import bar_chart, machine, print_table, rounded, write_csv
 from slope_megatron.bench.models import MODELS, Model
 from slope_megatron.bench.progress import add_budget, begin
+from slope_megatron.config import ModelConfig
 
 VOCABULARY = 128
 LINEARS = {
@@ -39,23 +41,10 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", help="folder for the CSV and the chart; default: the current one")
 
 
-def architecture(model: Model, blocks: int, positions: int):
-    """OPT's or LLaMA's."""
-    from slope_megatron.config import ModelConfig
-
-    own: dict = {"activation": "relu", "position": "learned"}
-    if model.gated:
-        own = {"activation": "silu", "gated_mlp": True, "normalization": "RMSNorm", "linear_bias": False}
-        own |= {"position": "rope", "rotary_base": 500000}
-    return ModelConfig(
-        num_layers=blocks,
-        hidden_size=model.hidden,
-        ffn_hidden_size=model.ffn,
-        num_attention_heads=model.heads,
-        num_query_groups=model.groups,
-        max_positions=positions,
-        vocab_size=VOCABULARY,
-        **own,
+def architecture(model: Model, blocks: int, positions: int) -> ModelConfig:
+    """A few of its blocks, and a small vocabulary."""
+    return dataclasses.replace(
+        model.architecture, num_layers=blocks, max_positions=positions, vocab_size=VOCABULARY, tie_embeddings=True
     )
 
 

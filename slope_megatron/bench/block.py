@@ -70,40 +70,42 @@ class Block(torch.nn.Module):
 
     def __init__(self, model: Model, linear: LinearMaker | dict[str, LinearMaker]):
         super().__init__()
-        self.model, hidden = model, model.hidden
+        self.architecture, hidden = model.architecture, model.hidden
         kinds = linear if isinstance(linear, dict) else dict.fromkeys(model.linears(), linear)
-        biased = {"qkv": not model.gated}
+        biased = {"qkv": not self.architecture.gated_mlp}
         # Biases other than qkv's are added by the fused pointwise functions, as Megatron does.
         self.linears = torch.nn.ModuleDict(
             {name: kinds[name](*shape, biased.get(name, False)) for name, shape in model.linears().items()}
         )
         vectors = {"norm1": hidden, "norm2": hidden}
-        if not model.gated:
-            vectors |= {"shift1": hidden, "shift2": hidden, "proj": hidden, "fc1": model.ffn, "fc2": hidden}
+        if not self.architecture.gated_mlp:
+            vectors |= {"shift1": hidden, "shift2": hidden, "proj": hidden, "fc1": self.architecture.ffn, "fc2": hidden}
         self.vectors = torch.nn.ParameterDict(
             {name: torch.ones(size, device="cuda", dtype=DTYPE) for name, size in vectors.items()}
         )
-        if model.gated:
-            width = hidden // model.heads
+        if self.architecture.gated_mlp:
+            width = hidden // self.architecture.num_attention_heads
             speed = 5e5 ** -(torch.arange(0, width, 2, device="cuda") / width)
             angle = torch.arange(SEQUENCE, device="cuda")[:, None, None] * speed
             self.cos, self.sin = angle.cos(), angle.sin()
 
     def attention(self, qkv):
         """`qkv` `[T, H + 2 groups d]` -> `[T, H]`."""
-        model = self.model
-        width = model.hidden // model.heads
-        sizes = [model.hidden, model.groups * width, model.groups * width]
+        model = self.architecture
+        width = model.hidden_size // model.num_attention_heads
+        sizes = [model.hidden_size, *(2 * [model.query_groups * width])]
         q, k, v = (part.view(-1, SEQUENCE, part.shape[-1] // width, width) for part in qkv.split(sizes, -1))
-        if model.gated:
+        if self.architecture.gated_mlp:
             q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=model.groups != model.heads)
-        return context.transpose(1, 2).reshape(-1, model.hidden)
+        context = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=model.query_groups != model.num_attention_heads
+        )
+        return context.transpose(1, 2).reshape(-1, model.hidden_size)
 
     def forward(self, x):
         linears, vectors = self.linears, self.vectors
-        if self.model.gated:
+        if self.architecture.gated_mlp:
             out = linears["proj"](self.attention(linears["qkv"](rms_norm(x, vectors["norm1"]))))
             residual, normed = add_rms_norm(x, out, vectors["norm2"])
             return residual + linears["fc2"](swiglu(linears["fc1"](normed)))

@@ -1,54 +1,41 @@
-"""The models whose layers are timed: widths as published."""
+"""The models whose layers are timed: shipped ones, and one that is small enough to try a benchmark on a CPU."""
 
 import dataclasses
 
-from slope_megatron.config import ModelConfig
+from slope_megatron.config import ModelConfig, shipped
 from slope_megatron.models.shapes import block_linears
+
+TENSOR_PARALLEL = {"opt-66b": (1, 2, 3, 4, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One block's shape. `groups`: key-value heads, equal to `heads` without grouped queries."""
+    """One block's shape."""
 
     name: str
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    gated: bool
-    tensor_parallel: tuple[int, ...] = (1, 2, 4, 8)
+    architecture: ModelConfig
+
+    @property
+    def hidden(self) -> int:
+        return self.architecture.hidden_size
+
+    @property
+    def tensor_parallel(self) -> tuple[int, ...]:
+        """Sizes at which its products are timed."""
+        return TENSOR_PARALLEL.get(self.name, (1, 2, 4, 8))
 
     def linears(self, tensor_parallel: int = 1) -> dict[str, tuple[int, int]]:
         """(out, in) of each linear on one tensor-parallel rank."""
         linears = block_linears(self.architecture)
         return {name.removeprefix("linear_"): linear.shard(tensor_parallel) for name, linear in linears.items()}
 
-    @property
-    def architecture(self) -> ModelConfig:
-        return ModelConfig(
-            hidden_size=self.hidden,
-            ffn_hidden_size=self.ffn,
-            num_attention_heads=self.heads,
-            num_query_groups=self.groups,
-            gated_mlp=self.gated,
-        )
+
+def model_names() -> list[str]:
+    """What `shipped_model` knows, and "tiny"."""
+    return [*sorted(path.stem for path in shipped.folder("models").glob("*.yaml")), TINY.name]
 
 
-def opt(name: str, hidden: int, heads: int, **more) -> Model:
-    return Model(name, hidden, 4 * hidden, heads, heads, False, **more)
-
-
-MODELS = {
-    model.name: model
-    for model in (
-        opt("opt-2.6b", 2560, 32),
-        opt("opt-6.6b", 4096, 32),
-        opt("opt-13b", 5120, 40),
-        opt("opt-30b", 7168, 56),
-        opt("opt-66b", 9216, 72, tensor_parallel=(1, 2, 3, 4, 8)),
-        Model("llama-3-8b", 4096, 14336, 32, 8, True),
-        Model("mistral-7b", 4096, 14336, 32, 8, True),
-    )
-}
-# Not a published one: small enough for CPU ranks to try a benchmark on.
-TINY = Model("tiny", 64, 256, 4, 4, False)
+# Those that block.py's pre-norm blocks describe, with what they are published with.
+BLOCK_MODELS = ("opt-2.6b", "opt-6.6b", "opt-13b", "opt-30b", "opt-66b", "llama-3-8b", "mistral-7b")
+MODELS = {name: Model(name, shipped.model(name)) for name in BLOCK_MODELS}
+TINY = Model("tiny", ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, max_positions=64, vocab_size=100))

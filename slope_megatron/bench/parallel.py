@@ -6,8 +6,8 @@ leaves the rows in a file anew after every round.
 """
 
 import contextlib
+import dataclasses
 import gc
-import io
 import os
 import time
 from pathlib import Path
@@ -18,12 +18,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.bench.collectives import Counted
+from slope_megatron.bench.engines import GIB, BuiltEngine, allocated, peak_allocated, planned_bytes, reset_peak
 from slope_megatron.bench.progress import Clock
 from slope_megatron.bench.work import ROWS, Work
 from slope_megatron.config import (
     Config,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     SlopeConfig,
@@ -31,15 +31,10 @@ from slope_megatron.config import (
 )
 from slope_megatron.integrations import cpu_host
 from slope_megatron.layers import communication
-from slope_megatron.models.provider import build_model
-from slope_megatron.planner.layout import Layout
-from slope_megatron.planner.memory import Holding, fullest_gpu, precision
 from slope_megatron.planner.traffic import data_parallel_bytes
 from slope_megatron.storage.whole import write_json
 from slope_megatron.training import kernel_choices, parallel
-from slope_megatron.training.engine import Engine
 
-GIB = 2**30
 DENSE = "dense"
 WARM_UP_STEPS = 2
 # Before a budget of seconds may end the rounds, and before there are rows.
@@ -48,17 +43,13 @@ FEWEST_ROUNDS = 3
 
 def config_of(mode: str, work: Work, replicas: int) -> Config:
     """A few blocks of a model at its width; unlike in training, the first linear is sparse too: it is one of few."""
-    model, micro_batch = work.model, work.tokens // work.sequence
+    micro_batch = work.tokens // work.sequence
     slope = {"enabled": False} if mode == DENSE else {"mode": mode}
     tensor = work.tensor_parallel
     return Config(
         slope=SlopeConfig(dense_first_linear=False, **slope),
-        model=ModelConfig(
-            num_layers=work.blocks,
-            hidden_size=model.hidden,
-            ffn_hidden_size=model.ffn,
-            num_attention_heads=model.heads,
-            vocab_size=work.vocabulary,
+        model=dataclasses.replace(
+            work.model.architecture, num_layers=work.blocks, vocab_size=work.vocabulary, max_positions=None
         ),
         parallel=ParallelConfig(
             tensor_parallel=tensor, sequence_parallel=tensor > 1, grad_reduce_dtype=work.grad_reduce_dtype
@@ -80,15 +71,11 @@ class Bench:
     def __init__(self, mode: str, work: Work, replicas: int, clock: Clock):
         before = allocated()
         self.mode, self.work = mode, work
-        self.config = config_of(mode, work, replicas)
-        dtype = torch.bfloat16
-        clock.say(f"{mode}: model of {work.blocks} blocks, built and filled")
-        model = build_model(self.config, work.vocabulary, dtype)
-        torch.cuda.synchronize()
-        clock.say(f"{mode}: engine, with fp32 masters")
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
-            self.engine = Engine(model, self.config, dtype)
-        self.batches = [self.batch(index) for index in range(work.micro_batches)]
+        clock.say(f"{mode}: engine of {work.blocks} blocks")
+        self.built = BuiltEngine(config_of(mode, work, replicas), torch.bfloat16)
+        self.engine = self.built.engine
+        # The same in every step: fetching them is not what is timed.
+        self.batches = list(self.built.batches.step(0))
         self.marks: list[tuple[str, float]] = []
         self.engine.observers.append(self.mark)
         clock.say(f"{mode}: first step, in which kernels are compiled and chosen")
@@ -97,22 +84,12 @@ class Bench:
         for _ in range(WARM_UP_STEPS - 1):
             self.step()
         self.state_bytes = allocated() - before
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         self.step()
         self.peak_bytes = peak_allocated() - before
         with Counted(groups()) as counted:
             self.step()
         self.counted = counted
-
-    def batch(self, index: int) -> dict[str, torch.Tensor]:
-        """Random tokens, others on each replica; the ranks of one replica must see the same."""
-        replica = parallel_state.get_data_parallel_rank()
-        generator = torch.Generator().manual_seed(1000 * replica + index)
-        shape = (self.work.tokens // self.work.sequence, self.work.sequence)
-        tokens = torch.randint(self.work.vocabulary, shape, generator=generator)
-        positions = torch.arange(self.work.sequence).expand(shape)
-        return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": positions}
 
     def mark(self, part: str) -> None:
         torch.cuda.synchronize()
@@ -147,14 +124,6 @@ def groups() -> dict[str, dist.ProcessGroup]:
         "data": parallel_state.get_data_parallel_group(),
         "tensor": parallel_state.get_tensor_model_parallel_group(),
     }
-
-
-def allocated() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-
-
-def peak_allocated() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 @contextlib.contextmanager
@@ -193,14 +162,6 @@ def sent_by_formula(bench: Bench, tensor: int, replicas: int) -> dict[str, float
         sent = data_parallel_bytes(held, replicas, 1, work.micro_batches, "bf16", work.grad_reduce_dtype)
         sizes["data"] = sum(sent.values())
     return sizes
-
-
-def planned_bytes(bench: Bench, tensor: int, replicas: int) -> float:
-    """What `slope plan` counts at the peak, without what it assumes for CUDA's context and fragmentation."""
-    layout = Layout(tensor, 1, replicas, sequence_parallel=tensor > 1)
-    how = Holding(precision("bf16", "fp32"), "kernels", fused=True)
-    sizes = fullest_gpu(bench.config, layout, bench.work.vocabulary, how)
-    return sum(size for name, size in sizes.items() if name not in ("context", "fragmentation"))
 
 
 # -- a rank ------------------------------------------------------------------------------------------------------------
@@ -264,7 +225,7 @@ def row_of(bench: Bench, overlaps: bool, samples: list[dict[str, float]]) -> dic
         "samples": list(samples),
         "state_gib": bench.state_bytes / GIB,
         "peak_gib": bench.peak_bytes / GIB,
-        "planned_gib": planned_bytes(bench, tensor, replicas) / GIB,
+        "planned_gib": planned_bytes(bench.engine.config, replicas) / GIB,
         "tensor_sent_gib": sent.total("tensor") / GIB,
         "tensor_formula_gib": formula["tensor"] / GIB,
         "data_sent_gib": sent.total("data") / GIB,

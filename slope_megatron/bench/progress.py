@@ -81,11 +81,16 @@ def add_budget(parser) -> None:
     )
 
 
-def begin(arguments) -> Clock:
-    """The clock of a benchmark that runs in this process; its first line is the machine."""
+def begin(arguments, gpu: bool = True) -> Clock:
+    """The clock of a benchmark that runs in this process; its first line is the machine.
+
+    Raises:
+        ValueError: it needs a `gpu`, and there is none to measure.
+    """
     from slope_megatron.bench.common import machine, require_gpu
 
-    require_gpu()
+    if gpu:
+        require_gpu()
     clock = Clock(arguments.seconds)
     clock.show_log()
     clock.say(machine())

@@ -7,16 +7,12 @@ from slope_megatron.cli.parser import Parser, manual
 
 BENCHMARKS = {
     "gemm": "every linear of the models, its three products, at each tensor-parallel size",
+    "model": "whole models as `slope pretrain` trains them, dense and 2:4: tokens/s, MFU, memory",
     "block": "whole transformer blocks, training and forward alone",
     "parallel": "training steps on several GPUs: tensor parallel, and replicas from one up",
-    "adapters": "what low-rank adapters of some rank cost a block, training and forward alone",
-    "memory": "what a block and a model hold in memory, training and inference, dense and 2:4",
     "peers": "blocks of torch's own 2:4 tensors, of an FST-style MLP and of this project's modes, in one run",
-    "step": "an optimizer step of stacked blocks: micro-batches, AdamW, refresh",
     "decode": "prefill and decoding of a few blocks at inference",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
-    "fp8": "every linear of the models in e4m3, dense and 2:4, against dense bf16",
-    "fill": "how long a rank takes to draw a model's weights and patterns at its start, on a GPU or a CPU",
 }
 DESCRIPTION = """\
 Time 2:4 products, blocks and steps against dense ones on this machine's GPU. Dense and sparse alternate in one run;
@@ -25,6 +21,7 @@ has flags of its own: `slope bench gemm --help`.
 """
 EXAMPLES = """\
 examples:
+  slope bench model --model opt-2.6b --out measured
   slope bench gemm --models opt-2.6b --tensor-parallel 1 --out measured
   slope bench block --models opt-13b --modes paper full --out measured
   slope plan --cluster mine.env --rates measured/gemm.csv          the planner with these rates

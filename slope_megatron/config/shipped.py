@@ -5,6 +5,9 @@ Each exists once, under `launch/` or `kernels/results` of the repository; setup.
 
 from pathlib import Path
 
+from slope_megatron.config.fields import load_yaml
+from slope_megatron.config.model import ModelConfig
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -12,6 +15,11 @@ def folder(name: str) -> Path:
     """Where the clusters, models, recipes or results are."""
     checkout = PACKAGE.parent / ("kernels" if name == "results" else "launch") / name
     return checkout if checkout.is_dir() else PACKAGE / "shipped" / name
+
+
+def model(name: str) -> ModelConfig:
+    """A published model's architecture."""
+    return ModelConfig(**load_yaml(folder("models") / f"{name}.yaml", {"model": ModelConfig})["model"])
 
 
 def config_file(path: Path) -> Path:

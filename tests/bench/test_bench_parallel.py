@@ -21,9 +21,9 @@ TINY = "--sequence 32 --tokens 64 --micro-batches 1 --vocabulary 100 --blocks 1 
 def rows_of(settings):
     """What one rank of the benchmark measures, in groups that are there already."""
     from slope_megatron.bench import parallel
-    from slope_megatron.bench.models import Model
+    from slope_megatron.bench.models import TINY
 
-    return parallel.measure(parallel.Work(model=Model("tiny", 64, 256, 4, 4, False), **settings))
+    return parallel.measure(parallel.Work(model=TINY, **settings))
 
 
 def settings(tensor_parallel, **more):

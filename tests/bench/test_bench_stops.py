@@ -13,18 +13,13 @@ from slope_megatron.cli import bench
 
 MODELS = ["opt-2.6b", "opt-13b", "opt-66b"]
 PAIR = {"model": "m", "peer": "paper", "pass": "train", "ratio": 1.0}
-ADAPTERS = {"model": "m", "pass": "train", "share": 1.0, "kept": 1.0, "flop_bound": 1.0, "byte_bound": 1.0}
 BLOCK = {"train": {"dense": [2.0, 2.0, 2.0], "paper": [1.0, 1.0, 1.0]}}
 GEMM = {"chosen_ratio": 1.0, "dense_ms": 1.0, "cusparselt_ratio": 1.0, "tiles": 1, "cutlass_ratio": 1.0}
 # Each benchmark: the function that measures, what it returns, and flags; each call makes as many rows as are counted.
 CASES = {
     "block": ("timed", BLOCK, ()),
     "gemm": ("measured", GEMM, ()),
-    "fp8": ("measured", {"ratio": 1.0}, ()),
-    "adapters": ("model_rows", [ADAPTERS], ()),
-    "memory": ("model_tables", ([{"model": "m"}], [{"model": "m"}]), ()),
     "peers": ("peer_rows", [{**PAIR, "refused": ""}], ("--peers", "paper")),
-    "step": ("measured", PAIR, ()),
     "refresh": ("timed", [PAIR], ()),
 }
 
@@ -104,7 +99,7 @@ def test_models_after_the_budget_are_named(name, loaded, monkeypatch, tmp_path, 
 
     function, values, flags = CASES[name]
     monkeypatch.setattr(module, function, measuring(values, 1, lambda: monkeypatch.setattr(progress, "time", Later)))
-    for unneeded in ("print_table", "bar_chart", "stacked_chart"):
+    for unneeded in ("print_table", "bar_chart"):
         monkeypatch.setattr(module, unneeded, lambda *_, **__: None, raising=False)
     assert run(module, tmp_path, "--models", *MODELS, *flags, "--seconds", "100") == 0
     assert "the 100 s of --seconds are over: not measured: opt-13b, opt-66b" in capsys.readouterr().err

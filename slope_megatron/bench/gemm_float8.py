@@ -1,13 +1,11 @@
-"""Every linear of the models in e4m3: forward and dgrad dense in bf16, dense and 2:4 in e4m3; wgrad dense in both.
+"""`slope bench gemm --dtype e4m3`: products dense in bf16, dense and 2:4 in e4m3; wgrad dense in both.
 
 All alternate in one run. `rounding_ms` is what a product's inputs cost on the way to e4m3 (largest magnitude, then
 rounding; for wgrad both matrices, transposed): it is in neither product's time, and `ratio` and `over_dense_fp8` count
 it on the e4m3 side. The weight is rounded once a step and not counted.
 """
 
-from slope_megatron.bench.common import bar_chart, machine, print_table, rounded, write_csv
-from slope_megatron.bench.models import MODELS
-from slope_megatron.bench.progress import add_budget, begin
+from slope_megatron.bench.common import rounded
 
 
 def forward_like(key) -> dict:
@@ -51,16 +49,12 @@ def weight_gradient(rows: int, columns: int, tokens: int) -> dict:
     return timing.interleaved(functions, rounds=7, calls=5)
 
 
-def measured(kind: str, rows: int, columns: int, tokens: int) -> dict:
+def measured(key) -> dict:
     """One product's row, without the names of model and linear; `rows` x `columns` is the operand, for wgrad W."""
     from slope_megatron.ops.autotune import timing
-    from slope_megatron.ops.choices import Key, Product
-    from slope_megatron.sparsity.float8 import E4M3
 
-    if kind == "wgrad":
-        samples = weight_gradient(rows, columns, tokens)
-    else:
-        samples = forward_like(Key(Product(kind), rows, columns, tokens, E4M3))
+    rows, columns, tokens = key.rows, key.columns, key.tokens
+    samples = weight_gradient(rows, columns, tokens) if key.product == "wgrad" else forward_like(key)
     times = {name: timing.median(values) for name, values in samples.items()}
     sparse = [name for name in times if isinstance(name, int)]
     best = min(sparse, key=times.__getitem__, default=None)
@@ -84,35 +78,3 @@ def measured(kind: str, rows: int, columns: int, tokens: int) -> dict:
             "sparse_fp8_tflops": flops / times[best] if sparse else "",
         }
     )
-
-
-def add_arguments(parser) -> None:
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="models to time")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens T of the products")
-    add_budget(parser)
-    parser.add_argument("--out", help="folder for the CSV and the chart; default: the current one")
-
-
-def main(arguments) -> int:
-    clock = begin(arguments)
-    from slope_megatron.ops.operands import float8
-
-    if reason := float8.unsupported():
-        raise ValueError(f"slope bench fp8 measures e4m3 products, and this machine cannot: {reason}")
-    done: dict = {}
-    rows = []
-    for name in clock.within(arguments.models):
-        for linear, (out, width) in MODELS[name].linears().items():
-            for kind, shape in (("forward", (out, width)), ("dgrad", (width, out)), ("wgrad", (out, width))):
-                product = (kind, *shape, arguments.tokens)
-                if product not in done:
-                    done[product] = measured(*product)
-                rows.append({"model": name, "linear": linear, "kind": kind, **done[product]})
-                clock.say(" ".join(str(value) for value in rows[-1].values()))
-                path = write_csv("fp8", rows, arguments.out)
-    columns = ["model", "linear", "kind", "bf16_ms", "dense_fp8_ms", "sparse_fp8_ms", "rounding_ms"]
-    print_table(rows, [*columns, "ratio", "over_dense_fp8", "sparse_fp8_tflops"])
-    labels = [f"{row['model']} {row['linear']} {row['kind']}" for row in rows]
-    bar_chart("fp8", labels, {"e4m3 over dense bf16": [row["ratio"] for row in rows]}, machine(), arguments.out)
-    print(f"wrote {path}")
-    return 0

@@ -1,0 +1,121 @@
+"""The trainer's engines on synthetic batches, for benchmarks of whole steps: built as `slope pretrain` builds them."""
+
+import contextlib
+import gc
+import io
+import weakref
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from slope_megatron.config import Config, ModelConfig
+from slope_megatron.data.batches import MicroBatches
+from slope_megatron.models.shapes import own_rows
+from slope_megatron.planner.layout import Layout
+from slope_megatron.planner.memory import Holding, fullest_gpu, precision
+from slope_megatron.training.engine import Engine
+from slope_megatron.training.pretrain import build_engine
+
+GIB = 2**30
+
+
+class RandomSamples:
+    """Samples of random tokens as `data.batches` gives them, the same under the same number in every process."""
+
+    def __init__(self, model: ModelConfig, sequence: int):
+        self.model, self.sequence = model, sequence
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        tokens = torch.randint(own_rows(self.model), (self.sequence + 1,), generator=generator)
+        sample = {"tokens": tokens[:-1], "labels": tokens[1:]}
+        if self.model.architecture == "gpt":
+            return sample | {"loss_mask": torch.ones(self.sequence), "position_ids": torch.arange(self.sequence)}
+        hidden = torch.rand(self.sequence, generator=generator) < 0.15
+        sample |= {"loss_mask": hidden.float(), "padding_mask": torch.ones_like(tokens[1:])}
+        return sample | {"types": torch.zeros_like(tokens[1:]), "is_next": tokens[0] % 2}
+
+
+class BuiltEngine:
+    """An engine and its batches; `free` gives all its memory back.
+
+    Attributes:
+        started_with: bytes allocated before it was built.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype):
+        self.started_with = allocated()
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
+            self.engine: Engine = build_engine(config, own_rows(config.model), dtype, None, None)[0]
+        data = config.data
+        samples: Any = RandomSamples(config.model, data.seq_length)
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        self.batches = MicroBatches(samples, data.global_batch_size, data.micro_batch_size, replica, replicas)
+
+    def step(self):
+        """The next training step, from fetching its batches on."""
+        return self.engine.train_step(self.batches.step(self.engine.steps_done))
+
+    def let_go(self) -> None:
+        """DeepSpeed keeps names of parameters, with the parameters, and hooks on them."""
+        self.engine.deepspeed.destroy()
+        del self.engine
+
+    def free(self) -> int:
+        """Let the engine go.
+
+        Returns:
+            bytes that stay allocated beyond those of before: workspaces of libraries, in a process's first engine.
+        Raises:
+            RuntimeError: some of the engine's tensors are alive, so that the next engine's memory would be wrong.
+        """
+        model = self.engine.model
+        tensors = [*model.parameters(), *model.buffers(), *optimizer_tensors(self.engine)]
+        kept = [(tuple(tensor.shape), weakref.ref(tensor)) for tensor in tensors]
+        del model, tensors
+        self.let_go()
+        clear()
+        alive = [shape for shape, tensor in kept if tensor() is not None]
+        if alive:
+            raise RuntimeError(f"{len(alive)} tensors outlive their engine, such as one of {alive[0]}")
+        return allocated() - self.started_with
+
+
+def optimizer_tensors(engine: Engine) -> list[torch.Tensor]:
+    """Masters and moments."""
+    optimizer = engine.optimizer.optimizer
+    masters = [master for group in optimizer.param_groups for master in group["params"]]
+    return masters + [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
+def clear() -> None:
+    """Collect what is unreachable and give its memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_allocated() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def planned_bytes(config: Config, replicas: int = 1) -> float:
+    """What `slope plan` counts at the peak, without what it assumes for CUDA's context and fragmentation."""
+    tensor = config.parallel.tensor_parallel
+    layout = Layout(tensor, 1, replicas, sequence_parallel=tensor > 1)
+    how = Holding(precision("bf16", "fp32", config.slope.fp8 != "off"), "kernels", fused=True)
+    sizes = fullest_gpu(config, layout, own_rows(config.model), how)
+    return sum(size for name, size in sizes.items() if name not in ("context", "fragmentation"))

@@ -1,0 +1,164 @@
+"""The visits of `slope bench model`: an engine is built, timed and freed before the next one is built."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from slope_megatron.bench import engines
+from slope_megatron.bench.busy import busy
+from slope_megatron.bench.engines import GIB, BuiltEngine
+from slope_megatron.bench.lone_rank import rank_0_of
+from slope_megatron.bench.progress import Clock
+from slope_megatron.bench.work import ModelWork
+from slope_megatron.config import Config, DataConfig, OptimizerConfig, ParallelConfig, SlopeConfig, TrainConfig
+from slope_megatron.models.shapes import own_rows
+from slope_megatron.ops.autotune import timing
+from slope_megatron.training import kernel_choices, parallel
+from slope_megatron.training.telemetry import accounting, flops
+
+# `--modes` -> what `--slope-*` flags such a run has.
+SLOPE: dict[str, dict] = {
+    "dense": {"enabled": False},
+    "dense-fp8": {"method": "dense", "fp8": "current"},
+    "paper": {"mode": "paper"},
+    "full": {"mode": "full"},
+    "fp8": {"fp8": "current"},
+}
+
+
+def config_of(slope: SlopeConfig, work: ModelWork) -> Config:
+    """What `slope pretrain` would be told; all else is its default.
+
+    Raises:
+        ValueError: what it refuses.
+    """
+    return Config(
+        slope=slope,
+        model=work.model,
+        parallel=ParallelConfig(tensor_parallel=work.shard_of, sequence_parallel=work.shard_of > 1),
+        data=DataConfig(
+            data="none",
+            seq_length=work.sequence,
+            micro_batch_size=work.micro_batch,
+            global_batch_size=work.micro_batch * work.micro_batches,
+        ),
+        optimizer=OptimizerConfig(lr=1e-5, min_lr=1e-6),
+        train=TrainConfig(out="none"),
+    )
+
+
+def configs(modes: list[str], work: ModelWork, clock: Clock) -> dict[str, Config]:
+    """Of each mode that the trainer has; what it says of the others is told."""
+    found = {}
+    for mode in modes:
+        try:
+            slope = SlopeConfig(**SLOPE[mode])
+        except ValueError as error:
+            clock.say(f"{mode} is left out, for the trainer refuses it: {error}")
+            continue
+        if slope.packed:
+            slope = dataclasses.replace(slope, adapter_rank=work.adapter_rank, lazy_fraction=1.0)
+        found[mode] = config_of(slope, work)
+    return found
+
+
+def visits(modes: list[str], work: ModelWork, clock: Clock) -> Iterator[dict]:
+    """The row of each visit, with the "samples" of its step: ms. A mode that does not fit the GPU has none."""
+    wanted = configs(modes, work, clock)
+    order = [(mode, 1) for mode in wanted] + [(mode, 2) for mode in reversed(wanted)]
+    labels = {f"{mode}, visit {number} of 2": (mode, number) for mode, number in order}
+    too_large = set()
+    with rank_0_of(work.shard_of):
+        parallel.initialize(next(iter(wanted.values())))
+        kernel_choices.share(Path(os.devnull), resumed=False)
+        for label in clock.within(list(labels)):
+            mode, number = labels[label]
+            if mode in too_large:
+                continue
+            row = fitting(wanted[mode], work, clock)
+            if row is None:
+                too_large.add(mode)
+                # Now that the error is gone, and with it the frames that held the engine.
+                engines.clear()
+                continue
+            yield {"model": work.name, "mode": mode, "visit": number} | row
+        parallel.finish()
+
+
+def fitting(config: Config, work: ModelWork, clock: Clock) -> dict | None:
+    """`visit`; None if the GPU has too little memory."""
+    try:
+        return visit(config, work, clock)
+    except torch.OutOfMemoryError as error:
+        clock.say(f"this mode does not fit: {str(error).splitlines()[0]} Give fewer --layers, or other --modes")
+        return None
+
+
+def visit(config: Config, work: ModelWork, clock: Clock) -> dict:
+    """Build, time and free one engine."""
+    started = time.perf_counter()
+    built = BuiltEngine(config, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    try:
+        row = measured(built, work, started)
+    except Exception:
+        built.let_go()
+        raise
+    left = built.free()
+    clock.say(f"freed; {left / 2**20:.1f} MiB stay allocated")
+    return row | {"left_mib": left / 2**20 if torch.cuda.is_available() else ""}
+
+
+def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
+    """The row of one engine, without what it is called."""
+    config = built.engine.config
+    built.step()
+    torch.cuda.synchronize()
+    start_s = time.perf_counter() - started
+    for _ in range(work.warmup - 1):
+        built.step()
+    torch.cuda.synchronize()
+    state = engines.allocated()
+    parts = accounting.local_bytes(built.engine)
+    engines.reset_peak()
+    samples = []
+    for _ in range(work.steps):
+        begun = time.perf_counter()
+        result = built.step()
+        # Its end waits for the gradients' norm; what the GPU still does then counts in the next step, as in training.
+        samples.append(1e3 * (time.perf_counter() - begun))
+    if result.skipped:
+        raise RuntimeError(f"a loss of {result.loss} or a gradient is not finite: what was timed is not training")
+    peak = engines.peak_allocated()
+    busy_ms, busy_share = busy(built.step, work.profiled) if work.profiled else ("", "")
+    tokens_per_second = work.sequence * work.micro_batch * work.micro_batches / timing.median(samples) * 1e3
+    counts = flops.flops_per_token(config, own_rows(config.model), adapters=config.adapter_start == 0)
+    speed = flops.speed(counts, tokens_per_second, work.shard_of, flops.peak_tflops(config))
+    return {
+        "layers": config.model.num_layers,
+        "shard_of": work.shard_of,
+        "sequence": work.sequence,
+        "micro_batch": work.micro_batch,
+        "micro_batches": work.micro_batches,
+        "adapter_rank": config.slope.rank if config.slope.packed else 0,
+        "parameters": accounting.parameter_count(built.engine),
+        "steps": work.steps,
+        "loss": result.loss,
+        "step_ms": timing.median(samples),
+        "spread": timing.spread(samples),
+        "tokens_per_second": tokens_per_second,
+        "mfu": speed.get("mfu", ""),
+        "mfu_actual": speed.get("mfu_actual", ""),
+        "busy_ms": busy_ms,
+        "busy_share": busy_share,
+        "linears_gib": sum(parts["sparse_layers"].values()) / GIB,
+        "counted_gib": sum(parts["model"].values()) / GIB,
+        "state_gib": state / GIB or "",
+        "peak_gib": peak / GIB or "",
+        "planned_gib": engines.planned_bytes(config) / GIB,
+        "start_s": start_s,
+        "samples": samples,
+    }
