@@ -1,14 +1,8 @@
 """Plots of run folders. Runs differ by colour, mark and line; colours also by brightness, for print in greyscale."""
 
 import dataclasses
-import logging
-import math
 import os
 from pathlib import Path
-
-from slope_megatron.storage.metrics_file import read_metrics
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,46 +48,6 @@ def curve(metrics: list[dict], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric; those that were not finite are null in the file, and left out."""
     points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def plot_losses(runs: dict[str, Path], target: Path, *, adapter_start: int | None, unigram_entropy: float) -> None:
-    """Training (thin) and validation (dots) losses of several runs, in nats per token.
-
-    Args:
-        runs: label -> run folder.
-        adapter_start: the step at which adapters join, drawn as a line; None: no line.
-        unigram_entropy: what a model that knows token frequencies only would reach, drawn as a line.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=130)
-    lowest = unigram_entropy
-    for (label, run), style in zip(runs.items(), STYLES, strict=False):
-        metrics, damaged = read_metrics(run / "metrics.jsonl")
-        if damaged:
-            logger.warning("%s: %d damaged lines are passed over", run / "metrics.jsonl", len(damaged))
-        steps, losses = curve(metrics, "loss")
-        axes.plot(steps, losses, color=style.colour, linestyle=style.line, linewidth=0.8, alpha=0.6)
-        steps, values = curve(metrics, "val_loss")
-        last = f"validation {values[-1]:.3f}" if values else "no validation"
-        axes.plot(steps, values, **style.dots(), label=f"{label}: {last}")
-        lowest = min(lowest, *losses, *values)
-    axes.plot([], [], color="black", linewidth=0.8, alpha=0.6, label="thin: training")
-    axes.axhline(unigram_entropy, color="grey", linestyle=":", label=f"unigram entropy {unigram_entropy:.3f}")
-    if adapter_start is not None:
-        axes.axvline(adapter_start, color="black", linestyle="-.", linewidth=1, label="adapters join")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    top = math.ceil(unigram_entropy * 1.25)
-    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    save(figure, target)
-    plt.close(figure)
 
 
 def plot_runs(records: list, target: Path) -> None:

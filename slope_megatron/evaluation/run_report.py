@@ -87,8 +87,12 @@ def labels_of(folders: list[Path]) -> list[str]:
         depth += 1
 
 
-def write_report(folders: list[Path], out: Path) -> Path:
-    """report.md, report.png and report.json in `out`; returns the Markdown's path."""
+def write_report(folders: list[Path], out: Path, notes: tuple[str, ...] = ()) -> Path:
+    """report.md, report.png and report.json in `out`; returns the Markdown's path.
+
+    Args:
+        notes: on all runs, beside what each one ran on.
+    """
     records = [read_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
     out = output_folder(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
@@ -98,9 +102,10 @@ def write_report(folders: list[Path], out: Path) -> Path:
         "![loss, speed and memory](report.png)",
         results(records),
         memory(records),
+        double_pruning(records),
         scores(records),
         differences(records),
-        provenance(records),
+        provenance(records, notes),
         missing(records),
     )
     path = out / "report.md"
@@ -137,7 +142,16 @@ def results(records: list[RunRecord]) -> str:
             ]
         )
     head = ["run", "validation loss", "perplexity", "steps", "tokens", "tokens/s", "parameters held", "seconds"]
-    return "## Results\n\n" + table(head, rows)
+    text = "## Results\n\n" + table(head, rows)
+    entropy = records[0].summary.get("unigram_entropy")
+    if entropy:
+        text += f"\n\nKnowing the tokens' frequencies alone would reach {entropy:.4f}, their unigram entropy."
+    if any(record.summary.get("backend") == "reference" for record in records):
+        text += (
+            "\n\nThe backend `reference` unpacks sparse products and runs them dense: its tokens/s say nothing about "
+            "sparse tensor cores, and its operands are larger than theirs."
+        )
+    return text
 
 
 def memory(records: list[RunRecord]) -> str:
@@ -146,7 +160,7 @@ def memory(records: list[RunRecord]) -> str:
     if not known:
         return ""
     rows = []
-    for scope, words in (("sparse_layers", "2:4 linears (or their dense twins)"), ("model", "whole model")):
+    for scope, words in (("sparse_layers", "2:4 linears (dense: the same ones)"), ("model", "whole model")):
         for kind in BYTES:
             sizes = [record.summary["state_bytes"][scope].get(kind) for record in known]
             if any(sizes):
@@ -154,6 +168,21 @@ def memory(records: list[RunRecord]) -> str:
                 rows.append([f"{words}: {kind}", *(shown(size) for size in sizes), ratio])
     head = ["bytes (measured)", *(record.label for record in known), f"{known[0].label} / {known[-1].label}"]
     return "## Memory\n\n" + table(head, rows)
+
+
+def double_pruning(records: list[RunRecord]) -> str:
+    """What the second pruning, of the backward operand, costs the runs that have one."""
+    found = {
+        record.label: record.summary["double_pruning"] for record in records if record.summary.get("double_pruning")
+    }
+    if not found:
+        return ""
+    rows = [
+        [label, *(shown(own[key], ".3%") for key in ("measured", "formula", "energy_lost"))]
+        for label, own in found.items()
+    ]
+    head = ["run", "weights zeroed more", "formula, for independent rows", "energy of the kept weights in them"]
+    return "## Double pruning\n\n" + table(head, rows)
 
 
 def scores(records: list[RunRecord]) -> str:
@@ -190,9 +219,9 @@ def differences(records: list[RunRecord]) -> str:
     return "## Settings that differ\n\n" + table(["setting", *(record.label for record in known)], rows)
 
 
-def provenance(records: list[RunRecord]) -> str:
+def provenance(records: list[RunRecord], notes: tuple[str, ...]) -> str:
     """Versions, layout, type and backend."""
-    lines = []
+    lines = [f"- {note}" for note in notes]
     for record in records:
         run, said = record.summary, record.description
         versions = ", ".join(f"{name} {version}" for name, version in said.get("versions", {}).items())

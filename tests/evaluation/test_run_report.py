@@ -37,7 +37,7 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert "| a/sparse | 2.0000 | 7.39 | 20 | 4,096 | 1,234 | 777 | 9 |" in text
     assert "| b/dense | - | - | - | - | - | - | - |" in text
     assert "- b/dense has no summary.json, metrics.jsonl" in text
-    assert "| 2:4 linears (or their dense twins): weights | 2,000 | 4,000 | 0.5000 |" in text
+    assert "| 2:4 linears (dense: the same ones): weights | 2,000 | 4,000 | 0.5000 |" in text
     assert "| lm: piqa/acc | 0.5761 | - | - |" in text and "| squad: f1 | 77.2500 | - | - |" in text
     assert "| slope.enabled | True | False | True |" in text and "torch 2.13.0" in text
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -97,10 +97,11 @@ def test_a_score_of_other_settings_is_kept(tmp_path, caplog):
 
 
 def test_a_loss_that_was_not_finite_leaves_a_gap_in_the_plot(tmp_path):
-    from slope_megatron.evaluation.plots import plot_losses
+    from slope_megatron.evaluation.plots import plot_runs
+    from slope_megatron.evaluation.run_report import read_run
 
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 3, "val_loss": None}]
     (tmp_path / "metrics.jsonl").write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode() + b"\xff\n")
-    plot_losses({"run": tmp_path}, tmp_path / "loss.png", adapter_start=None, unigram_entropy=4.0)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    plot_runs([read_run(tmp_path, "run")], tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.png"]
