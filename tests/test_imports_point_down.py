@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "preflight": {"planner", "models", *LEAVES},
     "bench": {
         *("integrations", "planner", "training", "models", "layers", "linear", "inference", "ops", "sparsity"),
-        *("slope_kernels", *LEAVES),
+        *("data", "slope_kernels", *LEAVES),
     },
     "cli": {
         *("bench", "planner", "preflight", "integrations", "evaluation", "training", "export", "inference", "models"),

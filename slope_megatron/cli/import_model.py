@@ -44,8 +44,8 @@ def add_parser(subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.export import hf_checkpoint
+    from slope_megatron.export.hf_config import model_config
     from slope_megatron.export.hf_export import DTYPES
-    from slope_megatron.export.hf_import import model_config
     from slope_megatron.export.output_folder import check_target
 
     check_target(arguments.target, 0)

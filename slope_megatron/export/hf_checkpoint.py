@@ -19,7 +19,8 @@ import torch
 from slope_megatron.config import ModelConfig
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.yaml_file import write_yaml
-from slope_megatron.export.hf_import import HfWeights, as_dict, model_config
+from slope_megatron.export.hf_config import as_dict, model_config
+from slope_megatron.export.hf_import import HfWeights
 from slope_megatron.export.output_folder import new_folder
 from slope_megatron.export.trained_run import TOKENIZER_FILES
 from slope_megatron.inference.packed_file import SafetensorsFolder

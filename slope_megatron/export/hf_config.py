@@ -1,104 +1,206 @@
-"""Our architectures as Hugging Face configurations: the inverse of `hf_import.model_config`, and checked against it."""
+"""Hugging Face's configurations as our architectures, and back: one table a family, read in both directions."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from slope_megatron.config import ModelConfig
-from slope_megatron.export.hf_import import model_config
-from slope_megatron.export.hf_names import ACTIVATIONS
+from slope_megatron.export.hf_names import ACTIVATIONS, FAMILIES
 
-DECODERS = ("opt", "gpt2", "llama", "mistral")
-ARCHITECTURES = {
-    "opt": "OPTForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "bert": "BertForPreTraining",
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """How the configurations of one `model_type` say what a ModelConfig says.
+
+    Args:
+        architecture: class of transformers.
+        names: our field -> theirs.
+        absent: their fields that may be left out -> what that means.
+        fixed: our fields of which the family has one value.
+        required: their fields that our blocks must find with this value, or absent.
+        written: what an export says beside those.
+        dropouts: theirs of our one dropout.
+    """
+
+    architecture: str
+    names: dict[str, str]
+    dropouts: tuple[str, ...]
+    absent: dict[str, object]
+    required: dict[str, object]
+    written: dict[str, object] = dataclasses.field(default_factory=dict)
+    fixed: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+ENDS = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings"}
+SIZES = {
+    **ENDS,
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
 }
+OPT = Fields(
+    architecture="OPTForCausalLM",
+    names={**SIZES, "ffn_hidden_size": "ffn_dim", "activation": "activation_function"},
+    dropouts=("dropout", "attention_dropout"),
+    absent={"tie_word_embeddings": True},
+    required={
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+    },
+    written={"do_layer_norm_before": True},
+)
+GPT2 = Fields(
+    architecture="GPT2LMHeadModel",
+    names={
+        **ENDS,
+        "num_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "max_positions": "n_positions",
+        "ffn_hidden_size": "n_inner",
+        "activation": "activation_function",
+        "norm_eps": "layer_norm_epsilon",
+    },
+    dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    absent={"tie_word_embeddings": True, "n_inner": None},
+    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+)
+LLAMA = Fields(
+    architecture="LlamaForCausalLM",
+    names={
+        **SIZES,
+        "num_query_groups": "num_key_value_heads",
+        "ffn_hidden_size": "intermediate_size",
+        "activation": "hidden_act",
+        "norm_eps": "rms_norm_eps",
+    },
+    dropouts=("attention_dropout",),
+    absent={"tie_word_embeddings": False, "num_key_value_heads": None},
+    required={"attention_bias": False, "mlp_bias": False},
+    written={"attention_bias": False, "mlp_bias": False},
+    fixed={"gated_mlp": True, "normalization": "RMSNorm", "position": "rope", "linear_bias": False},
+)
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    architecture="MistralForCausalLM",
+    required={"sliding_window": None},
+    written={"attention_bias": False, "sliding_window": None},
+)
+BERT = Fields(
+    architecture="BertForPreTraining",
+    names={
+        **SIZES,
+        "ffn_hidden_size": "intermediate_size",
+        "activation": "hidden_act",
+        "norm_eps": "layer_norm_eps",
+    },
+    dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    absent={"tie_word_embeddings": True, "hidden_act": "gelu"},
+    required={
+        "type_vocab_size": 2,
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "position_embedding_type": "absolute",
+        # The MLM head's activation is the blocks'; ours is Megatron's, which is the exact GELU.
+        "hidden_act": "gelu",
+    },
+    written={"type_vocab_size": 2},
+    fixed={"architecture": "bert"},
+)
+TABLES = {"opt": OPT, "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "bert": BERT}
+DECODERS = ("opt", "gpt2", "llama", "mistral")
 # What a configuration of theirs does not hold: how ours was trained and padded.
 OURS_ALONE = ("dropout", "init_std", "vocab_multiple", "ffn_hidden_size", "num_query_groups")
 
 
-def activation_name(activation: str) -> str:
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+def as_dict(hf_config) -> dict:
+    """The fields of a `transformers` configuration, or of a `config.json` that was read.
+
+    Raises:
+        ValueError: a model type that we have no table for.
+    """
+    fields = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
+    if fields.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"the Hugging Face model is of type {fields.get('model_type')!r}: the types that can be read are "
+            f"{', '.join(FAMILIES)}; add a table to slope_megatron/export/hf_names.py"
+        )
+    return fields
 
 
-def _opt(model: ModelConfig) -> dict:
-    return {
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "ffn_dim": model.ffn,
-        "word_embed_proj_dim": model.hidden_size,
-        "activation_function": activation_name(model.activation),
-        "do_layer_norm_before": True,
-        "dropout": model.dropout,
-        "attention_dropout": model.dropout,
-    }
+def model_config(hf_config) -> ModelConfig:
+    """The architecture of a Hugging Face configuration (an object, or the mapping in `config.json`).
+
+    Raises:
+        ValueError: a type or a setting that our models do not have.
+    """
+    fields = as_dict(hf_config)
+    family = fields["model_type"]
+    table = TABLES[family]
+    for name, required in table.required.items():
+        refuse_unless(family, fields, name, required)
+    fields = {**table.absent, **fields}
+    values = {ours: fields[theirs] for ours, theirs in table.names.items()} | table.fixed
+    if values["activation"] not in ACTIVATIONS:
+        raise ValueError(
+            f"this {family} model's activation is {values['activation']!r}: it must be one of {', '.join(ACTIVATIONS)}"
+        )
+    values["activation"] = ACTIVATIONS[values["activation"]]
+    if family == "gpt2":
+        values["ffn_hidden_size"] = values["ffn_hidden_size"] or 4 * values["hidden_size"]
+    if family == "opt":
+        refuse_unless(family, fields, "word_embed_proj_dim", values["hidden_size"])
+    if values.get("position") == "rope":
+        values["rotary_base"] = rotary_base(family, fields)
+    return ModelConfig(**values)
 
 
-def _gpt2(model: ModelConfig) -> dict:
-    return {
-        "n_embd": model.hidden_size,
-        "n_layer": model.num_layers,
-        "n_head": model.num_attention_heads,
-        "n_inner": model.ffn,
-        "n_positions": model.max_positions,
-        "activation_function": activation_name(model.activation),
-        "layer_norm_epsilon": model.norm_eps,
-        **{name: model.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
-    }
+def rotary_base(family: str, fields: dict) -> int:
+    """
+    Raises:
+        ValueError: another base, scaling or width of a head than our attention has.
+    """
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    refuse_unless(family, {"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", "default")
+    width = fields["hidden_size"] // fields["num_attention_heads"]
+    refuse_unless(family, {"head_dim": fields.get("head_dim") or width}, "head_dim", width)
+    base = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+    if base != int(base):
+        raise ValueError(
+            f"this {family} model has rope_theta = {base!r}: --rotary-base is a whole number; take another"
+        )
+    return int(base)
 
 
-def _llama(model: ModelConfig) -> dict:
-    return {
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "intermediate_size": model.ffn,
-        "hidden_act": activation_name(model.activation),
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
-        "rope_theta": float(model.rotary_base),
-        "attention_bias": False,
-        "attention_dropout": model.dropout,
-    }
-
-
-def _bert(model: ModelConfig) -> dict:
-    return {
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn,
-        "hidden_act": activation_name(model.activation),
-        "layer_norm_eps": model.norm_eps,
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.dropout,
-        "type_vocab_size": 2,
-    }
-
-
-WRITERS = {
-    "opt": _opt,
-    "gpt2": _gpt2,
-    "llama": lambda model: {**_llama(model), "mlp_bias": False},
-    "mistral": lambda model: {**_llama(model), "sliding_window": None},
-    "bert": _bert,
-}
+def refuse_unless(family: str, fields: dict, name: str, required) -> None:
+    got = fields.get(name, required)
+    if got != required:
+        raise ValueError(
+            f"this {family} model has {name} = {got!r}: only models with {required!r} can be read; take one of those"
+        )
 
 
 def fields_of(family: str, model: ModelConfig) -> dict:
     """The fields of config.json for an architecture in one family."""
-    # GPT-2's own name for the positions is n_positions.
-    positions = {} if family == "gpt2" else {"max_position_embeddings": model.max_positions}
+    table = TABLES[family]
+    fields = {theirs: getattr(model, ours) for ours, theirs in table.names.items()}
+    fields[table.names["ffn_hidden_size"]] = model.ffn
+    fields[table.names["activation"]] = next(name for name, ours in ACTIVATIONS.items() if ours == model.activation)
+    if "num_query_groups" in table.names:
+        fields[table.names["num_query_groups"]] = model.query_groups
+    if "position" in table.fixed:
+        base = float(model.rotary_base)
+        fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": base}, "rope_theta": base}
+    if family == "opt":
+        fields["word_embed_proj_dim"] = model.hidden_size
     return {
         "model_type": family,
-        "architectures": [ARCHITECTURES[family]],
-        **WRITERS[family](model),
-        **positions,
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": model.tie_embeddings,
+        "architectures": [table.architecture],
+        **fields,
+        **table.written,
+        **dict.fromkeys(table.dropouts, model.dropout),
         "initializer_range": model.init_std,
     }
 

@@ -5,7 +5,8 @@ import torch
 
 from helpers.families import NAMES, VOCABULARY, hf_config
 from slope_megatron.config import ModelConfig
-from slope_megatron.export.hf_import import TRANSFORMS, HfWeights, model_config
+from slope_megatron.export.hf_config import model_config
+from slope_megatron.export.hf_import import TRANSFORMS, HfWeights
 from slope_megatron.export.hf_names import FAMILIES
 
 

@@ -75,7 +75,7 @@ def trained_run(config, run, step, adapters, std):
 
 def made_run(ranks, folder, name, *, slope=None, adapters=True, data=None, std=0.2, **changes):
     """A run of a family, and the logits of its model."""
-    from slope_megatron.export.hf_import import model_config
+    from slope_megatron.export.hf_config import model_config
 
     config = our_config(model_config(hf_config(name, **changes)), slope=slope or {"adapter_rank": 4})
     train = dataclasses.replace(config.train, steps=100)

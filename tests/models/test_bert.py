@@ -12,7 +12,7 @@ LENGTH = 12
 
 
 def config_of(size=1, stages=1, sequence_parallel=False, recompute="none", dropout=0.0):
-    from slope_megatron.export.hf_import import model_config
+    from slope_megatron.export.hf_config import model_config
 
     model = dataclasses.replace(model_config(hf_config("bert")), init_std=0.1, dropout=dropout)
     config = our_config(model, tensor_parallel=size, slope={"adapter_rank": 4})

@@ -12,7 +12,7 @@ from helpers.numerics import integers, relative_error
 
 def architecture(name):
     """opt: ungated, tied; llama: gated, GQA, untied. Heads and groups for two ranks."""
-    from slope_megatron.export.hf_import import model_config
+    from slope_megatron.export.hf_config import model_config
 
     groups = {"num_attention_heads": 8, "num_key_value_heads": 2} if name == "llama" else {}
     return model_config(hf_config(name, **groups))

@@ -107,7 +107,7 @@ def test_a_file_is_the_published_model(name):
     import transformers
 
     from helpers.counts import count_parameters
-    from slope_megatron.export.hf_import import model_config
+    from slope_megatron.export.hf_config import model_config
     from slope_megatron.models.shapes import padded_rows
 
     model = read(name, "--seq-length", "512")
@@ -172,7 +172,7 @@ def hf_logits(model):
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_computes_what_hugging_face_computes(ranks, name, size):
-    from slope_megatron.export.hf_import import model_config
+    from slope_megatron.export.hf_config import model_config
 
     # Two ranks share heads and groups evenly.
     groups = {"num_attention_heads": 8, "num_key_value_heads": 2} if name in ("llama", "mistral") else {}
@@ -211,7 +211,7 @@ def filled_parts(config):
 
 @pytest.mark.parametrize("name", ["opt", "llama", "bert"])
 def test_the_same_seed_gives_the_same_model_at_tp_3(ranks, name):
-    from slope_megatron.export.hf_import import model_config
+    from slope_megatron.export.hf_config import model_config
     from slope_megatron.models.shapes import canonical_shapes, padded_rows
 
     model = dataclasses.replace(model_config(hf_config(name)), init_std=0.1)
