@@ -120,7 +120,7 @@ def compile_kernels(clock: Clock) -> None:
 
 
 def finished(row: dict, dense: dict, one: dict | None) -> dict:
-    """A CSV row: medians and spread in the place of samples, times dense, and of one GPU's throughput."""
+    """A CSV row: medians and spread instead of samples, times dense, and of one GPU's throughput."""
     columns = {name: value for name, value in row.items() if name != "samples"}
     for part in MEASURED:
         columns[f"{part}_ms"] = median(row, part)

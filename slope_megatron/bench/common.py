@@ -89,9 +89,9 @@ def bar_chart(
     figure, axes = plt.subplots(figsize=(max(8, 0.32 * len(labels) * len(series)), 4.5), layout="constrained")
     width = 0.8 / len(series)
     for index, (label, values) in enumerate(series.items()):
-        places = [place + index * width for place in range(len(labels))]
-        axes.bar(places, values, width, label=label, hatch=HATCHES[index % len(HATCHES)], edgecolor="white")
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels, rotation=60, ha="right")
+        positions = [group + index * width for group in range(len(labels))]
+        axes.bar(positions, values, width, label=label, hatch=HATCHES[index % len(HATCHES)], edgecolor="white")
+    axes.set_xticks([group + 0.4 - width / 2 for group in range(len(labels))], labels, rotation=60, ha="right")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylabel(measure)
     # Above the picture: inside it would cover bars. Hatches tell the series apart in greyscale.

@@ -1,4 +1,4 @@
-"""The dense twin of the e4m3 linears: all three products by torch's own fp8 matrix product, with the same rounding.
+"""The dense baseline of the e4m3 linears: all three products by torch's own fp8 matrix product, with the same rounding.
 
 T tokens, N out, K in; q(.) rounds to e4m3 with one scale a tensor.
     forward Y = q(X) q(W)^T (+ b),   dgrad dX = q(dY) q(W),   wgrad dW = q(dY)^T q(X)

@@ -1,7 +1,7 @@
 """One rank of a tensor-parallel group whose other ranks are not there: its shapes and kernels without collectives.
 
 torch's `fake` process groups return at once: an all-reduce leaves its tensor as it is, and an all-gather copies this
-rank's part to the place of every other's. A reduce-scatter of theirs writes nothing in some versions of torch, and what
+rank's part to every other's slot. A reduce-scatter of theirs writes nothing in some versions of torch, and what
 memory held before may be no numbers: here it copies this rank's part, unreduced. Losses mean nothing; times lack the
 collectives and have these copies.
 """
@@ -26,7 +26,7 @@ class Done:
 
 
 def take_own_part(output, input, op=None, group=None, async_op=False) -> Done | None:
-    """In the place of `torch.distributed.reduce_scatter_tensor`."""
+    """Instead of `torch.distributed.reduce_scatter_tensor`."""
     output.copy_(input.view(-1, *output.shape)[dist.get_rank(group)])
     return Done() if async_op else None
 

@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Sparse (2:4) pretraining of language models from the first step: SLoPe on megatron-core and DeepSpeed.
 
 Start with `slope quickstart`: it prepares a corpus that every machine has, trains a small sparse model and its dense
-twin on 4 CPU ranks, and writes a report. Each command has a manual page: `slope COMMAND --help`.
+baseline on 4 CPU ranks, and writes a report. Each command has a manual page: `slope COMMAND --help`.
 """
 EPILOG = """\
 examples:

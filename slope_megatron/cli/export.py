@@ -83,6 +83,7 @@ def open_run(arguments):
 
 def run_hf(arguments: argparse.Namespace) -> int:
     from slope_megatron.export import hf_export
+    from slope_megatron.export.output_folder import check_target
 
     source, size = open_run(arguments)
     planned = hf_export.plan(
@@ -92,7 +93,7 @@ def run_hf(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_shard_bytes=size,
     )
-    hf_export.check(planned, arguments.target)
+    check_target(arguments.target, planned.bytes)
     if not arguments.dry_run:
         hf_export.export(planned, arguments.target)
     sys.stdout.write(planned.describe(arguments.target) + "\n")

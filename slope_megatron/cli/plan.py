@@ -255,7 +255,8 @@ def show(arguments, asked, found, only) -> None:
 
 def write_files(arguments, asked, found) -> None:
     if arguments.json:
-        rows = [{**dataclasses.asdict(row), "gib": row.gib, "tokens_per_step": tokens_of(asked)} for row in found]
+        tokens = asked.config.data.global_batch_size * asked.config.data.seq_length
+        rows = [{**dataclasses.asdict(row), "gib": row.gib, "tokens_per_step": tokens} for row in found]
         whole.write_json(arguments.json, rows)
     if arguments.png:
         from slope_megatron.planner.plot import draw
@@ -267,10 +268,6 @@ def write_files(arguments, asked, found) -> None:
             f"global batch {data.global_batch_size} x {data.seq_length} tokens"
         )
         draw(arguments.png, found, asked.cluster.gpu_memory_gib, title)
-
-
-def tokens_of(asked) -> int:
-    return asked.config.data.global_batch_size * asked.config.data.seq_length
 
 
 def check(arguments, config) -> int:

@@ -24,7 +24,7 @@ DIVERGED = 65
 OUT_OF_MEMORY = 71
 USAGE = "slope pretrain --data FOLDER --out FOLDER [--config YAML ...] [OPTION ...]"
 DESCRIPTION = """\
-Pretrain a 2:4 sparse model (or, with --no-slope, its dense twin) on prepared data.
+Pretrain a 2:4 sparse model (or, with --no-slope, its dense baseline) on prepared data.
 
 A launcher (deepspeed, torchrun, srun, mpirun) starts this command once on every rank; without one it is the only rank.
 The number of ranks is TP x PP x DP: --tensor-parallel and --pipeline-parallel are given, data parallelism takes the

@@ -10,6 +10,7 @@ parameters beside fp32 masters would (2 + 2 + 4 + 8), and needs no second copy t
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -167,11 +168,11 @@ def fine_tune(
     torch.manual_seed(settings.seed)
     with tqdm(total=steps, desc="fine-tuning", unit="step") as bar:
         for step in range(steps):
-            epoch, place = divmod(step, per_epoch)
-            if place == 0:
+            epoch, batch_index = divmod(step, per_epoch)
+            if batch_index == 0:
                 generator = torch.Generator().manual_seed(settings.seed * 1009 + epoch)
                 order = torch.randperm(len(samples), generator=generator).tolist()
-            chosen = order[place * settings.batch_size : (place + 1) * settings.batch_size]
+            chosen = order[batch_index * settings.batch_size : (batch_index + 1) * settings.batch_size]
             batch = {key: value.to(device) for key, value in collate([samples[i] for i in chosen]).items()}
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * settings.lr_at(step, steps)
@@ -194,6 +195,39 @@ def fine_tune(
 
 def computing_in(products: torch.dtype | None, device: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, products, enabled=products is not None)
+
+
+def padded(samples: list[dict]) -> dict[str, torch.Tensor]:
+    """The inputs of a batch, `[b, s]`, filled up with zeros to its longest sample."""
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    names = ("input_ids", "token_type_ids")
+    batch = {name: pad([torch.tensor(sample[name]) for sample in samples]) for name in names}
+    batch["attention_mask"] = pad([torch.ones(len(sample["input_ids"]), dtype=torch.int64) for sample in samples])
+    return batch
+
+
+def tuned(
+    folder: Path, fields: dict, auto, samples: list[dict], collate, settings: FineTuning, device: str, **options
+) -> tuple[Callable, float]:
+    """An exported encoder under a new head, trained on `samples`.
+
+    Args:
+        fields: of its config.json, as `check_exported` gives them.
+        auto, options: as for `open_model`.
+        collate: of samples and whether to add labels.
+    Returns:
+        samples -> `predict`'s outputs, and the loss as `final_loss` has it.
+    """
+    nm = fields.get("slope", {}).get("nm") if fields.get("slope", {}).get("zeros_kept") else None
+    torch.manual_seed(settings.seed)
+    model = open_model(folder, auto, **options)
+    products = product_type(fields)
+    losses = fine_tune(model, samples, collate, settings, nm, device, products)
+    unlabelled = functools.partial(collate, labels=False)
+    outputs = functools.partial(
+        predict, model, collate=unlabelled, batch_size=settings.batch_size, device=device, products=products
+    )
+    return outputs, final_loss(losses)
 
 
 def final_loss(losses: list[tuple[float, int]]) -> float:

@@ -9,15 +9,7 @@ import torch
 from slope_megatron.data.formats import layout_of
 from slope_megatron.data.records import BadRecord, read_rows
 from slope_megatron.evaluation import metrics
-from slope_megatron.evaluation.fine_tuning import (
-    FineTuning,
-    check_exported,
-    final_loss,
-    fine_tune,
-    open_model,
-    predict,
-    product_type,
-)
+from slope_megatron.evaluation.fine_tuning import FineTuning, check_exported, padded, tuned
 from slope_megatron.evaluation.hub import hub_rows
 
 HUB_NAME = "nyu-mll/glue"
@@ -111,15 +103,7 @@ def encode(row: dict, task: Task, tokenizer, max_length: int) -> dict:
 
 
 def collate(samples: list[dict], labels: bool = True) -> dict[str, torch.Tensor]:
-    """Padded to the longest sample."""
-    length = max(len(sample["input_ids"]) for sample in samples)
-
-    def padded(key: str) -> torch.Tensor:
-        return torch.tensor([sample[key] + [0] * (length - len(sample[key])) for sample in samples])
-
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    batch = {"input_ids": padded("input_ids"), "token_type_ids": padded("token_type_ids")}
-    batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    batch = padded(samples)
     if labels:
         batch["labels"] = torch.tensor([sample["label"] for sample in samples])
     return batch
@@ -141,25 +125,20 @@ def evaluate(
         raise ValueError(f"--task is {name}: it must be one of {', '.join(TASKS)}")
     task = TASKS[name]
     fields = check_exported(folder)
-    nm = fields.get("slope", {}).get("nm") if fields.get("slope", {}).get("zeros_kept") else None
     rows = {split: read_split(name, split, data) for split in ("train", *task.splits)}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     samples = {
         split: [encode(row, task, tokenizer, settings.max_length) for row in part] for split, part in rows.items()
     }
-    torch.manual_seed(settings.seed)
-    model = open_model(folder, transformers.AutoModelForSequenceClassification, num_labels=task.labels)
-    products = product_type(fields)
-    losses = fine_tune(model, samples["train"], collate, settings, nm, device, products)
+    auto = transformers.AutoModelForSequenceClassification
+    outputs, loss = tuned(folder, fields, auto, samples["train"], collate, settings, device, num_labels=task.labels)
     scores: dict[str, float] = {}
     for split in task.splits:
         predictions: list = []
-        for _, output in predict(
-            model, samples[split], lambda p: collate(p, labels=False), settings.batch_size, device, products
-        ):
-            found = output.logits[:, 0] if task.labels == 1 else output.logits.argmax(-1)
-            predictions += found.float().tolist() if task.labels == 1 else found.tolist()
+        for _, output in outputs(samples[split]):
+            found = output.logits[:, 0].float() if task.labels == 1 else output.logits.argmax(-1)
+            predictions += found.tolist()
         suffix = "_mismatched" if split.endswith("_mismatched") else ""
         labels = [sample["label"] for sample in samples[split]]
         scores.update({key + suffix: value for key, value in task.metric(predictions, labels).items()})
-    return {**scores, "loss": final_loss(losses)}
+    return {**scores, "loss": loss}

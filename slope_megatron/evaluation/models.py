@@ -32,7 +32,7 @@ def open_decoder(
     Raises:
         ValueError: neither a run nor a packed export, no tokenizer, or a device that is not there.
     """
-    place = choose_device(device)
+    device = choose_device(device)
     tensors: Mapping[str, torch.Tensor]
     text: Tokenizer | FastTokenizer | None
     if is_packed_folder(model):
@@ -47,7 +47,7 @@ def open_decoder(
         raise ValueError(f"{model} {not_a_decoder(model)}")
     if text is None:
         raise ValueError(f"{model} has no tokenizer any more: give --tokenizer FILE")
-    decoder = Decoder(architecture, tensors, device=place, dtype=DTYPES[dtype], backend=backend)
+    decoder = Decoder(architecture, tensors, device=device, dtype=DTYPES[dtype], backend=backend)
     if tokenizer is not None:
         check_size(tokenizer, text.vocab_size, decoder.vocabulary)
     sizes = decoder.linear_bytes()

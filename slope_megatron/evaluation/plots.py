@@ -1,27 +1,12 @@
 """Plots of run folders. Runs differ by colour, mark and line; colours also by brightness, for print in greyscale."""
 
-import dataclasses
 import os
 from pathlib import Path
 
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """How one run is drawn."""
-
-    colour: str
-    mark: str
-    line: str
-
-    def dots(self) -> dict:
-        """What matplotlib's `plot` takes for the validation losses."""
-        return {"color": self.colour, "marker": self.mark, "linestyle": self.line, "markersize": 4.5}
-
-
-# Okabe and Ito's colours, dark and light in turn.
-STYLES = tuple(
-    Style(*parts)
-    for parts in (
+# Okabe and Ito's colours, dark and light in turn; keywords of matplotlib's `plot`.
+STYLES = [
+    {"color": colour, "marker": mark, "linestyle": line}
+    for colour, mark, line in (
         ("#0072b2", "o", "-"),
         ("#e69f00", "s", "--"),
         ("#000000", "^", "-"),
@@ -31,7 +16,7 @@ STYLES = tuple(
         ("#009e73", "X", "-"),
         ("#b0b0b0", "*", "--"),
     )
-)
+]
 BYTE_COLOURS = {"weights": "#1b3a5c", "patterns": "#d55e00", "gradients": "#5aa0cf", "optimizer": "#cfe3f1"}
 MIB = 2**20
 
@@ -79,10 +64,10 @@ def draw_losses(axes, records, styles) -> None:
     for record in records:
         steps, values = curve(record.metrics, "loss")
         style = styles[record.label]
-        axes.plot(steps, values, color=style.colour, linestyle=style.line, linewidth=0.8, alpha=0.6)
+        axes.plot(steps, values, **{**style, "marker": ""}, linewidth=0.8, alpha=0.6)
         steps, values = curve(record.metrics, "val_loss")
         label = f"{record.label}: validation {values[-1]:.3f}" if values else f"{record.label}: no validation yet"
-        axes.plot(steps, values, **style.dots(), label=label)
+        axes.plot(steps, values, **style, markersize=4.5, label=label)
         finals += values
         # What training reached once validation began stays in the picture as well.
         training = zip(*curve(record.metrics, "loss"), strict=True)
@@ -102,7 +87,7 @@ def draw_speed(axes, records, styles) -> None:
     """Mean tokens/s of the whole run; the number is at the bar."""
     labels = [record.label for record in records]
     values = [record.summary.get("tokens_per_second") or 0.0 for record in records]
-    bars = axes.barh(labels, values, color=[styles[label].colour for label in labels])
+    bars = axes.barh(labels, values, color=[styles[label]["color"] for label in labels])
     axes.bar_label(bars, [f"{value:,.0f}" if value else "unknown" for value in values], padding=3, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, max(values, default=0.0) * 1.3 or 1.0)

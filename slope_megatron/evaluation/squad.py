@@ -4,7 +4,6 @@ A paragraph that is too long is cut into windows that start `stride` tokens apar
 highest start + end score over all windows of its question.
 """
 
-import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,15 +14,7 @@ from slope_megatron.config.text_file import decode
 from slope_megatron.data.compressed import opened
 from slope_megatron.data.formats import layout_of
 from slope_megatron.evaluation import metrics
-from slope_megatron.evaluation.fine_tuning import (
-    FineTuning,
-    check_exported,
-    final_loss,
-    fine_tune,
-    open_model,
-    predict,
-    product_type,
-)
+from slope_megatron.evaluation.fine_tuning import FineTuning, check_exported, padded, tuned
 from slope_megatron.evaluation.hub import hub_rows
 
 HUB_NAME = "rajpurkar/squad"
@@ -70,7 +61,7 @@ def shortened(text: str, tokenizer) -> str:
     if len(encoded["input_ids"]) <= MAX_QUESTION:
         return text
     words = encoded.word_ids()
-    whole = next((place for place in range(MAX_QUESTION, 0, -1) if words[place] != words[place - 1]), MAX_QUESTION)
+    whole = next((token for token in range(MAX_QUESTION, 0, -1) if words[token] != words[token - 1]), MAX_QUESTION)
     return text[: encoded["offset_mapping"][whole - 1][1]]
 
 
@@ -115,15 +106,7 @@ def windows(question: dict, tokenizer, max_length: int, stride: int) -> list[dic
 
 
 def collate(samples: list[dict], labels: bool = True) -> dict[str, torch.Tensor]:
-    """Padded to the longest sample."""
-    length = max(len(sample["input_ids"]) for sample in samples)
-
-    def padded(key: str) -> torch.Tensor:
-        return torch.tensor([sample[key] + [0] * (length - len(sample[key])) for sample in samples])
-
-    batch = {"input_ids": padded("input_ids"), "token_type_ids": padded("token_type_ids")}
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+    batch = padded(samples)
     if labels:
         batch["start_positions"] = torch.tensor([sample["start"] for sample in samples])
         batch["end_positions"] = torch.tensor([sample["end"] for sample in samples])
@@ -170,7 +153,6 @@ def evaluate(
     import transformers
 
     fields = check_exported(folder)
-    nm = fields.get("slope", {}).get("nm") if fields.get("slope", {}).get("zeros_kept") else None
     questions = {
         "train": read_questions(train) if train else from_hub("train"),
         "dev": read_questions(dev) if dev else from_hub("validation"),
@@ -180,11 +162,7 @@ def evaluate(
         split: [sample for question in asked for sample in windows(question, tokenizer, settings.max_length, stride)]
         for split, asked in questions.items()
     }
-    torch.manual_seed(settings.seed)
-    model = open_model(folder, transformers.AutoModelForQuestionAnswering)
-    products = product_type(fields)
-    losses = fine_tune(model, samples["train"], collate, settings, nm, device, products)
-    unlabelled = functools.partial(collate, labels=False)
-    outputs = predict(model, samples["dev"], unlabelled, settings.batch_size, device, products)
+    auto = transformers.AutoModelForQuestionAnswering
+    outputs, loss = tuned(folder, fields, auto, samples["train"], collate, settings, device)
     truths = {question["id"]: [answer["text"] for answer in question["answers"]] for question in questions["dev"]}
-    return {**metrics.squad(answers_of(outputs), truths), "loss": final_loss(losses)}
+    return {**metrics.squad(answers_of(outputs(samples["dev"])), truths), "loss": loss}

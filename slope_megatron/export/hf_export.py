@@ -13,49 +13,25 @@ from pathlib import Path
 
 import torch
 
-from slope_megatron.config import ModelConfig
 from slope_megatron.export import lora
 from slope_megatron.export.hf_config import choose_family, fields_of
-from slope_megatron.export.hf_import import table_rows
+from slope_megatron.export.hf_import import INVERSES, full_name, table_rows
 from slope_megatron.export.hf_names import FAMILIES
 from slope_megatron.export.hf_tokenizer import TokenIds, plan_tokenizer, write_tokenizer
-from slope_megatron.export.output_folder import Entry, check_target, new_folder, plan_files, write_files, write_json
+from slope_megatron.export.output_folder import (
+    Entry,
+    describe,
+    new_folder,
+    plan_files,
+    total_bytes,
+    write_files,
+    write_json,
+)
 from slope_megatron.export.trained_run import TrainedRun
 from slope_megatron.storage import sums
 
 ADAPTERS = ("fold", "lora", "drop")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# What stands outside the body, whose names take the family's prefix.
-HEADS = ("lm_head.", "cls.")
-
-
-# -- one tensor --------------------------------------------------------------------------------------------------------
-
-
-def split_groups(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
-    """`[(H + 2 G) d, ...]`, group by group -> Q `[H d, ...]`, K and V `[G d, ...]`."""
-    groups = tensor.unflatten(0, (model.query_groups, model.num_attention_heads // model.query_groups + 2, -1))
-    return groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
-
-
-# How their tensors come from ours: the inverses of hf_import.TRANSFORMS.
-INVERSES = {
-    "plain": lambda tensor, _: (tensor,),
-    "transpose": lambda tensor, _: (tensor.t(),),
-    "qkv": split_groups,
-    "qkv_split": lambda tensor, model: (torch.cat(split_groups(tensor, model)),),
-    "qkv_conv1d": lambda tensor, model: (torch.cat(split_groups(tensor, model)).t(),),
-    "stack": lambda tensor, _: tensor.chunk(2),
-    "positions": lambda tensor, _: (torch.cat((tensor.new_zeros(2, tensor.shape[1]), tensor)),),
-}
-
-
-def full_name(name: str, prefix: str) -> str:
-    """A name of the table as their state dict has it."""
-    return name if name.startswith(HEADS) else prefix + name
-
-
-# -- the whole model ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +50,18 @@ class HfPlan:
     adapter: list[Entry] | None
 
     @property
+    def all_files(self) -> dict[str, list[Entry]]:
+        adapter = {"adapter/adapter_model.safetensors": self.adapter} if self.adapter is not None else {}
+        return {**self.files, **adapter}
+
+    @property
     def bytes(self) -> int:
-        entries = [entry for part in self.files.values() for entry in part]
-        return sum(entry.bytes for entry in (*entries, *(self.adapter or ())))
+        return total_bytes(self.all_files)
 
     def describe(self, target: Path) -> str:
         """For people, a line a file."""
-        source = self.source
-        lines = [f"{target}: {self.family} model of step {source.step}, {self.bytes / 1e6:,.1f} MB"]
-        for name, entries in self.files.items():
-            size = sum(entry.bytes for entry in entries)
-            lines.append(f"  {name}  {len(entries)} tensors, {size / 1e6:,.1f} MB")
-        if self.adapter is not None:
-            size = sum(entry.bytes for entry in self.adapter)
-            lines.append(f"  adapter/adapter_model.safetensors  {len(self.adapter)} tensors, {size / 1e6:,.1f} MB")
-        small = ["config.json", "generation_config.json", *plan_tokenizer(source.tokenizer), sums.FOLDER]
-        return "\n".join([*lines, *(f"  {name}" for name in small)])
+        small = ["config.json", "generation_config.json", *plan_tokenizer(self.source.tokenizer), sums.FOLDER]
+        return describe(f"{target}: {self.family} model of step {self.source.step}", self.all_files, small)
 
 
 def plan(
@@ -112,7 +84,7 @@ def plan(
     if adapters == "lora" and source.adapters_active:
         adapter = [
             Entry(name, tuple(tensor.shape), torch.promote_types(kind, torch.float32))
-            for name, tensor in lora.tensors(source, chosen, full_name, INVERSES)
+            for name, tensor in lora.tensors(source, chosen)
         ]
     return HfPlan(source, chosen, adapters, kind, plan_files(entries, max_shard_bytes), adapter)
 
@@ -159,14 +131,6 @@ def export(planned: HfPlan, target: Path) -> None:
         write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
         if planned.adapter is not None:
             (folder / "adapter").mkdir()
-            found = lora.tensors(source, planned.family, full_name, INVERSES, with_numbers=True)
+            found = lora.tensors(source, planned.family, with_numbers=True)
             write_files(folder / "adapter", {"adapter_model.safetensors": planned.adapter}, found)
             write_json(folder / "adapter" / "adapter_config.json", lora.config(planned.adapter, source, planned.family))
-
-
-def check(planned: HfPlan, target: Path) -> None:
-    """
-    Raises:
-        ValueError: the folder exists, or there is no room.
-    """
-    check_target(target, planned.bytes)

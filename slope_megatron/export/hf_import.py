@@ -1,4 +1,4 @@
-"""Hugging Face's weights under canonical names.
+"""Hugging Face's weights under canonical names, and what each becomes on the way there and back.
 
     weights = HfWeights(hf_state_dict, hf_config)      # a mapping {canonical name: whole dense tensor}
     load_dense(our_model, config, weights)             # slope_megatron.models.dense
@@ -14,6 +14,9 @@ import torch
 from slope_megatron.config import ModelConfig
 from slope_megatron.export.hf_config import as_dict, model_config
 from slope_megatron.export.hf_names import FAMILIES, LEGACY, Family, Row
+
+# What stands outside the body, whose names take the family's prefix.
+HEADS = ("lm_head.", "cls.")
 
 
 def interleave(tensors: tuple[torch.Tensor, ...], model: ModelConfig) -> torch.Tensor:
@@ -31,6 +34,29 @@ TRANSFORMS: dict[str, Callable[[tuple[torch.Tensor, ...], ModelConfig], torch.Te
     "stack": lambda tensors, _: torch.cat(tensors),
     "positions": lambda tensors, _: tensors[0][2:],
 }
+
+
+def split_groups(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+    """`[(H + 2 G) d, ...]`, group by group -> Q `[H d, ...]`, K and V `[G d, ...]`."""
+    groups = tensor.unflatten(0, (model.query_groups, model.num_attention_heads // model.query_groups + 2, -1))
+    return groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
+
+
+# How their tensors come from ours.
+INVERSES = {
+    "plain": lambda tensor, _: (tensor,),
+    "transpose": lambda tensor, _: (tensor.t(),),
+    "qkv": split_groups,
+    "qkv_split": lambda tensor, model: (torch.cat(split_groups(tensor, model)),),
+    "qkv_conv1d": lambda tensor, model: (torch.cat(split_groups(tensor, model)).t(),),
+    "stack": lambda tensor, _: tensor.chunk(2),
+    "positions": lambda tensor, _: (torch.cat((tensor.new_zeros(2, tensor.shape[1]), tensor)),),
+}
+
+
+def full_name(name: str, prefix: str) -> str:
+    """A name of the table as their state dict has it."""
+    return name if name.startswith(HEADS) else prefix + name
 
 
 def table_rows(family: Family, model: ModelConfig) -> list[Row]:
@@ -84,7 +110,7 @@ class HfWeights(Mapping[str, torch.Tensor]):
         ]
         if unknown:
             raise ValueError(
-                f"the Hugging Face weights have {len(unknown)} tensors with no place in this model, {unknown[0]} for "
+                f"the Hugging Face weights have {len(unknown)} tensors that this model does not have, {unknown[0]} for "
                 "one: give the state dict that belongs to this configuration"
             )
 

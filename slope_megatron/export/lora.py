@@ -4,11 +4,11 @@ Ours: Y += (1/R) (X L) R with `adapter_l` = L^T `[R, K]`, `adapter_r` = R^T `[N,
 A `[r, K]`, B `[N, r]`. So A = adapter_l, B = adapter_r, alpha = 1. The parts of a fused linear share A; its B is cut.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
-from slope_megatron.export.hf_import import table_rows
+from slope_megatron.export.hf_import import INVERSES, full_name, table_rows
 from slope_megatron.export.hf_names import FAMILIES
 from slope_megatron.export.output_folder import Entry
 from slope_megatron.export.trained_run import TrainedRun
@@ -18,13 +18,7 @@ PREFIX = "base_model.model."
 OF_ROWS = {"plain": "plain", "transpose": "plain", "qkv": "qkv", "qkv_conv1d": "qkv_split", "stack": "stack"}
 
 
-def tensors(
-    source: TrainedRun,
-    family: str,
-    full_name: Callable[[str, str], str],
-    inverses: Mapping[str, Callable],
-    with_numbers: bool = False,
-) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(source: TrainedRun, family: str, with_numbers: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """`(PEFT's name, tensor)` of all adapters, without numbers unless they are asked for."""
     table = FAMILIES[family]
 
@@ -38,7 +32,7 @@ def tensors(
             continue
         linear = canonical.removesuffix(".weight")
         left, right = get(f"{linear}.adapter_l"), get(f"{linear}.adapter_r")
-        for name, part in zip(names, inverses[OF_ROWS[how]](right, source.model), strict=True):
+        for name, part in zip(names, INVERSES[OF_ROWS[how]](right, source.model), strict=True):
             module = PREFIX + full_name(name, table.prefix).removesuffix(".weight")
             # A copy: safetensors refuses tensors that share memory.
             yield f"{module}.lora_A.weight", left.clone()

@@ -64,6 +64,14 @@ def total_bytes(plan: dict[str, list[Entry]]) -> int:
     return sum(entry.bytes for part in plan.values() for entry in part)
 
 
+def describe(headline: str, plan: dict[str, list[Entry]], others: list[str]) -> str:
+    """For people: what is written and its size, a line a file; `others` as they are."""
+    lines = [f"{headline}, {total_bytes(plan) / 1e6:,.1f} MB"]
+    for name, entries in plan.items():
+        lines.append(f"{name}  {len(entries)} tensors, {sum(entry.bytes for entry in entries) / 1e6:,.1f} MB")
+    return "\n  ".join([*lines, *others])
+
+
 def write_files(folder: Path, plan: dict[str, list[Entry]], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     """The planned files, from tensors in the plan's order; one file's tensors are in memory at a time."""
     from safetensors.torch import save_file

@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 
 from slope_megatron.config.saved import saved_form
-from slope_megatron.export.output_folder import Entry, new_folder, plan_files, write_files, write_json
+from slope_megatron.export import output_folder
+from slope_megatron.export.output_folder import (
+    Entry,
+    new_folder,
+    plan_files,
+    total_bytes,
+    write_files,
+    write_json,
+)
 from slope_megatron.export.trained_run import TrainedRun
 from slope_megatron.inference.packed_file import FORMAT, PATTERN
 from slope_megatron.storage import sums
@@ -39,16 +47,11 @@ def sparse_bytes(source: TrainedRun) -> dict[str, int]:
 
 def describe(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> str:
     """For people, a line a file."""
-    total = sum(entry.bytes for part in files.values() for entry in part)
-    lines = [f"{target}: packed model of step {source.step}, {total / 1e6:,.1f} MB"]
-    for name, entries in files.items():
-        lines.append(f"  {name}  {len(entries)} tensors, {sum(entry.bytes for entry in entries) / 1e6:,.1f} MB")
-    sizes = sparse_bytes(source)
+    sizes, lines = sparse_bytes(source), ["config.json", *tokenizer_files(source), sums.FOLDER]
     if sizes["dense"]:
         share = sizes["packed"] / sizes["dense"]
-        lines.append(f"  sparse linears: {sizes['packed']:,} bytes, {share:.4f} of the same ones dense")
-    small = ["config.json", *tokenizer_files(source), sums.FOLDER]
-    return "\n".join([*lines, *(f"  {name}" for name in small)])
+        lines.insert(0, f"sparse linears: {sizes['packed']:,} bytes, {share:.4f} of the same ones dense")
+    return output_folder.describe(f"{target}: packed model of step {source.step}", files, lines)
 
 
 def tokenizer_files(source: TrainedRun) -> dict[str, bytes]:
@@ -59,9 +62,8 @@ def tokenizer_files(source: TrainedRun) -> dict[str, bytes]:
 @torch.no_grad()
 def export(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> None:
     """Write what was planned; the folder appears when it is complete."""
-    total = sum(entry.bytes for part in files.values() for entry in part)
     model = dataclasses.asdict(source.model)
-    with new_folder(target, total) as folder:
+    with new_folder(target, total_bytes(files)) as folder:
         write_files(folder, files, ((name, source[name]) for name in sorted(source)))
         for name, content in tokenizer_files(source).items():
             (folder / name).write_bytes(content)

@@ -74,15 +74,6 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     return latest.find(complete)
 
 
-def check_files(folder: Path) -> None:
-    """Sizes of all files, and the contents of all but those with the tensors, which are checked as they are read.
-
-    Raises:
-        Damaged: a file of the checkpoint is missing or not what was written.
-    """
-    sums.check_folder(folder, OTHER_STEP, contents=lambda name: not name.endswith(".distcp"))
-
-
 class TrainedRun(Mapping[str, torch.Tensor]):
     """See the module's docstring.
 
@@ -91,8 +82,8 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         step: of the checkpoint; None: the newest.
         tokenizer: file or folder that overrides the data's.
     Raises:
-        ValueError: what `find_checkpoint`, `check_files` and `SavedConfig.check` raise, or the vocabulary's size cannot
-            be known.
+        ValueError: what `find_checkpoint` and `SavedConfig.check` raise, a file of the checkpoint is not what was
+            written, or the vocabulary's size cannot be known.
     """
 
     def __init__(self, run: Path | str, step: int | None = None, tokenizer: Path | None = None):
@@ -102,7 +93,8 @@ class TrainedRun(Mapping[str, torch.Tensor]):
 
         self.run = Path(run)
         self.folder = find_checkpoint(self.run, step)
-        check_files(self.folder)
+        # Those with the tensors are checked as they are read.
+        sums.check_folder(self.folder, OTHER_STEP, contents=lambda name: not name.endswith(".distcp"))
         state = read_json(self.folder / "state.json", OTHER_STEP)
         self.config = SavedConfig.read(state).check(self.folder, WEIGHTS).config()
         self.step = state["steps_done"]
@@ -117,21 +109,17 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         self.masks = {name: self.entries.pop(name) for name in list(self.entries) if name.endswith(f".weight{MASK}")}
         self.tokenizer_folder = choose_tokenizer(self.run, Path(self.config.data.data), tokenizer)
         self.vocabulary = self._vocabulary()
-        positions = self.entries.get("embedding.position_embeddings.weight")
+        positions, seq_length = self.entries.get("embedding.position_embeddings.weight"), self.config.data.seq_length
         self.model = dataclasses.replace(
             self.config.model,
             vocab_size=self.vocabulary,
-            max_positions=positions.size[0] if positions else self.config.model.max_positions or self.seq_length,
+            max_positions=positions.size[0] if positions else self.config.model.max_positions or seq_length,
         )
 
     def _counts(self, name: str) -> bool:
         if name.startswith("optimizer.") or any(part in name for part in LEFT_OUT):
             return False
         return self.adapters_active or not name.endswith(ADAPTERS)
-
-    @property
-    def seq_length(self) -> int:
-        return self.config.data.seq_length
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | FastTokenizer | None:

@@ -53,32 +53,32 @@ class Norm(torch.nn.Module):
 
 
 def rotary_angles(positions: torch.Tensor, width: int, base: int) -> torch.Tensor:
-    """Angles in fp32, as in training, `[b, 1, s, d]`; both halves of a head turn by the same ones."""
+    """Angles in fp32, as in training, `[b, 1, s, d]`; both halves of a head have the same ones."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
     half = positions[:, None, :, None].float() * (1.0 / base**exponents)
     return torch.cat((half, half), dim=-1)
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def apply_rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of `[b, heads, s, d]`."""
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * angles.cos().to(x.dtype) + turned * angles.sin().to(x.dtype)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x * angles.cos().to(x.dtype) + rotated * angles.sin().to(x.dtype)
 
 
 class Block(torch.nn.Module):
     """One transformer block."""
 
-    def __init__(self, model: ModelConfig, tensors: Mapping[str, torch.Tensor], index: int, place, backend: str):
+    def __init__(self, model: ModelConfig, tensors: Mapping[str, torch.Tensor], index: int, load, backend: str):
         super().__init__()
         self.model = model
         prefix = f"decoder.layers.{index}."
         linears = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
         self.qkv, self.proj, self.fc1, self.fc2 = (
-            build_linear(tensors, prefix + name, place, backend) for name in linears
+            build_linear(tensors, prefix + name, load, backend) for name in linears
         )
-        self.attention_norm = build_norm(model, tensors, f"{prefix}self_attention.linear_qkv.layer_norm_", place)
-        self.mlp_norm = build_norm(model, tensors, f"{prefix}mlp.linear_fc1.layer_norm_", place)
+        self.attention_norm = build_norm(model, tensors, f"{prefix}self_attention.linear_qkv.layer_norm_", load)
+        self.mlp_norm = build_norm(model, tensors, f"{prefix}mlp.linear_fc1.layer_norm_", load)
         self.activation = ACTIVATIONS[model.activation]
 
     def forward(self, x, positions, angles, keys, values) -> torch.Tensor:
@@ -94,9 +94,9 @@ class Block(torch.nn.Module):
         heads, groups = self.model.num_attention_heads, self.model.query_groups
         fused = self.qkv(x).unflatten(-1, (groups, heads // groups + 2, -1))
         query = fused[..., :-2, :].flatten(2, 3).transpose(1, 2)
-        key, value = (fused[..., place, :].transpose(1, 2) for place in (-2, -1))
+        key, value = (fused[..., index, :].transpose(1, 2) for index in (-2, -1))
         if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+            query, key = apply_rope(query, angles), apply_rope(key, angles)
         slots = positions[:, None, :, None].expand_as(key)
         keys.scatter_(2, slots, key)
         values.scatter_(2, slots, value)
@@ -132,17 +132,17 @@ class Decoder(torch.nn.Module):
                 f"the model's architecture is {model.architecture}: only decoders (gpt) generate text; for the others "
                 "use `slope export hf`"
             )
-        place = functools.partial(place_tensor, device=torch.device(device), dtype=dtype)
+        load = functools.partial(load_tensor, device=torch.device(device), dtype=dtype)
         try:
-            self.words = place(tensors["embedding.word_embeddings.weight"])
+            self.words = load(tensors["embedding.word_embeddings.weight"])
             self.positions = (
-                place(tensors["embedding.position_embeddings.weight"]) if model.position == "learned" else None
+                load(tensors["embedding.position_embeddings.weight"]) if model.position == "learned" else None
             )
             self.blocks = torch.nn.ModuleList(
-                Block(model, tensors, index, place, backend) for index in range(model.num_layers)
+                Block(model, tensors, index, load, backend) for index in range(model.num_layers)
             )
-            self.final_norm = build_norm(model, tensors, "decoder.final_layernorm.", place)
-            self.output = self.words if model.tie_embeddings else place(tensors["output_layer.weight"])
+            self.final_norm = build_norm(model, tensors, "decoder.final_layernorm.", load)
+            self.output = self.words if model.tie_embeddings else load(tensors["output_layer.weight"])
         except KeyError as missing:
             raise ValueError(f"the model has no tensor {missing}: export the run again") from None
         self.model = model
@@ -209,11 +209,11 @@ class Decoder(torch.nn.Module):
         }
 
 
-def place_tensor(tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+def load_tensor(tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
     """On the device; floating-point numbers in `dtype`, bitmasks as they are."""
     return tensor.to(device, dtype) if dtype and tensor.is_floating_point() else tensor.to(device)
 
 
-def build_norm(model: ModelConfig, tensors: Mapping[str, torch.Tensor], prefix: str, place) -> Norm:
-    bias = place(tensors[f"{prefix}bias"]) if model.normalization == "LayerNorm" else None
-    return Norm(place(tensors[f"{prefix}weight"]), bias, model.norm_eps)
+def build_norm(model: ModelConfig, tensors: Mapping[str, torch.Tensor], prefix: str, load) -> Norm:
+    bias = load(tensors[f"{prefix}bias"]) if model.normalization == "LayerNorm" else None
+    return Norm(load(tensors[f"{prefix}weight"]), bias, model.norm_eps)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from slope_megatron.inference.decoder import Decoder
-from slope_megatron.inference.sampling import check_sampling, next_tokens, uniform
+from slope_megatron.inference.sampling import next_tokens, uniform
 from slope_megatron.inference.steps import Steps
 
 # On a GPU each number of tokens has its own measured kernel choice: prompts are padded so that few occur.
@@ -23,7 +23,12 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self):
-        check_sampling(self.temperature, self.top_p)
+        if self.temperature < 0:
+            raise ValueError(
+                f"--temperature is {self.temperature}: it must be at least 0 (0 takes the likeliest token)"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"--top-p is {self.top_p}: it must be in (0, 1]; 1 draws from all tokens")
         if self.max_tokens < 1:
             raise ValueError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
 
@@ -57,7 +62,7 @@ def generate(
     stop: int | None = None,
     first_prompt: int = 0,
 ) -> Iterator[tuple[int, int]]:
-    """New tokens as they are drawn: (place of the prompt in `prompts`, token id).
+    """New tokens as they are drawn: (index of the prompt in `prompts`, token id).
 
     A prompt ends at token `stop` (not given out), at `max_tokens`, or where the model's positions end.
 

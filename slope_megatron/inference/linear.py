@@ -48,15 +48,15 @@ class SparseLinear(Linear):
         self.packed_bytes = values_NC.nbytes + pattern_bits.nbytes
 
 
-def build_linear(tensors: Mapping[str, torch.Tensor], name: str, place, backend: str) -> torch.nn.Module:
+def build_linear(tensors: Mapping[str, torch.Tensor], name: str, load, backend: str) -> torch.nn.Module:
     """The linear of a canonical name: packed if it has a pattern, else dense (a baseline's, with its zeros stored).
 
     Args:
-        place: puts a tensor where the model computes (device, dtype).
+        load: brings a tensor to where the model computes (device, dtype).
     """
 
     def get(leaf: str) -> torch.Tensor:
-        return place(tensors[f"{name}.{leaf}"])
+        return load(tensors[f"{name}.{leaf}"])
 
     def has(leaf: str) -> bool:
         return f"{name}.{leaf}" in tensors

@@ -12,17 +12,6 @@ def uniform(seed: int, prompt: int, position: int) -> float:
     return (int(word) + 0.5) * 2.0**-32
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """
-    Raises:
-        ValueError: out of range.
-    """
-    if temperature < 0:
-        raise ValueError(f"--temperature is {temperature}: it must be at least 0 (0 takes the likeliest token)")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"--top-p is {top_p}: it must be in (0, 1]; 1 draws from all tokens")
-
-
 def next_tokens(logits_BV: torch.Tensor, temperature: float, top_p: float, draws: list[float]) -> list[int]:
     """One token id for each row, with one wait for the device.
 

@@ -1,6 +1,6 @@
 """Which files of a folder hold its weights: the index says so where there is one.
 
-Folders on the hub have more than their weights: the maker's own form (consolidated.safetensors), pickled twins
+Folders on the hub have more than their weights: the maker's own form (consolidated.safetensors), pickled copies
 (pytorch_model.bin), variants of other types (model.fp16.safetensors), adapters, an `original` folder.
 """
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from slope_megatron.inference.sampling import check_sampling, next_tokens, uniform
+from slope_megatron.inference.generate import Sampling
+from slope_megatron.inference.sampling import next_tokens, uniform
 
 
 def test_greedy_takes_the_first_of_the_likeliest():
@@ -55,4 +56,4 @@ def test_uniforms_depend_on_seed_prompt_and_position_alone():
 @pytest.mark.parametrize(("temperature", "top_p", "message"), [(-1, 1, "temperature is -1"), (1, 0, "top-p is 0")])
 def test_out_of_range(temperature, top_p, message):
     with pytest.raises(ValueError, match=message):
-        check_sampling(temperature, top_p)
+        Sampling(temperature=temperature, top_p=top_p)
