@@ -7,16 +7,6 @@ from pathlib import Path
 
 from slope_megatron.cli.parser import manual
 
-EPILOG = """\
-examples:
-  slope export hf runs/bert bert --adapters lora && slope eval squad bert --run runs/bert
-  slope eval glue bert --task mrpc --epochs 5
-  slope eval lm runs/gpt2
-  slope eval lm packed --tasks piqa,winogrande --limit 100
-
-Defaults are the published settings. Scores go to the screen and to scores/NAME.json of --run (default: of MODEL), where
-`slope report` finds them.
-"""
 SUITES = {
     "squad": """\
 Fine-tune an exported BERT on SQuAD v1.1 and print exact match and F1 on its dev questions. MODEL is a folder that
@@ -33,22 +23,25 @@ Hugging Face folder.
 }
 EXAMPLES = {
     "squad": """\
-examples:
   slope eval squad bert --run runs/bert
   slope eval squad bert --train train-v1.1.json --dev dev-v1.1.json      (where the hub cannot be reached)
 """,
     "glue": """\
-examples:
   slope eval glue bert --task mrpc --run runs/bert
   slope eval glue bert --task cola --data glue/cola                      (train.jsonl and validation.jsonl there)
 """,
     "lm": """\
-examples:
   slope eval lm runs/gpt2
   slope eval lm packed --tasks piqa,winogrande --limit 100
   slope eval lm packed --tasks mine --include-path my_tasks              (mine.yaml there; no hub needed)
 """,
 }
+EPILOG = f"""\
+examples:
+{"".join(EXAMPLES.values())}
+Defaults are the published settings. Scores go to the screen and to scores/NAME.json of --run (default: of MODEL), where
+`slope report` finds them.
+"""
 
 
 def add_parser(subcommands) -> None:
@@ -60,7 +53,7 @@ def add_parser(subcommands) -> None:
     )
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     squad, glue, lm = (
-        suites.add_parser(name, help=text, description=SUITES[name], epilog=manual(EXAMPLES[name]))
+        suites.add_parser(name, help=text, description=SUITES[name], epilog=manual(f"examples:\n{EXAMPLES[name]}"))
         for name, text in (
             ("squad", "SQuAD v1.1: exact match and F1"),
             ("glue", "one task of GLUE, by its own metric"),

@@ -168,17 +168,17 @@ def choose_dtype(arguments) -> tuple[str, str]:
 
     if torch.cuda.is_available():
         return "bf16", "the GPU's sparse tensor cores take it"
-    torch.set_num_threads(1)
+    from torch.utils.benchmark import Timer
+
     seconds = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        x = torch.randn(2048, arguments.hidden, dtype=dtype)
-        weight = torch.randn(4 * arguments.hidden // arguments.tensor_parallel, arguments.hidden, dtype=dtype)
-        times = []
-        for _ in range(9):
-            started = time.perf_counter()
-            torch.nn.functional.layer_norm(torch.relu(x @ weight.t()) @ weight, (arguments.hidden,))
-            times.append(time.perf_counter() - started)
-        seconds[name] = sorted(times)[len(times) // 2]
+        tensors = {
+            "x": torch.randn(2048, arguments.hidden, dtype=dtype),
+            "weight": torch.randn(4 * arguments.hidden // arguments.tensor_parallel, arguments.hidden, dtype=dtype),
+        }
+        # On one thread.
+        mlp = Timer("torch.layer_norm(torch.relu(x @ weight.t()) @ weight, x.shape[1:])", globals=tensors)
+        seconds[name] = mlp.blocked_autorange().median
     chosen = min(seconds, key=seconds.__getitem__)
     milliseconds = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
     return chosen, f"the faster one here, on an MLP of this size and one core: {milliseconds}"

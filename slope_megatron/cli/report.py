@@ -25,9 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.evaluation.run_report import write_report
     from slope_megatron.storage.folders import output_folder
 
-    for folder in arguments.runs:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: give run folders, such as runs/quickstart/sparse")
     output_folder(arguments.out, "--out")
     if (arguments.out / "report.md").exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.out} holds a report already: give --overwrite, or another --out")

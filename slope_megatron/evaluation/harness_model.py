@@ -25,10 +25,6 @@ class SlopeLM(TemplateLM):
     def eot_token_id(self) -> int:
         return self.eod
 
-    @property
-    def tokenizer_name(self) -> str:
-        return type(self.text).__name__
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         return self.text.encode(string)
 
