@@ -4,18 +4,10 @@ import os
 from pathlib import Path
 
 # Okabe and Ito's colours, dark and light in turn; keywords of matplotlib's `plot`.
+COLOURS = ("#0072b2", "#e69f00", "#000000", "#56b4e9", "#d55e00", "#cc79a7", "#009e73", "#b0b0b0")
 STYLES = [
     {"color": colour, "marker": mark, "linestyle": line}
-    for colour, mark, line in (
-        ("#0072b2", "o", "-"),
-        ("#e69f00", "s", "--"),
-        ("#000000", "^", "-"),
-        ("#56b4e9", "D", "--"),
-        ("#d55e00", "v", "-"),
-        ("#cc79a7", "P", "--"),
-        ("#009e73", "X", "-"),
-        ("#b0b0b0", "*", "--"),
-    )
+    for colour, mark, line in zip(COLOURS, "os^DvPX*", 4 * ("-", "--"), strict=True)
 ]
 BYTE_COLOURS = {"weights": "#1b3a5c", "patterns": "#d55e00", "gradients": "#5aa0cf", "optimizer": "#cfe3f1"}
 MIB = 2**20

@@ -60,13 +60,7 @@ OPT = Family(
     ),
     block=(
         *_pairs(f"{ATTENTION}.linear_qkv", "plain", "decoder.layers.{i}.self_attn_layer_norm", joint=NORM_JOINT),
-        *_pairs(
-            f"{ATTENTION}.linear_qkv",
-            "qkv",
-            "decoder.layers.{i}.self_attn.q_proj",
-            "decoder.layers.{i}.self_attn.k_proj",
-            "decoder.layers.{i}.self_attn.v_proj",
-        ),
+        *_pairs(f"{ATTENTION}.linear_qkv", "qkv", *(f"decoder.layers.{{i}}.self_attn.{name}_proj" for name in "qkv")),
         *_pairs(f"{ATTENTION}.linear_proj", "plain", "decoder.layers.{i}.self_attn.out_proj"),
         *_pairs(f"{MLP}.linear_fc1", "plain", "decoder.layers.{i}.final_layer_norm", joint=NORM_JOINT),
         *_pairs(f"{MLP}.linear_fc1", "plain", "decoder.layers.{i}.fc1"),
@@ -142,9 +136,7 @@ BERT = Family(
         *_pairs(
             f"{LAYER}.self_attention.linear_qkv",
             "qkv",
-            f"{THEIRS}.attention.self.query",
-            f"{THEIRS}.attention.self.key",
-            f"{THEIRS}.attention.self.value",
+            *(f"{THEIRS}.attention.self.{name}" for name in ("query", "key", "value")),
         ),
         *_pairs(f"{LAYER}.self_attention.linear_proj", "plain", f"{THEIRS}.attention.output.dense"),
         *_pairs(f"{LAYER}.post_attention_layernorm", "plain", f"{THEIRS}.attention.output.LayerNorm"),

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from slope_megatron.storage import folders, sums
+from slope_megatron.storage import folders, sums, whole
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Configuration, tokenizer, headers of the files.
@@ -133,19 +132,10 @@ def new_folder(target: Path, size: int, seal: str = "config.json") -> Iterator[P
         if not sums.manifest_of(partial):
             sums.write_manifest(partial)
         for path in sorted(partial.rglob("*")):
-            flush(path)
-        flush(partial)
+            whole.sync(path)
+        whole.sync(partial)
         folders.put(partial, target, seal)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    flush(target.parent)
-
-
-def flush(path: Path) -> None:
-    """A file's bytes, or a folder's entries, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    whole.sync(target.parent)

@@ -20,9 +20,9 @@ def write_json(path: Path, content) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, so that a rename in it survives a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

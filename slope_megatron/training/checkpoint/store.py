@@ -118,12 +118,12 @@ class Saving:
 def publish(partial: Path, target: Path, manifest: dict[str, dict]) -> None:
     """Seal a complete folder with its manifest, give it its name, and only then point `latest` at it."""
     whole.write_json(partial / "manifest.json", manifest)
-    whole.sync_folder(partial)
+    whole.sync(partial)
     if target.exists():
         # A name without a digit at its end never counts as a checkpoint; the next start removes it.
         os.rename(target, target.with_name(f"{target.name}.old.partial"))
     os.rename(partial, target)
-    whole.sync_folder(target.parent)
+    whole.sync(target.parent)
     latest.point_at(target)
 
 
