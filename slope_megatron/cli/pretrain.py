@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 STOPPED_EARLY = 75
 UNSAVED = 74
 DIVERGED = 65
+# As a shell has it of a process that TERM ended: told to stop, and nothing was saved.
+STOPPED_UNSAVED = 143
 # EX_OSERR: the device has no more memory.
 OUT_OF_MEMORY = 71
 USAGE = "slope pretrain --data FOLDER --out FOLDER [--config YAML ...] [OPTION ...]"
@@ -46,8 +48,8 @@ RUN FOLDER (--out)
                        that is not finite is null
   checkpoints/         step_00000500/ and so on; `latest` names the newest complete one
   ranks/               heartbeats; failure.txt names the rank that died or hung
-  summary.json, DONE   the run in figures, at its end; seconds and tokens/s over all `attempts`, which it lists; DONE
-                       once all --steps are done and saved
+  summary.json, DONE   the run in figures, at its end; seconds and tokens/s over all `attempts`, which it lists, and
+                       `unsaved`, why its last state is on no disk; DONE once all --steps are done and saved
 
   A folder that holds a run already is refused unless --resume, --auto-resume or --overwrite says what to do with it.
 
@@ -64,11 +66,13 @@ CHECKPOINTS
   any TP, PP and DP. Nothing in it is executed: an index or object that asks for more than data is refused.
   A save that fails (disk full, read-only) is logged, leaves older ones as they are, and is tried again at the next
   --save-interval. A state that is not finite is never saved. At most --keep-checkpoints are there, one more while it
-  is written, and those of --keep-every.
+  is written, and those of --keep-every. With --save-interval 0 none is written and no room is asked for: metrics,
+  summary.json and DONE are all that is left, and --resume has nothing to go on from but what was there before.
 
 SIGNALS
   USR1, TERM or HUP to any rank: all ranks save after the same step and end with code 75. TERM twice: end at once.
   A launcher that is killed, or dies of such a signal (torchrun of USR1), is missed within a second: the same.
+  With --save-interval 0 the ranks end after that step, a line says that nothing is saved, and the code is 143.
 
 EXIT CODES
    0  done, or stopped by --stop-at; a finished run that is resumed stays as it is
@@ -80,7 +84,7 @@ EXIT CODES
   75  stopped by USR1, TERM, HUP or the end of the launcher, and saved: start again with --resume (schedulers:
       --auto-resume)
  130  interrupted from the keyboard; nothing was saved
- 143  told twice to end; nothing was saved
+ 143  told twice to end, or once with --save-interval 0; nothing was saved
 
 EXAMPLES
   A small model on this machine:
@@ -162,6 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
 def train(config: Config, origins: dict[str, str], launcher: "Launcher | None" = None) -> int:
     """Train; returns the exit code, and says on the first rank how it went."""
     from slope_megatron.training.checkpoint.finished import Finished
+    from slope_megatron.training.checkpoint.saver import UNWANTED
     from slope_megatron.training.pretrain import pretrain
     from slope_megatron.training.telemetry.memory import OutOfMemory
     from slope_megatron.training.watch.bad_steps import Diverged
@@ -182,6 +187,8 @@ def train(config: Config, origins: dict[str, str], launcher: "Launcher | None" =
     loss = summary["val_loss"]
     found = "nothing validated" if loss is None else f"validation loss {loss:.4f} nats per token"
     say(f"{config.train.out}: step {summary['steps']}, {found}")
+    if summary["unsaved"] == UNWANTED:
+        return STOPPED_UNSAVED if summary["stopped_early"] else 0
     if summary["unsaved"]:
         say(f"slope: error: the last checkpoint could not be written: {summary['unsaved']}")
         return UNSAVED

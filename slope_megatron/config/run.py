@@ -87,7 +87,11 @@ class TrainConfig:
         "validation samples, the same ones each time; 0: none",
         must=Rule("it must be at least 1, or 0 to validate nothing", lambda value: value >= 0),
     )
-    save_interval: int = option(500, "steps between two checkpoints", must=COUNT)
+    save_interval: int = option(
+        500,
+        "steps between two checkpoints; 0: none is written, not even at the end (for trials of a few steps)",
+        must=Rule("it must be at least 1, or 0 to save nothing", lambda value: value >= 0),
+    )
     keep_checkpoints: int = option(2, "newest checkpoints kept", must=COUNT)
     keep_every: int | None = option(None, "checkpoints of every n-th step are kept for ever; unset: none", must=COUNT)
     async_save: bool = option(

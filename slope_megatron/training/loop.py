@@ -143,7 +143,8 @@ class Run:
         if last or done % self.config.train.eval_interval == 0 or done == self.config.adapter_start:
             self.watch.reach(done, "validation")
             self.validate(done)
-        if last or done % self.config.train.save_interval == 0:
+        interval = self.config.train.save_interval
+        if interval and (last or done % interval == 0):
             self.watch.reach(done, "checkpoint")
             # A resumed run must find every choice made by now.
             kernel_choices.save(self.run)

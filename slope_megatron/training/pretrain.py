@@ -19,6 +19,7 @@ from slope_megatron.training import deterministic, kernel_choices, parallel
 from slope_megatron.training.checkpoint import disk, recovery, run_folder, store
 from slope_megatron.training.checkpoint.finished import Finished, finished
 from slope_megatron.training.checkpoint.init_from import check_init, load_init
+from slope_megatron.training.checkpoint.saver import UNWANTED
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.loop import Run, what_is_safe
@@ -108,7 +109,8 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     resumed = on_first_rank(lambda: open_folder(config, origins, plan.dtype, len(datasets[0]), locks))
     resume_from = recovery.find_checkpoint(config, run) if resumed else None
     vocabulary, timeout, rank = plan.manifest["vocab_size"], config.watch.hang_timeout, dist.get_rank()
-    watch = RankWatch(run, from_every_rank(process.own(rank)), rank, lambda: what_is_safe(run), timeout, launcher)
+    places, saves = from_every_rank(process.own(rank)), config.train.save_interval > 0
+    watch = RankWatch(run, places, rank, lambda: what_is_safe(run), timeout, launcher, saves)
     watch.start()
     training = None
     try:
@@ -187,7 +189,8 @@ def write_results(run: Path, summary: dict, steps: int) -> None:
     """summary.json, and DONE for whoever starts jobs; a disk that refuses them is in the summary."""
     try:
         whole.write_json(run / "summary.json", summary)
-        if summary["steps"] == steps and not summary["unsaved"]:
+        if summary["steps"] == steps and summary["unsaved"] in (None, UNWANTED):
             whole.write_text(run / "DONE", f"{steps} steps\n")
     except OSError as error:
-        summary["unsaved"] = summary["unsaved"] or whole.reason(error)
+        if summary["unsaved"] in (None, UNWANTED):
+            summary["unsaved"] = whole.reason(error)

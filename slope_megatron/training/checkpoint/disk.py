@@ -41,6 +41,8 @@ def check_space(run: Path, checkpoint_bytes: int, train: TrainConfig, steps_done
     Raises:
         ValueError: says what is needed, what is free, and the way out.
     """
+    if not train.save_interval:
+        return
     last = train.last_step
     steps_left = max(0, last - steps_done)
     saves = -(-steps_left // train.save_interval)

@@ -13,13 +13,15 @@ from slope_megatron.training.checkpoint import store
 from slope_megatron.training.engine import Engine
 
 logger = logging.getLogger(__name__)
+# `failure` of a run that is not to be saved.
+UNWANTED = "--save-interval is 0"
 
 
 class Saver:
     """Saves an engine's state to a run folder; every method is called by all ranks together, but `busy`.
 
     Attributes:
-        failure: why the newest state that was to be saved is not on disk; None: it is.
+        failure: why the newest state is not on disk; None: it is. `UNWANTED`: no state is written in this run.
     """
 
     def __init__(self, engine: Engine, run: Path):
@@ -28,6 +30,9 @@ class Saver:
         self.saving: store.Saving | None = None
         self.thread: threading.Thread | None = None
         self.failure: str | None = None
+        if not engine.config.train.save_interval:
+            self.failure = UNWANTED
+            logger.info("no checkpoint is written (%s)", UNWANTED)
 
     def busy(self) -> bool:
         """Whether this rank's thread still writes."""
@@ -39,7 +44,9 @@ class Saver:
         return self.saving is not None
 
     def save(self) -> None:
-        """Begin a checkpoint of the present step, once the last one is finished."""
+        """Begin a checkpoint of the present step, once the last one is finished; nothing where none is wanted."""
+        if self.failure == UNWANTED:
+            return
         self.finish()
         self.saving = store.Saving(self.engine, self.run)
         if self.background:

@@ -42,6 +42,7 @@ class RankWatch:
         describe: says in words what is lost and how to go on, for the message.
         hang_timeout: seconds without progress, from the first `reach` on, after which the run ends; 0: never.
         launcher: what started this rank; if that goes, all ranks save and end. None: nothing did.
+        saves: whether the run writes checkpoints.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class RankWatch:
         describe,
         hang_timeout: float = 0.0,
         launcher: Launcher | None = None,
+        saves: bool = True,
     ):
         self.folder = run / "ranks"
         self.processes, self.rank = processes, rank
@@ -59,7 +61,7 @@ class RankWatch:
         self.other_hosts = [other for other in processes if other.machine != processes[rank].machine]
         self.describe = describe
         self.launcher = launcher or Launcher("")
-        self.hang_timeout = hang_timeout
+        self.hang_timeout, self.saves = hang_timeout, saves
         self.clock = OwnTime()
         self.pulse = Pulse(self.folder, processes[rank], self.clock)
         self.listener = Listener(self.folder, self.clock)
@@ -170,7 +172,8 @@ class RankWatch:
         """All ranks save after the same step, and end."""
         if not self.stop_requested.is_set():
             self.stop_requested.set()
-            say(f"slope: rank {self.rank} {why}: saving after this step")
+            what = "saving after this step" if self.saves else "ending after this step, unsaved (--save-interval is 0)"
+            say(f"slope: rank {self.rank} {why}: {what}")
 
     def lives(self, process: RankProcess) -> bool:
         """Whether a rank of this host runs and has not said that it is done."""
