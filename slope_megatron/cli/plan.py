@@ -17,7 +17,7 @@ from slope_megatron.storage import whole
 
 logger = logging.getLogger(__name__)
 STATED_MFU = 0.4
-USAGE = "slope plan [--cluster NAME] [--nodes INT] [--config YAML ...] [OPTION ...]"
+USAGE = "slope plan [--cluster NAME | --gpu NAME] [--nodes INT | --gpus INT] [--config YAML ...] [OPTION ...]"
 CODES = """\
 exit codes:
     0  done; where no layout fits, the table says so; --check agrees
@@ -26,6 +26,7 @@ exit codes:
 """
 EPILOG = """\
 examples:
+  slope plan --gpus 1 --gpu h200 --config launch/models/llama-3-8b.yaml --seq-length 8192 --global-batch-size 4
   slope plan --cluster narval --nodes 8 --config launch/models/opt-66b.yaml --global-batch-size 512
   slope plan --cluster lonestar6 --nodes 8 --config launch/models/opt-66b.yaml --global-batch-size 384 --gradients bf16
   slope plan --cluster narval --nodes 1 --config run.yaml --check runs/small
@@ -43,12 +44,12 @@ def add_parser(subcommands) -> None:
         epilog=manual(EPILOG, CODES),
     )
     add = parser.add_argument
+    add("--cluster", help="name in launch/clusters, or path of an .env file (default: generic-a100)")
     add(
-        "--cluster",
-        default="generic-a100",
-        help="name in launch/clusters, or path of an .env file (default: %(default)s)",
+        "--gpu", metavar="NAME", help="instead of --cluster: a100, h100 or h200, nodes of 8 (launch/clusters/generic-*)"
     )
-    add("--nodes", type=int, default=1, help="nodes of the job (default: %(default)s)")
+    add("--nodes", type=int, help="nodes of the job (default: 1)")
+    add("--gpus", type=int, help="instead of --nodes: the GPUs of the job, some of one node or all of several")
     add("--vocabulary", type=int, help="tokens before padding; default: the model's or the data's, else 50272 (OPT's)")
     add(
         "--rates",
@@ -116,17 +117,15 @@ def asked_layout(config, origins: dict[str, str]):
     return Layout(**fixed)
 
 
-def question(arguments, config):
+def question(arguments, config, cluster):
     """The planner's input.
 
     Raises:
-        ValueError: a number that makes no sense, or an unknown cluster.
+        ValueError: a number that makes no sense.
     """
-    from slope_megatron.launch.cluster import read_cluster
     from slope_megatron.planner.plan import Question
     from slope_megatron.planner.speed import Rates, own_rates, read_rates
 
-    cluster = read_cluster(arguments.cluster)
     mfu = STATED_MFU if arguments.mfu is None else arguments.mfu
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu is {arguments.mfu}: it is a share of the GPU's peak, more than 0 and at most 1")
@@ -139,12 +138,7 @@ def question(arguments, config):
             raise ValueError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first")
         if path and path.is_dir():
             raise ValueError(f"{flag} {path} is a folder: give a file in it")
-    if not 1 <= arguments.nodes <= cluster.max_nodes:
-        raise ValueError(
-            f"--nodes is {arguments.nodes}: {cluster.name} gives a job 1 to {cluster.max_nodes} nodes "
-            "(MAX_NODES of its file)"
-        )
-    path = arguments.rates or (own_rates(cluster.gpu) if arguments.mfu is None else None)
+    path = arguments.rates or (own_rates(cluster.gpu_arch) if arguments.mfu is None else None)
     rates = Rates(read_rates(path) if path else (), mfu, arguments.sparse_speedup, str(path or ""))
     if arguments.vocabulary:
         # A model's own vocabulary goes before any other: here the flag's is its own.
@@ -162,17 +156,19 @@ def question(arguments, config):
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from slope_megatron.launch.cluster import machine
     from slope_megatron.planner import plan
 
     config, origins = read_config(arguments)
     if arguments.check or arguments.check_build:
         return check(arguments, config)
-    asked = question(arguments, config)
+    cluster, nodes = machine(arguments.cluster, arguments.gpu, arguments.nodes, arguments.gpus)
+    asked = question(arguments, config, cluster)
     only = asked_layout(config, origins)
-    found = plan.rows(asked, arguments.nodes, only)
+    found = plan.rows(asked, nodes, only)
     kind = "sparse" if config.slope.enabled else "dense"
     if not found:
-        raise ValueError(refusals(asked, arguments.nodes, only))
+        raise ValueError(refusals(asked, nodes, only))
     if arguments.flags:
         best, why = plan.recommend(found, kind, asked.name(kind))
         print(" ".join(best.layout.flags()))
@@ -182,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
         best, _ = plan.recommend(found, kind, asked.name(kind))
         print(json.dumps(deepspeed_json(config, best.layout), indent=2))
         return 0
-    show(arguments, asked, found, only)
+    show(arguments, asked, nodes, found)
     return 0
 
 
@@ -221,13 +217,13 @@ def refusals(asked, nodes: int, only) -> str:
     return f"no layout of {gpus} GPUs is possible: {reasons[0]}"
 
 
-def show(arguments, asked, found, only) -> None:
+def show(arguments, asked, nodes: int, found) -> None:
     from slope_megatron.planner import plan
 
     cluster, data = asked.cluster, asked.config.data
     tokens = data.global_batch_size * data.seq_length
     print(
-        f"{cluster.name}: {arguments.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu} "
+        f"{cluster.name}: {nodes} nodes x {cluster.gpus_per_node} {cluster.gpu} "
         f"({cluster.gpu_memory_gib} GiB), {asked.dtype}, {asked.gradients} gradients, "
         f"global batch {data.global_batch_size} x {data.seq_length} tokens"
     )
@@ -235,7 +231,13 @@ def show(arguments, asked, found, only) -> None:
     source = (
         f"products of {rates.source}" if rates.measured else f"assumed: MFU {rates.mfu}, 2:4 x{rates.sparse_speedup}"
     )
-    print(f"times are estimates; {source}\n")
+    print(f"times are estimates; {source}")
+    if asked.lacks_pruned_wgrad:
+        print(
+            f"mode full: wgrad counts as dense, as in mode paper: the 2:4 metadata of sm_{cluster.gpu_arch} is not "
+            "known, and no dY is pruned there"
+        )
+    print()
     print(plan.table(found, tokens, asked.name("sparse")))
     for kind in plan.KINDS:
         name = asked.name(kind)
@@ -250,10 +252,10 @@ def show(arguments, asked, found, only) -> None:
             needed = plan.nodes_needed(asked, kind)
             text = f"{needed[0]} nodes ({needed[1].layout})" if needed else f"more than {cluster.max_nodes} nodes"
             print(f"  the fewest, any layout: {text}")
-    write_files(arguments, asked, found)
+    write_files(arguments, asked, nodes, found)
 
 
-def write_files(arguments, asked, found) -> None:
+def write_files(arguments, asked, nodes: int, found) -> None:
     if arguments.json:
         tokens = asked.config.data.global_batch_size * asked.config.data.seq_length
         rows = [{**dataclasses.asdict(row), "gib": row.gib, "tokens_per_step": tokens} for row in found]
@@ -264,7 +266,7 @@ def write_files(arguments, asked, found) -> None:
         data = asked.config.data
         title = (
             f"{' + '.join(map(str, arguments.config)) or 'the model of the flags'} on {asked.cluster.name}, "
-            f"{arguments.nodes} nodes, {asked.gradients} gradients, "
+            f"{nodes} nodes, {asked.gradients} gradients, "
             f"global batch {data.global_batch_size} x {data.seq_length} tokens"
         )
         draw(arguments.png, found, asked.cluster.gpu_memory_gib, title)

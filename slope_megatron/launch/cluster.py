@@ -11,6 +11,8 @@ from slope_megatron.config.text_file import lines_of, read_text
 
 # In a checkout; an installed package is given the file's path.
 CLUSTERS = shipped.folder("clusters")
+# generic-h100.env: nodes of H100s, wherever they are.
+GENERIC = "generic-"
 LINE = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpirun")
 
@@ -76,6 +78,57 @@ def read_cluster(name: str) -> Cluster:
     if cluster.launcher not in LAUNCHERS:
         raise ValueError(f"{path}: LAUNCHER is {cluster.launcher!r}: it must be one of {', '.join(LAUNCHERS)}")
     return cluster
+
+
+def machine(name: str | None, gpu: str | None, nodes: int | None, gpus: int | None) -> tuple[Cluster, int]:
+    """The cluster of a name or of a GPU, and the number of nodes; of too few GPUs for a node, a node of those.
+
+    Raises:
+        ValueError: no such cluster or GPU, numbers that it does not have, or two arguments that say the same.
+    """
+    for first, second, given in (("cluster", "gpu", (name, gpu)), ("nodes", "gpus", (nodes, gpus))):
+        if None not in given:
+            raise ValueError(f"--{first} and --{second} are both given: one takes the other's place; give one")
+    cluster = read_cluster(name or "generic-a100") if gpu is None else read_generic(gpu)
+    if gpus is not None:
+        return share_of_nodes(cluster, gpus)
+    nodes = 1 if nodes is None else nodes
+    if not 1 <= nodes <= cluster.max_nodes:
+        raise ValueError(
+            f"--nodes is {nodes}: {cluster.name} gives a job 1 to {cluster.max_nodes} nodes (MAX_NODES of its file)"
+        )
+    return cluster, nodes
+
+
+def read_generic(gpu: str) -> Cluster:
+    """Nodes of that GPU, anywhere: the file generic-GPU.env.
+
+    Raises:
+        ValueError: no such file; names those that are there.
+    """
+    known = sorted(path.stem.removeprefix(GENERIC) for path in CLUSTERS.glob(f"{GENERIC}*.env"))
+    if gpu not in known:
+        raise ValueError(
+            f"--gpu is {gpu!r}: it must be one of {', '.join(known)}; for others write an .env file and give its path "
+            "to --cluster"
+        )
+    return read_cluster(f"{GENERIC}{gpu}")
+
+
+def share_of_nodes(cluster: Cluster, gpus: int) -> tuple[Cluster, int]:
+    """The cluster and the number of its nodes that have so many GPUs; of fewer than a node's, a node with only those.
+
+    Raises:
+        ValueError: no number of nodes has them.
+    """
+    per_node = cluster.gpus_per_node
+    nodes = max(1, gpus // per_node)
+    if not 1 <= gpus <= cluster.max_nodes * per_node or (gpus > per_node and gpus % per_node):
+        raise ValueError(
+            f"--gpus is {gpus}: {cluster.name} has {per_node} in a node and {cluster.max_nodes} nodes for a job; give "
+            f"1 to {per_node}, or a multiple of {per_node}"
+        )
+    return dataclasses.replace(cluster, gpus_per_node=min(gpus, per_node)), nodes
 
 
 def read_values(path: Path) -> dict[str, str]:

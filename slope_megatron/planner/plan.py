@@ -7,7 +7,7 @@ from slope_megatron.config import Config
 from slope_megatron.launch.cluster import Cluster
 from slope_megatron.planner.layout import Layout, layouts
 from slope_megatron.planner.memory import GIB, Holding, fullest_gpu, precision
-from slope_megatron.planner.speed import Rates, bubble, step_seconds
+from slope_megatron.planner.speed import Rates, bubble, prunes_wgrad, step_seconds
 
 KINDS = ("dense", "sparse")
 
@@ -44,6 +44,13 @@ class Question:
         backend = self.backend if self.cluster.sparse_24 else "reference"
         bytes_of = precision(self.dtype, self.gradients, self.config.slope.fp8 != "off")
         return Holding(bytes_of, backend, self.offload, self.fused)
+
+    @property
+    def lacks_pruned_wgrad(self) -> bool:
+        """Whether mode "full" is asked for where a wgrad is dense nevertheless."""
+        slope, cluster = self.config.slope, self.cluster
+        asked = slope.packed and slope.mode == "full" and cluster.sparse_24
+        return asked and not prunes_wgrad(True, cluster) and not self.rates.measures("sparse", "wgrad")
 
     def name(self, kind: str) -> str:
         """A kind as it is written: 2:4, or the baseline that stands in its place."""

@@ -28,7 +28,8 @@ from slope_megatron.planner.traffic import data_parallel_bytes
 # Of one message between GPUs, whatever its size. Assumed.
 LATENCY = 20e-6
 PRODUCTS = ("forward", "dgrad", "wgrad")
-ARCHITECTURES = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90"}
+# Compute capabilities whose 2:4 metadata layout our kernels write; elsewhere a wgrad's operand is not pruned.
+KNOWN_METADATA = (90,)
 COLUMNS = ("kind", "rows", "columns", "tokens", "dense_ms", "sparse_ms")
 
 
@@ -80,13 +81,12 @@ class Rates:
         return operations / (self.mfu * peak * 1e12 * faster)
 
 
-def own_rates(gpu: str) -> Path | None:
-    """This repository's measurement on a GPU of that architecture, where there is one."""
+def own_rates(capability: int) -> Path | None:
+    """This repository's measurement on a GPU of that compute capability, where there is one."""
     path = shipped.folder("results") / "gemm.csv"
-    architecture = next((found for name, found in ARCHITECTURES.items() if gpu.startswith(name)), None)
-    if architecture is None or not path.is_file():
+    if not path.is_file():
         return None
-    return path if f"architecture={architecture} " in path.read_text().partition("\n")[0] else None
+    return path if f"architecture=sm_{capability} " in path.read_text().partition("\n")[0] else None
 
 
 def read_rates(path: Path) -> tuple[Rate, ...]:
@@ -128,13 +128,19 @@ def bubble(layout: Layout, micro_batches: int) -> float:
     return (layout.pipeline - 1) / (micro_batches + layout.pipeline - 1)
 
 
+def prunes_wgrad(full: bool, cluster: Cluster) -> bool:
+    """Whether a wgrad is a 2:4 product on these GPUs; `full`: mode "full"."""
+    return full and cluster.gpu_arch in KNOWN_METADATA
+
+
 def linear_seconds(
     rates: Rates, cluster: Cluster, packed: bool, full: bool, passes: tuple[str, ...], tokens: int, shape, b: int
 ) -> float:
     """The products of one linear; `shape` (out, in) on this rank, `full`: mode "full".
 
     A pruned wgrad's measured time holds the pruning of dY. Where only other products were measured, it is one of 2:4
-    dY^T `[out, T]` with X `[T, in]`, and before it dY is read, its kept half and metadata written.
+    dY^T `[out, T]` with X `[T, in]`, and before it dY is read, its kept half and metadata written; a dense one where
+    the metadata's layout is not known.
     """
     out, width = shape
     peak = cluster.peak_tflops
@@ -143,7 +149,7 @@ def linear_seconds(
     wgrad = rates.seconds("dense", "wgrad", tokens, out, width, peak)
     if full and rates.measures(kind, "wgrad"):
         wgrad = rates.seconds(kind, "wgrad", tokens, out, width, peak)
-    elif full and kind == "sparse":
+    elif kind == "sparse" and prunes_wgrad(full, cluster):
         pruning = tokens * out * (b + b / 2 + 1 / 8) / (cluster.memory_gbs * 1e9)
         wgrad = min(wgrad, rates.seconds("sparse", "wgrad", width, out, tokens, peak) + pruning)
     return seconds + wgrad

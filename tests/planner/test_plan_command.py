@@ -1,6 +1,7 @@
 """`slope plan`: what it prints, writes and refuses, and its counts beside a built model and a real run."""
 
 import argparse
+import dataclasses
 import json
 import sysconfig
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from helpers import commands
 from slope_megatron.cli import plan
+from slope_megatron.launch.cluster import machine, read_cluster
 from slope_megatron.planner import plan as planner
 
 
@@ -38,6 +40,14 @@ def test_the_command_prints_writes_and_recommends(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--nodes", 9], "--nodes is 9: lonestar6 gives a job 1 to 8 nodes"),
+        (["--gpu", "h100"], "--cluster and --gpu are both given: one takes the other's place; give one"),
+        (["--nodes", 1, "--gpus", 3], "--nodes and --gpus are both given"),
+        (
+            ["--gpus", 4],
+            "--gpus is 4: lonestar6 has 3 in a node and 8 nodes for a job; give 1 to 3, or a multiple of 3",
+        ),
+        (["--gpus", 27], "--gpus is 27: lonestar6 has 3 in a node and 8 nodes for a job"),
+        (["--gpus", 0], "--gpus is 0: lonestar6 has 3 in a node"),
         (["--mfu", 40], "--mfu is 40.0: it is a share"),
         (["--sparse-speedup", 0], "--sparse-speedup is 0.0: it must be a positive number"),
         (["--sparse-speedup", "nan"], "--sparse-speedup is nan: it must be a positive number"),
@@ -131,6 +141,36 @@ def test_deepspeed_s_configuration_is_shown(flags, settings, capsys):
     zero = found["zero_optimization"]
     assert zero["stage"] == settings["stage"]
     assert ("offload_optimizer" in zero) == ("offload_optimizer" in settings)
+
+
+@pytest.mark.parametrize(("gpus", "found"), [(1, (1, 1)), (6, (1, 6)), (16, (2, 8))])
+def test_a_gpu_s_name_and_number_are_a_cluster(gpus, found):
+    cluster, nodes = machine(None, "h100", None, gpus)
+    assert (nodes, cluster.gpus_per_node) == found
+    assert dataclasses.replace(cluster, gpus_per_node=8) == read_cluster("generic-h100")
+
+
+def test_an_unknown_gpu_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"--gpu is 'b300': it must be one of a100, h100.*; for others write an .env"):
+        slope_plan("--gpu", "b300", *MODEL)
+
+
+def test_one_gpu_is_planned_without_a_cluster(capsys):
+    assert slope_plan("--gpu", "h100", "--gpus", 1, *MODEL) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("generic-h100: 1 nodes x 1 H100") and "2:4: take TP1 PP1 DP1 ZeRO-1" in said
+
+
+@pytest.mark.parametrize("cluster", ["narval", "generic-h100"])
+def test_no_pruned_wgrad_is_counted_where_the_metadata_is_not_known(cluster, capsys):
+    seconds = {}
+    for mode in ("paper", "full"):
+        flags = ["--cluster", cluster, *MODEL, "--slope-mode", mode, "--tensor-parallel", 1, "--mfu", 0.4]
+        assert slope_plan(*flags) == 0
+        said = capsys.readouterr().out
+        assert ("mode full: wgrad counts as dense" in said) == (mode == "full" and cluster == "narval")
+        seconds[mode] = [line for line in said.splitlines() if line.startswith("TP1 ")]
+    assert (seconds["paper"] == seconds["full"]) == (cluster == "narval")
 
 
 def test_this_repositorys_own_products_are_taken_on_their_architecture(capsys):
