@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from slope_megatron.config.fields import COUNT, check_fields, option
+from slope_megatron.config.fields import COUNT, Rule, check_fields, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,12 @@ class ParallelConfig:
         "none",
         "activations computed again in backward: of attention (selective) or of whole blocks (full)",
         choices=("none", "selective", "full"),
+    )
+    loss_chunk_tokens: int | None = option(
+        None,
+        "tokens whose logits are made at once, for the losses and their gradients; 0: all of a micro-batch; unset: all "
+        "up to 512 MiB of them on a rank, else chunks of that size, so that logits never exist whole. In fp16 all",
+        must=Rule("it must be a number of tokens, or 0 for all at once", lambda value: value >= 0),
     )
     zero_stage: int = option(
         1,

@@ -16,7 +16,6 @@ from megatron.core import tensor_parallel
 from megatron.core.models.bert.bert_lm_head import BertLMHead
 from megatron.core.models.bert.pooler import Pooler
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -29,7 +28,7 @@ from megatron.core.transformer.utils import get_linear_layer
 from slope_megatron.config import ModelConfig, SlopeConfig
 from slope_megatron.layers.norm import own_norm
 from slope_megatron.models.layer_spec import stage_specs
-from slope_megatron.models.loss import FusedLoss
+from slope_megatron.models.loss import LanguageLoss
 
 TOKEN_TYPES = 2
 
@@ -105,12 +104,13 @@ class MaskedTokenHead(BertLMHead):
             parameter.sequence_parallel = config.sequence_parallel
 
 
-class BertForPretraining(FusedLoss, LanguageModule):
+class BertForPretraining(LanguageLoss):
     """This rank's shard of the encoder with both heads.
 
-    Called as `model(input_ids, attention_mask, tokentype_ids, lm_labels)`: `[b, s]` each, all but the first optional;
-    the mask is 1 where a token is real. Returns `(MLM logits [b, s, v], NSP logits [b, 2])`, v this rank's part of the
-    vocabulary; with labels `(MLM loss [b, s], NSP logits)`; and before the last pipeline stage the hidden states.
+    Called as `model(input_ids, attention_mask, tokentype_ids, lm_labels, loss_mask)`: `[b, s]` each, all but the first
+    optional; the attention mask is 1 where a token is real, the loss mask as in `LanguageLoss.losses`. Returns
+    `(MLM logits [b, s, v], NSP logits [b, 2])`, v this rank's part of the vocabulary; with labels
+    `(MLM loss [b, s], NSP logits)`; and before the last pipeline stage the hidden states.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class BertForPretraining(FusedLoss, LanguageModule):
         """What the previous pipeline stage sent; called by Megatron's schedules."""
         self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, input_ids, attention_mask=None, tokentype_ids=None, lm_labels=None):
+    def forward(self, input_ids, attention_mask=None, tokentype_ids=None, lm_labels=None, loss_mask=None):
         # True where attention is forbidden, [b, 1, 1, s]: every token sees the real ones.
         forbidden = None if attention_mask is None else (attention_mask < 0.5)[:, None, None, :]
         hidden = None
@@ -179,10 +179,11 @@ class BertForPretraining(FusedLoss, LanguageModule):
             return hidden
         binary_logits = self.binary_head(self.pooler(hidden, 0))
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(self.lm_head(hidden), weight=weight)
-        if lm_labels is None:
-            return logits.transpose(0, 1).contiguous(), binary_logits
-        return self.compute_language_model_loss(lm_labels, logits), binary_logits
+        hidden = self.lm_head(hidden)
+        if lm_labels is not None:
+            return self.losses(hidden, lm_labels, loss_mask, weight), binary_logits
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return logits.transpose(0, 1).contiguous(), binary_logits
 
 
 def check_bert(model: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from slope_megatron.layers.mlp import fuse_mlps
 from slope_megatron.models.bert import BertForPretraining, check_bert
 from slope_megatron.models.init_weights import init_weights
 from slope_megatron.models.layer_spec import block_spec
-from slope_megatron.models.loss import FusedLoss
+from slope_megatron.models.loss import LanguageLoss, cut_loss
 from slope_megatron.models.shapes import padded_rows
 from slope_megatron.versions import check_core
 
@@ -75,8 +75,14 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
-class Gpt(FusedLoss, GPTModel):
-    """Megatron's GPTModel."""
+class Gpt(LanguageLoss, GPTModel):
+    """Megatron's GPTModel; called with labels it gives losses, of whole logits or in chunks."""
+
+    def _postprocess(self, hidden_states, *arguments, labels=None, loss_mask=None, **keywords):
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *arguments, labels=labels, loss_mask=loss_mask, **keywords)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.losses(hidden_states, labels, loss_mask, weight)
 
 
 def padded_vocabulary(model: ModelConfig, tokenizer_size: int) -> int:
@@ -113,6 +119,7 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
         spec = block_spec(config.slope, blocks, None if learned else config.model.rotary_base)
         model = Gpt(blocks, spec, position_embedding_type="learned_absolute" if learned else "none", **ends)
     fuse_mlps(model)
+    cut_loss(model, config)
     # Megatron's position table ignores `params_dtype`.
     return model.to(dtype)
 

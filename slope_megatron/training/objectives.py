@@ -35,7 +35,8 @@ class CausalLanguageModel:
     @staticmethod
     def forward(model: torch.nn.Module, batch: Batch):
         """Per-token losses `[b, s]` on the last pipeline stage; causal attention needs no mask tensor."""
-        return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        known = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+        return model(batch["tokens"], batch["position_ids"], None, **known)
 
     @staticmethod
     def loss(batch: Batch, output, count: torch.Tensor) -> torch.Tensor:
@@ -58,7 +59,8 @@ class MaskedLanguageModel:
     @staticmethod
     def forward(model: torch.nn.Module, batch: Batch):
         """`(per-token losses [b, s], next-sentence logits [b, 2])` on the last pipeline stage."""
-        return model(batch["tokens"], batch["padding_mask"], batch["types"], lm_labels=batch["labels"])
+        known = {"lm_labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+        return model(batch["tokens"], batch["padding_mask"], batch["types"], **known)
 
     @staticmethod
     def loss(batch: Batch, output, count: torch.Tensor) -> torch.Tensor:
