@@ -6,8 +6,10 @@ operands       of the backend         see `operand_bytes`; of a baseline the mas
 gradients      g P                    g: 4 (fp32 accumulation) or b
 optimizer      12 P / D               fp32 master and two moments (ZeRO-1)
 ZeRO-2: gradients / D; ZeRO-3: weights / D too
-activations    of the micro-batches in flight
-scratch        the larger of: one dense weight gradient; what AdamW and DeepSpeed allocate inside a step
+activations    of the micro-batches in flight, as autograd holds them on a GPU, where norms and activations are fused
+loss           beyond them: logits, their gradient, and the output layer's own where its logits are chunked
+scratch        what the larger of these needs beyond the loss: one dense weight gradient in a block's backward; what
+               AdamW and DeepSpeed allocate inside a step, when activations are gone
 """
 
 import dataclasses
@@ -15,13 +17,15 @@ import math
 
 from slope_megatron.config import Config
 from slope_megatron.models.counts import Counts, stage_counts
-from slope_megatron.models.shapes import block_linears, padded_rows
+from slope_megatron.models.shapes import block_linears, loss_chunk_tokens, padded_rows
 from slope_megatron.planner.layout import Layout
 
 GIB = 2**30
 # CUDA context, NCCL's buffers and libraries' workspaces; and what the allocator loses to fragmentation. Assumed.
 CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 0.05
+# Rows of the residual stream that the last stage keeps after its blocks.
+HEAD_ROWS = {"gpt": 2, "bert": 5}
 # DeepSpeed's default bucket, in elements.
 BUCKET = 500_000_000
 
@@ -75,19 +79,28 @@ def state_bytes(counts: Counts, bytes_of: Precision, backend: str, replicas: int
 
 
 def block_activation_bytes(config: Config, layout: Layout, b: int) -> float:
-    """What one block keeps of one micro-batch for its backward, with flash attention.
+    """What one block keeps of one micro-batch for its backward, with flash attention, `b` bytes a number.
 
-    In units of tokens x b: both norms' inputs and outputs (whole on every rank without sequence parallelism), Q, K, V,
-    the other linears' inputs and the MLP's inside; plus flash attention's statistics (4 bytes a token and head), plus
-    dropout masks (1 byte).
+    For each token, cut over the tensor-parallel ranks: the output of QKV, of which V is a view; rotary positions: Q
+    and K turned; attention's output, and 4 bytes of its statistics a head; what the activation keeps and its output.
+    The norms' inputs and outputs are whole on every rank without sequence parallelism, and so are their statistics (4
+    bytes each) and the dropout masks (1 byte).
     """
     model = config.model
-    tokens = config.data.seq_length * config.data.micro_batch_size
     linears = block_linears(model)
-    inside = linears["linear_fc1"].out + (2 if model.gated_mlp else 1) * model.ffn
-    cut = b * (linears["linear_qkv"].out + linears["linear_proj"].width + inside) + 4 * model.num_attention_heads
-    stream = (4 * b + (2 if model.dropout else 0)) * model.hidden_size
-    return tokens * (cut / layout.tensor + stream / stream_parts(layout))
+    qkv, attended = linears["linear_qkv"].out, linears["linear_proj"].width
+    turned = (qkv + attended) / 2 if model.position == "rope" else 0
+    # ReLU keeps where its input was positive; others their input.
+    kept = model.ffn if model.activation == "relu" and not model.gated_mlp else b * linears["linear_fc1"].out
+    cut = b * (qkv + turned + attended + model.ffn) + kept + 4 * model.num_attention_heads
+    statistics = 2 * (4 if model.normalization == "RMSNorm" else 8)
+    stream = (4 * b + (2 if model.dropout else 0)) * model.hidden_size + statistics
+    return tokens_of(config) * (cut / layout.tensor + stream / stream_parts(layout))
+
+
+def tokens_of(config: Config) -> int:
+    """Of a micro-batch."""
+    return config.data.seq_length * config.data.micro_batch_size
 
 
 def stream_parts(layout: Layout) -> int:
@@ -95,23 +108,36 @@ def stream_parts(layout: Layout) -> int:
     return layout.tensor if layout.sequence_parallel else 1
 
 
-def activation_bytes(config: Config, layout: Layout, vocabulary: int, b: int, stage: int) -> float:
+def activation_bytes(config: Config, layout: Layout, b: int, stage: int) -> float:
     """Activations of one stage at its fullest: 1F1B keeps PP - stage micro-batches alive there."""
-    tokens = config.data.seq_length * config.data.micro_batch_size
+    row = b * tokens_of(config) * config.model.hidden_size / stream_parts(layout)
     blocks = config.model.num_layers // layout.pipeline
     block = block_activation_bytes(config, layout, b)
-    if layout.recompute == "full":
-        # A block keeps its input; one block at a time is computed again in full.
-        kept = blocks * b * tokens * config.model.hidden_size / stream_parts(layout)
-        extra = block
-    else:
-        kept, extra = blocks * block, 0.0
+    # With recomputation a block keeps its input; one block at a time is computed again in full.
+    kept, extra = (blocks * row, block) if layout.recompute == "full" else (blocks * block, 0.0)
     in_flight = min(layout.pipeline - stage, config.data.micro_batches(layout.data))
-    logits = 0.0
-    if stage == layout.pipeline - 1:
-        # Logits, their fp32 copy for the softmax, and its gradient.
-        logits = tokens * padded_rows(config.model, vocabulary) / layout.tensor * (b + 4 + 4)
-    return in_flight * kept + extra + logits
+    # The last norm's input and output; BERT's heads.
+    head = HEAD_ROWS[config.model.architecture] * row if stage == layout.pipeline - 1 else 0.0
+    return in_flight * kept + extra + head
+
+
+def loss_bytes(config: Config, layout: Layout, vocabulary: int, bytes_of: Precision) -> float:
+    """What output layer and loss take beyond activations, on the last stage.
+
+    In chunks: those of one chunk and the gradients of weight and input. Whole on one rank, where the loss is fused:
+    logits and their gradient, or that and the weight's. Of a cut vocabulary Megatron's loss has two fp32 copies.
+    """
+    b, tokens, hidden = bytes_of.weight, tokens_of(config), config.model.hidden_size
+    columns = padded_rows(config.model, vocabulary) / layout.tensor
+    chunk = 0
+    if bytes_of.dtype != "fp16":
+        chunk = loss_chunk_tokens(config.parallel.loss_chunk_tokens, tokens, int(columns), b)
+    if chunk:
+        # Under sequence parallelism the whole input is gathered besides.
+        return b * (chunk * columns + columns * hidden + tokens * hidden * (2 if layout.sequence_parallel else 1))
+    if layout.tensor == 1:
+        return b * columns * (tokens + max(tokens, hidden))
+    return tokens * columns * (b + 4 + 4)
 
 
 def scratch_bytes(
@@ -162,9 +188,10 @@ def gpu_bytes(config: Config, layout: Layout, vocabulary: int, how: Holding, sta
     backward, step = scratch_bytes(counts, config, layout, bytes_of, how.fused)
     if how.offload:
         sizes["optimizer"], step = 0.0, 0.0
-    # Activations are gone when the optimizer steps: the larger of the two counts.
-    sizes["activations"] = activation_bytes(config, layout, vocabulary, bytes_of.weight, stage)
-    sizes["scratch"] = max(backward, step - sizes["activations"])
+    sizes["activations"] = activation_bytes(config, layout, bytes_of.weight, stage)
+    last = stage == layout.pipeline - 1
+    sizes["loss"] = loss_bytes(config, layout, vocabulary, bytes_of) if last else 0.0
+    sizes["scratch"] = max(0.0, backward - sizes["loss"], step - sizes["activations"] - sizes["loss"])
     sizes["context"] = CONTEXT_BYTES
     sizes["fragmentation"] = FRAGMENTATION * sum(sizes.values())
     return sizes

@@ -9,7 +9,7 @@ from slope_megatron.planner.plan import Row
 
 MOST_LAYOUTS = 12
 # Dark and light in turn, so that neighbours differ in greyscale too.
-COLOURS = ("#1b3a5c", "#e69f00", "#0072b2", "#f0e442", "#56b4e9", "#8c510a", "#cfcfcf", "#4d4d4d", "#cc79a7")
+COLOURS = ("#1b3a5c", "#e69f00", "#0072b2", "#f0e442", "#56b4e9", "#8c510a", "#cfcfcf", "#4d4d4d", "#cc79a7", "#009e73")
 
 
 def draw(path: Path, rows: list[Row], capacity_gib: float, title: str) -> None:
