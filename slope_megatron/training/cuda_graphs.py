@@ -48,9 +48,8 @@ def unsupported(config: Config, dtype: torch.dtype) -> str | None:
 
 
 def untried(config: Config) -> str | None:
-    """Why `auto` does not capture what can be captured; None: a layout that the GPU tests run."""
-    parallel = config.parallel
-    return "it is untried with tensor parallelism" if parallel.tensor_parallel > 1 else None
+    """Why `auto` does not capture what can be captured; None: a layout that the GPU tests have run."""
+    return "no GPU has run them yet; --cuda-graphs on captures"
 
 
 def wanted(config: Config, dtype: torch.dtype, device: torch.device) -> bool:
