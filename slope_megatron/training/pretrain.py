@@ -109,8 +109,8 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     resumed = on_first_rank(lambda: open_folder(config, origins, plan.dtype, len(datasets[0]), locks))
     resume_from = recovery.find_checkpoint(config, run) if resumed else None
     vocabulary, timeout, rank = plan.manifest["vocab_size"], config.watch.hang_timeout, dist.get_rank()
-    places, saves = from_every_rank(process.own(rank)), config.train.save_interval > 0
-    watch = RankWatch(run, places, rank, lambda: what_is_safe(run), timeout, launcher, saves)
+    processes, saves = from_every_rank(process.own(rank)), config.train.save_interval > 0
+    watch = RankWatch(run, processes, rank, lambda: what_is_safe(run), timeout, launcher, saves)
     watch.start()
     training = None
     try:
