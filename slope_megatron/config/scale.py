@@ -58,8 +58,9 @@ def scale_values(values: dict[str, dict], classes: dict[str, type], factor: floa
     _scale_model(scaler)
     share = scaler.get("train", "steps") / steps
     times = [("optimizer", "warmup_steps"), ("slope", "backward_mask_interval")]
-    for key in (*times, *(("train", f"{name}_interval") for name in ("eval", "save", "log"))):
-        scaler.change(*key, lambda old: max(1, round(old * share)))
+    times += [("train", f"{name}_interval") for name in ("eval", "save", "log")]
+    for section, name in times:
+        scaler.change(section, name, lambda old: max(1, round(old * share)))
     rate = math.sqrt(scaler.get("data", "global_batch_size") / batch)
     if scaler.get("optimizer", "optimizer") != "lamb":
         rate *= hidden / scaler.get("model", "hidden_size")

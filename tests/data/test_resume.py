@@ -33,7 +33,7 @@ def counted(*paths):
     if seals == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
     rename(*paths)
-os.rename = counted
+os.rename = os.replace = counted
 prepare.prepare({source!r}, {out!r}, workers=1, deduplicate=True, vocab_size={vocabulary}, valid_percent=10,
     test_percent=5)
 """
