@@ -1,5 +1,6 @@
 """Fixtures that more than one folder of tests uses."""
 
+import logging
 import os
 
 import pytest
@@ -9,6 +10,9 @@ pytest.register_assert_rewrite("helpers")
 # One thread a process: tests run several ranks on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch  # noqa: E402, after the number of its threads
+
+LOGGERS = (logging.root, logging.getLogger("slope_megatron"))
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +25,26 @@ def seeded(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Give the environment back after each test and what it set up: `slope pretrain` writes its rank there."""
-    before = dict(os.environ)
+    """Give back, after each test and what it set up, what code sets for its whole process.
+
+    `slope pretrain` writes its rank into the environment; every command sets up logging, a rank that is not the first
+    one for errors alone.
+    """
+    environment, folder = dict(os.environ), os.getcwd()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    handlers, levels = logging.root.handlers[:], [logger.level for logger in LOGGERS]
     result = yield
-    if os.environ != before:
+    if os.environ != environment:
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(environment)
+    os.chdir(folder)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    logging.root.handlers[:] = handlers
+    for logger, level in zip(LOGGERS, levels, strict=True):
+        logger.setLevel(level)
     return result
 
 
