@@ -12,6 +12,7 @@ fetching batches to the refresh. Some columns:
     state_gib, peak_gib     allocated between steps, and at the highest of the timed ones; planned_gib: the latter by
                             `slope plan`
     left_mib                what stays allocated when the engine is freed: libraries' workspaces, on the first visit
+    launch                  whether steps were replayed from CUDA graphs (--cuda-graphs)
     start_s                 from building to the end of the first step
 
 `--shard-of 8` times rank 0 of 8 tensor-parallel ones with sequence parallelism: its shapes, without the collectives,
@@ -41,11 +42,12 @@ def add_arguments(parser) -> None:
     add("--modes", nargs="+", default=list(MODES), choices=MODES, help="engines to time")
     add("--shard-of", type=int, default=1, choices=(1, 2, 4, 8), help="tensor-parallel ranks, of which one is timed")
     add("--adapter-rank", default="0", help="of the 2:4 modes, as --slope-adapter-rank; they train from the first step")
+    add("--cuda-graphs", default="auto", choices=("auto", "on", "off"), help="as in `slope pretrain`")
     add("--sequence", type=int, help="tokens of a sample; default: 2048, or the model's positions if they are fewer")
     add("--micro-batch", type=int, help="samples of a micro-batch; default: 8,192 tokens' worth")
     add("--micro-batches", type=int, default=4, help="micro-batches of a step")
     add("--steps", type=int, default=10, help="timed steps of each visit")
-    add("--warmup", type=int, default=3, help="steps before them, in which kernels are compiled and chosen")
+    add("--warmup", type=int, default=4, help="steps before them: kernels are compiled, chosen and captured")
     add("--profiled", type=int, default=3, help="steps after them for busy_ms; 0: none")
     add("--cpu", action="store_true", help="try the command on the CPU: its times say nothing")
     add_budget(parser)
@@ -77,6 +79,7 @@ def work_of(arguments) -> ModelWork:
         warmup=arguments.warmup,
         profiled=0 if arguments.cpu else arguments.profiled,
         adapter_rank=arguments.adapter_rank,
+        cuda_graphs=arguments.cuda_graphs,
     )
 
 
@@ -158,9 +161,7 @@ def main(arguments) -> int:
         print("nothing was measured")
         return 1
     done = finish(rows)
-    columns = (
-        "mode visit step_ms spread tokens_per_second ratio mfu mfu_actual busy_share state_gib peak_gib planned_gib"
-    )
+    columns = "mode visit launch step_ms spread tokens_per_second ratio mfu mfu_actual busy_share peak_gib planned_gib"
     print_table(done, columns.split())
     chart(done, arguments.out, f"{note}; {machine()}")
     print(f"wrote {path}")

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 
 from slope_megatron.config import Config, ModelConfig
 from slope_megatron.data.batches import MicroBatches
+from slope_megatron.data.prefetch import Prefetch
 from slope_megatron.models.shapes import own_rows
 from slope_megatron.planner.layout import Layout
 from slope_megatron.planner.memory import Holding, fullest_gpu, precision
@@ -54,14 +55,21 @@ class BuiltEngine:
         data = config.data
         samples: Any = RandomSamples(config.model, data.seq_length)
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.batches = MicroBatches(samples, data.global_batch_size, data.micro_batch_size, replica, replicas)
+        batches = MicroBatches(samples, data.global_batch_size, data.micro_batch_size, replica, replicas)
+        self.batches = Prefetch(batches, config.train.last_step, pin=torch.cuda.is_available())
 
     def step(self):
         """The next training step, from fetching its batches on."""
         return self.engine.train_step(self.batches.step(self.engine.steps_done))
 
+    def replays(self) -> bool:
+        """Whether its micro-batches are replayed from CUDA graphs by now."""
+        graphs = self.engine.graphs
+        return graphs is not None and any(function.graph is not None for function in graphs.functions)
+
     def let_go(self) -> None:
         """DeepSpeed keeps names of parameters, with the parameters, and hooks on them."""
+        self.batches.close()
         self.engine.deepspeed.destroy()
         del self.engine
 

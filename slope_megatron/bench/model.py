@@ -47,7 +47,7 @@ def config_of(slope: SlopeConfig, work: ModelWork) -> Config:
             global_batch_size=work.micro_batch * work.micro_batches,
         ),
         optimizer=OptimizerConfig(lr=1e-5, min_lr=1e-6),
-        train=TrainConfig(out="none"),
+        train=TrainConfig(out="none", cuda_graphs=work.cuda_graphs),
     )
 
 
@@ -146,6 +146,7 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
         "adapter_rank": config.slope.rank if config.slope.packed else 0,
         "parameters": accounting.parameter_count(built.engine),
         "steps": work.steps,
+        "launch": "graph" if built.replays() else "eager",
         "loss": result.loss,
         "step_ms": timing.median(samples),
         "spread": timing.spread(samples),

@@ -58,6 +58,7 @@ class ModelWork:
     warmup: int
     profiled: int
     adapter_rank: int | str = 0
+    cuda_graphs: str = "auto"
 
     def note(self) -> str:
         """For the CSV's first line and the chart."""

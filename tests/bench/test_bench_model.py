@@ -43,6 +43,7 @@ def test_engines_are_visited_there_and_back(tmp_path):
     # Embedding (100 rows are padded to 384), 64 positions, and of each block biases and norms; the last norm.
     small = 384 * 64 + 64 * 64 + 2 * (9 * 64 + 4 * 64) + 2 * 64
     assert dense == LINEARS + small and dense - paper == (LINEARS - FIRST_LINEAR) / 2
+    assert {row["launch"] for row in rows} == {"eager"}, "a CPU has no CUDA graphs"
     assert rows[0]["ratio"] == "1.0" and all(float(row["tokens_per_second"]) > 0 for row in rows)
     # Packed: half of the values, fp32 gradients and state; and both patterns and the reference's operands.
     assert all(float(row["linears_gib"]) < float(row["counted_gib"]) for row in rows)
