@@ -46,7 +46,7 @@ def _check_for_export(name: str, tokenizer: Tokenizer | FastTokenizer) -> None:
         return
     if tokenizer.unique_identifiers["class"] == Tokenizer.kind:
         logger.info(
-            f"the tokenizer {name} is used as a tokenizer.json: a text with rare characters, or one that "
+            f"the tokenizer {name} is used in the form of a tokenizer.json: a text with rare characters, or one that "
             "spells a control symbol, may have other ids than SentencePiece gives it"
         )
     if tokenizer.left_out:
