@@ -9,8 +9,8 @@ fetching batches to the refresh. Some columns:
     busy_ms, busy_share     time of a step in which a kernel runs (torch.profiler, a few steps after the timed ones)
     linears_gib             weights, patterns, operands, gradients and optimizer of the 2:4 linears (dense: of the same
                             ones); counted_gib: of the whole model, as `slope pretrain` counts them
-    state_gib, peak_gib     allocated between steps, and at the highest of the timed ones; planned_gib: the latter by
-                            `slope plan`
+    state_gib, peak_gib     allocated between steps, and at the highest from the second step on; planned_gib: the
+                            latter by `slope plan`
     left_mib                what stays allocated when the engine is freed: libraries' workspaces, on the first visit
     launch                  whether steps were replayed from CUDA graphs (--cuda-graphs)
     start_s                 from building to the end of the first step
@@ -63,7 +63,7 @@ def work_of(arguments) -> ModelWork:
     layers = arguments.layers
     if layers is not None and not 1 <= layers <= model.num_layers:
         raise ValueError(f"--layers is {layers}: {arguments.model} has {model.num_layers}; give 1 to that many")
-    for flag, least in (("steps", 2), ("warmup", 1), ("profiled", 0), ("micro_batches", 1)):
+    for flag, least in (("steps", 2), ("warmup", 2), ("profiled", 0), ("micro_batches", 1)):
         if getattr(arguments, flag) < least:
             raise ValueError(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}: it must be at least {least}")
     sequence = arguments.sequence or min(2048, model.max_positions or 2048)

@@ -15,7 +15,7 @@ from slope_megatron.ops.operands.augmented import AugmentedOperand
 from slope_megatron.ops.operands.cusparselt import CusparseltOperand
 from slope_megatron.ops.operands.dense import DenseOperand
 from slope_megatron.ops.operands.measured import MeasuredOperands
-from slope_megatron.ops.operands.protocol import SparseOperand, WeightOperand, WeightPatterns, not_held
+from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns, not_held
 from slope_megatron.sparsity.mvue_rng import MvueRng
 
 LIBRARIES = libraries.load()
@@ -99,7 +99,7 @@ class PackedOperands(MeasuredOperands[SparseOperand, DenseOperand]):
 
     # -- products -----------------------------------------------------------------------------------------------------
 
-    def operand(self, product: Product, tokens: int) -> WeightOperand:
+    def operand(self, product: Product, tokens: int) -> SparseOperand | DenseOperand:
         """As of `MeasuredOperands`; with adapters in it the operand is no longer a matter of choice."""
         return self.augmented(product) or super().operand(product, tokens)
 

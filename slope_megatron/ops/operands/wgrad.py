@@ -11,6 +11,7 @@ and time: dY itself is multiplied.
 
 import functools
 import logging
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def packed(
         _say_once(f"full mode: {rng.n}:{rng.m} gradients are estimated in plain torch; the kernel is for 2:4")
         return gather_kept(rng.estimate(dy_TN).t() @ x_TK, row_bits)
     key, device = Key(Product.WGRAD, dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype), dy_TN.device
-    allowed = {"dense_allowed": dense_allowed, "among": among}
+    allowed: dict[str, Any] = {"dense_allowed": dense_allowed, "among": among}
     choice = resolve(
         key,
         device,
