@@ -11,7 +11,7 @@ import pytest
 from slope_megatron import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "--cpu --model tiny --layers 2 --micro-batch 2 --micro-batches 2 --steps 2 --warmup 1".split()
+TINY = "--cpu --model tiny --layers 2 --micro-batch 2 --micro-batches 2 --steps 2 --warmup 2".split()
 TIMES = {"step_ms", "spread", "tokens_per_second", "ratio", "start_s"}
 # Of 2 blocks of width 64 with 4 heads: the blocks' linears, and the first one, which stays dense.
 LINEARS, FIRST_LINEAR = 2 * 12 * 64 * 64, 3 * 64 * 64
@@ -65,7 +65,7 @@ def test_one_rank_of_several_is_timed_alone(tmp_path):
     [
         ("--model opt-2.6b --layers 33", "--layers is 33: opt-2.6b has 32; give 1 to that many"),
         ("--steps 1", "--steps is 1: it must be at least 2"),
-        ("--warmup 0", "--warmup is 0: it must be at least 1"),
+        ("--warmup 0", "--warmup is 0: it must be at least 2"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(words, message):
