@@ -59,7 +59,7 @@ def fuse_as_on_gpus() -> None:
     config.disable = False
     from slope_megatron.layers import fused, mlp, rotary
 
-    for module, name in ((fused, "layer_norm"), (fused, "rms_norm"), (mlp, "activate"), (rotary, "turn")):
+    for module, name in ((fused, "layer_norm"), (fused, "rms_norm"), (mlp, "activate"), (rotary, "rotate_halves")):
         plain = getattr(module, name).__wrapped__
         setattr(module, name, torch.compile(plain, dynamic=False, backend="aot_eager_decomp_partition"))
 
