@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from slope_megatron.cli import bench
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.packed_weight import Region
+from slope_megatron.layers.packed_weight import PackedWeight, Region
 from slope_megatron.ops.backend import choose_column_bits
 from slope_megatron.sparsity import pieces
 
@@ -31,11 +30,21 @@ def test_the_second_pruning_does_not_depend_on_the_pieces(monkeypatch):
     assert torch.equal(choose_column_bits(values, row_bits, 2, 4), whole)
 
 
+class Weight(PackedWeight):
+    """A linear's packed weight without the linear: `init_weight` needs neither ranks nor Megatron's constructor."""
+
+    def __init__(self, rows: int, columns: int, slope: SlopeConfig):
+        torch.nn.Module.__init__(self)
+        self.slope = slope
+        self.weight = torch.nn.Parameter(torch.zeros(rows, columns // 2, dtype=torch.bfloat16))
+        self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8))
+        self.register_buffer("weight_column", torch.zeros(rows, columns // 16, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("pattern", ["random", "magnitude"])
 def test_what_is_drawn_does_not_depend_on_the_pieces(monkeypatch, pattern):
     def drawn():
-        weight = bench.load("fill").packed_weight(40, 64, "cpu")
-        weight.slope = SlopeConfig(pattern=pattern)
+        weight = Weight(40, 64, SlopeConfig(pattern=pattern))
         weight.init_weight(7, Region("layer", range(40), 3, 0, 64), 0.02)
         return weight.weight.detach(), weight.weight_pattern
 
