@@ -21,7 +21,8 @@ from slope_megatron.models.shapes import block_linears, loss_chunk_tokens, padde
 from slope_megatron.planner.layout import Layout
 
 GIB = 2**30
-# CUDA context, NCCL's buffers and libraries' workspaces; and what the allocator loses to fragmentation. Assumed.
+# CUDA context, NCCL's buffers and libraries' workspaces; and what the allocator loses to fragmentation, of what is
+# allocated and freed within a step: the state is allocated once. Assumed.
 CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 0.05
 # Rows of the residual stream that the last stage keeps after its blocks.
@@ -193,7 +194,7 @@ def gpu_bytes(config: Config, layout: Layout, vocabulary: int, how: Holding, sta
     sizes["loss"] = loss_bytes(config, layout, vocabulary, bytes_of) if last else 0.0
     sizes["scratch"] = max(0.0, backward - sizes["loss"], step - sizes["activations"] - sizes["loss"])
     sizes["context"] = CONTEXT_BYTES
-    sizes["fragmentation"] = FRAGMENTATION * sum(sizes.values())
+    sizes["fragmentation"] = FRAGMENTATION * (sizes["activations"] + sizes["loss"] + sizes["scratch"])
     return sizes
 
 

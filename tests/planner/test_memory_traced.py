@@ -185,6 +185,8 @@ def test_llama_3_8b_on_one_gpu():
         data=DataConfig(seq_length=8192, global_batch_size=4),
     )
     assert planned_gib(whole, Layout(1, 1, 1), 128256) == pytest.approx(132.9, rel=0.01)
+    with_assumptions = fullest_gpu(whole, Layout(1, 1, 1), 128256, Holding(BF16, "kernels", fused=True))
+    assert sum(with_assumptions.values()) / GIB == pytest.approx(132.9, rel=0.05)
     chunked = dataclasses.replace(whole, parallel=ParallelConfig())
     saved = planned_gib(whole, Layout(1, 1, 1), 128256) - planned_gib(chunked, Layout(1, 1, 1), 128256)
     assert saved == pytest.approx(2.4, abs=0.05)

@@ -106,8 +106,8 @@ def test_what_opt_66b_needs():
     lonestar = Layout(3, 8, 1, recompute="full")
     for layout in (narval, lonestar):
         assert gib(OPT66B, layout) <= 38.5 < gib(dense(OPT66B), layout)
-    assert gib(OPT66B, narval) == pytest.approx(28.1, abs=0.1)
-    assert gib(OPT66B, dataclasses.replace(narval, recompute="none")) == pytest.approx(35.6, abs=0.1)
+    assert gib(OPT66B, narval) == pytest.approx(26.8, abs=0.1)
+    assert gib(OPT66B, dataclasses.replace(narval, recompute="none")) == pytest.approx(34.3, abs=0.1)
     unfused = dataclasses.replace(KERNELS, fused=False)
     assert gib(OPT66B, lonestar, unfused) > 38.5, "AdamW's temporaries are what is too much there"
 
