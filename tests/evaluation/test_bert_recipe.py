@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from test_fine_tuning import WORDS, squad_file
 
 from helpers import commands
+from helpers.small_bert import WORDS, squad_file
 from slope_megatron.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,22 +5,8 @@ import json
 import pytest
 import torch
 
-from helpers.small_bert import WORDS
+from helpers.small_bert import WORDS, squad_file
 from slope_megatron.cli import main
-
-
-def squad_file(path, count, seed):
-    """Eight words of which one is a colour, and the question `what ?`: the answer is the colour, wherever it stands."""
-    generator = torch.Generator().manual_seed(seed)
-    paragraphs = []
-    for number in range(count):
-        words = [WORDS[3 + i] for i in torch.randint(0, 3, (8,), generator=generator)]
-        place, colour = (int(torch.randint(0, high, (1,), generator=generator)) for high in (8, 3))
-        words[place] = WORDS[colour]
-        answer = {"text": words[place], "answer_start": len(" ".join([*words[:place], ""]))}
-        question = {"id": f"{seed}.{number}", "question": "what ?", "answers": [answer]}
-        paragraphs.append({"context": " ".join(words), "qas": [question]})
-    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
 
 
 def test_windows_hold_the_answer_or_point_at_the_start(bert, tmp_path):

@@ -1,5 +1,9 @@
 """A BERT run of a few words, and its tokenizer."""
 
+import json
+
+import torch
+
 from helpers.runs import made_run
 
 WORDS = "red green blue cat dog cow who what has the ? .".split()
@@ -36,3 +40,17 @@ def write_tokenizer(path):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.save(str(path))
+
+
+def squad_file(path, count, seed):
+    """Eight words of which one is a colour, and the question `what ?`: the answer is the colour, wherever it stands."""
+    generator = torch.Generator().manual_seed(seed)
+    paragraphs = []
+    for number in range(count):
+        words = [WORDS[3 + i] for i in torch.randint(0, 3, (8,), generator=generator)]
+        place, colour = (int(torch.randint(0, high, (1,), generator=generator)) for high in (8, 3))
+        words[place] = WORDS[colour]
+        answer = {"text": words[place], "answer_start": len(" ".join([*words[:place], ""]))}
+        question = {"id": f"{seed}.{number}", "question": "what ?", "answers": [answer]}
+        paragraphs.append({"context": " ".join(words), "qas": [question]})
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
