@@ -100,6 +100,16 @@ class KeptOperands(Generic[Made]):
         """The operands are those of the present values now."""
         self.weight, self.generation, self.may_be_stale = TensorSnapshot(weight), self.generation + 1, False
 
+    def reads(self, weight: torch.Tensor, patterns: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these operands can follow a weight and the very buffers that they were made of, written or not."""
+        return self.fits(weight) and all(
+            seen.tensor() is now for seen, now in zip(self.patterns, patterns, strict=True)
+        )
+
+    def mark_patterns(self, patterns: tuple[torch.Tensor, ...]) -> None:
+        """The operands are those of the present patterns now."""
+        self.patterns = tuple(TensorSnapshot(pattern) for pattern in patterns)
+
     def rebind(self, weight: torch.Tensor) -> None:
         """The same values may lie elsewhere: for operands that read them where they are."""
         if hasattr(self.operands, "rebind"):

@@ -20,11 +20,11 @@ from collections.abc import Callable
 import torch
 
 from slope_megatron.config import SlopeConfig
+from slope_megatron.layers.masks import largest_along_tokens, magnitude_bits, mask_into
 from slope_megatron.layers.pruned_linear import PrunedLinear, check_shard
 from slope_megatron.ops.backend import MvueRng
+from slope_megatron.ops.operands import wgrad
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
-from slope_megatron.sparsity.pattern import magnitude_pattern
-from slope_megatron.sparsity.tokens import largest_along_tokens
 from slope_megatron.sparsity.transposable import transposable_mask
 
 
@@ -45,7 +45,7 @@ class MaskedOperands:
         """New values, the same mask."""
         self.rebind(weight_NK)
         if self.mask_bits is not None:
-            torch.mul(weight_NK, unpack_bits(self.mask_bits), out=self.weight_NK)
+            mask_into(self.weight_NK, weight_NK, self.mask_bits)
 
     def rebind(self, weight_NK: torch.Tensor) -> None:
         """The parameter is here now: for products that read it."""
@@ -59,7 +59,7 @@ class MaskedOperands:
         return dy_TN @ self.weight_NK
 
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
-        return (rng.estimate(dy_TN) if rng else dy_TN).t() @ x_TK
+        return wgrad.dense(dy_TN, x_TK, rng) if rng else dy_TN.t() @ x_TK
 
 
 class MaskedWeight(PrunedLinear):
@@ -87,16 +87,21 @@ class MaskedWeight(PrunedLinear):
 
     @torch.no_grad()
     def update_mask(self) -> None:
-        """Choose S for the present weight."""
+        """Choose S for the present weight, and bring the operands up to both."""
         weight = self.weight.detach()
         if self.slope.method == "fst":
-            mask = transposable_mask(weight)
+            bits = pack_bits(transposable_mask(weight))
         else:
-            mask = magnitude_pattern(weight, self.slope.n, self.slope.m)
-        self.weight_mask.copy_(pack_bits(mask))
+            bits = magnitude_bits(weight, self.slope.n, self.slope.m)
+        self.weight_mask.copy_(bits)
         # Whoever has a mask chosen for the weight says that the weight is there.
         self.mark_present("weight", "weight_mask")
-        self.drop_operands()
+        kept = self._kept
+        if kept is None or not kept.reads(self.weight, self.pattern_buffers()):
+            self.drop_operands()
+            return
+        kept.refresh(self.weight)
+        kept.mark_patterns(self.pattern_buffers())
 
     def set_masking(self, masking: bool) -> None:
         """Whether the weight is pruned from here on; S is all ones where it is not."""

@@ -17,7 +17,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.kept_operands import KeptOperands, TensorSnapshot, lent
+from slope_megatron.layers.kept_operands import KeptOperands, lent
 from slope_megatron.layers.pruned_linear import PrunedLinear, check_shard
 from slope_megatron.ops.backend import PRODUCTS, MvueRng, Operands, Product, build_operands, choose_column_bits
 from slope_megatron.sparsity import counter
@@ -157,12 +157,12 @@ class PackedWeight(PrunedLinear):
         self.weight_column.copy_(choose_column_bits(values, self.weight_pattern, self.slope.n, self.slope.m))
         self.mark_present("weight_column")
         kept = self._kept
-        if kept is None or not kept.fits(self.weight) or kept.patterns[-1].tensor() is not self.weight_column:
+        if kept is None or not kept.reads(self.weight, self.pattern_buffers()):
             self.drop_operands()
             return
         kept.operands.set_column_pattern(self.weight_column, values)
         kept.mark_fresh(self.weight)
-        kept.patterns = (*kept.patterns[:-1], TensorSnapshot(self.weight_column))
+        kept.mark_patterns(self.pattern_buffers())
 
     def build_operands(self, weight: torch.Tensor) -> Operands:
         return self.new_operands(weight, PRODUCTS)

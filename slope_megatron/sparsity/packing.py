@@ -11,9 +11,9 @@ import torch
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """bool `[..., K]` -> uint8 `[..., K/8]`, lowest bit first; K a multiple of 8."""
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     # A sum of distinct powers of two stays under 256, so uint8 holds it.
-    return (mask.unflatten(-1, (-1, 8)).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+    return (mask.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ consecutive weights of a row (the reduction axis of the forward product); the co
 consecutive weights of a column of what the row pattern left (the reduction axis of dgrad). Source: SLoPe, section 3.1.
 """
 
+from collections.abc import Sequence
 from math import comb
 
 import torch
@@ -18,18 +19,28 @@ def top_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     Returns:
         bool, same shape, exactly n True in each group.
     """
-    groups = scores.unflatten(-1, (-1, m))
-    if groups.is_floating_point():
-        groups = torch.nan_to_num(groups, nan=torch.finfo(groups.dtype).max)
-    columns = [column.contiguous() for column in groups.unbind(-1)]
-    ranks = [torch.zeros(column.shape, dtype=torch.uint8, device=scores.device) for column in columns]
+    columns = [column.contiguous() for column in scores.unflatten(-1, (-1, m)).unbind(-1)]
+    return torch.stack(highest(columns, n), dim=-1).flatten(-2)
+
+
+def highest(columns: Sequence[torch.Tensor], n: int) -> list[torch.Tensor]:
+    """At each position: which of the columns' scores are the n highest; ties, NaN and infinity as above.
+
+    Args:
+        columns: the scores of one place in all groups each; of one shape.
+    Returns:
+        bool, of that shape, for each column.
+    """
+    if columns[0].is_floating_point():
+        columns = [torch.nan_to_num(column, nan=torch.finfo(column.dtype).max) for column in columns]
+    ranks = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
     # A score's rank is the number of those that come before it: one comparison for each pair of a group, no sort.
-    for later in range(m):
+    for later in range(len(columns)):
         for earlier in range(later):
             earlier_is_first = columns[earlier] >= columns[later]
             ranks[later] += earlier_is_first
             ranks[earlier] += ~earlier_is_first
-    return torch.stack([rank < n for rank in ranks], dim=-1).flatten(-2)
+    return [rank < n for rank in ranks]
 
 
 def magnitude_pattern(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:

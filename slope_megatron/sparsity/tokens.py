@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from slope_megatron.sparsity.pattern import top_n_of_m
+from slope_megatron.sparsity.pattern import highest
 
 
 def along_tokens(dy_TN: torch.Tensor, m: int, prune: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -19,4 +19,8 @@ def along_tokens(dy_TN: torch.Tensor, m: int, prune: Callable[[torch.Tensor], to
 
 def largest_along_tokens(dy_TN: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """The n largest of every m tokens of each output, the others zero (Extended SR-STE)."""
-    return along_tokens(dy_TN, m, lambda dy_NT: dy_NT * top_n_of_m(dy_NT.abs(), n, m))
+    tokens = dy_TN.shape[0]
+    members = torch.nn.functional.pad(dy_TN, (0, 0, 0, -tokens % m)).unflatten(0, (-1, m)).unbind(1)
+    kept = highest([member.abs() for member in members], n)
+    pruned = [member * keep for member, keep in zip(members, kept, strict=True)]
+    return torch.stack(pruned, dim=1).flatten(0, 1)[:tokens]

@@ -3,6 +3,7 @@
 import torch
 
 from slope_megatron.layers.masked_weight import MaskedWeight
+from slope_megatron.layers.masks import add_decay_
 from slope_megatron.models.layer_spec import masked_modules
 from slope_megatron.training.zero import partitions
 
@@ -38,6 +39,6 @@ def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
     if mapping is None or partition.grad is None or not module.masking:
         return
     part, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-    pruned = ~module.mask().flatten().narrow(0, part.start, part.numel).to(partition.device)
     weight = partition.narrow(0, flat.start, flat.numel)
-    partition.grad.narrow(0, flat.start, flat.numel).add_(weight * pruned, alpha=module.slope.decay)
+    gradient = partition.grad.narrow(0, flat.start, flat.numel)
+    add_decay_(gradient, weight, module.weight_mask.to(partition.device), part.start, module.slope.decay)

@@ -224,7 +224,7 @@ class Engine:
             if self.phases.new_mask(self.steps_done):
                 masked.update_mask()
             else:
-                masked.drop_operands()
+                masked.refresh()
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

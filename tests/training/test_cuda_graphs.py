@@ -172,16 +172,17 @@ def graphs_on_and_off(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("settings", "layout", "replays"),
+    ("settings", "layout"),
     [
-        # Two eager steps at the start and two where adapters join; validation has an own graph.
-        ({"slope": {"adapter_rank": 4, "lazy_fraction": 0.5, "mode": "full"}}, {"world": 1}, None),
-        ({"slope": {"backward_mask_interval": 3}, "recompute": "full"}, {"world": 2, "tensor_parallel": 2}, None),
-        ({"slope": {"enabled": False}}, {"world": 2}, None),
+        ({"slope": {"adapter_rank": 4, "lazy_fraction": 0.5, "mode": "full"}}, {"world": 1}),
+        ({"slope": {"backward_mask_interval": 3}, "recompute": "full"}, {"world": 2, "tensor_parallel": 2}),
+        ({"slope": {"enabled": False}}, {"world": 2}),
+        ({"slope": {"method": "srste"}}, {"world": 1}),
+        ({"slope": {"method": "fst", "fst_mask_interval": 3, "fst_dense_tail": 0.4}}, {"world": 1}),
     ],
-    ids=["adapters join", "new column pattern, TP2", "dense, DP2"],
+    ids=["adapters join", "new column pattern, TP2", "dense, DP2", "srste", "fst with its dense tail"],
 )
-def test_replayed_steps_are_the_eager_ones_to_the_bit(ranks, settings, layout, replays):
+def test_replayed_steps_are_the_eager_ones_to_the_bit(ranks, settings, layout):
     config = small_config(steps=8, **settings)
     for eager, replayed, graphs in ranks.run(graphs_on_and_off, config, **layout):
         assert replayed == eager and len({loss for loss, *_ in eager[0]}) == 8

@@ -108,8 +108,12 @@ Operand = CusparseltOperand
 
 def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: MvueRng) -> torch.Tensor:
     """A dense P(dY)^T X, rounded to 16 bits, of which the kept half `[N, C]` is gathered."""
-    estimate = mvue.mvue_operand(dy_TN, rng.key, rng.streams, False)
-    return products.gather_kept(mvue.sparse_wgrad(estimate, x_TK, dy_TN.shape[1]), row_bits)
+    return products.gather_kept(dense_wgrad(dy_TN, x_TK, rng), row_bits)
+
+
+def dense_wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng) -> torch.Tensor:
+    """P(dY)^T X, `[N, K]`."""
+    return mvue.sparse_wgrad(mvue.mvue_operand(dy_TN, rng.key, rng.streams, False), x_TK, dy_TN.shape[1])
 
 
 def finalists(trial: Trial) -> list[Candidate]:

@@ -20,6 +20,7 @@ from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.autotune.resolve import resolve
 from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops.products import gather_kept
+from slope_megatron.ops.operands import cusparselt
 from slope_megatron.sparsity.mvue_rng import MvueRng
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,31 @@ def packed(
         return gather_kept(dy_TN.t() @ x_TK, row_bits)
     # A CPU's choice names no library.
     return LIBRARIES[choice.library or among[0]].wgrad(dy_TN, x_TK, row_bits, rng)
+
+
+def dense(dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng) -> torch.Tensor:
+    """P(dY)^T X with nothing dropped, `[N, K]`: FST's. On 2:4 tensor cores where they can, else in plain torch.
+
+    The estimate is the same to the bit.
+    """
+    key, device = Key(Product.WGRAD, dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype), dy_TN.device
+    reason = _unsupported_dense(key, device, rng)
+    if reason:
+        _say_once(f"the estimate of the gradients is computed in plain torch: {reason}")
+        return rng.estimate(dy_TN).t() @ x_TK
+    measured = functools.partial(measure.measure, key, device, dense_allowed=False, among=(cusparselt.NAME,))
+    resolve(key, device, measured, on_cpu=Choice(True), fits=lambda choice: choice.library == cusparselt.NAME)
+    return cusparselt.dense_wgrad(dy_TN, x_TK, rng)
+
+
+def _unsupported_dense(key: Key, device: torch.device, rng: MvueRng) -> str | None:
+    if device.type != "cuda":
+        return "no CUDA device"
+    if (rng.n, rng.m) != (2, 4):
+        return f"the kernel is for 2:4, not for {rng.n}:{rng.m}"
+    if key.dtype not in (torch.bfloat16, torch.float16) or key.rows % 64:
+        return f"the kernel takes 16-bit gradients of multiples of 64 outputs, not {key.dtype} of {key.rows}"
+    return cusparselt.unsupported() or cusparselt.unsupported_wgrad(key, device)
 
 
 @functools.cache
