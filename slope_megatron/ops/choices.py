@@ -147,6 +147,11 @@ _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
 
 
+def table() -> dict[Key, Any]:
+    """All choices that were made: none, on a machine with one backend."""
+    return _table
+
+
 def find(key: Key) -> Any:
     """The choice for a product, an AdapterChoice if the key has a rank; None: not made yet."""
     return _table.get(key)
@@ -177,11 +182,6 @@ def record(key: Key, decision: Decision) -> None:
             _algorithms[(library, problem)] = decision.algorithm
         exact = "; the exact gradient, unpruned" if key.product is Product.WGRAD and not decision.sparse else ""
     logger.info("%s: %s%s", key, decision, exact)
-
-
-def is_empty() -> bool:
-    """Whether no choice has been made: on a machine with one backend there is none."""
-    return not _table
 
 
 def clear() -> None:
@@ -236,9 +236,10 @@ def _read(fields: dict) -> Decision:
     return Choice(**{**fields, "algorithm": libraries.algorithm(algorithm) if algorithm else None})
 
 
-def save(path: Path) -> None:
-    """Write the table."""
-    table = {str(key): dataclasses.asdict(decision) for key, decision in _table.items()}
+def save(path: Path, decisions: dict[Key, Any] | None = None) -> None:
+    """Write the table, or other decisions as if they were it."""
+    decisions = _table if decisions is None else decisions
+    table = {str(key): dataclasses.asdict(decision) for key, decision in decisions.items()}
     content = {"machine": machine(), "choices": dict(sorted(table.items()))}
     whole.write_json(Path(path), sums.signed(content))
 
@@ -256,7 +257,7 @@ def read(path: Path) -> dict | None:
     """A saved table, of whatever machine, for `is_from_here` and `adopt`; None, with a log line, when it is damaged."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        _parsed(saved)
+        parsed(saved)
         if dict(saved["machine"]) == machine() and sums.is_signed_right(saved) is False:
             raise ValueError("it has another checksum")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -277,11 +278,12 @@ def is_from_here(saved: dict, path: Path) -> bool:
 
 def adopt(saved: dict) -> None:
     """Record every choice of a table that `read` gave."""
-    for key, decision in _parsed(saved).items():
+    for key, decision in parsed(saved).items():
         record(key, decision)
 
 
-def _parsed(saved: dict) -> dict[Key, Decision]:
+def parsed(saved: dict) -> dict[Key, Decision]:
+    """The decisions of a table that `read` gave."""
     entries = saved["choices"].items()
     return {Key.parse(text): _read(fields) for text, fields in entries if not _is_removed(text, fields)}
 

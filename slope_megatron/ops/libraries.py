@@ -13,7 +13,7 @@ from slope_megatron.config.slope import LIBRARIES
 
 if TYPE_CHECKING:
     from slope_megatron.ops.autotune.trials import Candidate, Trial
-    from slope_megatron.ops.choices import Key, Product
+    from slope_megatron.ops.choices import Choice, Key, Product
     from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
     from slope_megatron.sparsity.mvue_rng import MvueRng
 
@@ -43,8 +43,12 @@ class Library(Protocol):
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: "MvueRng") -> torch.Tensor:
         """P(dY)^T X at the kept positions, `[N, C]`."""
 
-    def finalists(self, trial: "Trial") -> "list[Candidate]":
-        """Its fastest candidates for a measurement that pass the numerics gate, fastest first."""
+    def finalists(self, trial: "Trial", known: "Choice | None" = None) -> "list[Candidate]":
+        """Its fastest candidates for a measurement that pass the numerics gate, fastest first.
+
+        Args:
+            known: a choice of its own, which alone is tried; None: all are.
+        """
 
     def problem(self, key: "Key", tiles: int) -> Hashable:
         """What its registered ops find the measured algorithm of a product by."""

@@ -2,13 +2,15 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from slope_megatron.ops import choices
+from slope_megatron.ops import choices, hints
 from slope_megatron.storage import whole
 from slope_megatron.training.together import from_every_rank
 
@@ -20,10 +22,13 @@ def file_of(run: Path) -> Path:
     return run / f"kernel_choices_stage_{parallel_state.get_pipeline_model_parallel_rank()}.json"
 
 
-def share(run: Path, *, resumed: bool) -> None:
+def share(run: Path, *, resumed: bool, hinted: bool = False) -> None:
     """Let the ranks of this stage agree on every choice, and take over those of the run that goes on.
 
     A table is taken over by all of them or by none: a rank that made a choice anew would wait for the others to do so.
+
+    Args:
+        hinted: measurements begin with what earlier runs on this machine have chosen.
     """
     group = parallel_state.get_tensor_and_data_parallel_group()
     first = dist.get_global_rank(group, 0)
@@ -38,6 +43,8 @@ def share(run: Path, *, resumed: bool) -> None:
         path = file_of(run)
         saved = choices.read(path) if decides and os.path.exists(path) else None
         take_over(saved if alone else broadcast(saved), path, group)
+    if hinted and decides and torch.cuda.is_available():
+        hints.load(hints.file_of_machine())
     choices.agree_over(None if alone else broadcast, decides=decides)
 
 
@@ -66,13 +73,19 @@ def take_over(saved: dict | None, path: Path, group: dist.ProcessGroup) -> None:
 def save(run: Path) -> None:
     """Write this stage's choices, once the first step has made them; nothing on machines without a choice.
 
-    A disk that refuses them costs a resumed run their measuring, not this run its life.
+    On a GPU they are hints for this machine's next runs, too. A disk that refuses them costs those their measuring, not
+    this run its life.
     """
     group = parallel_state.get_tensor_and_data_parallel_group()
-    if dist.get_rank() == dist.get_global_rank(group, 0) and not choices.is_empty():
-        try:
-            choices.save(file_of(run))
-        except OSError as error:
-            logger.warning(
-                "%s could not be written (%s): a resumed run measures anew", file_of(run), whole.reason(error)
-            )
+    if dist.get_rank() != dist.get_global_rank(group, 0) or not choices.table():
+        return
+    write(file_of(run), choices.save, "a resumed run measures anew")
+    if torch.cuda.is_available():
+        write(hints.file_of_machine(), hints.save, "the next run searches anew")
+
+
+def write(path: Path, save: Callable[[Path], None], cost: str) -> None:
+    try:
+        save(path)
+    except OSError as error:
+        logger.warning("%s could not be written (%s): %s", path, whole.reason(error), cost)

@@ -121,7 +121,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
             on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
             # None of them raises.
             writers = open_writers(config, run, engine.steps_done) if rank == 0 else []
-            kernel_choices.share(run, resumed=resume_from is not None)
+            kernel_choices.share(run, resumed=resume_from is not None, hinted=True)
             stats = layer_stats.LayerStats(engine, start) if start is not None else None
             training = Run(engine, run, datasets, vocabulary, watch, writers, stats, data_check)
             summary = training.train()

@@ -133,11 +133,11 @@ def test_one_rank_decides_on_strategies_too(fresh_choices):
     assert choice == AdapterChoice(Strategy.FIRST, {"first": 0.5}) and sent == [None]
     assert fresh_choices.find(KEY) is None, "it is no choice of the product alone"
     fresh_choices.clear()
-    assert fresh_choices.is_empty()
+    assert not fresh_choices.table()
     fresh_choices.agree_over(broadcast, decides=True)
     last = AdapterChoice(Strategy.LAST)
     assert fresh_choices.decide(key, lambda: last) == last == fresh_choices.find(key)
-    assert not fresh_choices.is_empty()
+    assert fresh_choices.table()
 
 
 def test_each_choice_is_logged_once(fresh_choices, caplog):
@@ -169,6 +169,6 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
 )
 def test_a_damaged_table_is_measured_anew(fresh_choices, tmp_path, caplog, content):
     (tmp_path / "choices.json").write_bytes(content)
-    assert not fresh_choices.load(tmp_path / "choices.json") and fresh_choices.is_empty()
+    assert not fresh_choices.load(tmp_path / "choices.json") and not fresh_choices.table()
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{tmp_path}/choices.json cannot be read (") and said.endswith("products are measured anew")

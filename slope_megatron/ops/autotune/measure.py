@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from slope_megatron.config.slope import LIBRARIES
-from slope_megatron.ops import choices, libraries
+from slope_megatron.ops import choices, hints, libraries
 from slope_megatron.ops.autotune import measure_weight, timing
 from slope_megatron.ops.autotune.trials import Candidate, Trial
 from slope_megatron.ops.choices import Choice, Key, Product
@@ -50,21 +50,30 @@ def contest(
 ) -> dict:
     """Times (ms, one a round) of the dense product, "dense", and of each sparse finalist, (tiles, algorithm).
 
-    Synchronizes; takes about a second for a large product.
+    Synchronizes; takes about a second for a large product, less where an earlier run on this machine has chosen: then
+    its choice alone is a finalist, if it passes the gate.
 
     Args:
         among: the libraries whose candidates are tried; none: those that the shape's operands allow.
         beside: what else of the trial is timed in turn with them, by name.
     """
     trial = prepare(key, device)
-    candidates: list[Candidate] = []
-    for name in among or libraries_for(key):
-        candidates += libraries.load()[name].finalists(trial)
+    candidates = finalists(trial, among or libraries_for(key))
     functions: dict = {"dense": trial.dense_product}
     functions |= beside(trial) if beside else {}
     functions |= {(candidate.tiles, candidate.algorithm): candidate for candidate in candidates}
     rough = timing.median(timing.interleaved({"": trial.dense_product}, rounds=3, calls=1)[""])
     return timing.interleaved(functions, rounds=rounds, calls=timing.calls_for(rough))
+
+
+def finalists(trial: Trial, among: tuple[str, ...]) -> list[Candidate]:
+    """The fastest sparse candidates of these libraries, behind the gate."""
+    hint, candidates = hints.find(trial.key), list[Candidate]()
+    if hint is not None and hint.library in among:
+        candidates = libraries.load()[hint.library].finalists(trial, hint)
+    for name in () if candidates else among:
+        candidates += libraries.load()[name].finalists(trial)
+    return candidates
 
 
 def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:

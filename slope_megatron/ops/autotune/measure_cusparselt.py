@@ -10,7 +10,7 @@ from slope_kernels import cusparselt
 from slope_megatron.ops import choices
 from slope_megatron.ops.autotune import gate, timing
 from slope_megatron.ops.autotune.trials import Trial
-from slope_megatron.ops.choices import Key, Product
+from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout
 from slope_megatron.sparsity.float8 import E4M3
 
@@ -153,3 +153,15 @@ def finalists(trial: Trial, numbers_of_tiles: list[int] | None = None) -> list[C
         candidates = (candidate_of(trial, cusparselt.Algorithm(config), tiles) for config in ranked[:FINALISTS])
         found += gate.passing(candidates)
     return found
+
+
+def confirmed(trial: Trial, known: Choice) -> list[Candidate]:
+    """The candidate of a choice that was made before, if it still runs and passes the gate."""
+    try:
+        return gate.passing([candidate_of(trial, known.algorithm, known.tiles)])
+    except torch.AcceleratorError:
+        # The context is lost: nothing can run after this.
+        raise
+    except RuntimeError as error:
+        logger.info("%s: algorithm %s, which was chosen before, cannot run: %s", trial.key, known.algorithm, error)
+        return []

@@ -116,9 +116,9 @@ def dense_wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng) -> torch.
     return mvue.sparse_wgrad(mvue.mvue_operand(dy_TN, rng.key, rng.streams, False), x_TK, dy_TN.shape[1])
 
 
-def finalists(trial: Trial) -> list[Candidate]:
-    """The library's fastest algorithms that pass the gate, of every number of tiles."""
-    return [*measure_cusparselt.finalists(trial)]
+def finalists(trial: Trial, known: Choice | None = None) -> list[Candidate]:
+    """The library's fastest algorithms that pass the gate, of every number of tiles; or that of a known choice."""
+    return [*(measure_cusparselt.confirmed(trial, known) if known else measure_cusparselt.finalists(trial))]
 
 
 def problem(key: Key, tiles: int) -> Hashable:

@@ -23,7 +23,7 @@ from slope_megatron.ops import choices
 from slope_megatron.ops.autotune import gate, timing
 from slope_megatron.ops.autotune.measure_weight import WeightTrial
 from slope_megatron.ops.autotune.trials import Candidate, Trial
-from slope_megatron.ops.choices import Key, Product
+from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout, mvue, products
 from slope_megatron.ops.operands import patterns as two_of_four
 from slope_megatron.ops.operands.protocol import SparseOperand, WeightPatterns
@@ -285,12 +285,15 @@ def candidates(trial: Trial, names: Iterable[str], schedules: Iterable[tuple[int
     return sorted(times, key=times.__getitem__)
 
 
-def finalists(trial: Trial) -> list[Candidate]:
-    """Every kernel, then the schedules of the fastest ones; those that pass the gate."""
+def finalists(trial: Trial, known: Choice | None = None) -> list[Candidate]:
+    """Every kernel, then the schedules of the fastest ones, or that of a known choice; those that pass the gate."""
     key = trial.key
     if cutlass.unsupported_shape(key.rows, key.columns, key.dtype):
         return []
     names = (packing_kernels if key.product is Product.WGRAD else kernels)(key.dtype)
+    if known is not None:
+        kernel, schedule = known.algorithm.kernel, (known.algorithm.swizzle, known.algorithm.raster)
+        return gate.passing(candidates(trial, [kernel] if kernel in names else [], [schedule]))
     ranked = candidates(trial, names, SCHEDULES[:1])
     fastest = [candidate.algorithm.kernel for candidate in ranked[:KERNELS_TO_SCHEDULE]]
     return gate.passing(candidates(trial, fastest, SCHEDULES)[:FINALISTS])
