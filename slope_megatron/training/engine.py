@@ -186,7 +186,7 @@ class Engine:
 
         Of a global batch in which no token counts the loss is 0: 0 / 1.
         """
-        total = torch.stack([counts(batch) for batch in batches]).sum(0).to(self.device)
+        total = self.forward.sent(torch.stack([counts(batch) for batch in batches]).sum(0))
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         return total.clamp_(min=1) / (len(batches) * parallel_state.get_data_parallel_world_size())
 

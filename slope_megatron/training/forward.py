@@ -25,6 +25,10 @@ class Forward:
         self.objective = OBJECTIVES[config.model.architecture]
         self.device = next(model.parameters()).device
 
+    def sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host, on the device; the host goes on, and an earlier step's kernels are not waited for."""
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
+
     def to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 

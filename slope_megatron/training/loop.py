@@ -204,6 +204,8 @@ class Run:
 
     def any_rank(self, *facts: bool) -> list[bool]:
         """Whether each is so on any rank; collective."""
+        if dist.get_world_size() == 1:
+            return list(facts)  # without waiting for the device, which still updates
         told = torch.tensor([int(fact) for fact in facts], device=self.engine.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         return [bool(fact) for fact in told.tolist()]
