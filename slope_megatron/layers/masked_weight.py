@@ -105,12 +105,13 @@ class MaskedWeight(PrunedLinear):
 
     def set_masking(self, masking: bool) -> None:
         """Whether the weight is pruned from here on; S is all ones where it is not."""
+        if masking == self.masking:
+            return
         if not masking:
             self.weight_mask.fill_(255)
             self.mark_present("weight_mask")
-        if masking != self.masking:
-            self.masking = masking
-            self.drop_operands()
+        self.masking = masking
+        self.drop_operands()
 
     def dense_weight(self) -> torch.Tensor:
         """S W `[N, K]`: what is multiplied; W itself in the dense tail."""

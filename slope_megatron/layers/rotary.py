@@ -15,7 +15,7 @@ import torch
 from slope_megatron.layers.fused import fused
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # a CUDA graph reads them where they lie: none is ever given back
 def tables(positions: int, width: int, base: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Cosines and sines `[s, 1, 1, d/2]`; the same in every layer."""
     # They are kept, and no later backward takes inference tensors.

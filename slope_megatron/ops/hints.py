@@ -12,8 +12,6 @@ from typing import Any
 from slope_megatron.ops import choices
 from slope_megatron.ops.choices import Choice, Key
 
-# As `slope_kernels.load_cuda` keeps compiled kernels.
-FOLDER = Path.home() / ".cache" / "slope-megatron" / "choices"
 _hints: dict[Key, Any] = {}
 
 
@@ -29,8 +27,18 @@ def find(key: Key) -> Choice | None:
     return known if fits else None
 
 
-def file_of_machine(folder: Path = FOLDER) -> Path:
-    """Each kind of machine, GPU and versions of the libraries, has a file of its own."""
+def note(key: Key, choice: Choice) -> None:
+    """Keep a choice that this run has made among all candidates."""
+    _hints[key] = choice
+
+
+def file_of_machine(folder: Path | None = None) -> Path:
+    """Each kind of machine, GPU and versions of the libraries, has a file of its own.
+
+    Args:
+        folder: None: beside the compiled kernels of `slope_kernels.load_cuda`.
+    """
+    folder = folder or Path.home() / ".cache" / "slope-megatron" / "choices"
     machine = json.dumps(choices.machine(), sort_keys=True)
     return folder / f"{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
@@ -49,6 +57,5 @@ def save(path: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    _hints.update(choices.table())
     path.parent.mkdir(parents=True, exist_ok=True)
     choices.save(path, _hints)

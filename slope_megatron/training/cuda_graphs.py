@@ -138,7 +138,8 @@ class CudaGraph:
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
         for state in get_cuda_rng_tracker().get_states().values():
-            self.graph.register_generator_state(state)
+            if isinstance(state, torch.Generator):
+                self.graph.register_generator_state(state)
         # On the stream that the model was built on: there the gradients' accumulation runs. Other threads may copy.
         stream = torch.cuda.current_stream()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -155,38 +156,38 @@ class Graphs:
     Args:
         modules: of the model.
         group: ranks whose collectives are inside the graphs; they capture together.
-        required: a capture that fails ends the run; else the steps go on eagerly.
     """
 
-    def __init__(
-        self, modules: Iterable[torch.nn.Module], group: dist.ProcessGroup, device: torch.device, *, required: bool
-    ):
-        self.modules, self.group, self.device, self.required = list(modules), group, device, required
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    def __init__(self, modules: Iterable[torch.nn.Module], group: dist.ProcessGroup, device: torch.device):
+        self.modules, self.group, self.device = list(modules), group, device
         self.functions: list[Replayed] = []
-        self.failed = False
+        # The memory of all graphs: only one of them ever runs, and nobody keeps what it returned.
+        self.pool = None
 
     def function(self, function: Callable[..., torch.Tensor], what: str) -> "Replayed":
         """`function(batch, *constants)` as it will be replayed; `what` it is, for the log."""
         self.functions.append(Replayed(self, function, what))
         return self.functions[-1]
 
-    def capture(self, function: Callable[[], torch.Tensor]) -> Replayable | None:
-        """The function as a graph; nothing is computed. None: it cannot be captured, and nothing will be any more."""
+    def capture(self, function: Callable[[], torch.Tensor]) -> Replayable:
+        """The function as a graph; nothing is computed.
+
+        Raises:
+            RuntimeError: it cannot be captured; what it has left behind is not to be gone on with.
+        """
+        if all(one.graph is None for one in self.functions):
+            # A pool that graphs have left may not be entered again.
+            self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         try:
             return CudaGraph(function, self.pool)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if self.required or self.group.size() > 1:
-                raise
-            logger.warning("CUDA graphs: off, a capture failed (%s)", str(error).splitlines()[0])
-        self.failed = True
-        self.drop()
-        for module in self.modules:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    # It may lie in the memory of the graph that is gone.
-                    parameter.grad = None
-        return None
+            cause = error.__context__ or error
+            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+            raise RuntimeError(
+                f"a micro-batch could not be captured ({reason}): go on with --cuda-graphs off"
+            ) from error
 
     def drop(self) -> None:
         """Give back the memory of all graphs: the next steps run eagerly."""
@@ -225,10 +226,12 @@ class Replayed:
         shapes = {tuple((name, value.shape, value.dtype) for name, value in batch.items()) for batch in batches}
         now = (key, shapes, addresses(self.graphs.modules))
         alike = len(shapes) == 1 and now == self.seen
-        self.replaying = self.graphs.same_everywhere(alike and not self.graphs.failed)
+        self.replaying = self.graphs.same_everywhere(alike)
         self.seen = now
         if not self.replaying:
-            self.drop()
+            if self.graph is not None:
+                # With it goes what cuBLAS keeps for the stream, which the other graphs of the stream read.
+                self.graphs.drop()
             self.eager_steps += 1
             if self.eager_steps == RESTLESS:
                 logger.info("CUDA graphs: %s runs eagerly as long as its operands change in each step", self.what)
@@ -250,16 +253,15 @@ class Replayed:
     def capture(self, batch: Batch, *constants) -> None:
         inputs = {name: torch.empty_like(value, device=self.graphs.device) for name, value in batch.items()}
         self.graph = self.graphs.capture(lambda: self.function(inputs, *constants))
-        if self.graph is not None:
-            self.inputs, self.eager_steps = inputs, 0
-            logger.info("CUDA graphs: %s is captured, and replayed from now on", self.what)
+        self.inputs, self.eager_steps = inputs, 0
+        logger.info("CUDA graphs: %s is captured, and replayed from now on", self.what)
 
     def on_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.graphs.device, non_blocking=True) for name, value in batch.items()}
 
     def drop(self) -> None:
         """Forget the graph, and what it read from."""
-        self.graph, self.inputs, self.replaying = None, {}, False
+        self.graph, self.inputs = None, {}
 
 
 @functools.cache
@@ -271,7 +273,7 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
 def leave_default_stream(device: torch.device) -> None:
     """Make a stream that can be captured the current one, before gradients' accumulation is bound to another.
 
-    Autograd adds a gradient up on the stream on which its hooks were made; a capture takes no other one in.
+    Autograd adds a gradient up on the stream on which its parameter was first used; a capture takes no other one in.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

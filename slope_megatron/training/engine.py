@@ -82,6 +82,9 @@ class Engine:
             mpu=MODEL_PARALLEL_UNIT,
             config=partitions.deepspeed_config(config, dtype, parallel_state.get_data_parallel_world_size()),
         )
+        if self.graphs and self.device.type == "cuda":
+            # The weights as they were built, on the stream that has been left: nobody will ask there again.
+            torch.cuda.empty_cache()
         if config.optimizer.optimizer == "lamb":
             optim.attach_lamb(self.optimizer, self.members)
         baselines.add_decay(model, self.optimizer, optim.SPARSE)
@@ -111,8 +114,7 @@ class Engine:
             return None
         cuda_graphs.leave_default_stream(self.device)
         self.rng_state.hold_key(self.device)
-        group, required = parallel_state.get_tensor_model_parallel_group(), self.config.train.cuda_graphs == "on"
-        return cuda_graphs.Graphs(model.modules(), group, self.device, required=required)
+        return cuda_graphs.Graphs(model.modules(), parallel_state.get_tensor_model_parallel_group(), self.device)
 
     def build_accumulation(self) -> accumulation.Accumulation:
         """As the ZeRO stage and the pipeline stages want it."""

@@ -95,7 +95,8 @@ def _start_groups(place: Place) -> None:
         for name in [name for name in vars(parallel_state) if name.endswith("_GLOO")]:
             setattr(parallel_state, name, getattr(parallel_state, name.removesuffix("_GLOO")))
     seed_everything(1)
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    # As `parallel.seed_step` does it: CUDA graphs take no other random states in.
+    model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=place.device == "cuda", force_reset_rng=True)
 
 
 def _play_rank(pipe, function, arguments, place: Place) -> None:

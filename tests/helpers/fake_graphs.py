@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: a replay computes on the tensors of the capture, without the Python that ran there."""
+"""CUDA graphs without a GPU: a replay computes on the tensors of the capture, and fails where one of them has moved."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,12 +10,14 @@ from slope_megatron.training import cuda_graphs
 
 
 class FakeGraph:
-    """What `function` did on the tensors that it was captured with."""
+    """What `function` did on the tensors that it was captured with; `modules` are those that it reads."""
 
-    def __init__(self, function: Callable[[], torch.Tensor]):
-        self.function, self.replays = function, 0
+    def __init__(self, function: Callable[[], torch.Tensor], modules: list[torch.nn.Module]):
+        self.function, self.modules, self.replays = function, modules, 0
+        self.addresses = cuda_graphs.addresses(modules)
 
     def replay(self) -> torch.Tensor:
+        assert cuda_graphs.addresses(self.modules) == self.addresses, "a graph would read what is no longer there"
         self.replays += 1
         return self.function()
 
@@ -25,16 +27,20 @@ def fake_graphs(capture: Callable | None = None) -> Iterator[list[FakeGraph]]:
     """Within this context a CPU's engines capture and replay; the graphs in the order of their capture.
 
     Args:
-        capture: what is done instead.
+        capture: what is done instead of `CudaGraph`.
     """
     made: list[FakeGraph] = []
 
-    def capture_fake(function, _pool):
-        made.append(FakeGraph(function))
+    def capture_fake(graphs, function):
+        made.append(FakeGraph(function, graphs.modules))
         return made[-1]
 
-    with (
-        mock.patch.object(cuda_graphs, "CudaGraph", capture or capture_fake),
-        mock.patch.object(cuda_graphs, "wanted", lambda *_: True),
-    ):
+    patches = [mock.patch.object(cuda_graphs, "wanted", lambda *_: True)]
+    if capture:
+        patches.append(mock.patch.object(cuda_graphs, "CudaGraph", capture))
+    else:
+        patches.append(mock.patch.object(cuda_graphs.Graphs, "capture", capture_fake))
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         yield made

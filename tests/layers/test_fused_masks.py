@@ -12,7 +12,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    """Zeros' signs included; all that is not a number is alike."""
+    bits = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    return bits.masked_fill(tensor.isnan(), -1)
 
 
 def gradient(count: int, dtype, device) -> torch.Tensor:

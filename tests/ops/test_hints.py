@@ -9,22 +9,19 @@ import torch
 from slope_kernels.cusparselt import Algorithm
 from slope_megatron.ops import hints, libraries
 from slope_megatron.ops.autotune import measure
-from slope_megatron.ops.choices import AdapterChoice, Choice, Key, Product, Strategy
+from slope_megatron.ops.choices import Choice, Key, Product
 
 KEY = Key(Product.FORWARD, 128, 192, 48, torch.bfloat16)
 CHOICE = Choice(True, 2, Algorithm(7), 0.5, 0.75)
 DENSE = dataclasses.replace(KEY, product=Product.DGRAD)
-ADAPTERS = dataclasses.replace(KEY, rank=16)
 
 
 @pytest.fixture
 def machine(fresh_choices, tmp_path):
-    """A folder with the hints of a run that chose three products."""
-    fresh_choices.record(KEY, CHOICE)
-    fresh_choices.record(DENSE, Choice(False, dense_ms=0.1))
-    fresh_choices.record(ADAPTERS, AdapterChoice(Strategy.LAST))
+    """A folder with the hints of a run that chose two products."""
+    hints.note(KEY, CHOICE)
+    hints.note(DENSE, Choice(False, dense_ms=0.1))
     hints.save(hints.file_of_machine(tmp_path / "choices"))
-    fresh_choices.clear()
     hints.load(hints.file_of_machine(tmp_path / "choices"))
     yield fresh_choices
     hints._hints.clear()
@@ -32,7 +29,7 @@ def machine(fresh_choices, tmp_path):
 
 def test_a_sparse_choice_is_a_hint_and_no_choice(machine):
     assert machine.find(KEY) is None and hints.find(KEY) == CHOICE
-    assert hints.find(DENSE) is None and hints.find(ADAPTERS) is None
+    assert hints.find(DENSE) is None
     assert hints.find(dataclasses.replace(KEY, tokens=96)) is None
 
 
@@ -44,9 +41,8 @@ def test_a_weight_keeps_its_tiles(machine, tiles, found):
 
 def test_later_runs_add_to_the_file(machine, tmp_path):
     other = dataclasses.replace(KEY, rows=256)
-    machine.record(other, CHOICE)
+    hints.note(other, CHOICE)
     hints.save(hints.file_of_machine(tmp_path / "choices"))
-    machine.clear()
     hints.load(hints.file_of_machine(tmp_path / "choices"))
     assert hints.find(KEY) == hints.find(other) == CHOICE
 
@@ -90,3 +86,23 @@ def test_a_search_is_cut_short_by_a_hint_that_passes(machine, passes, among, ask
     with mock.patch.object(libraries, "load", lambda: {"cusparselt": cusparselt, "cutlass": cutlass}):
         assert measure.finalists(trial, among) == found
     assert cusparselt.asked == asked
+
+
+@pytest.mark.parametrize(
+    ("key", "restriction", "noted"),
+    [
+        (KEY, {}, CHOICE),
+        (KEY, {"among": ("cusparselt",)}, None),
+        (KEY, {"dense_allowed": False}, None),
+        (dataclasses.replace(KEY, product=Product.WGRAD), {"among": ("cusparselt",)}, CHOICE),
+    ],
+)
+def test_only_what_was_free_to_win_is_noted(machine, key, restriction, noted):
+    hints._hints.clear()
+    with (
+        mock.patch.object(measure, "contest", lambda *_, **__: {}),
+        mock.patch.object(measure, "pick", lambda *_, **__: CHOICE),
+        mock.patch.object(torch.cuda, "empty_cache"),
+    ):
+        assert measure.measure(key, torch.device("cpu"), **restriction) == CHOICE
+    assert hints.find(key) == noted

@@ -24,6 +24,10 @@ CASES = {
 }
 
 
+# As a run compiles its norms, activations, masks and losses; it takes longer than the steps.
+COMPILED = ("paper", "srste", "gated")
+
+
 def with_graphs(config, asked: str, dropout: float = 0.0):
     train = dataclasses.replace(config.train, cuda_graphs=asked)
     return dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, dropout=dropout))
@@ -41,9 +45,13 @@ def trained(config):
     return found, masters, [function.graph is not None for function in functions]
 
 
-def on_and_off(config, dropout):
+def on_and_off(config, dropout, compiled):
+    import torch._dynamo
+
     from slope_megatron.training import deterministic
 
+    # The ranks of tests run without the compiler.
+    torch._dynamo.config.disable = not compiled
     deterministic.switch_on()
     return [trained(with_graphs(config, asked, dropout)) for asked in ("off", "on")]
 
@@ -52,8 +60,8 @@ def on_and_off(config, dropout):
 @pytest.mark.parametrize("name", CASES)
 def test_replayed_steps_are_the_eager_ones_to_the_bit(gpu_ranks, name):
     settings = dict(CASES[name])
-    dropout = settings.pop("dropout", 0.0)
-    eager, replayed = gpu_ranks.run(on_and_off, small_config(steps=STEPS, **settings), dropout, world=1)[0]
+    dropout, config = settings.pop("dropout", 0.0), small_config(steps=STEPS, **settings)
+    eager, replayed = gpu_ranks.run(on_and_off, config, dropout, name in COMPILED, world=1)[0]
     assert replayed[:2] == eager[:2] and len({loss for loss, *_ in eager[0]}) == STEPS
     assert eager[2] == [] and all(replayed[2])
 
@@ -63,6 +71,7 @@ def waits(config):
     engine = build_engine(config, torch.bfloat16)
     for step in range(4):
         engine.train_step(step_batches(config, step, 0, 1))
+    assert engine.accumulation.replayed.graph is not None
     batches = [{name: value.pin_memory() for name, value in one.items()} for one in step_batches(config, 4, 0, 1)]
     torch.cuda.set_sync_debug_mode("error")
     engine.accumulation.run(batches, engine.mean_counts(batches))
@@ -76,39 +85,29 @@ def waits(config):
 
 @pytest.mark.gpu
 def test_a_replayed_step_waits_at_most_three_times(gpu_ranks):
-    said = gpu_ranks.run(waits, with_graphs(small_config(slope=SLOPE), "on"), world=1)[0]
-    assert len(said) <= 3, said
+    said = gpu_ranks.run(waits, with_graphs(small_config(slope={"adapter_rank": 0}), "on"), world=1)[0]
+    assert 1 <= len(said) <= 3, said
 
 
-def peaks(config):
-    """Reserved bytes at the highest, eager and replayed."""
-    found = []
-    for asked in ("off", "on"):
-        one = with_graphs(config, asked)
-        engine = build_engine(one, torch.bfloat16)
-        batches = [
-            {
-                name: value.repeat(256, 64)[:, :1024] if value.dim() == 2 else value
-                for name, value in batch.items()
-                if name in ("tokens", "labels", "loss_mask", "position_ids")
-            }
-            for batch in step_batches(one, 0, 0, 1)
-        ]
-        for batch in batches:
-            batch["position_ids"] = torch.arange(1024).expand_as(batch["tokens"]).contiguous()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(4):
-            engine.train_step(batches)
-        found.append(torch.cuda.max_memory_reserved())
-        del engine
-        torch.cuda.empty_cache()
-    return found
+def peak(config):
+    """Reserved bytes at the highest, from the second step on: the first one chooses kernels."""
+    engine = build_engine(config, torch.bfloat16)
+    batches = []
+    for batch in step_batches(config, 0, 0, 1):
+        tokens = {name: batch[name].repeat(32, 64)[:, :1024] for name in ("tokens", "labels", "loss_mask")}
+        batches.append({**tokens, "position_ids": torch.arange(1024).repeat(len(tokens["tokens"]), 1)})
+    engine.train_step(batches)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(4):
+        engine.train_step(batches)
+    assert engine.graphs is None or engine.accumulation.replayed.graph is not None
+    return torch.cuda.max_memory_reserved()
 
 
 @pytest.mark.gpu
 def test_graphs_take_no_more_memory(gpu_ranks):
     config = small_config(slope={"adapter_rank": 0})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=1024))
-    eager, replayed = gpu_ranks.run(peaks, config, world=1)[0]
-    assert replayed < 1.02 * eager + 2**22, (eager, replayed)
+    eager, replayed = (gpu_ranks.run(peak, with_graphs(config, asked), world=1)[0] for asked in ("off", "on"))
+    assert replayed < 1.02 * eager + 2**24, (eager, replayed)

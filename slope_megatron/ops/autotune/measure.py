@@ -92,6 +92,9 @@ def pick(key: Key, samples: dict, *, dense_allowed: bool = True) -> Choice:
 def measure(key: Key, device: torch.device, *, dense_allowed: bool = True, among: tuple[str, ...] = ()) -> Choice:
     """Measure a product's candidates, those of the libraries `among` or of all, and choose."""
     choice = pick(key, contest(key, device, among=among), dense_allowed=dense_allowed)
+    if dense_allowed and (not among or key.product is Product.WGRAD):
+        # Of a contest that some were kept from, the winner says nothing to others.
+        hints.note(key, choice)
     # The trial's tensors are large and of sizes that training will not ask for again.
     torch.cuda.empty_cache()
     return choice

@@ -74,9 +74,19 @@ def dense(dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng) -> torch.Tensor
     if reason:
         _say_once(f"the estimate of the gradients is computed in plain torch: {reason}")
         return rng.estimate(dy_TN).t() @ x_TK
-    measured = functools.partial(measure.measure, key, device, dense_allowed=False, among=(cusparselt.NAME,))
-    resolve(key, device, measured, on_cpu=Choice(True), fits=lambda choice: choice.library == cusparselt.NAME)
-    return cusparselt.dense_wgrad(dy_TN, x_TK, rng)
+    measured = functools.partial(_measure_dense, key, device)
+    fits = (cusparselt.NAME, None)
+    choice = resolve(key, device, measured, on_cpu=Choice(True), fits=lambda choice: choice.library in fits)
+    return cusparselt.dense_wgrad(dy_TN, x_TK, rng) if choice.sparse else rng.estimate(dy_TN).t() @ x_TK
+
+
+def _measure_dense(key: Key, device: torch.device) -> Choice:
+    """The fastest sparse one; dense means the estimate in plain torch, which is far slower."""
+    try:
+        return measure.measure(key, device, dense_allowed=False, among=(cusparselt.NAME,))
+    except ValueError as error:
+        logger.warning("the estimate of the gradients is computed in plain torch: %s", error)
+        return Choice(False)
 
 
 def _unsupported_dense(key: Key, device: torch.device, rng: MvueRng) -> str | None:
