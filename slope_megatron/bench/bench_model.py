@@ -6,7 +6,8 @@ fetching batches to the refresh. Some columns:
 
     ratio                   the mode's tokens/s by dense's, of the median step of all visits
     mfu, mfu_actual         as `slope pretrain` counts them: all products as if dense, and what sparse kernels multiply
-    busy_ms, busy_share     time of a step in which a kernel runs (torch.profiler, a few steps after the timed ones)
+    busy_ms, busy_share     time of a step in which the GPU works (torch.profiler, a few steps after the timed ones),
+                            and its share of step_ms
     linears_gib             weights, patterns, operands, gradients and optimizer of the 2:4 linears (dense: of the same
                             ones); counted_gib: of the whole model, as `slope pretrain` counts them
     state_gib, peak_gib     allocated between steps, and at the highest from the second step on; planned_gib: the
@@ -87,6 +88,9 @@ def prepare_environment(work: ModelWork) -> None:
     """As `slope pretrain` does: before the frameworks load."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # Profiling once more while graphs live: see torch's profiler on CUPTI.
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     if work.shard_of > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
@@ -152,7 +156,8 @@ def main(arguments) -> int:
     from slope_megatron.bench.model import visits
 
     rows: list[dict] = []
-    for news in visits(arguments.modes, work, clock):
+    failed: list[str] = []
+    for news in visits(arguments.modes, work, clock, failed):
         rows.append(news)
         path = write_csv("model", finish(rows), arguments.out, note)
         last = finish(rows)[-1]
@@ -165,4 +170,6 @@ def main(arguments) -> int:
     print_table(done, columns.split())
     chart(done, arguments.out, f"{note}; {machine()}")
     print(f"wrote {path}")
-    return 0
+    if failed:
+        print(f"failed: {' '.join(failed)}")
+    return 1 if failed else 0

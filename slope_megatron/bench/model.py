@@ -1,6 +1,7 @@
 """The visits of `slope bench model`: an engine is built, timed and freed before the next one is built."""
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from slope_megatron.ops.autotune import timing
 from slope_megatron.training import kernel_choices, parallel
 from slope_megatron.training.telemetry import accounting, flops
 
+logger = logging.getLogger(__name__)
 # `--modes` -> what `--slope-*` flags such a run has.
 SLOPE: dict[str, dict] = {
     "dense": {"enabled": False},
@@ -66,9 +68,17 @@ def configs(modes: list[str], work: ModelWork, clock: Clock) -> dict[str, Config
     return found
 
 
-def visits(modes: list[str], work: ModelWork, clock: Clock) -> Iterator[dict]:
-    """The row of each visit, with the "samples" of its step: ms. A mode that does not fit the GPU has none."""
+def visits(modes: list[str], work: ModelWork, clock: Clock, failed: list[str]) -> Iterator[dict]:
+    """The row of each visit, with the "samples" of its step: ms. A mode that does not fit the GPU has none.
+
+    Args:
+        failed: gets the modes that ended in another error.
+    Raises:
+        ValueError: the trainer has none of the modes.
+    """
     wanted = configs(modes, work, clock)
+    if not wanted:
+        raise ValueError(f"--modes is {' '.join(modes)}: the trainer has none of them; give one that it has, as paper")
     order = [(mode, 1) for mode in wanted] + [(mode, 2) for mode in reversed(wanted)]
     labels = {f"{mode}, visit {number} of 2": (mode, number) for mode, number in order}
     too_large = set()
@@ -79,7 +89,7 @@ def visits(modes: list[str], work: ModelWork, clock: Clock) -> Iterator[dict]:
             mode, number = labels[label]
             if mode in too_large:
                 continue
-            row = fitting(wanted[mode], work, clock)
+            row = fitting(mode, wanted[mode], work, clock, failed)
             if row is None:
                 too_large.add(mode)
                 # Now that the error is gone, and with it the frames that held the engine.
@@ -89,13 +99,21 @@ def visits(modes: list[str], work: ModelWork, clock: Clock) -> Iterator[dict]:
         parallel.finish()
 
 
-def fitting(config: Config, work: ModelWork, clock: Clock) -> dict | None:
-    """`visit`; None if the GPU has too little memory."""
+def fitting(mode: str, config: Config, work: ModelWork, clock: Clock, failed: list[str]) -> dict | None:
+    """`visit`; None if the GPU has too little memory, or if something fails: the other modes go on."""
+    needed, there = engines.planned_bytes(config), engines.device_bytes()
+    if there and needed > there:
+        said = f"{needed / GIB:.1f} GiB are planned and the GPU has {there / GIB:.1f}"
+        clock.say(f"this mode does not fit: {said}. Give fewer --layers, or other --modes")
+        return None
     try:
         return visit(config, work, clock)
     except torch.OutOfMemoryError as error:
         clock.say(f"this mode does not fit: {str(error).splitlines()[0]} Give fewer --layers, or other --modes")
-        return None
+    except RuntimeError as error:
+        clock.say(f"this mode failed: {error}")
+        failed.append(mode)
+    return None
 
 
 def visit(config: Config, work: ModelWork, clock: Clock) -> dict:
@@ -107,9 +125,21 @@ def visit(config: Config, work: ModelWork, clock: Clock) -> dict:
     except Exception:
         built.let_go()
         raise
-    left = built.free()
-    clock.say(f"freed; {left / 2**20:.1f} MiB stay allocated")
+    kept = built.free()
+    left = engines.allocated() - built.started_with
+    clock.say(f"freed; {left / 2**20:.1f} MiB stay allocated{f': {kept}' if kept else ''}")
     return row | {"left_mib": left / 2**20 if torch.cuda.is_available() else ""}
+
+
+def profiled(built: BuiltEngine, work: ModelWork) -> float | None:
+    """Milliseconds a step in which the GPU works; None: not asked for, or the profiler fails, which costs this alone."""
+    if not work.profiled:
+        return None
+    try:
+        return busy(built.step, work.profiled)
+    except (RuntimeError, OSError) as error:
+        logger.warning("the profiler failed: %s", error)
+        return None
 
 
 def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
@@ -134,7 +164,7 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
     if result.skipped:
         raise RuntimeError(f"a loss of {result.loss} or a gradient is not finite: what was timed is not training")
     peak = engines.peak_allocated()
-    busy_ms, busy_share = busy(built.step, work.profiled) if work.profiled else ("", "")
+    busy_ms = profiled(built, work)
     tokens_per_second = work.sequence * work.micro_batch * work.micro_batches / timing.median(samples) * 1e3
     counts = flops.flops_per_token(config, own_rows(config.model), adapters=config.adapter_start == 0)
     speed = flops.speed(counts, tokens_per_second, work.shard_of, flops.peak_tflops(config))
@@ -154,8 +184,8 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
         "tokens_per_second": tokens_per_second,
         "mfu": speed.get("mfu", ""),
         "mfu_actual": speed.get("mfu_actual", ""),
-        "busy_ms": busy_ms,
-        "busy_share": busy_share,
+        "busy_ms": "" if busy_ms is None else busy_ms,
+        "busy_share": "" if busy_ms is None else busy_ms / timing.median(samples),
         "linears_gib": sum(parts["sparse_layers"].values()) / GIB,
         "counted_gib": sum(parts["model"].values()) / GIB,
         "state_gib": state / GIB or "",

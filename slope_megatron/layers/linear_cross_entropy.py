@@ -8,7 +8,8 @@ T tokens, H hidden, V entries of the vocabulary on this rank; y the labels, m th
 
 g is the gradient of the losses, which must be one number times the mask: so it factors out, and forward can make the
 gradients of each chunk while its logits are there. Backward multiplies them by g. Nothing is computed twice, and dx and
-dw are all that is held between the two. dw is added up over the chunks in its own type: each chunk rounds once.
+dw are all that is held between the two. dw is added up over the chunks in its own type: each chunk rounds once, and so
+does the multiplication with g.
 
 The loss mask is part of this because dw is a sum over tokens: what a token counts must be known in forward.
 """

@@ -202,7 +202,7 @@ def test_the_whole_command_on_cpu_ranks(tmp_path):
         assert float(row["step_ms"]) > 0 and float(row["planned_gib"]) > 0 and row["rounds"] == "3"
         assert float(row["tensor_sent_gib"]) == pytest.approx(float(row["tensor_formula_gib"]), rel=0.15)
     assert (tmp_path / "parallel.png").read_bytes().startswith(b"\x89PNG")
-    for phase in ("the ranks meet", "dense: model", "paper: first step", "round 3 of 3: 3 engines"):
+    for phase in ("the ranks meet", "dense: engine", "paper: first step", "round 3 of 3: 3 engines"):
         assert phase in said
 
 

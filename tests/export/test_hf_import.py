@@ -154,7 +154,10 @@ def test_an_unknown_type_is_refused():
     ("change", "message"),
     [
         ({"model.decoder.layers.1.fc2.bias": None}, r"lack 1 of \d+ tensors, decoder.layers.1.fc2.bias for one"),
-        ({"model.decoder.project_in.weight": torch.zeros(1)}, "1 tensors with no place .* decoder.project_in.weight"),
+        (
+            {"model.decoder.project_in.weight": torch.zeros(1)},
+            "1 tensors that this model does not have, .*decoder.project_in.weight",
+        ),
         ({"lm_head.weight": torch.zeros(VOCABULARY, 96)}, "lm_head.weight that is not the decoder.embed_tokens.weight"),
     ],
 )

@@ -26,6 +26,8 @@ def test_kernels_compile_without_spills_or_layout_conversions(architecture, tmp_
     found = {row.pop("kernel"): row for row in map(json.loads, run.stdout.splitlines())}
     assert {name: row["stack"] for name, row in found.items()} == dict.fromkeys(found, 0)
     assert {name: found[name]["shared"] for name in OWN_THEIR_WORDS} == dict.fromkeys(OWN_THEIR_WORDS, 0)
-    # A whole pair of 16-bit tiles a stage: with one less, a tile is overwritten while others multiply it.
-    assert found["down_128"]["shared"] == 2 * 3 * (64 * 128 + 128 * 128)
-    assert found["down_256"]["shared"] == 2 * 4 * (64 * 64 + 64 * 256)
+    # A whole pair of 16-bit tiles a buffer: with one less, a tile is overwritten while others multiply it. Hopper's
+    # products are asynchronous and need one for each stage, A100's one less.
+    idle = 0 if architecture == 90 else 1
+    assert found["down_128"]["shared"] == 2 * (3 - idle) * (64 * 128 + 128 * 128)
+    assert found["down_256"]["shared"] == 2 * (4 - idle) * (64 * 64 + 64 * 256)
