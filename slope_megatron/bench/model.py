@@ -132,7 +132,7 @@ def visit(config: Config, work: ModelWork, clock: Clock) -> dict:
 
 
 def profiled(built: BuiltEngine, work: ModelWork) -> float | None:
-    """Milliseconds a step in which the GPU works; None: not asked for, or the profiler fails, which costs this alone."""
+    """Milliseconds a step in which the GPU works; None: not asked for, or the profiler fails."""
     if not work.profiled:
         return None
     try:

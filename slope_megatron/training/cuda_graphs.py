@@ -13,7 +13,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Hashable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -162,7 +162,7 @@ class Graphs:
         self.modules, self.group, self.device = list(modules), group, device
         self.functions: list[Replayed] = []
         # The memory of all graphs: only one of them ever runs, and nobody keeps what it returned.
-        self.pool = None
+        self.pool: Any = None
 
     def function(self, function: Callable[..., torch.Tensor], what: str) -> "Replayed":
         """`function(batch, *constants)` as it will be replayed; `what` it is, for the log."""
