@@ -106,9 +106,9 @@ class KeptOperands(Generic[Made]):
             seen.tensor() is now for seen, now in zip(self.patterns, patterns, strict=True)
         )
 
-    def mark_patterns(self, patterns: tuple[torch.Tensor, ...]) -> None:
-        """The operands are those of the present patterns now."""
-        self.patterns = tuple(TensorSnapshot(pattern) for pattern in patterns)
+    def mark_last_pattern(self, pattern: torch.Tensor) -> None:
+        """The operands are those of the last pattern as it is now; of the others as they were."""
+        self.patterns = (*self.patterns[:-1], TensorSnapshot(pattern))
 
     def rebind(self, weight: torch.Tensor) -> None:
         """The same values may lie elsewhere: for operands that read them where they are."""

@@ -101,7 +101,7 @@ class MaskedWeight(PrunedLinear):
             self.drop_operands()
             return
         kept.refresh(self.weight)
-        kept.mark_patterns(self.pattern_buffers())
+        kept.mark_last_pattern(self.weight_mask)
 
     def set_masking(self, masking: bool) -> None:
         """Whether the weight is pruned from here on; S is all ones where it is not."""

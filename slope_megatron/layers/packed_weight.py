@@ -162,7 +162,7 @@ class PackedWeight(PrunedLinear):
             return
         kept.operands.set_column_pattern(self.weight_column, values)
         kept.mark_fresh(self.weight)
-        kept.mark_patterns(self.pattern_buffers())
+        kept.mark_last_pattern(self.weight_column)
 
     def build_operands(self, weight: torch.Tensor) -> Operands:
         return self.new_operands(weight, PRODUCTS)
