@@ -96,8 +96,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
         deterministic.switch_on()
     parallel.initialize(config)
     run = Path(config.train.out)
-    nothing_left = finished(config)
-    if nothing_left:
+    if nothing_left := finished(config):
         parallel.finish()
         raise Finished(nothing_left)
     plan = on_first_rank(lambda: Plan.make(config))

@@ -1,5 +1,6 @@
 """cuSPARSELt's candidates for one product: its algorithms by number, on operands whole or cut into row tiles."""
 
+import abc
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -23,7 +24,7 @@ TRIED_IN_TILES = 6
 MOST_CONFIGS = 21
 
 
-class Candidate:
+class Candidate(abc.ABC):
     """A trial's sparse product with one algorithm; None: the library's default."""
 
     tiles = 1
@@ -37,8 +38,9 @@ class Candidate:
         stream = torch.cuda.current_stream(x.device).cuda_stream
         self.plan.run(operand, x.data_ptr(), y, stream, factor=factor)
 
+    @abc.abstractmethod
     def __call__(self) -> None:
-        raise NotImplementedError
+        """Enqueue the product."""
 
 
 class WeightCandidate(Candidate):
