@@ -7,7 +7,8 @@ fetching batches to the refresh. Some columns:
     ratio                   the mode's tokens/s by dense's, of the median step of all visits
     mfu, mfu_actual         as `slope pretrain` counts them: all products as if dense, and what sparse kernels multiply
     busy_ms, busy_share     time of a step in which the GPU works (torch.profiler, a few steps after the timed ones),
-                            and its share of step_ms
+                            and its share of step_ms; clock_mhz: of the multiprocessors in those steps. Which kernels
+                            they are is in model_kernels.csv
     linears_gib             weights, patterns, operands, gradients and optimizer of the 2:4 linears (dense: of the same
                             ones); counted_gib: of the whole model, as `slope pretrain` counts them
     state_gib, peak_gib     allocated between steps, and at the highest from the second step on; planned_gib: the
@@ -105,10 +106,20 @@ def finish(rows: list[dict]) -> list[dict]:
     medians = {mode: timing.median(values) for mode, values in samples.items()}
     done = []
     for row in rows:
-        own = {name: value for name, value in row.items() if name != "samples"}
+        own = {name: value for name, value in row.items() if name not in ("samples", "kernels")}
         own["ratio"] = medians["dense"] / medians[row["mode"]] if "dense" in medians else ""
         done.append(rounded(own))
     return done
+
+
+def kernels(rows: list[dict]) -> list[dict]:
+    """CSV rows of the visits' kernels, those first that take the longest."""
+    found = []
+    for row in rows:
+        for name, (spent, launches) in sorted(row["kernels"].items(), key=lambda item: -item[1][0]):
+            own = {"mode": row["mode"], "visit": row["visit"], "ms": spent, "share": spent / row["busy_ms"]}
+            found.append(rounded(own | {"launches": launches, "kernel": name}))
+    return found
 
 
 def chart(rows: list[dict], folder, title: str) -> Path:
@@ -160,6 +171,8 @@ def main(arguments) -> int:
     for news in visits(arguments.modes, work, clock, failed):
         rows.append(news)
         path = write_csv("model", finish(rows), arguments.out, note)
+        if every := kernels(rows):
+            write_csv("model_kernels", every, arguments.out, note)
         last = finish(rows)[-1]
         clock.say(f"{last['step_ms']} ms a step, {last['tokens_per_second']} tokens/s, {last['ratio']} times dense")
     if not rows:

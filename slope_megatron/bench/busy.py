@@ -1,6 +1,8 @@
-"""How much of a time kernels are busy: the union of their intervals, as torch's profiler saw them."""
+"""What the GPU does in a step, as torch's profiler saw it: its kernels, and the union of their intervals."""
 
+import dataclasses
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,18 +26,53 @@ def works(event: dict) -> bool:
     return kind in ("kernel", "gpu_memset") or (kind == "gpu_memcpy" and "DtoD" in event["name"])
 
 
-def busy(step: Callable[[], object], steps: int) -> float:
-    """Milliseconds a step in which the GPU works; one step more warms up."""
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What the GPU does in a step.
+
+    Attributes:
+        busy_ms: time of a step in which it works.
+        kernels: name -> (ms, launches) of a step; times of kernels that overlap count in each.
+        clock_mhz: of its multiprocessors, as NVML gives it at the end of each step; None: it is not to be had.
+    """
+
+    busy_ms: float
+    kernels: dict[str, tuple[float, float]]
+    clock_mhz: float | None
+
+
+def clock() -> float | None:
+    try:
+        return float(torch.cuda.clock_rate())
+    except (ImportError, RuntimeError):
+        return None
+
+
+def of_events(events: Iterable[dict], steps: int, clocks: list[float | None]) -> Profile:
+    """The profile of a trace of so many steps; its times are microseconds."""
+    work = [event for event in events if works(event)]
+    kernels: dict[str, tuple[float, float]] = {}
+    for event in work:
+        spent, launches = kernels.get(event["name"], (0.0, 0.0))
+        kernels[event["name"]] = (spent + event["dur"] / 1e3 / steps, launches + 1 / steps)
+    busy_ms = union((event["ts"], event["ts"] + event["dur"]) for event in work) / 1e3 / steps
+    known = [value for value in clocks if value is not None]
+    return Profile(busy_ms, kernels, statistics.median(known) if known else None)
+
+
+def busy(step: Callable[[], object], steps: int) -> Profile:
+    """Profile some steps; one step more warms up."""
+    clocks = []
     with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=steps)) as profiler:
         step()
         torch.cuda.synchronize()
         profiler.step()
         for _ in range(steps):
             step()
+            clocks.append(clock())
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    # Microseconds.
-    return union((event["ts"], event["ts"] + event["dur"]) for event in events if works(event)) / 1e3 / steps
+    return of_events(events, steps, clocks)

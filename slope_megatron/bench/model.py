@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from slope_megatron.bench import engines
-from slope_megatron.bench.busy import busy
+from slope_megatron.bench.busy import Profile, busy
 from slope_megatron.bench.engines import GIB, BuiltEngine
 from slope_megatron.bench.lone_rank import rank_0_of
 from slope_megatron.bench.progress import Clock
@@ -69,7 +69,7 @@ def configs(modes: list[str], work: ModelWork, clock: Clock) -> dict[str, Config
 
 
 def visits(modes: list[str], work: ModelWork, clock: Clock, failed: list[str]) -> Iterator[dict]:
-    """The row of each visit, with the "samples" of its step: ms. A mode that does not fit the GPU has none.
+    """The row of each visit, with the "samples" of its step in ms and its "kernels"; none if it does not fit the GPU.
 
     Args:
         failed: gets the modes that ended in another error.
@@ -131,8 +131,8 @@ def visit(config: Config, work: ModelWork, clock: Clock) -> dict:
     return row | {"left_mib": left / 2**20 if torch.cuda.is_available() else ""}
 
 
-def profiled(built: BuiltEngine, work: ModelWork) -> float | None:
-    """Milliseconds a step in which the GPU works; None: not asked for, or the profiler fails."""
+def profiled(built: BuiltEngine, work: ModelWork) -> Profile | None:
+    """What the GPU does in a step; None: not asked for, or the profiler fails."""
     if not work.profiled:
         return None
     try:
@@ -164,7 +164,7 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
     if result.skipped:
         raise RuntimeError(f"a loss of {result.loss} or a gradient is not finite: what was timed is not training")
     peak = engines.peak_allocated()
-    busy_ms = profiled(built, work)
+    profile = profiled(built, work)
     tokens_per_second = work.sequence * work.micro_batch * work.micro_batches / timing.median(samples) * 1e3
     counts = flops.flops_per_token(config, own_rows(config.model), adapters=config.adapter_start == 0)
     speed = flops.speed(counts, tokens_per_second, work.shard_of, flops.peak_tflops(config))
@@ -184,8 +184,9 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
         "tokens_per_second": tokens_per_second,
         "mfu": speed.get("mfu", ""),
         "mfu_actual": speed.get("mfu_actual", ""),
-        "busy_ms": "" if busy_ms is None else busy_ms,
-        "busy_share": "" if busy_ms is None else busy_ms / timing.median(samples),
+        "busy_ms": profile.busy_ms if profile else "",
+        "busy_share": profile.busy_ms / timing.median(samples) if profile else "",
+        "clock_mhz": (profile and profile.clock_mhz) or "",
         "linears_gib": sum(parts["sparse_layers"].values()) / GIB,
         "counted_gib": sum(parts["model"].values()) / GIB,
         "state_gib": state / GIB or "",
@@ -193,4 +194,5 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
         "planned_gib": engines.planned_bytes(config) / GIB,
         "start_s": start_s,
         "samples": samples,
+        "kernels": profile.kernels if profile else {},
     }

@@ -47,7 +47,7 @@ def test_engines_are_visited_there_and_back(tmp_path):
     assert rows[0]["ratio"] == "1.0" and all(float(row["tokens_per_second"]) > 0 for row in rows)
     # Packed: half of the values, fp32 gradients and state; and both patterns and the reference's operands.
     assert all(float(row["linears_gib"]) < float(row["counted_gib"]) for row in rows)
-    assert not any(row[name] for row in rows for name in ("busy_ms", "busy_share", "peak_gib", "mfu"))
+    assert not any(row[name] for row in rows for name in ("busy_ms", "busy_share", "clock_mhz", "peak_gib", "mfu"))
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -104,6 +104,28 @@ def test_kernels_that_overlap_are_busy_once():
 
     assert union([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
     assert union([]) == 0.0
+
+
+def test_kernels_are_counted_by_the_step():
+    from slope_megatron.bench.bench_model import kernels
+    from slope_megatron.bench.busy import of_events
+
+    events = [
+        {"name": "gemm", "cat": "kernel", "ts": 0.0, "dur": 3000.0},
+        {"name": "gemm", "cat": "kernel", "ts": 2000.0, "dur": 3000.0},
+        {"name": "Memset (Device)", "cat": "gpu_memset", "ts": 9000.0, "dur": 500.0},
+        {"name": "Memcpy HtoD", "cat": "gpu_memcpy", "ts": 9500.0, "dur": 500.0},
+        {"name": "cudaLaunchKernel", "cat": "cuda_runtime", "ts": 0.0, "dur": 9000.0},
+    ]
+    found = of_events(events, 2, [1200.0, None, 1400.0])
+    assert (found.busy_ms, found.clock_mhz) == (2.75, 1300.0)
+    assert found.kernels == {"gemm": (3.0, 1.0), "Memset (Device)": (0.25, 0.5)}
+    assert of_events([], 1, [None]).clock_mhz is None
+    row = {"mode": "paper", "visit": 1, "busy_ms": found.busy_ms, "kernels": found.kernels}
+    assert [(one["kernel"], one["ms"], one["launches"]) for one in kernels([row])] == [
+        ("gemm", 3.0, 1.0),
+        ("Memset (Device)", 0.25, 0.5),
+    ]
 
 
 def test_every_visit_is_compared_with_dense():

@@ -8,7 +8,6 @@ import torch
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from helpers.wgrad import DTYPE, is_near_fp64, problem, rng_of
-from slope_megatron.config.slope import LIBRARIES
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.choices import Choice, Key, Product
@@ -148,10 +147,21 @@ def test_a_step_does_not_synchronize(by_name, device, fresh_choices):
 @pytest.mark.gpu
 def test_measured_choices(device, fresh_choices):
     """A large product is worth pruning for; one that is all pruning is not."""
-    large = wgrad._resolve(Key(Product.WGRAD, 4096, 4096, 4096, DTYPE), device, True, LIBRARIES)
-    small = wgrad._resolve(Key(Product.WGRAD, 8192, 64, 8192, DTYPE), device, True, LIBRARIES)
+    allowed = {"dense_allowed": True, "among": tuple(wgrad.LIBRARIES)}
+    large = wgrad._measure(Key(Product.WGRAD, 4096, 4096, 4096, DTYPE), device, **allowed)
+    small = wgrad._measure(Key(Product.WGRAD, 8192, 64, 8192, DTYPE), device, **allowed)
     assert large.sparse and large.algorithm is not None and large.sparse_ms < large.dense_ms
     assert not small.sparse and small.dense_ms < small.sparse_ms
+
+
+@pytest.mark.gpu
+def test_measuring_leaves_the_random_numbers_as_they_were(device, fresh_choices):
+    """Only one rank measures, and only a first start: dropout masks drawn afterwards must not depend on it."""
+    dy, x, row_bits = problem(256, 256, 128, device)
+    before = torch.cuda.get_rng_state(device), torch.get_rng_state()
+    wgrad.packed(dy, x, row_bits, rng_of(256, device))
+    assert fresh_choices.find(Key(Product.WGRAD, 256, 128, 256, dy.dtype)) is not None
+    assert torch.equal(torch.cuda.get_rng_state(device), before[0]) and torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_operand_and_products_are_registered(kernels_here):

@@ -49,7 +49,9 @@ def _choose_now(key, device, measure, on_cpu, check) -> Any:
         return on_cpu
     check()
     refuse_while_capturing(key, device)
-    return choices.decide(key, measure)
+    # Only the rank that measures draws: its dropout masks would differ from the others', and from a later start's.
+    with torch.random.fork_rng([device]):
+        return choices.decide(key, measure)
 
 
 def refuse_while_capturing(key: Key, device: torch.device) -> None:
