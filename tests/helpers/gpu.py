@@ -1,14 +1,20 @@
 """One rank on a GPU: its groups, a small model, batches with something to learn."""
 
 import contextlib
-import os
 import tempfile
 
+import pytest
 import torch
 
 from slope_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, SlopeConfig, TrainConfig
 
 VOCABULARY, SEQUENCE, MICRO = 192, 256, 4
+
+
+def say_rank(patch: pytest.MonkeyPatch) -> None:
+    """What DeepSpeed asks of the environment."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        patch.setenv(name, value)
 
 
 @contextlib.contextmanager
@@ -18,8 +24,8 @@ def one_rank():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        say_rank(patch)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         parallel_state.initialize_model_parallel()

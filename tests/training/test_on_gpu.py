@@ -6,7 +6,7 @@ What counts as rounding is measured, not chosen: the same run on the reference b
 import pytest
 import torch
 
-from helpers.gpu import gpu_config, one_rank, trained_losses
+from helpers.gpu import gpu_config, one_rank, say_rank, trained_losses
 from helpers.upcast import UpcastOperands
 from slope_megatron.layers.packed_weight import PackedWeight
 from slope_megatron.ops.choices import Product
@@ -24,6 +24,12 @@ FAULTY_STEPS = 60
 def rank():
     with one_rank():
         yield
+
+
+@pytest.fixture(autouse=True)
+def environment(rank, monkeypatch):
+    """After each test the environment is given back."""
+    say_rank(monkeypatch)
 
 
 @pytest.fixture(scope="module")
