@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slope_kernels.triton import choose, gather, low_rank, metadata, refresh
+from slope_kernels.triton import choose, gather, low_rank, metadata, refresh, update
 
 REFRESH = {"values": "*i32", "row_bits": "*u16", "column_bits": "*u8", "forward": "*i32", "backward": "*i32"}
 REFRESH |= {name: "i32" for name in ("groups", "chunks", "forward_tile_rows", "forward_tile_stride")}
@@ -24,6 +24,10 @@ MASKS = {"row_masks": "*i32", "column_masks": "*u16"}
 GATHER = {"dense": "*i64", "row_bits": "*u8", "packed": "*i32", "groups": "i32"}
 DOWN = dict.fromkeys(("x", "again", "factor", "hidden", "joined"), "*bf16") | {"scale": "fp32"}
 DOWN |= {name: "i32" for name in ("tokens", "x_stride", "factor_row", "joined_stride")}
+ACCUMULATE = {"total": "*fp32", "gradient": "*bf16", "elements": "i32"}
+ADAMW = dict.fromkeys(("master", "mean", "square", "gradient", "step"), "*fp32") | {"weight": "*bf16"}
+ADAMW |= {"elements": "i32"} | dict.fromkeys(("coefficient", "lr", "decay", "eps"), "fp32")
+ADAMW |= dict.fromkeys(("beta1", "rest1", "log_beta1", "beta2", "rest2", "log_beta2"), "fp32")
 
 
 def down(block_p: int) -> tuple:
@@ -69,6 +73,8 @@ KERNELS = {
     "gather": (gather._gather_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
     "down_128": down(128),
     "down_256": down(256),
+    "accumulate": (update._accumulate_kernel, ACCUMULATE, {"BLOCK": update.ACCUMULATED}, 4),
+    "adamw": (update._adamw_kernel, ADAMW, {"BLOCK": update.UPDATED}, 4),
     "unpack": (gather._unpack_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
 }
 

@@ -73,6 +73,49 @@ def check_both_ways(ranks, layout):
             assert own == pytest.approx(other, rel=1e-3)
 
 
+def in_one_pass(config):
+    """Whether AdamW in one pass gives torch's losses, norms, masters, moments and weights; and whether it ran."""
+    from slope_megatron.training.optim import one_pass
+
+    calls, update, applies = [], one_pass.update, one_pass.applies
+    one_pass.update = lambda *arguments: (calls.append(None), update(*arguments))
+    found = []
+    for wanted in (False, True):
+        one_pass.applies = lambda optimizer, wanted=wanted: wanted
+        engine = build(config)
+        losses = go_on(engine, 1)
+        optimizer = engine.optimizer
+        state = [optimizer.optimizer.state[flat] for flat in optimizer.fp32_groups_flat_partition]
+        moments = [one[name] for one in state for name in ("exp_avg", "exp_avg_sq")]
+        assert all(float(one["step"]) == 1 for one in state)
+        tensors = (*optimizer.fp32_groups_flat_partition, *moments, *optimizer.bf16_groups_flat)
+        copies = [tensor.detach().clone() for tensor in tensors]
+        found.append((losses + go_on(engine, 3), copies))
+    one_pass.update, one_pass.applies = update, applies
+    return found, len(calls)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_adamw_in_one_pass_is_torch_s(ranks, world):
+    check_one_pass(ranks, world)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, 2])
+def test_adamw_in_one_pass_is_torch_s_on_a_gpu(gpu_ranks, world):
+    check_one_pass(gpu_ranks, world)
+
+
+def check_one_pass(ranks, world):
+    for (theirs, ours), calls in ranks.run(in_one_pass, small_config(slope=SLOPE), world=world):
+        assert calls == 3 and ours[0][0] == theirs[0][0]
+        for own, other in zip(ours[0], theirs[0], strict=True):
+            assert own == pytest.approx(other, rel=1e-3)
+        for own, other in zip(ours[1], theirs[1], strict=True):
+            # Weights between two bf16 numbers may go either way.
+            assert relative_error(own.float(), other.float()) < (1e-6 if own.dtype == torch.float32 else 4e-3)
+
+
 def reduced(config, sent, at_once):
     """Errors of each reduced partition against the replicas' sums in fp64, and how much of it there is."""
     import torch.distributed as dist

@@ -24,6 +24,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.layers.marks import mark
+from slope_megatron.ops.custom_ops.update import accumulate_
+from slope_megatron.training.optim import one_pass
 from slope_megatron.training.parallel import is_counted_here
 from slope_megatron.training.zero import partitions
 
@@ -96,14 +98,28 @@ class Bf16Gradients:
         if not skip:
             # In fp32, as DeepSpeed computes it on the device.
             coefficient = float(optimizer.clip_grad / (torch.tensor(norm) + EPSILON))
-            if 0 < coefficient < 1:
-                torch._foreach_mul_(gradients, coefficient)
-            for masters, gradient in zip(optimizer.fp32_groups_flat_partition, gradients, strict=True):
-                masters.grad = gradient
-            optimizer.optimizer.step()
+            self.update(gradients, coefficient if 0 < coefficient < 1 else 1.0)
             optimizer._lazy_init_hp_params_optimizer_state()
-            optimizer.update_lp_params()
         torch._foreach_zero_(optimizer.fp32_groups_gradients_flat)
+
+    def update(self, gradients: list[torch.Tensor], coefficient: float) -> None:
+        """Masters and weights, from gradients that clipping multiplies by `coefficient`."""
+        optimizer = self.optimizer
+        masters = optimizer.fp32_groups_flat_partition
+        if one_pass.applies(optimizer.optimizer):
+            rank, parts = self.group.rank(), optimizer.bf16_partitioned_groups
+            own = [partition[rank] for partition in parts]
+            one_pass.update(optimizer.optimizer, masters, gradients, own, coefficient)
+            for whole, part in zip(optimizer.bf16_groups_flat, own, strict=True):
+                if self.group.size() > 1:
+                    dist.all_gather_into_tensor(whole, part, group=self.group)
+            return
+        if coefficient != 1.0:
+            torch._foreach_mul_(gradients, coefficient)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+        optimizer.optimizer.step()
+        optimizer.update_lp_params()
 
 
 def is_measured_here(parameter: torch.nn.Parameter) -> bool:
@@ -136,14 +152,14 @@ def reduce_converted(own: torch.Tensor, whole: torch.Tensor, sent: torch.dtype, 
 def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
     """fp32 sum += bf16 gradient, as DeepSpeed 0.19's bf16 optimizer does it, whose private method this stands for.
 
-    It first makes an fp32 copy of the gradient: 18 bytes an element are moved. An addition of mixed types rounds the
-    same and moves 10; on a GPU the copies took 2 % of a step. And it keeps the gradient's memory, zeroed, for the next
-    backward to add to: here autograd gives that memory back, 2 bytes an element.
+    It first makes an fp32 copy of the gradient: 18 bytes an element are moved, and 10 by an addition of mixed types,
+    which rounds the same. And it keeps the gradient's memory, zeroed, for the next backward to add to: here autograd
+    gives that memory back, 2 bytes an element.
     """
     if parameter.grad is None:
         return
     total = optimizer.fp32_groups_gradients[group][index]
-    total.add_(parameter.grad.reshape(total.shape))
+    accumulate_(total, parameter.grad)
     mark(parameter, _hp_grad=total)
     if clear_lp_grads:
         parameter.grad = None
