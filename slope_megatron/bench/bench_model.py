@@ -33,6 +33,7 @@ from slope_megatron.bench.work import ModelWork
 from slope_megatron.config import shipped
 
 MODES = ("dense", "dense-fp8", "paper", "full", "fp8")
+BASELINES = ("srste", "fst")
 MICRO_BATCH_TOKENS = 8192
 ON_CPU = "on a CPU: these times say nothing"
 
@@ -41,7 +42,7 @@ def add_arguments(parser) -> None:
     add = parser.add_argument
     add("--model", default="opt-2.6b", choices=model_names(), help="model to time")
     add("--layers", type=int, help="blocks, where all of them do not fit; default: the model's")
-    add("--modes", nargs="+", default=list(MODES), choices=MODES, help="engines to time")
+    add("--modes", nargs="+", default=list(MODES), choices=(*MODES, *BASELINES), help="engines to time")
     add("--shard-of", type=int, default=1, choices=(1, 2, 4, 8), help="tensor-parallel ranks, of which one is timed")
     add("--adapter-rank", default="0", help="of the 2:4 modes, as --slope-adapter-rank; they train from the first step")
     add("--cuda-graphs", default="auto", choices=("auto", "on", "off"), help="as in `slope pretrain`")

@@ -29,6 +29,8 @@ SLOPE: dict[str, dict] = {
     "paper": {"mode": "paper"},
     "full": {"mode": "full"},
     "fp8": {"fp8": "current"},
+    "srste": {"method": "srste"},
+    "fst": {"method": "fst"},
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from slope_megatron.config import Config
@@ -49,7 +50,14 @@ def unsupported(config: Config, dtype: torch.dtype) -> str | None:
 
 def untried(config: Config) -> str | None:
     """Why `auto` does not capture what can be captured; None: a layout that the GPU tests have run."""
-    return "no GPU has run them yet; --cuda-graphs on captures"
+    replicas = parallel_state.get_data_parallel_world_size()
+    layouts = {
+        "tensor-parallel ranks": config.parallel.tensor_parallel > 1,
+        "several replicas": replicas > 1,
+        "dropout": config.model.dropout > 0,
+    }
+    what = next((what for what, holds in layouts.items() if holds), None)
+    return what and f"no GPU has run them with {what} yet; --cuda-graphs on captures"
 
 
 def wanted(config: Config, dtype: torch.dtype, device: torch.device) -> bool:

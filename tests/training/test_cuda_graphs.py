@@ -3,6 +3,7 @@
 Without a GPU: the graphs are fakes (`helpers.fake_graphs`).
 """
 
+import dataclasses
 import logging
 
 import pytest
@@ -159,6 +160,27 @@ def test_batches_of_several_shapes_run_eagerly():
 
 
 # -- whole steps -------------------------------------------------------------------------------------------------------
+
+
+AUTO = {
+    "one GPU": ({}, 1, torch.bfloat16, ""),
+    "tensor-parallel": ({"tensor_parallel": 2}, 1, torch.bfloat16, "with tensor-parallel ranks yet; --cuda-graphs on"),
+    "replicas": ({}, 2, torch.bfloat16, "with several replicas yet; --cuda-graphs on"),
+    "dropout": ({"dropout": 0.1}, 1, torch.bfloat16, "with dropout yet; --cuda-graphs on"),
+    "fp16": ({}, 1, torch.float16, "only bf16 training adds gradients up in place"),
+    "stages": ({"pipeline_parallel": 2}, 1, torch.bfloat16, "it has pipeline stages"),
+}
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_auto_captures_what_gpu_tests_have_run_and_says_why_not(monkeypatch, caplog, case):
+    settings, replicas, dtype, reason = AUTO[case]
+    config = small_config(**{name: value for name, value in settings.items() if name != "dropout"})
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=settings.get("dropout", 0.0)))
+    monkeypatch.setattr(cuda_graphs.parallel_state, "get_data_parallel_world_size", lambda: replicas)
+    with caplog.at_level(logging.INFO):
+        assert cuda_graphs.wanted(config, dtype, torch.device("cuda")) is not bool(reason)
+    assert not reason and not caplog.messages or reason in caplog.messages[0]
 
 
 def graphs_on_and_off(config):
