@@ -17,6 +17,7 @@ fetching batches to the refresh. Some columns:
     launch                  whether steps were replayed from CUDA graphs (--cuda-graphs)
     start_s                 from building to the end of the first step
 
+dense-fp8 has dense linears in e4m3, those that are 2:4 in fp8: a mode of this comparison, none of `slope pretrain`.
 `--shard-of 8` times rank 0 of 8 tensor-parallel ones with sequence parallelism: its shapes, without the collectives,
 which this GPU has nobody for; losses mean nothing then. `--cpu --model tiny` tries the command: such times say nothing.
 """

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from slope_megatron.bench.dense_float8 import round_linears
 from slope_megatron.config import Config, ModelConfig
 from slope_megatron.data.batches import MicroBatches
 from slope_megatron.data.prefetch import Prefetch
+from slope_megatron.models.layer_spec import weights_to_prune
 from slope_megatron.models.shapes import own_rows
 from slope_megatron.planner.layout import Layout
 from slope_megatron.planner.memory import Holding, fullest_gpu, precision
@@ -44,14 +46,19 @@ class RandomSamples:
 class BuiltEngine:
     """An engine and its batches; `free` gives all its memory back.
 
+    Args:
+        float8: a dense model's linears multiply in e4m3, which the trainer itself has for 2:4 ones alone.
     Attributes:
         started_with: bytes allocated before it was built.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype):
+    def __init__(self, config: Config, dtype: torch.dtype, float8: bool = False):
         self.started_with = allocated()
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory
             self.engine: Engine = build_engine(config, own_rows(config.model), dtype, None, None)[0]
+        pruned = {id(weight) for weight in weights_to_prune(self.engine.model, config.slope)} if float8 else set()
+        linears = [one for one in self.engine.model.modules() if id(getattr(one, "weight", None)) in pruned]
+        self.rounded = round_linears(linears)
         data = config.data
         samples: Any = RandomSamples(config.model, data.seq_length)
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -60,7 +67,10 @@ class BuiltEngine:
 
     def step(self):
         """The next training step, from fetching its batches on."""
-        return self.engine.train_step(self.batches.step(self.engine.steps_done))
+        result = self.engine.train_step(self.batches.step(self.engine.steps_done))
+        for linear in self.rounded:
+            linear.refresh()
+        return result
 
     def replays(self) -> bool:
         """Whether its micro-batches are replayed from CUDA graphs by now."""
@@ -70,6 +80,7 @@ class BuiltEngine:
     def let_go(self) -> None:
         """DeepSpeed keeps names of parameters, with the parameters, and hooks on them."""
         self.batches.close()
+        self.rounded.clear()
         self.engine.deepspeed.destroy()
         del self.engine
 

@@ -22,10 +22,12 @@ from slope_megatron.training import kernel_choices, parallel
 from slope_megatron.training.telemetry import accounting, flops
 
 logger = logging.getLogger(__name__)
+# None of the trainer's modes: `bench.dense_float8`.
+DENSE_FLOAT8 = "dense-fp8"
 # `--modes` -> what `--slope-*` flags such a run has.
 SLOPE: dict[str, dict] = {
     "dense": {"enabled": False},
-    "dense-fp8": {"method": "dense", "fp8": "current"},
+    DENSE_FLOAT8: {"enabled": False},
     "paper": {"mode": "paper"},
     "full": {"mode": "full"},
     "fp8": {"fp8": "current"},
@@ -56,14 +58,13 @@ def config_of(slope: SlopeConfig, work: ModelWork) -> Config:
 
 
 def configs(modes: list[str], work: ModelWork, clock: Clock) -> dict[str, Config]:
-    """Of each mode that the trainer has; what it says of the others is told."""
+    """Of each mode that can be timed; the log says which cannot."""
     found = {}
     for mode in modes:
-        try:
-            slope = SlopeConfig(**SLOPE[mode])
-        except ValueError as error:
-            clock.say(f"{mode} is left out, for the trainer refuses it: {error}")
+        if mode == DENSE_FLOAT8 and work.shard_of > 1:
+            clock.say(f"{mode} is left out: it is made for whole linears, without --shard-of")
             continue
+        slope = SlopeConfig(**SLOPE[mode])
         if slope.packed:
             slope = dataclasses.replace(slope, adapter_rank=work.adapter_rank, lazy_fraction=1.0)
         found[mode] = config_of(slope, work)
@@ -76,11 +77,11 @@ def visits(modes: list[str], work: ModelWork, clock: Clock, failed: list[str]) -
     Args:
         failed: gets the modes that ended in another error.
     Raises:
-        ValueError: the trainer has none of the modes.
+        ValueError: none of the modes can be timed.
     """
     wanted = configs(modes, work, clock)
     if not wanted:
-        raise ValueError(f"--modes is {' '.join(modes)}: the trainer has none of them; give one that it has, as paper")
+        raise ValueError(f"--modes is {' '.join(modes)}: none of them can be timed with --shard-of; add one, as paper")
     order = [(mode, 1) for mode in wanted] + [(mode, 2) for mode in reversed(wanted)]
     labels = {f"{mode}, visit {number} of 2": (mode, number) for mode, number in order}
     too_large = set()
@@ -109,7 +110,7 @@ def fitting(mode: str, config: Config, work: ModelWork, clock: Clock, failed: li
         clock.say(f"this mode does not fit: {said}. Give fewer --layers, or other --modes")
         return None
     try:
-        return visit(config, work, clock)
+        return visit(config, work, clock, float8=mode == DENSE_FLOAT8)
     except torch.OutOfMemoryError as error:
         clock.say(f"this mode does not fit: {str(error).splitlines()[0]} Give fewer --layers, or other --modes")
     except RuntimeError as error:
@@ -118,10 +119,14 @@ def fitting(mode: str, config: Config, work: ModelWork, clock: Clock, failed: li
     return None
 
 
-def visit(config: Config, work: ModelWork, clock: Clock) -> dict:
-    """Build, time and free one engine."""
+def visit(config: Config, work: ModelWork, clock: Clock, *, float8: bool) -> dict:
+    """Build, time and free one engine.
+
+    Args:
+        float8: a dense one, whose linears multiply in e4m3.
+    """
     started = time.perf_counter()
-    built = BuiltEngine(config, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    built = BuiltEngine(config, torch.bfloat16 if torch.cuda.is_available() else torch.float32, float8)
     try:
         row = measured(built, work, started)
     except Exception:
@@ -193,7 +198,8 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
         "counted_gib": sum(parts["model"].values()) / GIB,
         "state_gib": state / GIB or "",
         "peak_gib": peak / GIB or "",
-        "planned_gib": engines.planned_bytes(config) / GIB,
+        # Of the rounded weights of dense e4m3 `slope plan` knows nothing.
+        "planned_gib": "" if built.rounded else engines.planned_bytes(config) / GIB,
         "start_s": start_s,
         "samples": samples,
         "kernels": profile.kernels if profile else {},

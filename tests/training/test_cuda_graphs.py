@@ -180,7 +180,7 @@ def test_auto_captures_what_gpu_tests_have_run_and_says_why_not(monkeypatch, cap
     monkeypatch.setattr(cuda_graphs.parallel_state, "get_data_parallel_world_size", lambda: replicas)
     with caplog.at_level(logging.INFO):
         assert cuda_graphs.wanted(config, dtype, torch.device("cuda")) is not bool(reason)
-    assert not reason and not caplog.messages or reason in caplog.messages[0]
+    assert (not reason and not caplog.messages) or reason in caplog.messages[0]
 
 
 def graphs_on_and_off(config):
