@@ -1,9 +1,7 @@
 """The trainer's engines on synthetic batches, for benchmarks of whole steps: built as `slope pretrain` builds them."""
 
 import contextlib
-import gc
 import io
-import weakref
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from slope_megatron.planner.layout import Layout
 from slope_megatron.planner.memory import Holding, fullest_gpu, precision
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.pretrain import build_engine
+from slope_megatron.training.teardown import Remains
 
 GIB = 2**30
 
@@ -77,12 +76,12 @@ class BuiltEngine:
         graphs = self.engine.graphs
         return graphs is not None and any(function.graph is not None for function in graphs.functions)
 
-    def let_go(self) -> None:
-        """DeepSpeed keeps names of parameters, with the parameters, and hooks on them."""
+    def let_go(self) -> Remains:
         self.batches.close()
         self.rounded.clear()
-        self.engine.deepspeed.destroy()
+        remains = Remains(self.engine)
         del self.engine
+        return remains
 
     def free(self) -> str:
         """Let the engine go.
@@ -91,33 +90,7 @@ class BuiltEngine:
             which of the engine's tensors are alive nevertheless, so that the next engine's memory will be wrong; empty:
             none is.
         """
-        model = self.engine.model
-        tensors = [*model.parameters(), *model.buffers(), *optimizer_tensors(self.engine)]
-        kept = [(tuple(tensor.shape), weakref.ref(tensor)) for tensor in tensors]
-        del model, tensors
-        self.let_go()
-        clear()
-        alive = [shape for shape, tensor in kept if tensor() is not None]
-        return f"{len(alive)} tensors outlive their engine, such as one of {alive[0]}" if alive else ""
-
-
-def optimizer_tensors(engine: Engine) -> list[torch.Tensor]:
-    """Masters and moments."""
-    optimizer = engine.optimizer.optimizer
-    masters = [master for group in optimizer.param_groups for master in group["params"]]
-    return masters + [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-
-
-def clear() -> None:
-    """Collect what is unreachable and give its memory back.
-
-    What one collection finalizes, such as DeepSpeed's bf16 optimizer, lets go of more for the next.
-    """
-    for _ in range(5):
-        if not gc.collect():
-            break
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        return self.let_go().alive()
 
 
 def device_bytes() -> int:

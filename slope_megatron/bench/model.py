@@ -19,6 +19,7 @@ from slope_megatron.config import Config, DataConfig, OptimizerConfig, ParallelC
 from slope_megatron.models.shapes import own_rows
 from slope_megatron.ops.autotune import timing
 from slope_megatron.training import kernel_choices, parallel
+from slope_megatron.training.teardown import clear
 from slope_megatron.training.telemetry import accounting, flops
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def visits(modes: list[str], work: ModelWork, clock: Clock, failed: list[str]) -
             if row is None:
                 too_large.add(mode)
                 # Now that the error is gone, and with it the frames that held the engine.
-                engines.clear()
+                clear()
                 continue
             yield {"model": work.name, "mode": mode, "visit": number} | row
         parallel.finish()

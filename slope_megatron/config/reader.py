@@ -53,6 +53,26 @@ class Config:
             raise ValueError(
                 "--slope-pattern wanda prunes a trained model: give --init-from DENSE, or take random or magnitude"
             )
+        if (self.slope.dense_start or self.slope.dense_tail) and not self.slope.sparse_steps(self.train.steps):
+            raise ValueError(
+                f"--slope-dense-start {self.slope.dense_start} and --slope-dense-tail {self.slope.dense_tail or 0} "
+                f"leave none of {self.train.steps} steps sparse: take smaller shares, or say --no-slope for a dense run"
+            )
+
+    @property
+    def dense_twin(self) -> "Config":
+        """The same run of dense weights."""
+        return dataclasses.replace(self, slope=dataclasses.replace(self.slope, enabled=False))
+
+    def form_at(self, step: int) -> "Config":
+        """What is trained in step `step`, counted from 0: this model, or its dense twin in a dense start or tail."""
+        return self if step in self.slope.sparse_steps(self.train.steps) else self.dense_twin
+
+    @property
+    def switches(self) -> list[int]:
+        """The steps, counted from 0, that train another form of the model than the one before."""
+        sparse = self.slope.sparse_steps(self.train.steps) if self.slope.enabled else range(0)
+        return [step for step in (sparse.start, sparse.stop) if 0 < step < self.train.steps]
 
     @property
     def adapter_start(self) -> int | None:

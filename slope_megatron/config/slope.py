@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+from slope_megatron.config.dense_phases import PART, check_dense_phases
 from slope_megatron.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Rule, check_fields, option
 
 # Libraries of 2:4 kernels: each is the module `slope_megatron.ops.operands.NAME`.
@@ -63,6 +64,7 @@ def check_method(slope: "SlopeConfig") -> None:
         raise ValueError("--slope-method fst with another pattern than 2:4: its masks are transposable 2:4; use 2:4")
     if slope.method == "fst" and slope.adapter_rank:
         raise ValueError("--slope-method fst with --slope-adapter-rank: FST ends dense, without adapters; use 0")
+    check_dense_phases(slope)
 
 
 def check_fp8(slope: "SlopeConfig") -> None:
@@ -151,10 +153,14 @@ class SlopeConfig:
     fst_mask_interval: int = option(
         40, "fst: optimizer steps between two searches of the transposable masks", must=COUNT
     )
-    fst_dense_tail: float = option(
-        1 / 6,
-        "fst: share of the steps, at the end, that train dense",
-        must=Rule("it must be in [0, 1); to train dense: --no-slope", lambda value: 0 <= value < 1),
+    fst_dense_tail: float = option(1 / 6, "fst: --slope-dense-tail where that is unset, as published", must=PART)
+    dense_start: float = option(
+        0.0,
+        "share of the steps, at the beginning, that train dense weights; they are then pruned by magnitude",
+        must=PART,
+    )
+    dense_tail: float | None = option(
+        None, "share of the steps, at the end, that train dense weights; unset: fst's, else none", must=PART
     )
     fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
     backend: str = option("auto", "kernels of the sparse products", choices=BACKENDS)
@@ -186,6 +192,13 @@ class SlopeConfig:
     def prunes_attention(self) -> bool:
         """Whether the attention's linears are pruned: where asked for, and in FST only where said twice."""
         return self.sparse_attention and (self.method != "fst" or self.fst_attention)
+
+    def sparse_steps(self, steps: int) -> range:
+        """Those of `steps`, counted from 0, between the dense start and the dense tail."""
+        tail = self.dense_tail
+        if tail is None:
+            tail = self.fst_dense_tail if self.method == "fst" else 0.0
+        return range(int(self.dense_start * steps + 1e-9), int((1.0 - tail) * steps + 1e-9))
 
     def adapter_start(self, steps: int) -> int | None:
         """The step of `steps`, counted from 0, at which the adapters join: floor((1 - f) T); None: never."""

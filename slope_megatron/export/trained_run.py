@@ -96,7 +96,9 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         # Those with the tensors are checked as they are read.
         sums.check_folder(self.folder, OTHER_STEP, contents=lambda name: not name.endswith(".distcp"))
         state = read_json(self.folder / "state.json", OTHER_STEP)
-        self.config = SavedConfig.read(state).check(self.folder, WEIGHTS).config()
+        config = SavedConfig.read(state).check(self.folder, WEIGHTS).config()
+        # A dense start or tail is saved as such.
+        self.config = config.dense_twin if state.get("form") == "dense" else config
         self.step = state["steps_done"]
         self.adapters_active = self.config.slope.adapters_count(self.config.train.steps, self.step)
         self.reader = CheckedReader(self.folder, OTHER_STEP)

@@ -94,15 +94,21 @@ def block_linears(layer: TransformerLayer) -> dict[str, BlockLinear]:
     }
 
 
-def weights_to_prune(model: LanguageModule, slope: SlopeConfig) -> list[torch.nn.Parameter]:
-    """The weights that are pruned in the sparse model, whether `model` is that one or its dense baseline."""
-    sparse = slope if slope.enabled else dataclasses.replace(slope, enabled=True, method="slope")
+def linears_to_prune(model: LanguageModule, slope: SlopeConfig) -> list[tuple[BlockLinear, SlopeConfig]]:
+    """The linears that the sparse model prunes, with their block's settings, whether `model` is that one or dense."""
     return [
-        linear.weight
+        (linear, slope.for_block(layer.layer_number - 1))
         for layer in model.decoder.layers
         for name, linear in block_linears(layer).items()
-        if name in sparse_linears(sparse, layer.layer_number - 1)
+        if name in sparse_linears(slope, layer.layer_number - 1)
     ]
+
+
+def weights_to_prune(model: LanguageModule, slope: SlopeConfig) -> list[torch.nn.Parameter]:
+    """The weights that are pruned in the sparse model, whether `model` is that one or its dense baseline."""
+    method = "slope" if slope.method == "dense" else slope.method
+    sparse = slope if slope.enabled else dataclasses.replace(slope, enabled=True, method=method)
+    return [linear.weight for linear, _ in linears_to_prune(model, sparse)]
 
 
 def sparse_modules(model: torch.nn.Module) -> list[PackedWeight]:

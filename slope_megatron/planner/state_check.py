@@ -57,6 +57,8 @@ def compare_with_run(config: Config, summary: dict, vocabulary: int) -> list[Com
     """The planner's state bytes beside a run's. The run adds its tensor-parallel shards up, so that what every rank has
     counts once a rank; of the data-parallel replicas it counts one.
     """
+    # Of the form that was measured: a dense tail's is the last.
+    config = config.form_at(max(0, summary["steps"] - 1))
     tensor = summary["tensor_parallel"]
     counts = count(model_tensors(config, vocabulary), tensor)
     backend = {"cusparselt": "kernels"}.get(summary["backend"], summary["backend"])

@@ -53,11 +53,18 @@ class HeldGradients:
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO, and the step counter."""
+    """A model under DeepSpeed ZeRO, and the step counter.
 
-    def __init__(self, model: torch.nn.Module, config: Config, dtype: torch.dtype):
+    Args:
+        model: of `config.form_at(first_step)`, which this engine trains.
+        config: of the whole run.
+        first_step: the step, counted from 0, that it is built for.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Config, dtype: torch.dtype, first_step: int = 0):
         partitions.check_offload(config)
-        self.config = config
+        self.run_config = config
+        self.config = config = config.form_at(first_step)
         self.dtype = dtype
         self.phases = Phases(config)
         self.steps_done = 0
@@ -102,6 +109,11 @@ class Engine:
     @property
     def model(self) -> torch.nn.Module:
         return self.deepspeed.module
+
+    @property
+    def form(self) -> str:
+        """Of the model: sparse, or dense for good or in a dense start or tail."""
+        return "sparse" if self.config.slope.enabled else "dense"
 
     @property
     def loss_scale(self) -> float:
@@ -211,9 +223,11 @@ class Engine:
         """The same of a batch on the device: `[loss, tokens]`."""
         return self.summed_loss(batch, self.forward.output(self.model, batch))[1]["sums"]
 
-    def refresh(self) -> None:
-        """After the weights' gather: operands follow the values, and patterns and masks when their step has come."""
-        choose = self.phases.new_column_pattern(self.steps_done)
+    def refresh(self, *, anew: bool = False) -> None:
+        """After the weights' gather: operands follow the values, and patterns and masks when their step has come, or
+        `anew`: whatever the step.
+        """
+        choose = anew or self.phases.new_column_pattern(self.steps_done)
         for module in sparse_modules(self.model):
             if not choose and not module.has_operands:
                 continue
@@ -223,7 +237,7 @@ class Engine:
                 else:
                     module.refresh()
         for masked in masked_modules(self.model):
-            if self.phases.new_mask(self.steps_done):
+            if anew or self.phases.new_mask(self.steps_done):
                 masked.update_mask()
             else:
                 masked.refresh()

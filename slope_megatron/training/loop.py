@@ -1,8 +1,8 @@
 """The loop around the step: data, validation, metrics, checkpoints, and what is watched."""
 
 import logging
-import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,14 +11,14 @@ from megatron.core import parallel_state
 
 from slope_megatron.data.batches import MicroBatches, ValidationBatches
 from slope_megatron.data.prefetch import Prefetch
-from slope_megatron.ops.backend import choose
-from slope_megatron.training import kernel_choices
+from slope_megatron.training import kernel_choices, summary
 from slope_megatron.training.checkpoint import attempts, store
 from slope_megatron.training.checkpoint.saver import Saver
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine, StepResult
+from slope_megatron.training.teardown import Remains
 from slope_megatron.training.telemetry import accounting, flops, memory
-from slope_megatron.training.telemetry.layer_stats import LayerStats
+from slope_megatron.training.telemetry.layer_stats import LayerStats, Samples
 from slope_megatron.training.telemetry.progress_bar import Progress
 from slope_megatron.training.watch.bad_steps import Diverged, StepWatch
 from slope_megatron.training.watch.rank_watch import RankWatch
@@ -33,7 +33,9 @@ class Run:
         datasets: training and validation samples.
         vocabulary: entries of the tokenizer.
         writers: where metrics go; empty but on rank 0.
-        layer_stats: figures of each layer, if asked for.
+        build: the engine that goes on from a checkpoint, and what its layers' figures begin with; where a dense start
+            or tail changes the model's form.
+        initial: the same of the engine: the layers' figures are asked for if it is there.
         data_check: of the data that it trains on, if it goes on in the background.
     """
 
@@ -45,13 +47,15 @@ class Run:
         vocabulary: int,
         watch: RankWatch,
         writers: list,
-        layer_stats: LayerStats | None = None,
+        build: Callable[[Path], tuple[Engine, Samples | None]],
+        initial: Samples | None = None,
         data_check: DataCheck | None = None,
     ):
-        config = engine.config
-        self.engine, self.config, self.run, self.vocabulary, self.watch = engine, config, run, vocabulary, watch
+        self.run, self.vocabulary, self.watch = run, vocabulary, watch
         self.first = dist.get_rank() == 0
-        self.writers, self.layer_stats, self.data_check = writers, layer_stats, data_check
+        self.writers, self.build, self.data_check = writers, build, data_check
+        self.adopt(engine, initial)
+        config = self.config
         self.began = engine.steps_done
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         train_set, valid_set = datasets
@@ -61,17 +65,23 @@ class Run:
         self.validation: ValidationBatches | None = None
         if valid_set is not None:
             self.validation = ValidationBatches(valid_set, config.train.eval_samples, micro, replica, replicas)
-        self.saver = Saver(engine, run)
         self.steps = StepWatch(config.watch, config.data.global_batch_size)
-        # Before anybody who is told of the update: what the layers' figures are made of takes time.
-        engine.observers.append(self.before_update)
         self.tokens = config.data.global_batch_size * config.data.seq_length
         self.peak = flops.peak_tflops(config)
         self.last_step = config.train.last_step
         self.attempt = attempts.begin(engine)
         self.val_loss: float | None = None
-        self.step_seconds: list[float] = []
         self.stopped = False
+
+    def adopt(self, engine: Engine, initial: Samples | None) -> None:
+        """Train with this engine from here on."""
+        self.engine, self.config = engine, engine.config
+        self.saver = Saver(engine, self.run)
+        self.layer_stats = LayerStats(engine, initial) if initial is not None else None
+        # Before anybody who is told of the update: what the layers' figures are made of takes time.
+        engine.observers.append(self.before_update)
+        # Of this engine.
+        self.step_seconds: list[float] = []
 
     def train(self) -> dict:
         """Train to the end.
@@ -89,6 +99,9 @@ class Run:
             self.saver.save()
         try:
             while self.engine.steps_done < self.last_step and not self.stopped:
+                if self.changes_form():
+                    self.change_form()
+                    continue
                 joining = self.engine.phases.adapters_join(self.engine.steps_done)
                 if joining:
                     self.before_adapters()
@@ -99,6 +112,7 @@ class Run:
                     kernel_choices.save(self.run)
                     # The first step may compile and search kernels, each rank its own: watched from here on.
                     self.engine.observers.append(lambda part: self.watch.reach(self.engine.steps_done, part))
+                    memory.warn_of_form(self.engine)
                 held = memory.measure(self.engine.device) if joining else None
                 if held:
                     logger.info("adapters have joined: %s at the highest so far", memory.gib(held.peak))
@@ -113,7 +127,7 @@ class Run:
             self.batches.close()
         self.saver.finish()
         self.await_data_check()
-        return self.summary(time.perf_counter() - started)
+        return summary.of(self, time.perf_counter() - started)
 
     def before_adapters(self) -> None:
         """Say what memory there is and what the adapters need; if that is too little, save first, and try."""
@@ -131,20 +145,49 @@ class Run:
             self.saver.finish()
         self.record(step=self.engine.steps_done, adapters_need=need, **({"peak_bytes": held.peak} if held else {}))
 
+    def changes_form(self) -> bool:
+        """Whether the next step trains another form of the model: a dense start is over, or a dense tail begins."""
+        run, done = self.engine.run_config, self.engine.steps_done
+        return done in run.switches and run.form_at(done) != self.config
+
+    def change_form(self) -> None:
+        """Save, let the engine go, and go on with one of the other form; if nothing can be saved, the run ends."""
+        done = self.engine.steps_done
+        self.watch.reach(done, "checkpoint")
+        kernel_choices.save(self.run)
+        if self.saver.save_at_once():
+            logger.error("step %d is to be trained in the model's other form, from that checkpoint: the run ends", done)
+            self.stopped = True
+            return
+        kept = self.engine.attempts, self.engine.skipped_steps
+        remains = Remains(self.engine)
+        del self.engine, self.saver, self.layer_stats
+        if alive := remains.alive():
+            logger.warning("%s", alive)
+        engine, initial = self.build(store.folder_of(self.run, done))
+        # What the checkpoint holds of them is a copy, or nothing.
+        engine.attempts, engine.skipped_steps = kept
+        self.adopt(engine, initial)
+        self.record(step=done, form=engine.form)
+        self.watch.reach(done, "batch")
+
     def before_update(self, part: str) -> None:
         if part == "update" and self.layer_stats and self.layer_stats.due(self.engine.steps_done + 1):
             self.layer_stats.note_gradients()
 
     def after_step(self, done: int, result: StepResult) -> None:
-        """Metrics; validation and checkpoints at their intervals and at the end, and right before the adapters join."""
+        """Metrics; validation and checkpoints at their intervals and at the end; validation right before the adapters
+        join or the form changes, too. Where it changes, `change_form` saves.
+        """
         self.log_step(done, result)
         self.agree()
         last = done == self.last_step or self.stopped
-        if last or done % self.config.train.eval_interval == 0 or done == self.config.adapter_start:
+        entered = done == self.config.adapter_start or (self.changes_form() and not last)
+        if last or done % self.config.train.eval_interval == 0 or entered:
             self.watch.reach(done, "validation")
             self.validate(done)
         interval = self.config.train.save_interval
-        if interval and (last or done % interval == 0):
+        if interval and (last or (done % interval == 0 and not self.changes_form())):
             self.watch.reach(done, "checkpoint")
             # A resumed run must find every choice made by now.
             kernel_choices.save(self.run)
@@ -225,57 +268,6 @@ class Run:
             self.val_loss = found["val_loss"] = self.engine.evaluate(self.validation)
         self.record(step=done, **found, double_pruning=accounting.double_pruning(self.engine))
 
-    def speed(self) -> dict[str, float] | None:
-        """Of the median step here, which neither compiling nor searching kernels distorts; MFU where the peak is known.
-
-        Operations are counted without adapters, which few steps have.
-        """
-        if not self.step_seconds:
-            return None
-        tokens_per_second = self.tokens / statistics.median(self.step_seconds)
-        counts = flops.flops_per_token(self.config, self.vocabulary)
-        found = flops.speed(counts, tokens_per_second, dist.get_world_size(), self.peak)
-        return {"tokens_per_second": tokens_per_second, **found}
-
-    def unigram_entropy(self) -> float | None:
-        """What knowing the frequencies of the validated tokens, and nothing else, would reach: nats per token."""
-        if self.validation is None:
-            return None
-        counts = torch.zeros(self.vocabulary, dtype=torch.int64, device=self.engine.device)
-        for batch in self.validation:
-            counted = batch["labels"][batch["loss_mask"] > 0].to(counts.device)
-            counts += torch.bincount(counted, minlength=self.vocabulary)
-        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-        return entropy(counts)
-
-    def summary(self, wall_seconds: float) -> dict:
-        """The run in figures; seconds, tokens/s and counts of steps are those of all its attempts."""
-        if self.val_loss is None and self.validation is not None:
-            self.validate(self.engine.steps_done)
-        self.attempt["wall_seconds"] = wall_seconds
-        return {
-            "steps": self.engine.steps_done,
-            "stopped_early": self.stopped and self.engine.steps_done < self.config.train.steps,
-            "unsaved": self.saver.failure,
-            "tokens": self.engine.steps_done * self.tokens,
-            "val_loss": self.val_loss,
-            "unigram_entropy": self.unigram_entropy(),
-            "parameters": accounting.parameter_count(self.engine),
-            "speed": self.speed(),
-            "device": accounting.device_name(self.engine),
-            "peak_memory_bytes": accounting.peak_memory_bytes(self.engine),
-            **attempts.totals(self.engine.attempts, self.tokens),
-            "state_bytes": accounting.state_bytes(self.engine),
-            "state_bytes_per_rank": accounting.state_bytes_per_rank(self.engine),
-            "zero_stage": self.config.parallel.zero_stage,
-            "double_pruning": accounting.double_pruning(self.engine),
-            "ranks": dist.get_world_size(),
-            "pipeline_parallel": self.config.parallel.pipeline_parallel,
-            "tensor_parallel": self.config.parallel.tensor_parallel,
-            "data_parallel": parallel_state.get_data_parallel_world_size(),
-            "backend": choose(self.config.slope.backend) if self.config.slope.packed else "dense",
-        }
-
 
 def what_is_safe(run: Path) -> str:
     """For the message of a fault: what is kept, and how to go on."""
@@ -283,9 +275,3 @@ def what_is_safe(run: Path) -> str:
     if newest is None:
         return "No checkpoint was written yet: start anew with --overwrite."
     return f"Checkpoint {newest} is complete: the same command with --resume goes on from it."
-
-
-def entropy(counts: torch.Tensor) -> float:
-    """Entropy of a distribution given by counts, in nats."""
-    shares = counts[counts > 0].double() / counts.sum()
-    return float(-(shares * shares.log()).sum())

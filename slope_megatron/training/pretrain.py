@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from slope_megatron.storage import folders, metadata, sums, whole
 from slope_megatron.training import deterministic, kernel_choices, parallel
 from slope_megatron.training.checkpoint import disk, recovery, run_folder, store
 from slope_megatron.training.checkpoint.finished import Finished, finished
-from slope_megatron.training.checkpoint.init_from import check_init, load_init
+from slope_megatron.training.checkpoint.init_from import check_init, fits, load_init
 from slope_megatron.training.checkpoint.saver import UNWANTED
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
@@ -72,7 +73,7 @@ def open_folder(config: Config, origins: dict[str, str], dtype: str, samples: in
     """
     run = Path(config.train.out)
     if config.train.init_from and not run_folder.is_resumed(config):
-        check_init(config, samples, origins)
+        check_init(config.form_at(0), samples, origins)
     locks.append(run_folder.open_run(config, origins, dtype))
     # Announcements of ranks, half a checkpoint.
     for path in (run / "ranks").glob("*"):
@@ -115,14 +116,17 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     try:
         with in_order(watch):
             logger.info("%s", sparsity_table(config))
-            engine, start = build_engine(config, vocabulary, DTYPES[plan.dtype], datasets[0], resume_from)
-            size = accounting.checkpoint_bytes(engine)
-            on_first_rank(lambda: disk.check_space(run, size, config.train, engine.steps_done))
+            build = functools.partial(build_engine, config, vocabulary, DTYPES[plan.dtype], datasets[0])
+            engine, initial = build(resume_from)
+            began, size = engine.steps_done, accounting.checkpoint_bytes(engine)
+            memory.check_forms(engine)
+            on_first_rank(lambda: disk.check_space(run, size, config.train, began, config.switches))
             # None of them raises.
-            writers = open_writers(config, run, engine.steps_done) if rank == 0 else []
+            writers = open_writers(config, run, began) if rank == 0 else []
             kernel_choices.share(run, resumed=resume_from is not None, hinted=True)
-            stats = layer_stats.LayerStats(engine, start) if start is not None else None
-            training = Run(engine, run, datasets, vocabulary, watch, writers, stats, data_check)
+            training = Run(engine, run, datasets, vocabulary, watch, writers, build, initial, data_check)
+            # The run lets it go where the model's form changes.
+            del engine
             summary = training.train()
     except torch.OutOfMemoryError:
         raise out_of_memory(config, training) from None
@@ -155,26 +159,30 @@ def in_order(watch: RankWatch) -> Iterator[None]:
 
 def out_of_memory(config: Config, training: Run | None) -> memory.OutOfMemory:
     """What a full device means for the user."""
-    if training is None:
-        held = memory.measure(torch.cuda.current_device())
-        return memory.OutOfMemory(memory.explain(config, dist.get_rank(), "building the model", held))
-    engine = training.engine
-    held = memory.measure(engine.device)
-    reason = memory.explain(config, dist.get_rank(), f"in step {engine.steps_done + 1}", held)
-    return memory.OutOfMemory(f"{reason}. {what_is_safe(training.run)}")
+    engine = getattr(training, "engine", None)
+    where = f"in step {engine.steps_done + 1}" if engine else "building the model"
+    reason = memory.explain(config, dist.get_rank(), where, memory.measure(torch.cuda.current_device()))
+    return memory.OutOfMemory(f"{reason}. {what_is_safe(training.run)}" if training else reason)
 
 
 def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set, resume_from: Path | None):
-    """The engine at the step that the run begins with, and for the layers' figures what its weights began with."""
-    model = build_model(config, vocabulary, dtype)
+    """The engine at the step that the run begins or goes on with, in the form of the model that it trains there; and
+    for the layers' figures what its weights began with.
+    """
+    first = min(store.step_of(resume_from), config.train.last_step - 1) if resume_from else 0
+    form = config.form_at(max(0, first))
+    model = build_model(form, vocabulary, dtype)
     wants_layers = config.watch.layer_stats_interval > 0
+    known = True
     if config.train.init_from and (wants_layers or not resume_from):
-        agreed(lambda: load_init(model, config, vocabulary, train_set))
-    start = layer_stats.sample_all(model) if wants_layers else None
-    engine = Engine(model, config, dtype)
+        known = agreed(lambda: fits(form))
+        if known:
+            agreed(lambda: load_init(model, form, vocabulary, train_set))
+    initial = (layer_stats.sample_all(model) if known else {}) if wants_layers else None
+    engine = Engine(model, config, dtype, max(0, first))
     if resume_from:
         recovery.load(engine, resume_from)
-    return engine, start
+    return engine, initial
 
 
 def leave(watch: RankWatch) -> None:

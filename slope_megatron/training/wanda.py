@@ -1,7 +1,5 @@
 """`--slope-pattern wanda`: the patterns of a sparse model from a dense one and some training samples."""
 
-import dataclasses
-
 import torch
 
 from slope_megatron.config import Config
@@ -41,7 +39,7 @@ def calibrated_masks(config: Config, tokenizer_size: int, dtype: torch.dtype, so
     Args:
         source: the dense weights, as `load_dense` takes them.
     """
-    dense = dataclasses.replace(config, slope=dataclasses.replace(config.slope, enabled=False))
+    dense = config.dense_twin
     model = to_own_device(build_bare_model(dense, tokenizer_size, dtype))
     load_dense(model, dense, source)
     device = next(model.parameters()).device

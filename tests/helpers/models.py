@@ -103,12 +103,12 @@ def step_batches(config: Config, step: int, replica: int, replicas: int) -> list
     return batches
 
 
-def build_engine(config: Config, dtype=torch.float32):
-    """An engine with a fresh model on this rank."""
+def build_engine(config: Config, dtype=torch.float32, first_step=0):
+    """An engine with a fresh model on this rank, for a step counted from 0 and those of the same form."""
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.engine import Engine
 
-    return Engine(build_model(config, VOCABULARY, dtype), config, dtype)
+    return Engine(build_model(config.form_at(first_step), VOCABULARY, dtype), config, dtype, first_step)
 
 
 def save(engine, run):

@@ -103,12 +103,12 @@ def plain_training(config):
         parameter_groups(model, dense), betas=(settings.beta1, settings.beta2), eps=settings.eps
     )
     results = []
-    dense_from = round(steps * (1 - slope.fst_dense_tail)) if slope.method == "fst" else steps
+    sparse = slope.sparse_steps(steps)
     for step in range(steps):
         place.step = step
         for linear in linears:
-            linear.masking = step < dense_from
-            if slope.method == "fst" and step % slope.fst_mask_interval == 0:
+            linear.masking = step in sparse
+            if slope.method == "fst" and (step % slope.fst_mask_interval == 0 or step == sparse.start):
                 linear.search()
         batches = step_batches(config, step, 0, 1)
         optimizer.zero_grad()

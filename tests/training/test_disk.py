@@ -28,16 +28,16 @@ def test_a_run_that_cannot_fit_is_refused(small_disk):
 
     mib = 2**20
     train = TrainConfig(steps=100, save_interval=10, keep_checkpoints=2)
-    check_space(small_disk, mib, train, 0)
+    check_space(small_disk, mib, train, 0, [])
     # Two are kept while a third is written: 4.5 MiB.
     with pytest.raises(
         ValueError, match=r"free and the run needs about 0\.00439: a checkpoint takes .*, 3 are there at"
     ):
-        check_space(small_disk, mib * 3 // 2, train, 0)
-    check_space(small_disk, mib * 3 // 2, train, 80)
+        check_space(small_disk, mib * 3 // 2, train, 0, [])
+    check_space(small_disk, mib * 3 // 2, train, 80, [])
     for_ever = TrainConfig(steps=100, save_interval=10, keep_checkpoints=1, keep_every=20)
     with pytest.raises(ValueError, match=r"and 5 for ever \(--keep-every 20\); free some space, keep fewer, or give"):
-        check_space(small_disk, mib, for_ever, 0)
+        check_space(small_disk, mib, for_ever, 0, [])
 
 
 def test_a_read_only_place_is_refused(small_disk):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from slope_megatron.config import TrainConfig
@@ -32,24 +33,27 @@ def probe(run: Path) -> None:
         ) from None
 
 
-def check_space(run: Path, checkpoint_bytes: int, train: TrainConfig, steps_done: int) -> None:
+def check_space(run: Path, checkpoint_bytes: int, train: TrainConfig, steps_done: int, switches: Sequence[int]) -> None:
     """Refuse a run whose checkpoints cannot fit: those it keeps and the one it is writing.
 
     Args:
         checkpoint_bytes: size of one checkpoint.
         steps_done: where the run goes on.
+        switches: steps before which a checkpoint is written, whatever the interval.
     Raises:
         ValueError: says what is needed, what is free, and the way out.
     """
-    if not train.save_interval:
-        return
     last = train.last_step
-    steps_left = max(0, last - steps_done)
-    saves = -(-steps_left // train.save_interval)
+    saves = sum(steps_done < step < last for step in switches)
+    if train.save_interval:
+        saves += -(-max(0, last - steps_done) // train.save_interval)
+    if not saves:
+        return
     there = len(store.complete_checkpoints(run))
     # While one is written, the newest `keep` are still there.
     recent = min(train.keep_checkpoints + 1, there + saves)
-    for_ever = last // train.keep_every - steps_done // train.keep_every if train.keep_every else 0
+    keeps = train.keep_every if train.save_interval else None
+    for_ever = last // keeps - steps_done // keeps if keeps else 0
     needed = max(0, recent + for_ever - min(there, recent)) * checkpoint_bytes
     free = shutil.disk_usage(run).free
     if needed > free:

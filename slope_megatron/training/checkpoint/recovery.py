@@ -106,4 +106,6 @@ def load(engine: Engine, folder: Path) -> Path:
                 raise
             pass_over(str(error).partition(";")[0])
             passed = (*passed, folder)
-            folder = newest_good(Path(engine.config.train.out), engine.config, passed)
+            folder = newest_good(Path(engine.config.train.out), engine.run_config, passed)
+            if engine.run_config.form_at(store.step_of(folder)) != engine.config:
+                raise Agreed(f"{folder} goes on in the model's other form: give the same command again") from None

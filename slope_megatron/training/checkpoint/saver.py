@@ -56,6 +56,20 @@ class Saver:
             self.saving.write()
             self.finish()
 
+    def save_at_once(self) -> str | None:
+        """A checkpoint of the present step that the run itself goes on from, also where none is wanted.
+
+        Returns:
+            why it could not be written, as `failure`.
+        """
+        unwanted, self.failure = self.failure == UNWANTED, None
+        self.save()
+        self.finish()
+        failure = self.failure
+        if unwanted:
+            self.failure = failure or UNWANTED
+        return failure
+
     def finish(self) -> None:
         """Wait for the save that has begun, if one has, and publish it."""
         if self.saving is None:

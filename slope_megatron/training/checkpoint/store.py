@@ -30,6 +30,7 @@ from slope_megatron.training.checkpoint.engine_state import (
     optimizer_steps,
     sharded_engine_state,
 )
+from slope_megatron.training.checkpoint.other_form import OtherForm
 from slope_megatron.training.checkpoint.sharded_load import load_sharded
 from slope_megatron.training.checkpoint.snapshot import Snapshot, Written
 from slope_megatron.training.engine import Engine
@@ -74,7 +75,8 @@ class Saving:
             "optimizer_steps": optimizer_steps(engine),
             "loss_scaler": loss_scaler_state(engine),
             "attempts": copy.deepcopy(engine.attempts),
-            **saved_form(engine.config.to_dict()),
+            "form": engine.form,
+            **saved_form(engine.run_config.to_dict()),
         }
         self.snapshot = Snapshot(sharded_engine_state(engine, filled=True))
         self.written: Written | None = None
@@ -246,17 +248,27 @@ def check_state(folder: Path, config: Config) -> dict:
     return state
 
 
+def form_of(state: dict, config: Config) -> str:
+    """The form of the model in a checkpoint of `config`'s run: sparse or dense; one without a note never changed it."""
+    return state.get("form") or ("sparse" if config.slope.enabled else "dense")
+
+
 def load(engine: Engine, folder: Path) -> None:
-    """Restore an engine built from the same configuration; all ranks call it. Rank 0 has called `check_state`.
+    """Restore an engine built from the same configuration, in either form; all ranks call it. Rank 0 has called
+    `check_state`.
 
     Raises:
         Damaged, Refused: on every rank, as `load_sharded`; the engine can load another checkpoint then.
     """
     link_optimizer_state(engine)
-    sharded = sharded_engine_state(engine, filled=False)
-    loaded = load_sharded(sharded, folder, way_out(folder))
     state = read_json(folder / "state.json", way_out(folder))
-    install_engine_state(engine, loaded, state["optimizer_steps"])
+    other = OtherForm(engine) if form_of(state, engine.run_config) != engine.form else None
+    sharded = other.sharded_state() if other else sharded_engine_state(engine, filled=False)
+    loaded = load_sharded(sharded, folder, way_out(folder))
+    install_engine_state(engine, other.converted(loaded) if other else loaded, state["optimizer_steps"])
+    if other:
+        engine.refresh(anew=True)
+        logger.info("%s is of the other form: it goes on %s", folder, engine.form)
     install_loss_scaler(engine, state.get("loss_scaler"))
     engine.steps_done = state["steps_done"]
     engine.attempts = state.get("attempts", [])

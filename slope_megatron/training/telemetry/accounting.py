@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from slope_megatron.models.layer_spec import masked_modules, sparse_modules, weights_to_prune
+from slope_megatron.models.layer_spec import linears_to_prune, masked_modules, sparse_modules, weights_to_prune
 from slope_megatron.sparsity.pattern import extra_zeros
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.optim.optimizer import ADAPTERS, SPARSE, is_adapter, model_parameters
@@ -123,11 +123,24 @@ def measured_rank_bytes(engine: Engine) -> dict[str, int]:
     }
 
 
-def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None) -> dict[str, int]:
+def other_elements(engine: Engine) -> dict[int, int]:
+    """Of packed weights, here or in the form that the run also trains: what they have there, by id; none: the same."""
+    run = engine.run_config
+    if not (run.slope.packed and run.switches):
+        return {}
+    found = {}
+    for linear, slope in linears_to_prune(engine.model, run.slope):
+        here, there = (slope.m, slope.n) if engine.form == "dense" else (slope.n, slope.m)
+        found[id(linear.weight)] = elements(linear.weight) * there // here
+    return found
+
+
+def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None, other_form: bool = False) -> dict[str, int]:
     """The same from shapes, stage, replicas and type alone.
 
     Args:
         adapters: whether they have gradients; None: as in the step whose gradients were noted.
+        other_form: of the model's other form, which the run also trains.
 
     P elements of a group, D replicas, b bytes a weight; groups padded to multiples of 2 D, in stage 3 parameters to D:
 
@@ -145,8 +158,9 @@ def formula_rank_bytes(engine: Engine, *, adapters: bool | None = None) -> dict[
     if adapters is None:
         adapters = held is not None and held.adapters
     width = engine.dtype.itemsize
+    others = other_elements(engine) if other_form else {}
     for name, members in engine.members.items():
-        counts = list(map(elements, members))
+        counts = [others.get(id(parameter), elements(parameter)) for parameter in members]
         if parallel.zero_stage == 3:
             parts = [-(-count // replicas) for count in counts]
             limit = partitions.small_parameter(engine.config)
@@ -225,9 +239,15 @@ def parameter_count(engine: Engine) -> int:
 
 
 def checkpoint_bytes(engine: Engine) -> int:
-    """Bytes of one checkpoint: the weights, their fp32 masters and two moments, and the patterns."""
+    """Bytes of one checkpoint, in the larger form of the model: the weights, their fp32 masters and two moments, and
+    the patterns.
+    """
     counted = [parameter for _, parameter in model_parameters(engine.model) if is_counted_here(parameter)]
-    here = sum(elements(parameter) * (parameter.element_size() + 12) for parameter in counted)
+    others = other_elements(engine)
+    here = sum(
+        max(elements(parameter), others.get(id(parameter), 0)) * (parameter.element_size() + 12)
+        for parameter in counted
+    )
     here += sum(one.weight_pattern.nbytes + one.weight_column.nbytes for one in sparse_modules(engine.model))
     return int(over_model(torch.tensor([here], device=engine.device)))
 

@@ -3,11 +3,13 @@
     grad_norm    Euclidean norm of the step's gradient before clipping, over the replicas' mean and all shards
     drift        ||W - W0|| / ||W0||, W0 being the weights at the first step, measured on SAMPLES elements of each shard
                  spread evenly (all of a smaller one): a standard error of about 1 %, for 16 KiB a shard, not a copy;
-                 left out where W0 is zero (adapters)
+                 left out where W0 is zero (adapters) or unknown
     energy_lost  share of sum w^2 that the second pruning drops; sparse linears only
 
 Gradient norms cost one more sum of the gradients over the replicas in the steps that are looked at, nothing in others.
 """
+
+from typing import TypeAlias
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -23,6 +25,8 @@ from slope_megatron.training.zero import partitions
 
 # A prime: with a power of two, even spreading would meet few columns only.
 SAMPLES = 4093
+# Of each matrix by the model's own name.
+Samples: TypeAlias = dict[str, torch.Tensor]
 
 
 def matrices(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -43,7 +47,7 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
     return flat[indices].float().cpu()
 
 
-def sample_all(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def sample_all(model: torch.nn.Module) -> Samples:
     """Samples of all matrices; taken of the initial weights, before any checkpoint is loaded."""
     return {name: sample(parameter) for name, parameter in matrices(model).items()}
 
@@ -55,7 +59,7 @@ class LayerStats:
         start: `sample_all` of the initial weights.
     """
 
-    def __init__(self, engine: Engine, start: dict[str, torch.Tensor]):
+    def __init__(self, engine: Engine, start: Samples):
         self.engine, self.start = engine, start
         self.names = canonical_names(engine.model)
         self.squares: dict[str, float] = {}
@@ -81,7 +85,7 @@ class LayerStats:
                 now = sample(parameter)
                 module = energies.get(id(parameter))
                 pruning = module.double_pruning() if module else None
-            start = self.start[name]
+            start = self.start.get(name, torch.zeros_like(now))
             row = [self.squares.get(name, 0.0), float((now - start).square().sum()), float(start.square().sum())]
             row += [1.0, pruning.energy, pruning.energy_dropped] if pruning else [0.0, 0.0, 0.0]
             # What is replicated is counted once.

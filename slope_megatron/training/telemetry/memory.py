@@ -1,6 +1,7 @@
 """GPU memory of one rank: what is taken, what the adapters add when they join, and ways out if it is too little."""
 
 import dataclasses
+import logging
 
 import torch
 from megatron.core import parallel_state
@@ -9,7 +10,9 @@ from slope_megatron.config import Config
 from slope_megatron.models.layer_spec import pruned_modules
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.telemetry import accounting
+from slope_megatron.training.together import Agreed, first_problem
 
+logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
@@ -80,6 +83,58 @@ def adapters_report(need: dict[str, int], memory: Memory | None) -> tuple[str, b
     return f"adapters join: {taken}; {added}; {left}", fits
 
 
+def form_needs(engine: Engine) -> tuple[int, int]:
+    """Bytes of weights, gradients and optimizer on this rank's GPU: in this form of the model, and in its other one."""
+    sizes = [accounting.formula_rank_bytes(engine, adapters=False, other_form=other) for other in (False, True)]
+    if engine.config.parallel.offload_optimizer != "none":
+        sizes = [{**one, "optimizer": 0} for one in sizes]
+    here, there = (sum(one.values()) for one in sizes)
+    return here, there
+
+
+def check_forms(engine: Engine) -> None:
+    """Refuse, before the first step, a run whose model has no room in its larger form; all ranks call it.
+
+    Raises:
+        Agreed: the state alone is more than the GPU has.
+    """
+    if engine.run_config.switches:
+        here, there = form_needs(engine)
+        problem = form_problem(engine.run_config, max(here, there), measure(engine.device))
+        if problem := first_problem(problem):
+            raise Agreed(problem)
+        logger.info(
+            "the model's form changes at steps %s: weights, gradients and optimizer take %s here as it is (%s), and %s "
+            "in the other",
+            *(" and ".join(map(str, engine.run_config.switches)), gib(here), engine.form, gib(there)),
+        )
+
+
+def form_problem(config: Config, need: int, memory: Memory | None) -> str | None:
+    """What check_forms refuses; None: nothing."""
+    if memory is None or need <= (there := memory.free + memory.reserved):
+        return None
+    return (
+        f"dense steps (--slope-dense-start, --slope-dense-tail) need {gib(need)} of a GPU for weights, gradients and "
+        f"optimizer, and it has {gib(there)}: take {ways_out(config)}, or leave them out"
+    )
+
+
+def warn_of_form(engine: Engine) -> None:
+    """After a step of this form: whether the next form will have room, as far as can be told from this one's peak."""
+    later = [step for step in engine.run_config.switches if step >= engine.steps_done]
+    held = measure(engine.device)
+    if held is None or not later:
+        return
+    here, there = form_needs(engine)
+    if there - here > held.room:
+        logger.warning(
+            "from step %d on the model's other form takes %s more than this one, and %s are left at this one's peak: "
+            "take %s before it comes",
+            *(later[0], gib(there - here), gib(held.room), ways_out(engine.config)),
+        )
+
+
 def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
 
@@ -90,6 +145,11 @@ def explain(config: Config, rank: int, where: str, memory: Memory | None) -> str
     if memory is not None:
         others = memory.total - memory.free - memory.reserved
         taken = f" ({gib(memory.peak)} at the highest of {gib(memory.total)}, {gib(max(0, others))} by others)"
+    return f"rank {rank} ran out of GPU memory {where}{taken}: take {ways_out(config)}"
+
+
+def ways_out(config: Config) -> str:
+    """What makes a run take less memory."""
     data, parallel = config.data, config.parallel
     replicas_help = parallel.zero_stage < 3 and parallel.pipeline_parallel == 1
     ways = [
@@ -99,5 +159,4 @@ def explain(config: Config, rank: int, where: str, memory: Memory | None) -> str
         (parallel.offload_optimizer == "none", "--offload-optimizer cpu"),
         (True, f"a --tensor-parallel above {parallel.tensor_parallel}"),
     ]
-    advice = ", ".join(way for helps, way in ways if helps)
-    return f"rank {rank} ran out of GPU memory {where}{taken}: take {advice}"
+    return ", ".join(way for helps, way in ways if helps)
