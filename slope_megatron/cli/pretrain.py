@@ -68,6 +68,7 @@ CHECKPOINTS
   --save-interval. A state that is not finite is never saved. At most --keep-checkpoints are there, one more while it
   is written, and those of --keep-every. With --save-interval 0 none is written and no room is asked for: metrics,
   summary.json and DONE are all that is left, and --resume has nothing to go on from but what was there before.
+  Where a dense start ends or a dense tail begins, one is written in any case: the run goes on from it.
 
 SIGNALS
   USR1, TERM or HUP to any rank: all ranks save after the same step and end with code 75. TERM twice: end at once.

@@ -95,6 +95,23 @@ BAD = [
     (lambda: SlopeConfig(method="fst", adapter_rank=4), "--slope-method fst with --slope-adapter-rank: FST ends dense"),
     (lambda: SlopeConfig(method="fst", sparse_mlp=False), "neither attention nor MLP is sparse"),
     (lambda: SlopeConfig(fst_dense_tail=1.0), "--slope-fst-dense-tail is 1.0: it must be in [0, 1)"),
+    (
+        lambda: SlopeConfig(dense_tail=1.0),
+        "--slope-dense-tail is 1.0: it must be in [0, 1); to train dense: --no-slope",
+    ),
+    (
+        lambda: SlopeConfig(dense_start=0.1, adapter_rank=4),
+        "--slope-dense-start with --slope-adapter-rank 4: lazy adapters join pruned weights, to the end",
+    ),
+    (lambda: SlopeConfig(dense_tail=0.1, adapter_rank="1.5%"), "--slope-dense-tail with --slope-adapter-rank 1.5%"),
+    (
+        lambda: SlopeConfig(dense_start=0.1, pattern="wanda"),
+        "--slope-dense-start with --slope-pattern wanda: a dense start ends with pruning by magnitude",
+    ),
+    (
+        lambda: Config(slope=SlopeConfig(dense_start=0.5, dense_tail=0.5)),
+        "--slope-dense-start 0.5 and --slope-dense-tail 0.5 leave none of 1000 steps sparse: take smaller shares",
+    ),
     (lambda: SlopeConfig(srste_decay=-1.0), "--slope-srste-decay is -1.0: it must not be negative"),
     (lambda: SlopeConfig(fst_mask_interval=0), "--slope-fst-mask-interval is 0: it must be at least 1"),
     (lambda: Config(slope=SlopeConfig(pattern="wanda")), "--slope-pattern wanda prunes a trained model: give --init"),

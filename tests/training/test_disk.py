@@ -38,6 +38,11 @@ def test_a_run_that_cannot_fit_is_refused(small_disk):
     for_ever = TrainConfig(steps=100, save_interval=10, keep_checkpoints=1, keep_every=20)
     with pytest.raises(ValueError, match=r"and 5 for ever \(--keep-every 20\); free some space, keep fewer, or give"):
         check_space(small_disk, mib, for_ever, 0, [])
+    # Where the model changes its form one is written, and asked for, whatever the interval.
+    unsaved = TrainConfig(steps=100, save_interval=0, keep_checkpoints=1)
+    check_space(small_disk, 5 * mib, unsaved, 50, [50])
+    with pytest.raises(ValueError, match=r"the run needs about 0\.00488: a checkpoint takes 0\.00488, 1 are there at"):
+        check_space(small_disk, 5 * mib, unsaved, 0, [50])
 
 
 def test_a_read_only_place_is_refused(small_disk):

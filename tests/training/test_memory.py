@@ -1,5 +1,6 @@
 """Memory that is too little: said before the adapters join, saved first, and one sentence when the device is full."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -99,3 +100,42 @@ def test_a_run_saves_before_a_tight_switch_and_ends_with_the_sentence(corpus, tm
     assert said[0].endswith(
         f"Checkpoint {run}/checkpoints/step_00000006 is complete: the same command with --resume goes on from it."
     )
+
+
+def needs_of(config):
+    """What is said of the other form in each form, of engines that have trained one step."""
+    from helpers.models import step_batches
+
+    found = []
+    for step in (0, *config.switches):
+        engine = build_engine(config, first_step=step)
+        needs, size = memory.form_needs(engine), memory.accounting.checkpoint_bytes(engine)
+        engine.train_step(step_batches(config, step, 0, 1))
+        found.append((needs, size, sum(memory.accounting.measured_rank_bytes(engine).values())))
+    return found
+
+
+@pytest.mark.parametrize(("stage", "method"), [(1, "slope"), (2, "slope"), (3, "slope"), (1, "srste")])
+def test_what_the_other_form_needs_is_what_it_takes(ranks, stage, method):
+    config = small_config(slope={"method": method, "dense_tail": 0.5}, steps=4)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=stage))
+    (sparse, size, held), (dense, dense_size, dense_held) = ranks.run(needs_of, config, world=1)[0]
+    assert sparse == (held, dense_held)
+    # 7 matrices of 2 blocks of width 64: their masks, and their masked copies in fp32.
+    masked = (2 * 12 - 3) * 64 * 64
+    masks = 4 * masked + masked // 8 if method == "srste" else 0
+    assert dense == (dense_held, held + masks)
+    patterns = masked // 8 + masked // 16 if method == "slope" else 0
+    assert size == dense_size + patterns, "a checkpoint of the larger form"
+
+
+def test_a_form_without_room_is_refused_in_one_sentence():
+    config = small_config(slope={"dense_tail": 0.5})
+    assert memory.form_problem(config, 8 * GIB, None) is None
+    assert memory.form_problem(config, 8 * GIB, ROOMY) is None
+    said = memory.form_problem(config, 8 * GIB + 1, ROOMY)
+    assert said.startswith(
+        "dense steps (--slope-dense-start, --slope-dense-tail) need 8.00 GiB of a GPU for weights, gradients and "
+        "optimizer, and it has 8.00 GiB: take a --micro-batch-size under 2, --recompute full,"
+    )
+    assert said.endswith("a --tensor-parallel above 1, or leave them out")

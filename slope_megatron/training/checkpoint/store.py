@@ -268,7 +268,8 @@ def load(engine: Engine, folder: Path) -> None:
     install_engine_state(engine, other.converted(loaded) if other else loaded, state["optimizer_steps"])
     if other:
         engine.refresh(anew=True)
-        logger.info("%s is of the other form: it goes on %s", folder, engine.form)
+        pruned = ", pruned by magnitude" if engine.form == "sparse" else ""
+        logger.info("%s is of the model's other form: it goes on %s%s", folder, engine.form, pruned)
     install_loss_scaler(engine, state.get("loss_scaler"))
     engine.steps_done = state["steps_done"]
     engine.attempts = state.get("attempts", [])

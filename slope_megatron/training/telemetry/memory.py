@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from slope_megatron.config import Config
-from slope_megatron.models.layer_spec import pruned_modules
+from slope_megatron.models.layer_spec import pruned_modules, weights_to_prune
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.telemetry import accounting
 from slope_megatron.training.together import Agreed, first_problem
@@ -89,6 +89,10 @@ def form_needs(engine: Engine) -> tuple[int, int]:
     if engine.config.parallel.offload_optimizer != "none":
         sizes = [{**one, "optimizer": 0} for one in sizes]
     here, there = (sum(one.values()) for one in sizes)
+    if engine.form == "dense" and not engine.run_config.slope.packed:
+        # A baseline's bitmask, and the masked copy of the weight.
+        masked = sum(map(accounting.elements, weights_to_prune(engine.model, engine.run_config.slope)))
+        there += masked * engine.dtype.itemsize + masked // 8
     return here, there
 
 
@@ -127,6 +131,9 @@ def warn_of_form(engine: Engine) -> None:
     if held is None or not later:
         return
     here, there = form_needs(engine)
+    if engine.form == "sparse":
+        sizes = accounting.local_bytes(engine)["model"]
+        here += sizes["patterns"] + sizes["operands"]
     if there - here > held.room:
         logger.warning(
             "from step %d on the model's other form takes %s more than this one, and %s are left at this one's peak: "
