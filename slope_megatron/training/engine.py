@@ -223,11 +223,9 @@ class Engine:
         """The same of a batch on the device: `[loss, tokens]`."""
         return self.summed_loss(batch, self.forward.output(self.model, batch))[1]["sums"]
 
-    def refresh(self, *, anew: bool = False) -> None:
-        """After the weights' gather: operands follow the values, and patterns and masks when their step has come, or
-        `anew`: whatever the step.
-        """
-        choose = anew or self.phases.new_column_pattern(self.steps_done)
+    def refresh(self) -> None:
+        """After the weights' gather: operands follow the values, and patterns and masks when their step has come."""
+        choose = self.phases.new_column_pattern(self.steps_done)
         for module in sparse_modules(self.model):
             if not choose and not module.has_operands:
                 continue
@@ -237,7 +235,7 @@ class Engine:
                 else:
                     module.refresh()
         for masked in masked_modules(self.model):
-            if anew or self.phases.new_mask(self.steps_done):
+            if self.phases.new_mask(self.steps_done):
                 masked.update_mask()
             else:
                 masked.refresh()

@@ -7,8 +7,8 @@ N out, K in, C = K n/m kept per row, of this rank's shard: no shard cuts a group
     weight, master, first moment   at their places, else 0      read at the kept places
     second moment                  at their places, else the mean of the group's kept ones (`second_moments`)
 
-A baseline's weights are dense already: a dense model takes them as they are, and leaves the masks; masks are chosen
-anew, and so is the second pruning (`Engine.refresh`).
+A baseline's weights are dense already: a dense model takes them as they are, and leaves what is derived from them.
+Masks and the second pruning of a model that goes on pruned are chosen anew.
 """
 
 import dataclasses
@@ -20,17 +20,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.models.layer_spec import linears_to_prune
+from slope_megatron.models.dense import DERIVED
+from slope_megatron.models.init_weights import choose_derived
+from slope_megatron.models.layer_spec import linears_to_prune, pruned_modules
 from slope_megatron.sparsity import second_moments
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern
 from slope_megatron.training.checkpoint.engine_state import sharded_engine_state
 from slope_megatron.training.engine import Engine
-from slope_megatron.training.zero.partitions import MOMENTS, shape_of
+from slope_megatron.training.zero.partitions import MOMENTS, gathered, shape_of
 
 KINDS = ("model", "fp32", *MOMENTS)
-# Buffers of a pruned linear, beside its weight.
-PATTERN, DERIVED = "_pattern", ("_pattern", "_column", "_mask")
+PATTERN = "_pattern"
 
 
 class OtherForm:
@@ -54,7 +55,7 @@ class OtherForm:
         """What to read, as `sharded_engine_state` has it for the engine's own form."""
         state = sharded_engine_state(self.engine, filled=False)
         model = state["model"]
-        for name in [name for name in model if name.endswith(tuple(f".weight{suffix}" for suffix in DERIVED))]:
+        for name in [name for name in model if name.rpartition(".")[2] in DERIVED]:
             del model[name]
         for name, (slope, (rows, columns)) in self.packed.items():
             share = Fraction(slope.n, slope.m) if self.from_packed else Fraction(slope.m, slope.n)
@@ -86,6 +87,12 @@ class OtherForm:
             for kind, values in made.items():
                 state[kind][name] = values
         return state
+
+    def choose_derived(self) -> None:
+        """Once the state is installed: what a pruned model derives from its weights."""
+        for module in pruned_modules(self.engine.model):
+            with gathered(module.weight):
+                choose_derived(module)
 
 
 def resized(entry, data: torch.Tensor):

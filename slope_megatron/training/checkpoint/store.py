@@ -267,7 +267,7 @@ def load(engine: Engine, folder: Path) -> None:
     loaded = load_sharded(sharded, folder, way_out(folder))
     install_engine_state(engine, other.converted(loaded) if other else loaded, state["optimizer_steps"])
     if other:
-        engine.refresh(anew=True)
+        other.choose_derived()
         pruned = ", pruned by magnitude" if engine.form == "sparse" else ""
         logger.info("%s is of the model's other form: it goes on %s%s", folder, engine.form, pruned)
     install_loss_scaler(engine, state.get("loss_scaler"))
