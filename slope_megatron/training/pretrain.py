@@ -24,6 +24,7 @@ from slope_megatron.training.checkpoint.saver import UNWANTED
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
 from slope_megatron.training.loop import Run, what_is_safe
+from slope_megatron.training.teardown import Remains
 from slope_megatron.training.telemetry import accounting, layer_stats, memory
 from slope_megatron.training.telemetry.writers import check_installed, open_writers
 from slope_megatron.training.together import Agreed, agreed, from_every_rank, on_first_rank
@@ -169,8 +170,9 @@ def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set,
     """The engine at the step that the run begins or goes on with, in the form of the model that it trains there; and
     for the layers' figures what its weights began with.
     """
-    first = min(store.step_of(resume_from), config.train.last_step - 1) if resume_from else 0
-    form = config.form_at(max(0, first))
+    # A run that is there already has no next step.
+    first = max(0, min(store.step_of(resume_from), config.train.last_step - 1)) if resume_from else 0
+    form = config.form_at(first)
     model = build_model(form, vocabulary, dtype)
     wants_layers = config.watch.layer_stats_interval > 0
     known = True
@@ -179,9 +181,14 @@ def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set,
         if known:
             agreed(lambda: load_init(model, form, vocabulary, train_set))
     initial = (layer_stats.sample_all(model) if known else {}) if wants_layers else None
-    engine = Engine(model, config, dtype, max(0, first))
-    if resume_from:
-        recovery.load(engine, resume_from)
+    engine = Engine(model, config, dtype, first)
+    loaded = recovery.load(engine, resume_from) if resume_from else None
+    if loaded != resume_from and config.form_at(engine.steps_done) != form:
+        # Damaged after all, and the one before it goes on in the model's other form.
+        remains = Remains(engine)
+        del engine, model
+        remains.alive()
+        return build_engine(config, vocabulary, dtype, train_set, loaded)
     return engine, initial
 
 

@@ -1,16 +1,24 @@
 """Whole runs whose model changes its form: a dense start is pruned, a dense tail grows."""
 
+import errno
 import json
+import os
+import shutil
 
+import torch
 from test_pretrain import MODEL, RUN, losses, metrics, slope
 
+from helpers import commands
+from helpers.fake_graphs import fake_graphs
+from helpers.models import build_engine, go_on, small_config
 from slope_megatron.export.trained_run import TrainedRun
+
+PHASES = ["--slope-dense-start", 0.25, "--slope-dense-tail", 0.25]
 
 
 def test_a_run_changes_its_form(corpus, tmp_path):
-    """From the command line: the same losses whole and in pieces, also where no other checkpoint is asked for."""
-    phases = ["--slope-dense-start", 0.25, "--slope-dense-tail", 0.25, "--layer-stats-interval", 2]
-    common = ["--data", corpus, *MODEL, *RUN, *phases, "--log-interval", 1]
+    """The same losses whole and in pieces, also where no other checkpoint is asked for."""
+    common = ["--data", corpus, *MODEL, *RUN, *PHASES, "--layer-stats-interval", 2, "--log-interval", 1]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     done = slope(*common, "--out", whole, "--save-interval", 0)
     assert done.returncode == 0, done.stderr
@@ -38,3 +46,57 @@ def test_a_run_changes_its_form(corpus, tmp_path):
     forms = {step: TrainedRun(parted, step) for step in (7, 8)}
     assert not any(run.is_packed(name) or run.config.slope.enabled for run in forms.values() for name in run)
     assert TrainedRun(whole, 6).is_packed("decoder.layers.1.mlp.linear_fc1.weight")
+
+
+def refuse_to_read_step_7():
+    from slope_megatron.storage.tensors import CheckedReader
+
+    whole = CheckedReader._slice_file
+
+    def failing(self, file, info):
+        if "step_00000007" in str(self.folder):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(self, file, info)
+
+    CheckedReader._slice_file = failing
+
+
+def test_a_checkpoint_before_a_damaged_one_may_be_of_the_other_form(corpus, tmp_path):
+    """Step 7 is of the dense tail, and cannot be read; step 5 is sparse."""
+    common = ["--data", corpus, *MODEL, *RUN, *PHASES, "--log-interval", 1, "--save-interval", 1]
+    common += ["--keep-checkpoints", 9, "--out", tmp_path, "--auto-resume"]
+    assert slope(*common, "--stop-at", 7).returncode == 0
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000006")
+    before = losses(tmp_path)
+    done = commands.slope("pretrain", *common, before=refuse_to_read_step_7)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoints" / "step_00000007.corrupt").is_dir()
+    after = [(line["step"], line["loss"]) for line in metrics(tmp_path) if "loss" in line][-3:]
+    assert [step for step, _ in after] == [6, 7, 8]
+    assert after[:2] == [(6, before[6]), (7, before[7])]
+
+
+def graphs_of_both_forms(config):
+    """An engine's graphs while it trains and once it is let go; what outlives it; and the next engine's graphs."""
+    from slope_megatron.training.teardown import Remains
+
+    found = []
+    with fake_graphs() as made:
+        for step in (0, *config.switches):
+            engine = build_engine(config, torch.bfloat16, first_step=step)
+            engine.steps_done = step
+            go_on(engine, step + 4)
+            graphs = engine.graphs
+            captured = [function.what for function in graphs.functions if function.graph is not None]
+            remains = Remains(engine)
+            del engine
+            left = [function.graph for function in graphs.functions]
+            del graphs
+            made.clear()  # the test's own list
+            found.append((captured, left, remains.alive()))
+    return found
+
+
+def test_an_engine_that_is_let_go_drops_its_graphs(ranks):
+    config = small_config(slope={"dense_tail": 0.5}, steps=8)
+    assert ranks.run(graphs_of_both_forms, config, world=1)[0] == [(["training"], [None, None], "")] * 2

@@ -107,5 +107,3 @@ def load(engine: Engine, folder: Path) -> Path:
             pass_over(str(error).partition(";")[0])
             passed = (*passed, folder)
             folder = newest_good(Path(engine.config.train.out), engine.run_config, passed)
-            if engine.run_config.form_at(store.step_of(folder)) != engine.config:
-                raise Agreed(f"{folder} goes on in the model's other form: give the same command again") from None
