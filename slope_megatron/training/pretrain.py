@@ -109,7 +109,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     locks: list[run_folder.RunLock] = []  # held by rank 0 to the end of the run
     resumed = on_first_rank(lambda: open_folder(config, origins, plan.dtype, len(datasets[0]), locks))
     resume_from = recovery.find_checkpoint(config, run) if resumed else None
-    vocabulary, timeout, rank = plan.manifest["vocab_size"], config.watch.hang_timeout, dist.get_rank()
+    timeout, rank = config.watch.hang_timeout, dist.get_rank()
     processes, saves = from_every_rank(process.own(rank)), config.train.save_interval > 0
     watch = RankWatch(run, processes, rank, lambda: what_is_safe(run), timeout, launcher, saves)
     watch.start()
@@ -117,17 +117,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     try:
         with in_order(watch):
             logger.info("%s", sparsity_table(config))
-            build = functools.partial(build_engine, config, vocabulary, DTYPES[plan.dtype], datasets[0])
-            engine, initial = build(resume_from)
-            began, size = engine.steps_done, accounting.checkpoint_bytes(engine)
-            memory.check_forms(engine)
-            on_first_rank(lambda: disk.check_space(run, size, config.train, began, config.switches))
-            # None of them raises.
-            writers = open_writers(config, run, began) if rank == 0 else []
-            kernel_choices.share(run, resumed=resume_from is not None, hinted=True)
-            training = Run(engine, run, datasets, vocabulary, watch, writers, build, initial, data_check)
-            # The run lets it go where the model's form changes.
-            del engine
+            training = begin(config, plan, datasets, resume_from, watch, data_check)
             summary = training.train()
     except torch.OutOfMemoryError:
         raise out_of_memory(config, training) from None
@@ -142,10 +132,30 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     summary["dtype"] = plan.dtype
     if rank == 0:
         write_results(run, summary, config.train.steps)
-    for writer in writers:
+    for writer in training.writers:
         writer.close()
     leave(watch)
     return summary
+
+
+def begin(
+    config: Config, plan: Plan, datasets, resume_from: Path | None, watch: RankWatch, data_check: DataCheck
+) -> Run:
+    """The run before its first step: its model is built, there is room for it, and its metrics go where they should.
+
+    Raises:
+        Agreed: there is no room.
+    """
+    run, vocabulary = Path(config.train.out), plan.manifest["vocab_size"]
+    build = functools.partial(build_engine, config, vocabulary, DTYPES[plan.dtype], datasets[0])
+    engine, initial = build(resume_from)
+    began, size = engine.steps_done, accounting.checkpoint_bytes(engine)
+    memory.check_forms(engine)
+    on_first_rank(lambda: disk.check_space(run, size, config.train, began, config.switches))
+    # None of them raises.
+    writers = open_writers(config, run, began) if dist.get_rank() == 0 else []
+    kernel_choices.share(run, resumed=resume_from is not None, hinted=True)
+    return Run(engine, run, datasets, vocabulary, watch, writers, build, initial, data_check)
 
 
 @contextlib.contextmanager
