@@ -5,6 +5,8 @@
 A setting that the file lacks did not exist then: it had the value that means its absence, which is its default, or what
 its `option(before=...)` says. `config_active` names the settings that had another value than that, so that an older
 version knows which of those that it has never heard of had an effect; in a file without the list, all had.
+
+The method `srste` was once what is `extended-srste` now: files that mean SR-STE itself carry a mark (`MARK`).
 """
 
 import dataclasses
@@ -15,6 +17,9 @@ from pathlib import Path
 from slope_megatron.config.reader import SECTIONS, Config
 
 logger = logging.getLogger(__name__)
+# Written like a setting of slope with an effect: versions to which `srste` is Extended SR-STE know no such setting and
+# refuse the file.
+MARK = "exact_gradients"
 # Sections that say what the tensors of a checkpoint mean.
 WEIGHTS = ("model", "slope")
 # What may differ between a run and its continuation: it only says when to stop or what is written, or loss and gradient
@@ -57,7 +62,18 @@ def saved_form(values: dict[str, dict]) -> dict:
         for key, absent in before(section).items()
         if part[key] != absent
     ]
+    if values.get("slope", {}).get("method") == "srste":
+        values, active = {**values, "slope": {**values["slope"], MARK: True}}, [*active, f"slope.{MARK}"]
     return {"config": values, "config_active": active}
+
+
+def without_mark(saved: dict[str, dict]) -> tuple[dict[str, dict], bool]:
+    """A saved `{section: {key: value}}` with the method by its present name, and whether that is a new one."""
+    slope = dict(saved.get("slope", {}))
+    renamed = not slope.pop(MARK, False) and slope.get("method") == "srste"
+    if renamed:
+        slope["method"] = "extended-srste"
+    return {**saved, "slope": slope}, renamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +84,13 @@ class SavedConfig:
         values: {section: {key: value}} of all that this version has.
         missing: `section.key` of those that the file lacks.
         unknown: {`section.key`: value} of settings that had an effect and that this version has not.
+        renamed: whether its method had another name.
     """
 
     values: dict[str, dict]
     missing: list[str]
     unknown: dict[str, object]
+    renamed: bool = False
 
     @classmethod
     def read(cls, content: dict, sections: Collection[str] = tuple(SECTIONS)) -> "SavedConfig":
@@ -81,7 +99,8 @@ class SavedConfig:
             content: of a file that holds `saved_form`.
             sections: those that it holds.
         """
-        saved, active = content["config"], content.get("config_active")
+        saved, renamed = without_mark(content["config"])
+        active = content.get("config_active")
         absent = {section: before(section) for section in sections}
         values = {
             section: {key: saved.get(section, {}).get(key, value) for key, value in part.items()}
@@ -96,7 +115,7 @@ class SavedConfig:
             for key, value in part.items()
             if key not in absent.get(section, {}) and (active is None or f"{section}.{key}" in active)
         }
-        return cls(values, missing, unknown)
+        return cls(values, missing, unknown, renamed)
 
     def check(self, where: Path, binding: Collection[str]) -> "SavedConfig":
         """Say in a line each which settings were missing, and which unknown ones do not count here.
@@ -115,6 +134,8 @@ class SavedConfig:
                 f"{where} was written with settings that this version does not have ({settings}): use the version that "
                 "wrote it, or a later one"
             )
+        if self.renamed:
+            logger.info("%s is older than SR-STE here: its --slope-method srste is what extended-srste is now", where)
         if self.missing:
             logger.info("%s is older than these settings, which count as absent: %s", where, ", ".join(self.missing))
         if self.unknown:

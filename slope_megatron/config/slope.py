@@ -5,6 +5,7 @@ import re
 
 from slope_megatron.config.dense_phases import PART, check_dense_phases
 from slope_megatron.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Rule, check_fields, option
+from slope_megatron.config.methods import BASELINES, Baseline
 
 # Libraries of 2:4 kernels: each is the module `slope_megatron.ops.operands.NAME`.
 LIBRARIES = ("cusparselt", "cutlass")
@@ -60,8 +61,10 @@ def check_method(slope: "SlopeConfig") -> None:
         raise ValueError(f"--slope-mode full with --slope-method {slope.method}: the mode is slope's; leave it out")
     if slope.fp8 != "off":
         check_fp8(slope)
-    if slope.method == "fst" and (slope.nm != "2:4" or slope.nm_by_block):
-        raise ValueError("--slope-method fst with another pattern than 2:4: its masks are transposable 2:4; use 2:4")
+    if slope.baseline and slope.baseline.only_24 and (slope.nm != "2:4" or slope.nm_by_block):
+        raise ValueError(
+            f"--slope-method {slope.method} with another pattern than 2:4: {slope.baseline.only_24}; use 2:4"
+        )
     if slope.method == "fst" and slope.adapter_rank:
         raise ValueError("--slope-method fst with --slope-adapter-rank: FST ends dense, without adapters; use 0")
     check_dense_phases(slope)
@@ -114,9 +117,10 @@ class SlopeConfig:
     )
     method: str = option(
         "slope",
-        "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (Extended SR-STE, "
-        "dynamic masks), fst (transposable masks, MLP only), dense (the same as --no-slope)",
-        choices=("slope", "dense", "srste", "fst"),
+        "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (SR-STE: dynamic masks, "
+        "exact gradients), extended-srste (the same with pruned, biased gradients), fst (transposable masks, MLP "
+        "only), dense (the same as --no-slope)",
+        choices=("slope", "dense", *BASELINES),
     )
     backward_mask_interval: int = option(
         100,
@@ -145,7 +149,7 @@ class SlopeConfig:
     sparse_attention: bool = option(True, "make the attention's QKV and output projections sparse")
     sparse_mlp: bool = option(True, "make the MLP's linears sparse")
     srste_decay: float = option(
-        6e-6, "srste: lambda of the decay of pruned weights, added to the gradient", must=NOT_NEGATIVE
+        6e-6, "srste, extended-srste: lambda of the decay of pruned weights, added to the gradient", must=NOT_NEGATIVE
     )
     fst_decay: float = option(
         6e-5, "fst: the same, its published value for 124M and 774M parameters", must=NOT_NEGATIVE
@@ -184,14 +188,20 @@ class SlopeConfig:
             )
 
     @property
+    def baseline(self) -> Baseline | None:
+        """The method's row where the sparse linears hold dense weights under a mask; None: they do not."""
+        return BASELINES.get(self.method)
+
+    @property
     def packed(self) -> bool:
         """Whether the sparse linears hold packed values."""
         return self.enabled and self.method == "slope"
 
     @property
     def prunes_attention(self) -> bool:
-        """Whether the attention's linears are pruned: where asked for, and in FST only where said twice."""
-        return self.sparse_attention and (self.method != "fst" or self.fst_attention)
+        """Whether the attention's linears are pruned: where asked for; twice, if the MLP's alone are as published."""
+        own = self.baseline and self.baseline.attention
+        return self.sparse_attention and (not own or getattr(self, own))
 
     def sparse_steps(self, steps: int) -> range:
         """Those of `steps`, counted from 0, between the dense start and the dense tail."""
@@ -242,8 +252,13 @@ class SlopeConfig:
 
     @property
     def decay(self) -> float:
-        """lambda of the baselines' decay of pruned weights."""
-        return self.srste_decay if self.method == "srste" else self.fst_decay
+        """lambda of a baseline's decay of pruned weights."""
+        return getattr(self, self.baseline.decay) if self.baseline and self.baseline.decay else 0.0
+
+    @property
+    def mask_interval(self) -> int:
+        """Optimizer steps between two choices of a baseline's masks."""
+        return getattr(self, self.baseline.interval) if self.baseline and self.baseline.interval else 1
 
     @property
     def n(self) -> int:

@@ -6,12 +6,14 @@ N out, K in (this rank's shard), T tokens.
     weight_mask   buffer uint8 [N, K/8]   S, a bitmask; in the checkpoint, so that whoever reads it knows what counts
 
                 forward        dgrad            wgrad (dense)       S
-    srste       X (S W)^T      P(dY) S W        P(dY)^T X           N:M by magnitude of the present W, along K
+    srste       X (S W)^T      dY S W           dY^T X              N:M by magnitude of the present W, along K
+    extended-   X (S W)^T      P(dY) S W        P(dY)^T X           the same
+    srste
     fst         X (S W)^T      dY S W           MVUE(dY)^T X        transposable 2:4, state, searched now and then
     (tail)      X W^T          dY W             dY^T X              all ones: FST's last steps
 
 P keeps the n largest of every m tokens of dY. Every weight gets a gradient (straight through the mask), and before the
-optimizer lambda (1 - S) W is added to it (`training.baselines`).
+optimizer lambda (1 - S) W is added to it (`training.baselines`). What differs is in the rows of `config.methods`.
 Sources: SR-STE, arXiv 2102.04010; Extended SR-STE, SLoPe's section 4 and appendix; FST, arXiv 2404.01847.
 """
 
@@ -20,12 +22,18 @@ from collections.abc import Callable
 import torch
 
 from slope_megatron.config import SlopeConfig
+from slope_megatron.config.methods import Baseline
 from slope_megatron.layers.masks import largest_along_tokens, magnitude_bits, mask_into
 from slope_megatron.layers.pruned_linear import PrunedLinear, check_shard
 from slope_megatron.ops.backend import MvueRng
 from slope_megatron.ops.operands import wgrad
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.transposable import transposable_mask
+
+CHOOSE = {
+    "magnitude": magnitude_bits,
+    "transposable": lambda weight_NK, n, m: pack_bits(transposable_mask(weight_NK)),
+}
 
 
 class MaskedOperands:
@@ -74,6 +82,8 @@ class MaskedWeight(PrunedLinear):
         Raises:
             ValueError: the shard cuts a group, a block or a byte of the bitmask.
         """
+        assert slope.baseline
+        self.baseline: Baseline = slope.baseline
         rows, columns = self.weight.shape
         check_shard(rows, columns, slope, max(8, slope.m), "masked")
         mask = torch.zeros(rows, columns // 8, dtype=torch.uint8, device=self.weight.device)
@@ -89,11 +99,7 @@ class MaskedWeight(PrunedLinear):
     def update_mask(self) -> None:
         """Choose S for the present weight, and bring the operands up to both."""
         weight = self.weight.detach()
-        if self.slope.method == "fst":
-            bits = pack_bits(transposable_mask(weight))
-        else:
-            bits = magnitude_bits(weight, self.slope.n, self.slope.m)
-        self.weight_mask.copy_(bits)
+        self.weight_mask.copy_(CHOOSE[self.baseline.mask](weight, self.slope.n, self.slope.m))
         # Whoever has a mask chosen for the weight says that the weight is there.
         self.mark_present("weight", "weight_mask")
         kept = self._kept
@@ -122,10 +128,10 @@ class MaskedWeight(PrunedLinear):
         return MaskedOperands(weight.detach(), self.weight_mask if self.masking else None)
 
     def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        if not self.masking or self.slope.method == "fst":
+        if not self.masking or self.baseline.gradient != "largest":
             return None
         n, m = self.slope.n, self.slope.m
         return lambda dy_TN: largest_along_tokens(dy_TN, n, m)
 
     def gradient_rng(self) -> MvueRng | None:
-        return self.current_rng() if self.masking and self.slope.method == "fst" else None
+        return self.current_rng() if self.masking and self.baseline.gradient == "estimate" else None

@@ -28,12 +28,9 @@ from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
 from slope_megatron.models.rules import sparse_linears
 
 BlockLinear: TypeAlias = ColumnParallelLinear | RowParallelLinear
-# Column- and row-parallel linear of each method; a dense model keeps Megatron's.
-LINEARS = {
-    "slope": (SlopeColumnParallelLinear, SlopeRowParallelLinear),
-    "srste": (MaskedColumnParallelLinear, MaskedRowParallelLinear),
-    "fst": (MaskedColumnParallelLinear, MaskedRowParallelLinear),
-}
+# Column- and row-parallel linear of SLoPe and of the baselines; a dense model keeps Megatron's.
+PACKED = (SlopeColumnParallelLinear, SlopeRowParallelLinear)
+MASKED = (MaskedColumnParallelLinear, MaskedRowParallelLinear)
 
 
 def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int | None = None) -> ModuleSpec:
@@ -54,7 +51,7 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int 
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(spec.submodules, name, own_norm(getattr(spec.submodules, name)))
     own = slope.for_block(block)
-    column, row = (linear.configured(own) for linear in LINEARS.get(own.method, LINEARS["slope"]))
+    column, row = (linear.configured(own) for linear in (MASKED if own.baseline else PACKED))
     replacements = {
         "linear_qkv": (attention, column),
         "linear_proj": (attention, row),

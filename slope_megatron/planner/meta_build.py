@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from slope_megatron.config import Config
-from slope_megatron.config.saved import SavedConfig
+from slope_megatron.config.saved import SavedConfig, saved_form
 
 
 def parameters(config: Config, vocabulary: int) -> list[tuple[str, int]]:
@@ -21,7 +21,8 @@ def parameters(config: Config, vocabulary: int) -> list[tuple[str, int]]:
         ValueError: the build failed; its last line.
     """
     alone = dataclasses.replace(config.parallel, pipeline_parallel=1, virtual_pipeline=1, context_parallel=1)
-    text = json.dumps({"config": dataclasses.replace(config, parallel=alone).to_dict(), "vocabulary": vocabulary})
+    asked = saved_form(dataclasses.replace(config, parallel=alone).to_dict())
+    text = json.dumps({**asked, "vocabulary": vocabulary})
     # The program finds what this process finds, from a bare checkout too.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

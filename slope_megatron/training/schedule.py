@@ -34,9 +34,8 @@ class Phases:
         return step < int((1.0 - slope.fst_dense_tail) * self.config.train.steps + 1e-9)
 
     def new_mask(self, steps_done: int) -> bool:
-        """Whether a baseline chooses its masks anew once `steps_done` steps are done: SR-STE does after each."""
-        interval = self.config.slope.fst_mask_interval if self.config.slope.method == "fst" else 1
-        return self.masking(steps_done) and steps_done % interval == 0
+        """Whether a baseline chooses its masks anew once `steps_done` steps are done."""
+        return self.masking(steps_done) and steps_done % self.config.slope.mask_interval == 0
 
     def learning_rate(self, step: int, group: str) -> float:
         """The learning rate of one parameter group in step `step`."""

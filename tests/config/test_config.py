@@ -80,7 +80,7 @@ BAD = [
     (lambda: SlopeConfig(adapter_rank=True), "--slope-adapter-rank is True: it must be of type"),
     (lambda: SlopeConfig(adapter_rank="4x"), "--slope-adapter-rank is '4x': it must be 0 (no adapters), a positive"),
     (lambda: SlopeConfig(adapter_rank="0%"), "--slope-adapter-rank is '0%': it must be 0"),
-    (lambda: SlopeConfig(method="wanda"), "--slope-method is 'wanda': it must be one of slope, dense, srste, fst"),
+    (lambda: SlopeConfig(method="wanda"), "--slope-method is 'wanda': it must be one of slope, dense, srste, ext"),
     (lambda: SlopeConfig(mode="full", method="srste"), "--slope-mode full with --slope-method srste: the mode is"),
     (lambda: SlopeConfig(fp8="e4m3"), "--slope-fp8 is 'e4m3': it must be one of off, current"),
     (

@@ -40,6 +40,25 @@ def test_a_missing_setting_had_its_default(caplog):
     assert read.differences(changed) == ["optimizer.eps: 1e-08 then, 1e-06 now"]
 
 
+def test_srste_of_before_its_mark_is_extended_srste(caplog):
+    """And a version to which it is that refuses the present one, as it does any setting that it does not know."""
+    exact = Config(slope=SlopeConfig(method="srste"))
+    content = saved(exact)
+    assert content["config_active"] == ["slope.method", "slope.exact_gradients"]
+    read = SavedConfig.read(content).check(WHERE, FIXED_ON_RESUME)
+    assert read.config() == exact and read.differences(exact) == [] and not read.unknown and not caplog.records
+    del content["config"]["slope"]["exact_gradients"]
+    with caplog.at_level(logging.INFO):
+        read = SavedConfig.read(content).check(WHERE, FIXED_ON_RESUME)
+    assert read.config().slope == SlopeConfig(method="extended-srste")
+    assert read.differences(exact) == ["slope.method: 'extended-srste' then, 'srste' now"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{WHERE} is older than SR-STE here: its --slope-method srste is what extended-srste is now"
+    ]
+    extended = Config(slope=SlopeConfig(method="extended-srste"))
+    assert SavedConfig.read(saved(extended)).config() == extended
+
+
 @pytest.fixture
 def newer(monkeypatch):
     """A version with two more settings of the run; the default of one is not what runs did before."""

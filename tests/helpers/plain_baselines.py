@@ -47,7 +47,7 @@ class PlainProduct(torch.autograd.Function):
         x, masked = ctx.saved_tensors
         linear = ctx.linear
         dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
-        if linear.masking and linear.method == "srste":
+        if linear.masking and linear.method == "extended-srste":
             groups = dy_TN.t().unflatten(-1, (-1, 4))
             dy_TN = (groups * largest(groups, 2)).flatten(-2).t()
         dx = (dy_TN @ masked).view(x.shape)
@@ -68,7 +68,7 @@ class PlainLinear(torch.nn.Module):
         weight = self.weight.detach()
         if not self.masking:
             return torch.ones_like(weight)
-        return magnitude_mask(weight) if self.method == "srste" else self.found
+        return self.found if self.method == "fst" else magnitude_mask(weight)
 
     def search(self):
         self.found = transposable_mask(self.weight.detach())
@@ -81,7 +81,7 @@ class PlainLinear(torch.nn.Module):
 
 
 def plain_training(config):
-    """SR-STE and FST in a dense model of one process: losses and gradient norms, and the final weights and masks."""
+    """A baseline in a dense model of one process: losses and gradient norms, and the final weights and masks."""
     from slope_megatron.models.layer_spec import block_linears, sparse_linears
     from slope_megatron.models.provider import build_model
     from slope_megatron.training.optim.optimizer import parameter_groups

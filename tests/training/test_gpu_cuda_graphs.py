@@ -15,7 +15,7 @@ CASES = {
     "full": {"slope": {**SLOPE, "mode": "full"}},
     "e4m3": {"slope": {"fp8": "current"}},
     "dense": {"slope": {"enabled": False}},
-    "srste": {"slope": {"method": "srste"}},
+    "extended-srste": {"slope": {"method": "extended-srste"}},
     "fst": {"slope": {"method": "fst", "fst_mask_interval": 3, "fst_dense_tail": 0.4}},
     "recomputed": {"slope": SLOPE, "recompute": "full"},
     "gated": {"slope": SLOPE, "gated": True},
@@ -25,7 +25,7 @@ CASES = {
 
 
 # As a run compiles its norms, activations, masks and losses; it takes longer than the steps.
-COMPILED = ("paper", "srste", "gated")
+COMPILED = ("paper", "extended-srste", "gated")
 
 
 def with_graphs(config, asked: str, dropout: float = 0.0):
