@@ -18,6 +18,7 @@ class Baseline(NamedTuple):
         decay: the setting with lambda of the decay of pruned weights; empty: there is none.
         attention: the setting without which the MLP alone is pruned, as published; empty: there is none.
         only_24: why it knows no other pattern than 2:4; empty: it does.
+        soft: whether b S(W), the scaled soft threshold (`sparsity.soft_threshold`), is multiplied instead of S W.
     """
 
     title: str
@@ -27,6 +28,7 @@ class Baseline(NamedTuple):
     decay: str = ""
     attention: str = ""
     only_24: str = ""
+    soft: bool = False
 
 
 BASELINES = {
@@ -38,5 +40,11 @@ BASELINES = {
         decay="fst_decay",
         attention="fst_attention",
         only_24="its masks are transposable 2:4",
+    ),
+    "sste": Baseline(
+        *("S-STE", "magnitude", "estimate"),
+        attention="sste_attention",
+        only_24="its threshold leaves two of four",
+        soft=True,
     ),
 }

@@ -119,7 +119,7 @@ class SlopeConfig:
         "slope",
         "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (SR-STE: dynamic masks, "
         "exact gradients), extended-srste (the same with pruned, biased gradients), fst (transposable masks, MLP "
-        "only), dense (the same as --no-slope)",
+        "only), sste (soft threshold, MLP only), dense (the same as --no-slope)",
         choices=("slope", "dense", *BASELINES),
     )
     backward_mask_interval: int = option(
@@ -167,6 +167,7 @@ class SlopeConfig:
         None, "share of the steps, at the end, that train dense weights; unset: fst's, else none", must=PART
     )
     fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
+    sste_attention: bool = option(False, "sste: prune the attention's linears too; as published, the MLP's alone")
     backend: str = option("auto", "kernels of the sparse products", choices=BACKENDS)
     fp8: str = option(
         "off",

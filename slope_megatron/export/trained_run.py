@@ -2,11 +2,12 @@
 
 The checkpoint is read by whole tensors, whatever layout wrote it. Left out: the optimizer, the second pruning (only
 training needs it), adapters that had not joined yet, and the rows that pad the vocabulary. A baseline's weight comes
-with zeros where its mask has them.
+as it is multiplied.
 """
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,11 +21,11 @@ from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from slope_megatron.export.run_tokenizer import check_given, choose_tokenizer, own_tokenizer
 from slope_megatron.models.shapes import VOCABULARY_ROWS
 from slope_megatron.sparsity.packing import unpack, unpack_bits
+from slope_megatron.sparsity.soft_threshold import BESIDE, arguments, as_multiplied
 from slope_megatron.storage import latest, sums
 
 STEP = re.compile(r"step_\d{8,}")
 LEFT_OUT = (".weight_column", "_extra_state")
-MASK = "_mask"
 OTHER_STEP = "take another checkpoint with --step"
 ADAPTERS = (".adapter_l", ".adapter_r")
 TOKENIZER_FILES = (
@@ -108,7 +109,7 @@ class TrainedRun(Mapping[str, torch.Tensor]):
             for name, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata) and self._counts(name)
         }
-        self.masks = {name: self.entries.pop(name) for name in list(self.entries) if name.endswith(f".weight{MASK}")}
+        self.masks = {name: self.entries.pop(name) for name in list(self.entries) if name.endswith(BESIDE)}
         self.tokenizer_folder = choose_tokenizer(self.run, Path(self.config.data.data), tokenizer)
         self.vocabulary = self._vocabulary()
         positions, seq_length = self.entries.get("embedding.position_embeddings.weight"), self.config.data.seq_length
@@ -179,14 +180,15 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         """
         from slope_megatron.storage.tensors import read_tensors
 
-        masks = [f"{name}{MASK}" for name in names if f"{name}{MASK}" in self.masks]
-        state = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
-        state |= {name: torch.empty(self.masks[name].size, dtype=torch.uint8) for name in masks}
+        read, entries = {name: arguments(name, self.masks) for name in names}, {**self.entries, **self.masks}
+        state = {
+            one: torch.empty(entries[one].size, dtype=entries[one].properties.dtype)
+            for one in itertools.chain(*read.values())
+        }
         read_tensors(state, self.reader)
-        for name in masks:
-            state[name.removesuffix(MASK)] *= unpack_bits(state.pop(name))
+        whole = {name: as_multiplied(*(state[one] for one in read[name])) for name in names}
         return {
-            name: tensor[: self.vocabulary] if name in VOCABULARY_ROWS else tensor for name, tensor in state.items()
+            name: tensor[: self.vocabulary] if name in VOCABULARY_ROWS else tensor for name, tensor in whole.items()
         }
 
     # -- dense --------------------------------------------------------------------------------------------------------

@@ -4,22 +4,27 @@ N out, K in (this rank's shard), T tokens.
 
     weight        Parameter [N, K]        W, dense
     weight_mask   buffer uint8 [N, K/8]   S, a bitmask; in the checkpoint, so that whoever reads it knows what counts
+    weight_scale  buffer fp32 [1]         S-STE's b, of the first weight and frozen; others have none
 
                 forward        dgrad            wgrad (dense)       S
     srste       X (S W)^T      dY S W           dY^T X              N:M by magnitude of the present W, along K
     extended-   X (S W)^T      P(dY) S W        P(dY)^T X           the same
     srste
     fst         X (S W)^T      dY S W           MVUE(dY)^T X        transposable 2:4, state, searched now and then
+    sste        X (b S(W))^T   dY b S(W)        MVUE(dY)^T X        of S(W), its soft threshold: as srste's
     (tail)      X W^T          dY W             dY^T X              all ones: FST's last steps
 
 P keeps the n largest of every m tokens of dY. Every weight gets a gradient (straight through the mask), and before the
-optimizer lambda (1 - S) W is added to it (`training.baselines`). What differs is in the rows of `config.methods`.
-Sources: SR-STE, arXiv 2102.04010; Extended SR-STE, SLoPe's section 4 and appendix; FST, arXiv 2404.01847.
+optimizer lambda (1 - S) W is added to it (`training.baselines`; not in S-STE). What differs is in the rows of
+`config.methods`.
+Sources: SR-STE, arXiv 2102.04010; Extended SR-STE, SLoPe's section 4 and appendix; FST, arXiv 2404.01847; S-STE, arXiv
+2409.09099.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.config.methods import Baseline
@@ -28,6 +33,8 @@ from slope_megatron.layers.pruned_linear import PrunedLinear, check_shard
 from slope_megatron.ops.backend import MvueRng
 from slope_megatron.ops.operands import wgrad
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
+from slope_megatron.sparsity.pieces import rows_at_once
+from slope_megatron.sparsity.soft_threshold import scale_of, scale_sums
 from slope_megatron.sparsity.transposable import transposable_mask
 
 CHOOSE = {
@@ -37,14 +44,15 @@ CHOOSE = {
 
 
 class MaskedOperands:
-    """S W as a matrix of its own, or W itself where nothing is masked, for all products.
+    """S W or b S(W) as a matrix of its own, or W itself where nothing is masked, for all products.
 
     Args:
         mask_bits: S, a bitmask uint8 `[N, K/8]`; kept and not copied. None: the dense tail.
+        scale: S-STE's b, fp32 `[1]`; kept and not copied. None: S W.
     """
 
-    def __init__(self, weight_NK: torch.Tensor, mask_bits: torch.Tensor | None):
-        self.mask_bits = mask_bits
+    def __init__(self, weight_NK: torch.Tensor, mask_bits: torch.Tensor | None, scale: torch.Tensor | None = None):
+        self.mask_bits, self.scale = mask_bits, scale
         self.weight_NK = weight_NK if mask_bits is None else torch.empty_like(weight_NK)
         self.refresh(weight_NK)
 
@@ -53,7 +61,7 @@ class MaskedOperands:
         """New values, the same mask."""
         self.rebind(weight_NK)
         if self.mask_bits is not None:
-            mask_into(self.weight_NK, weight_NK, self.mask_bits)
+            mask_into(self.weight_NK, weight_NK, self.mask_bits, self.scale)
 
     def rebind(self, weight_NK: torch.Tensor) -> None:
         """The parameter is here now: for products that read it."""
@@ -74,6 +82,7 @@ class MaskedWeight(PrunedLinear):
     """Mixed into Megatron's linears, whose dense `weight` stays as it is."""
 
     weight_mask: torch.Tensor
+    weight_scale: torch.Tensor | None
     PATTERNS = ("weight_mask",)
 
     def init_masked(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
@@ -88,12 +97,27 @@ class MaskedWeight(PrunedLinear):
         check_shard(rows, columns, slope, max(8, slope.m), "masked")
         mask = torch.zeros(rows, columns // 8, dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("weight_mask", mask)
+        # A scale that nobody has chosen or loaded makes itself known in the first loss.
+        scale = torch.full((1,), torch.nan, device=self.weight.device) if self.baseline.soft else None
+        self.register_buffer("weight_scale", scale)
         self.init_adapters(slope, columns, partition_dim, stride)
         self.masking = True
 
     def mask(self) -> torch.Tensor:
         """S as bool `[N, K]`."""
         return unpack_bits(self.weight_mask)
+
+    @torch.no_grad()
+    def choose_scale(self) -> None:
+        """S-STE's b for the present weight, for good; collective over the tensor-parallel ranks. Others have none."""
+        if self.weight_scale is None:
+            return
+        weight = self.weight.detach()
+        parts = weight.split(rows_at_once(weight.shape[1], weight.device))
+        sums = torch.stack([scale_sums(part) for part in parts]).sum(0)
+        dist.all_reduce(sums, group=self.tp_group)
+        self.weight_scale.copy_(scale_of(sums))
+        self.drop_operands()
 
     @torch.no_grad()
     def update_mask(self) -> None:
@@ -120,12 +144,12 @@ class MaskedWeight(PrunedLinear):
         self.drop_operands()
 
     def dense_weight(self) -> torch.Tensor:
-        """S W `[N, K]`: what is multiplied; W itself in the dense tail."""
-        return self.weight.detach() * self.mask() if self.masking else self.weight.detach()
+        """What is multiplied, `[N, K]`: S W or b S(W); W itself in the dense tail."""
+        return self.build_operands(self.weight).weight_NK
 
     def build_operands(self, weight: torch.Tensor) -> MaskedOperands:
         self.check_initialized()
-        return MaskedOperands(weight.detach(), self.weight_mask if self.masking else None)
+        return MaskedOperands(weight.detach(), self.weight_mask if self.masking else None, self.weight_scale)
 
     def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if not self.masking or self.baseline.gradient != "largest":

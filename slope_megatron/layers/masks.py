@@ -10,6 +10,7 @@ from slope_megatron.layers.fused import fused
 from slope_megatron.sparsity import tokens
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern
+from slope_megatron.sparsity.soft_threshold import as_multiplied
 
 largest_along_tokens = fused(tokens.largest_along_tokens)
 
@@ -21,9 +22,11 @@ def magnitude_bits(weight_NK: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 @fused
-def mask_into(out_NK: torch.Tensor, weight_NK: torch.Tensor, mask_bits: torch.Tensor) -> torch.Tensor:
-    """`out` = S W, S a bitmask uint8 `[N, K/8]`."""
-    return out_NK.copy_(weight_NK * unpack_bits(mask_bits))
+def mask_into(
+    out_NK: torch.Tensor, weight_NK: torch.Tensor, mask_bits: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`out` = S W, S a bitmask uint8 `[N, K/8]`; with S-STE's scale b S(W)."""
+    return out_NK.copy_(as_multiplied(weight_NK, mask_bits, scale))
 
 
 @fused

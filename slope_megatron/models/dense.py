@@ -21,7 +21,7 @@ from slope_megatron.sparsity.pieces import pieces
 
 PATTERNS = ("magnitude", "random")
 # Buffers of a pruned linear: chosen here, never read from a dense model.
-DERIVED = ("weight_pattern", "weight_column", "weight_mask")
+DERIVED = ("weight_pattern", "weight_column", "weight_mask", "weight_scale")
 ADAPTERS = ("adapter_l", "adapter_r")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from slope_megatron.models.shapes import VOCABULARY_ROWS
-from slope_megatron.sparsity.packing import unpack_bits
+from slope_megatron.sparsity.soft_threshold import BESIDE, arguments, as_multiplied
 from slope_megatron.storage import metadata
 from slope_megatron.storage.tensors import CheckedReader, read_tensors
 
@@ -23,7 +23,7 @@ LAYER = re.compile(r"^((?:decoder|encoder)\.layers\.)(\d+)\.(.+)$")
 class MegatronCheckpoint(Mapping):
     """`{canonical name: whole dense tensor}` of a checkpoint folder; tensors are read when they are asked for.
 
-    A weight beside which a mask lies (`X.weight_mask`, a baseline's bitmask) comes masked.
+    A weight beside which a mask lies (`X.weight_mask`, a baseline's bitmask) comes as it is multiplied.
 
     Args:
         vocabulary: entries that count; Megatron-LM's padding depends on its tensor-parallel size, so the rows behind
@@ -49,8 +49,7 @@ class MegatronCheckpoint(Mapping):
             # Optimizer states lie beside the model under names of their own.
             if isinstance(entry, TensorStorageMetadata) and not NO_WEIGHT.search(name)
         }
-        masks = [name for name in self.stored if name.endswith(".weight_mask")]
-        self.masks = {name: self.stored.pop(name) for name in masks}
+        self.masks = {name: self.stored.pop(name) for name in list(self.stored) if name.endswith(BESIDE)}
         packed = next((name for name in self.stored if name.endswith(".weight_pattern")), None)
         if packed:
             raise ValueError(f"{self.folder} holds a packed model ({packed}): resume from it, or give a dense one")
@@ -67,15 +66,11 @@ class MegatronCheckpoint(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored, layer = self.locations[name]
-        entry = self.stored[stored]
-        mask = f"{stored}_mask"
-        state = {stored: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        if mask in self.masks:
-            state[mask] = torch.empty(self.masks[mask].size, dtype=torch.uint8)
+        entries = {**self.stored, **self.masks}
+        read = arguments(stored, self.masks)
+        state = {one: torch.empty(entries[one].size, dtype=entries[one].properties.dtype) for one in read}
         read_tensors(state, self.reader)
-        whole = state[stored]
-        if mask in state:
-            whole *= unpack_bits(state[mask])
+        whole = as_multiplied(*state.values())
         if name in VOCABULARY_ROWS:
             return whole[: self.vocabulary]
         return whole if layer is None else whole[layer]

@@ -51,10 +51,11 @@ def mark_cut(parameter: torch.nn.Parameter, shard: Shard) -> None:
 
 
 def choose_derived(model: torch.nn.Module) -> None:
-    """The second pruning of packed weights and the masks of masked ones, from weights that were just written."""
+    """The second pruning of packed weights, the masks and scales of masked ones, from weights just written."""
     for module in sparse_modules(model):
         module.update_column_pattern()
     for masked in masked_modules(model):
+        masked.choose_scale()
         masked.update_mask()
 
 

@@ -20,7 +20,7 @@ def add_decay(model: torch.nn.Module, optimizer, sparse_group: str) -> None:
         optimizer: DeepSpeed's, of ZeRO stage 1 or 2; the fp32 partitions are its base optimizer's parameters.
         sparse_group: the parameter group that the masked weights are in.
     """
-    modules = masked_modules(model)
+    modules = [module for module in masked_modules(model) if module.slope.decay]
 
     def hook(base, _arguments, _keywords) -> None:
         for group in base.param_groups:

@@ -33,14 +33,22 @@ def transposable_mask(weight):
     return blocks[best].transpose(1, 2).reshape(weight.shape).bool()
 
 
+def soft_threshold(weight):
+    """Group by group: what exceeds the second smallest magnitude."""
+    groups = weight.unflatten(-1, (-1, 4))
+    threshold = groups.abs().sort(dim=-1).values[..., 1:2]
+    return (groups.sign() * (groups.abs() - threshold).relu()).flatten(-2)
+
+
 class PlainProduct(torch.autograd.Function):
-    """Y = X (S W)^T with the baseline's backward; `state` is the PlainLinear."""
+    """Y = X (S W)^T, of S-STE X (b S(W))^T, with the baseline's backward."""
 
     @staticmethod
     def forward(ctx, x, weight, linear):
-        ctx.save_for_backward(x, weight * linear.mask())
+        pruned = linear.scale * soft_threshold(weight) if linear.method == "sste" else weight * linear.mask()
+        ctx.save_for_backward(x, pruned)
         ctx.linear, ctx.micro_batch = linear, linear.rng_state and linear.rng_state.micro_batch
-        return x @ (weight * linear.mask()).t()
+        return x @ pruned.t()
 
     @staticmethod
     def backward(ctx, dy):
@@ -51,7 +59,7 @@ class PlainProduct(torch.autograd.Function):
             groups = dy_TN.t().unflatten(-1, (-1, 4))
             dy_TN = (groups * largest(groups, 2)).flatten(-2).t()
         dx = (dy_TN @ masked).view(x.shape)
-        if linear.masking and linear.method == "fst":
+        if linear.masking and linear.method in ("fst", "sste"):
             dy_TN = linear.estimate(dy_TN, ctx.micro_batch)
         return dx, dy_TN.t() @ x_TK, None
 
@@ -63,6 +71,8 @@ class PlainLinear(torch.nn.Module):
         super().__init__()
         self.weight, self.bias, self.skip_bias_add = stock.weight, stock.bias, stock.skip_bias_add
         self.method, self.estimate, self.rng_state, self.masking, self.found = method, estimate, rng_state, True, None
+        first, pruned = stock.weight.detach().double(), soft_threshold(stock.weight.detach().double())
+        self.scale = float((first * pruned).sum() / (pruned * pruned).sum())
 
     def mask(self):
         weight = self.weight.detach()

@@ -7,6 +7,7 @@ from slope_megatron.layers import masks
 from slope_megatron.sparsity import tokens
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.pattern import magnitude_pattern
+from slope_megatron.sparsity.soft_threshold import as_multiplied
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -43,6 +44,15 @@ def test_masks_and_what_they_leave(dtype, n, m):
     out = torch.empty_like(weight)
     assert masks.mask_into(out, weight, bits) is not None
     assert torch.equal(bits_of(out), bits_of(weight * unpack_bits(bits)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_soft_threshold(dtype):
+    weight, scale = gradient(192, dtype, "cuda"), torch.rand(1, device="cuda") + 1.0
+    bits, out = masks.magnitude_bits(weight, 2, 4), torch.empty_like(weight)
+    assert masks.mask_into(out, weight, bits, scale) is not None
+    assert torch.equal(bits_of(out), bits_of(as_multiplied(weight, bits, scale)))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

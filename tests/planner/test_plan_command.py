@@ -85,7 +85,7 @@ def test_counts_are_those_of_the_model_package(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["slope", "srste"])
+@pytest.mark.parametrize("method", ["slope", "sste"])
 def test_state_bytes_are_those_of_a_real_run(method, tmp_path, capsys):
     """One step of `slope pretrain`, sparse with adapters: what it measured, to the byte."""
     from slope_megatron.data.prepare import prepare

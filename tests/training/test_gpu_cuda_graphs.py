@@ -16,6 +16,7 @@ CASES = {
     "e4m3": {"slope": {"fp8": "current"}},
     "dense": {"slope": {"enabled": False}},
     "extended-srste": {"slope": {"method": "extended-srste"}},
+    "sste": {"slope": {"method": "sste"}},
     "fst": {"slope": {"method": "fst", "fst_mask_interval": 3, "fst_dense_tail": 0.4}},
     "recomputed": {"slope": SLOPE, "recompute": "full"},
     "gated": {"slope": SLOPE, "gated": True},

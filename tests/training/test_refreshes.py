@@ -39,7 +39,14 @@ def refreshes(config, dtype):
 
 @pytest.mark.parametrize(
     ("method", "recompute", "stage"),
-    [("slope", "none", 1), ("slope", "full", 2), ("slope", "none", 3), ("srste", "full", 1), ("fst", "none", 1)],
+    [
+        ("slope", "none", 1),
+        ("slope", "full", 2),
+        ("slope", "none", 3),
+        ("srste", "full", 1),
+        ("sste", "full", 1),
+        ("fst", "none", 1),
+    ],
 )
 def test_one_refresh_a_step_and_none_in_a_forward(ranks, method, recompute, stage):
     import torch

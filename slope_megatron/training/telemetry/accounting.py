@@ -68,9 +68,9 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
                 shared = (module.weight, *module.pattern_buffers())
                 add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands(), shared)), True)
     for masked in masked_modules(engine.model):
-        add("patterns", sum(buffer.nbytes for buffer in masked.buffers()), True)
+        add("patterns", sum(buffer.nbytes for buffer in masked.pattern_buffers()), True)
         # Outside the dense tail, the masked copy.
-        shared = (masked.weight, *masked.pattern_buffers())
+        shared = (masked.weight, *masked.buffers())
         add("operands", sum(tensor.nbytes for tensor in tensors_of(masked.operands(), shared)), True)
     for partition in partitions.of(engine.optimizer):
         tensors = (partition.masters, *moments_of(engine, partition))
