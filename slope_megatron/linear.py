@@ -76,6 +76,7 @@ class ProductOptions:
     communication: Communication
     prune: Callable[[torch.Tensor], torch.Tensor] | None
     rng: MvueRng | None
+    group_tokens: Callable[[torch.Tensor], torch.Tensor] | None
     patterns: tuple[torch.Tensor, ...]
     before_backward: Callable[[torch.Tensor], None] | None
 
@@ -116,7 +117,7 @@ class SlopeLinearFunction(torch.autograd.Function):
         dy_TN = dy.flatten(0, -2)
         dhidden_TR = None
         # The adapters' gradients are exact: they read dY itself.
-        pruned_TN = prune(dy_TN) if prune else dy_TN
+        pruned_TN = prune(dy).flatten(0, -2) if prune else dy_TN
         reducing = None
         if need_dx:
             if adapter_l_RK is None:
@@ -129,14 +130,18 @@ class SlopeLinearFunction(torch.autograd.Function):
         adapter_gradients = dvalues_NC = None
         if gathering:
             # The input was travelling while dX was computed.
-            x_TK = gathering.wait().flatten(0, -2)
+            full_x = gathering.wait()
+            x_TK = full_x.flatten(0, -2)
             if need_adapters:
                 if dhidden_TR is None:
                     dhidden_TR = low_rank.hidden(dy_TN, adapter_r_NR.t(), 1.0 / adapter_l_RK.shape[0])
                 # Both hiddens have their 1/R already.
                 dl_RK, dr_NR = dhidden_TR.t() @ x_TK, dy_TN.t() @ hidden_TR
                 adapter_gradients = communication.reduce_adapter_gradients(dl_RK, dr_NR)
-            dvalues_NC = operands.wgrad(pruned_TN, x_TK, ctx.options.rng) if need_values else None
+            if need_values:
+                group = ctx.options.group_tokens
+                read = (group(dy), group(full_x)) if group else (pruned_TN, x_TK)
+                dvalues_NC = operands.wgrad(*read, ctx.options.rng)
         dx = reducing.wait() if reducing else None
         dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
         return dx, dvalues_NC, dl_RK, dr_NR, None, None
@@ -151,6 +156,7 @@ def slope_linear(
     communication=None,
     prune: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rng: MvueRng | None = None,
+    group_tokens: Callable[[torch.Tensor], torch.Tensor] | None = None,
     patterns: tuple[torch.Tensor, ...] = (),
     before_backward: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
@@ -161,15 +167,17 @@ def slope_linear(
         operands: the backend's operands of the same values.
         adapters: `(adapter_l_RK, adapter_r_NR)` once they have joined, else None.
         communication: of a parallel layer; None on one rank.
-        prune: dY `[T, N]` -> what dgrad and wgrad read instead; None: dY itself.
+        prune: dY `[..., N]` -> what dgrad and wgrad read instead; None: dY itself.
         rng: of the unbiased estimate that wgrad alone reads instead; None: no estimate.
+        group_tokens: X or dY `[..., K]` -> `[T, K]` with the tokens in an order in which the estimate's groups are
+            neighbours; None: as they lie. Not together with `prune`.
         patterns: what the operands were made of besides the values; checked like them.
         before_backward: called with the values as forward read them, before backward's products: where operands may
             have followed other values since.
     Raises:
         RuntimeError: in backward, autograd's own: the values or a pattern were written in place after forward.
     """
-    options = ProductOptions(communication or NoCommunication(), prune, rng, patterns, before_backward)
+    options = ProductOptions(communication or NoCommunication(), prune, rng, group_tokens, patterns, before_backward)
     arguments = (values_NC, *(adapters or (None, None)), operands, options)
     if not torch.is_autocast_enabled(x.device.type):
         return SlopeLinearFunction.apply(x, *arguments)

@@ -115,6 +115,13 @@ class SlopeConfig:
         "estimate of the output gradient, on sparse tensor cores too",
         choices=("paper", "full"),
     )
+    token_groups: str = option(
+        "batch",
+        "what is neighbours where an output gradient is pruned along tokens (full, extended-srste, fst, sste): batch, "
+        "the same position of a micro-batch's samples, as they lie in memory; sequence, adjacent tokens of one sample "
+        "(of one sample a micro-batch both are this)",
+        choices=("batch", "sequence"),
+    )
     method: str = option(
         "slope",
         "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (SR-STE: dynamic masks, "

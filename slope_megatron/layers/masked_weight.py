@@ -155,7 +155,9 @@ class MaskedWeight(PrunedLinear):
         if not self.masking or self.baseline.gradient != "largest":
             return None
         n, m = self.slope.n, self.slope.m
-        return lambda dy_TN: largest_along_tokens(dy_TN, n, m)
+        if self.slope.token_groups == "sequence":
+            return lambda dy: largest_along_tokens(dy, n, m)
+        return lambda dy: largest_along_tokens(dy.flatten(0, -2), n, m)
 
     def gradient_rng(self) -> MvueRng | None:
         return self.current_rng() if self.masking and self.baseline.gradient == "estimate" else None

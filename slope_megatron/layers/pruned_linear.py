@@ -23,6 +23,7 @@ from slope_megatron.layers.random_streams import RowStreams
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import Following, MvueRng, Products
 from slope_megatron.ops.operands.bias import bias_gradient
+from slope_megatron.sparsity.tokens import sample_by_sample
 
 # By the axis along which tensor parallelism cuts the weight and its patterns: what is cut with them, along that axis.
 # The rest is replicated.
@@ -243,6 +244,7 @@ class PrunedLinear(torch.nn.Module):
         )
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
         operands, before_backward = self.product_operands(weight)
+        rng = self.gradient_rng()
         in_product = False
         if bias is not None and hasattr(operands, "with_bias"):
             # Where the product can add the bias on its way out, nothing reads the output once more.
@@ -254,7 +256,8 @@ class PrunedLinear(torch.nn.Module):
             adapters=adapters,
             communication=communication,
             prune=self.gradient_pruning(),
-            rng=self.gradient_rng(),
+            rng=rng,
+            group_tokens=sample_by_sample if rng and self.slope.token_groups == "sequence" else None,
             patterns=self.pattern_buffers(),
             before_backward=before_backward,
         )

@@ -17,10 +17,20 @@ def along_tokens(dy_TN: torch.Tensor, m: int, prune: Callable[[torch.Tensor], to
     return prune(dy_NT)[:, :tokens].t()
 
 
-def largest_along_tokens(dy_TN: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """The n largest of every m tokens of each output, the others zero (Extended SR-STE)."""
-    tokens = dy_TN.shape[0]
-    members = torch.nn.functional.pad(dy_TN, (0, 0, 0, -tokens % m)).unflatten(0, (-1, m)).unbind(1)
+def sample_by_sample(x: torch.Tensor) -> torch.Tensor:
+    """The tokens of `[s, b, K]` in the order in which those of one sample are neighbours, `[T, K]`; `[T, K]` stays."""
+    return x.transpose(0, -2).flatten(0, -2)
+
+
+def largest_along_tokens(dy: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """The n largest of every m tokens of each output, the others zero (Extended SR-STE).
+
+    Args:
+        dy: `[T, N]`; or `[s, b, N]`: then groups are along s, adjacent tokens of one sample.
+    """
+    tokens = dy.shape[0]
+    padded = torch.nn.functional.pad(dy, (*(0, 0) * (dy.dim() - 1), 0, -tokens % m))
+    members = padded.unflatten(0, (-1, m)).unbind(1)
     kept = highest([member.abs() for member in members], n)
     pruned = [member * keep for member, keep in zip(members, kept, strict=True)]
     return torch.stack(pruned, dim=1).flatten(0, 1)[:tokens]

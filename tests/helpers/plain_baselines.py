@@ -40,6 +40,21 @@ def soft_threshold(weight):
     return (groups.sign() * (groups.abs() - threshold).relu()).flatten(-2)
 
 
+class TokenOrder:
+    """dY `[s, b, N]` as `[T, N]` in which groups are neighbours, and back."""
+
+    def __init__(self, token_groups):
+        self.swapped = token_groups == "sequence"
+
+    def flat(self, x):
+        return (x.transpose(0, 1) if self.swapped else x).flatten(0, 1)
+
+    def back(self, flat, shape):
+        if not self.swapped:
+            return flat.view(shape)
+        return flat.view(shape[1], shape[0], -1).transpose(0, 1)
+
+
 class PlainProduct(torch.autograd.Function):
     """Y = X (S W)^T, of S-STE X (b S(W))^T, with the baseline's backward."""
 
@@ -54,23 +69,24 @@ class PlainProduct(torch.autograd.Function):
     def backward(ctx, dy):
         x, masked = ctx.saved_tensors
         linear = ctx.linear
-        dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
+        order = linear.order
         if linear.masking and linear.method == "extended-srste":
-            groups = dy_TN.t().unflatten(-1, (-1, 4))
-            dy_TN = (groups * largest(groups, 2)).flatten(-2).t()
-        dx = (dy_TN @ masked).view(x.shape)
+            groups = order.flat(dy).t().unflatten(-1, (-1, 4))
+            dy = order.back((groups * largest(groups, 2)).flatten(-2).t(), dy.shape)
+        dx = dy @ masked
         if linear.masking and linear.method in ("fst", "sste"):
-            dy_TN = linear.estimate(dy_TN, ctx.micro_batch)
-        return dx, dy_TN.t() @ x_TK, None
+            dy = order.back(linear.estimate(order.flat(dy), ctx.micro_batch), dy.shape)
+        return dx, dy.flatten(0, -2).t() @ x.flatten(0, -2), None
 
 
 class PlainLinear(torch.nn.Module):
     """Takes the place of a Megatron linear that is not cut; keeps its parameters."""
 
-    def __init__(self, stock, method, estimate, rng_state):
+    def __init__(self, stock, slope, estimate, rng_state):
         super().__init__()
         self.weight, self.bias, self.skip_bias_add = stock.weight, stock.bias, stock.skip_bias_add
-        self.method, self.estimate, self.rng_state, self.masking, self.found = method, estimate, rng_state, True, None
+        self.method, self.order = slope.method, TokenOrder(slope.token_groups)
+        self.estimate, self.rng_state, self.masking, self.found = estimate, rng_state, True, None
         first, pruned = stock.weight.detach().double(), soft_threshold(stock.weight.detach().double())
         self.scale = float((first * pruned).sum() / (pruned * pruned).sum())
 
@@ -106,7 +122,7 @@ def plain_training(config):
             if name in sparse_linears(slope, layer.layer_number - 1):
                 part = "mlp" if "fc" in name else "self_attention"
                 canonical = f"decoder.layers.{layer.layer_number - 1}.{part}.{name}.weight"
-                linear = PlainLinear(stock, slope.method, estimate_of(canonical, config, place), place)
+                linear = PlainLinear(stock, slope, estimate_of(canonical, config, place), place)
                 setattr(getattr(layer, part), name, linear)
                 linears.append(linear)
     optimizer = torch.optim.AdamW(

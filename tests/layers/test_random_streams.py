@@ -12,7 +12,7 @@ IN, OUT, TOKENS, SEED = 64, 32, 12, 3
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
 
 
-def build(mode, state=None):
+def build(mode, state=None, token_groups="batch"):
     """This rank's part of a column-parallel layer whose rows are two parts, as gate and up are."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,7 +33,7 @@ def build(mode, state=None):
         perform_initialization=False,
         use_cpu_initialization=True,
     )
-    slope = SlopeConfig(mode=mode)
+    slope = SlopeConfig(mode=mode, token_groups=token_groups)
     layer = SlopeColumnParallelLinear(IN, OUT, slope=slope, config=config, init_method=None, bias=False)
     half = OUT // 2 // size
     parts = [range(start + rank * half, start + (rank + 1) * half) for start in (0, OUT // 2)]
@@ -46,15 +46,15 @@ def build(mode, state=None):
     return layer, [row for rows in parts for row in rows]
 
 
-def gradients(mode, step=0, micro_batch=0):
+def gradients(mode, step=0, micro_batch=0, samples=1, token_groups="batch"):
     """`(dX, dW, W^R's kept positions, rows)` of this rank for small whole numbers."""
     from slope_megatron.layers.random_streams import RngState
 
     state = RngState(SEED)
-    layer, rows = build(mode, state)
+    layer, rows = build(mode, state, token_groups)
     state.step, state.micro_batch = step, micro_batch
-    x = integers(TOKENS, 1, IN, seed=1).requires_grad_()
-    dy = integers(TOKENS, 1, OUT, seed=2)[..., rows]
+    x = integers(TOKENS, IN, seed=1).view(-1, samples, IN).requires_grad_()
+    dy = integers(TOKENS, OUT, seed=2).view(-1, samples, OUT)[..., rows]
     layer(x)[0].backward(dy)
     return x.grad, layer.weight.grad, layer.row_pattern(), rows
 
@@ -87,6 +87,23 @@ def test_wgrad_reads_the_estimate_and_dgrad_does_not(ranks, size):
             assert not torch.equal(dw, paper_dw)
     assert not torch.equal(estimate(dy, 0, 0), estimate(dy, 0, 1))
     assert not torch.equal(estimate(dy, 0, 0), estimate(dy, 5, 0))
+
+
+@pytest.mark.parametrize(("samples", "size"), [(1, 1), (3, 1), (3, 2)])
+def test_groups_may_be_adjacent_tokens_of_one_sample(ranks, samples, size):
+    from slope_megatron.sparsity.packing import pack
+
+    x, dy = integers(TOKENS, IN, seed=1), integers(TOKENS, OUT, seed=2)
+    order = torch.arange(TOKENS).view(-1, samples).t().flatten()
+    expected = estimate(dy[order], 0, 0).t() @ x[order]
+    layout = {"world": size, "tensor_parallel": size}
+    found = ranks.run(gradients, "full", 0, 0, samples, "sequence", **layout)
+    paper = ranks.run(gradients, "paper", 0, 0, samples, "sequence", **layout)
+    as_they_lie = ranks.run(gradients, "full", 0, 0, samples, **layout)
+    for (dx, dw, mask, rows), (paper_dx, *_), (_, other, *_) in zip(found, paper, as_they_lie, strict=True):
+        assert torch.equal(dx, paper_dx)
+        assert torch.allclose(dw, pack(expected[rows], mask), rtol=1e-12, atol=1e-12)
+        assert torch.equal(dw, other) == (samples == 1)
 
 
 def many_gradients(count):
