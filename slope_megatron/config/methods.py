@@ -1,9 +1,13 @@
-"""The baselines on dense weights under a mask: a row for each, which everything that differs between them is read from.
+"""The baselines on dense weights under a mask: a row for each, which everything that differs between them is read from;
+and what no method goes with.
 
 The equations are in `layers.masked_weight`, the sources in docs/methods.md.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from slope_megatron.config.slope import SlopeConfig
 
 
 class Baseline(NamedTuple):
@@ -48,3 +52,48 @@ BASELINES = {
         soft=True,
     ),
 }
+
+
+def check_method(slope: "SlopeConfig") -> None:
+    """Refuse settings that the method does not go with; `dense` and `--no-slope` are one thing."""
+    if slope.method == "dense":
+        object.__setattr__(slope, "enabled", False)
+    if slope.mode == "full" and slope.method != "slope":
+        raise ValueError(f"--slope-mode full with --slope-method {slope.method}: the mode is slope's; leave it out")
+    if slope.fp8 != "off":
+        check_fp8(slope)
+    if slope.mup and slope.method not in ("slope", "dense"):
+        raise ValueError(
+            f"--slope-mup with --slope-method {slope.method}: it is for masks that never change; leave it out"
+        )
+    if slope.mup and slope.init_rescale:
+        raise ValueError("--slope-mup and --slope-init-rescale are both given: the first includes the second; give one")
+    if slope.baseline and slope.baseline.only_24 and (slope.nm != "2:4" or slope.nm_by_block):
+        raise ValueError(
+            f"--slope-method {slope.method} with another pattern than 2:4: {slope.baseline.only_24}; use 2:4"
+        )
+    if slope.method == "fst" and slope.adapter_rank:
+        raise ValueError("--slope-method fst with --slope-adapter-rank: FST ends dense, without adapters; use 0")
+
+
+def check_fp8(slope: "SlopeConfig") -> None:
+    """Refuse what products in e4m3 do not go with: they need packed 2:4 weights and a dense wgrad."""
+    if slope.method != "slope":
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with --slope-method {slope.method}: it is slope's alone; leave it out"
+        )
+    if slope.mode == "full":
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with --slope-mode full: its pruned wgrad has no e4m3 product; "
+            "use --slope-mode paper"
+        )
+    if slope.nm != "2:4" or slope.nm_by_block:
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with another pattern than 2:4: sparse tensor cores take no other; "
+            "use --slope-nm 2:4"
+        )
+    if slope.backend == "cutlass":
+        raise ValueError(
+            f"--slope-fp8 {slope.fp8} with --slope-backend cutlass: its kernels take 16-bit values; "
+            "use cusparselt or auto"
+        )

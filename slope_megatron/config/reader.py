@@ -74,6 +74,11 @@ class Config:
         sparse = self.slope.sparse_steps(self.train.steps) if self.slope.enabled else range(0)
         return [step for step in (sparse.start, sparse.stop) if 0 < step < self.train.steps]
 
+        if self.slope.mup and self.optimizer.optimizer == "lamb":
+            raise ValueError(
+                "--slope-mup with --optimizer lamb: its trust ratios undo what a density does to the updates; use adamw"
+            )
+
     @property
     def adapter_start(self) -> int | None:
         """The step, counted from 0, at which the adapters join; None: never."""
@@ -128,10 +133,9 @@ def packing_unit(slope: SlopeConfig) -> int:
     """What the widths on one rank must be multiples of: a byte of the column pattern holds 8 kept weights."""
     if not slope.enabled:
         return 1
-    patterns = {slope.nm, *slope.blocks()[0].values()}
     if not slope.packed:  # masks are bitmasks of the dense width
-        return math.lcm(8, *(m for _, m in map(parse_nm, patterns)))
-    return math.lcm(*(math.lcm(8 * m // math.gcd(8 * m, n), m) for n, m in map(parse_nm, patterns)))
+        return math.lcm(8, *(m for _, m in map(parse_nm, slope.patterns)))
+    return math.lcm(*(math.lcm(8 * m // math.gcd(8 * m, n), m) for n, m in map(parse_nm, slope.patterns)))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

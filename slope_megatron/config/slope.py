@@ -5,7 +5,7 @@ import re
 
 from slope_megatron.config.dense_phases import PART, check_dense_phases
 from slope_megatron.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Rule, check_fields, option
-from slope_megatron.config.methods import BASELINES, Baseline
+from slope_megatron.config.methods import BASELINES, Baseline, check_method
 
 # Libraries of 2:4 kernels: each is the module `slope_megatron.ops.operands.NAME`.
 LIBRARIES = ("cusparselt", "cutlass")
@@ -53,46 +53,6 @@ def parse_rank(rank: int | str) -> int | str:
     )
 
 
-def check_method(slope: "SlopeConfig") -> None:
-    """Refuse settings that the method does not go with; `dense` and `--no-slope` are one thing."""
-    if slope.method == "dense":
-        object.__setattr__(slope, "enabled", False)
-    if slope.mode == "full" and slope.method != "slope":
-        raise ValueError(f"--slope-mode full with --slope-method {slope.method}: the mode is slope's; leave it out")
-    if slope.fp8 != "off":
-        check_fp8(slope)
-    if slope.baseline and slope.baseline.only_24 and (slope.nm != "2:4" or slope.nm_by_block):
-        raise ValueError(
-            f"--slope-method {slope.method} with another pattern than 2:4: {slope.baseline.only_24}; use 2:4"
-        )
-    if slope.method == "fst" and slope.adapter_rank:
-        raise ValueError("--slope-method fst with --slope-adapter-rank: FST ends dense, without adapters; use 0")
-    check_dense_phases(slope)
-
-
-def check_fp8(slope: "SlopeConfig") -> None:
-    """Refuse what products in e4m3 do not go with: they need packed 2:4 weights and a dense wgrad."""
-    if slope.method != "slope":
-        raise ValueError(
-            f"--slope-fp8 {slope.fp8} with --slope-method {slope.method}: it is slope's alone; leave it out"
-        )
-    if slope.mode == "full":
-        raise ValueError(
-            f"--slope-fp8 {slope.fp8} with --slope-mode full: its pruned wgrad has no e4m3 product; "
-            "use --slope-mode paper"
-        )
-    if slope.nm != "2:4" or slope.nm_by_block:
-        raise ValueError(
-            f"--slope-fp8 {slope.fp8} with another pattern than 2:4: sparse tensor cores take no other; "
-            "use --slope-nm 2:4"
-        )
-    if slope.backend == "cutlass":
-        raise ValueError(
-            f"--slope-fp8 {slope.fp8} with --slope-backend cutlass: its kernels take 16-bit values; "
-            "use cusparselt or auto"
-        )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlopeConfig:
     """SLoPe's own settings (paper: arXiv 2405.16325). Read once; passed as an object from there on."""
@@ -136,6 +96,11 @@ class SlopeConfig:
     )
     init_rescale: bool = option(
         False, "multiply the initial kept weights by sqrt(M/N), which restores the dense variance"
+    )
+    mup: bool = option(
+        False,
+        "SmuPar, maximal-update parametrisation of sparse weights: with D = N/M their initial values times 1/sqrt(D), "
+        "their learning rate times 1/D and their weight decay times D, so that a dense model's learning rate serves",
     )
     lr_multiplier: float = option(1.0, "learning rate of the packed values over the base learning rate", must=POSITIVE)
     wanda_samples: int = option(
@@ -190,6 +155,7 @@ class SlopeConfig:
         self.blocks()
         object.__setattr__(self, "adapter_rank", parse_rank(self.adapter_rank))
         check_method(self)
+        check_dense_phases(self)
         if self.enabled and not (self.prunes_attention or self.sparse_mlp):
             raise ValueError(
                 "neither attention nor MLP is sparse: leave one of them sparse, or say --no-slope for a dense run"
@@ -269,6 +235,11 @@ class SlopeConfig:
         return getattr(self, self.baseline.interval) if self.baseline and self.baseline.interval else 1
 
     @property
+    def initial_scale(self) -> float:
+        """What the initial values of packed weights are multiplied with."""
+        return (self.m / self.n) ** 0.5 if self.init_rescale or self.mup else 1.0
+
+    @property
     def n(self) -> int:
         """Weights kept in each group."""
         return parse_nm(self.nm)[0]
@@ -277,6 +248,11 @@ class SlopeConfig:
     def m(self) -> int:
         """Group size."""
         return parse_nm(self.nm)[1]
+
+    @property
+    def patterns(self) -> set[str]:
+        """N:M of all blocks."""
+        return {self.nm, *self.blocks()[0].values()}
 
     def blocks(self) -> tuple[dict[int, str], set[int]]:
         """N:M of the blocks that have their own, and the blocks that stay dense."""

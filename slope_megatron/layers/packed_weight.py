@@ -116,13 +116,13 @@ class PackedWeight(PrunedLinear):
     def init_weight(self, seed: int, region: Region, std: float) -> None:
         """Row pattern and values of one region, from the counter generator at canonical indices.
 
-        The values are those that the dense weight would have there (times sqrt(M/N) with `init_rescale`).
+        The values are those that the dense weight would have there (times `SlopeConfig.initial_scale`).
         """
         key = counter.key_of(seed, region.name)
         pattern_key = counter.key_of(seed, f"{region.name}_pattern")
         n, m, device = self.slope.n, self.slope.m, self.weight.device
         columns = range(region.first_column, region.first_column + self.weight_pattern.shape[1] * 8)
-        scale = std * (m / n) ** 0.5 if self.slope.init_rescale else std
+        scale = std * self.slope.initial_scale
         for local in pieces(region.local_rows, len(columns), device):
             rows = region.rows(local)
             dense = counter.normal(key, rows, columns, region.row_length, device)

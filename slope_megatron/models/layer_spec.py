@@ -101,11 +101,11 @@ def linears_to_prune(model: LanguageModule, slope: SlopeConfig) -> list[tuple[Bl
     ]
 
 
-def weights_to_prune(model: LanguageModule, slope: SlopeConfig) -> list[torch.nn.Parameter]:
+def weights_to_prune(model: LanguageModule, slope: SlopeConfig) -> dict[torch.nn.Parameter, SlopeConfig]:
     """The weights that are pruned in the sparse model, whether `model` is that one or its dense baseline."""
     method = "slope" if slope.method == "dense" else slope.method
     sparse = slope if slope.enabled else dataclasses.replace(slope, enabled=True, method=method)
-    return [linear.weight for linear, _ in linears_to_prune(model, sparse)]
+    return {linear.weight: own for linear, own in linears_to_prune(model, sparse)}
 
 
 def sparse_modules(model: torch.nn.Module) -> list[PackedWeight]:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from slope_megatron.config import Config
-from slope_megatron.training.optim.optimizer import ADAPTERS, SPARSE
+from slope_megatron.training.optim.optimizer import ADAPTERS, density_of, is_sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Phases:
         """The learning rate of one parameter group in step `step`."""
         base = self.config.optimizer.lr_at(step, self.config.train.steps)
         slope = self.config.slope
-        if group == SPARSE and slope.enabled:
-            return base * slope.lr_multiplier
+        if is_sparse(group) and slope.enabled:
+            return base * slope.lr_multiplier / density_of(group)
         if group == ADAPTERS:
             return base * slope.adapter_lr_multiplier if self.adapters_on(step) else 0.0
         return base

@@ -93,6 +93,12 @@ BAD = [
     (lambda: SlopeConfig(fp8="current", nm_by_block="1=1:4"), "tensor cores take no other; use --slope-nm 2:4"),
     (lambda: SlopeConfig(method="fst", nm="2:8"), "--slope-method fst with another pattern than 2:4"),
     (lambda: SlopeConfig(method="sste", nm_by_block="1=2:8"), "than 2:4: its threshold leaves two of four; use 2:4"),
+    (lambda: SlopeConfig(mup=True, method="sste"), "--slope-mup with --slope-method sste: it is for masks that never"),
+    (lambda: SlopeConfig(mup=True, init_rescale=True), "--slope-mup and --slope-init-rescale are both given"),
+    (
+        lambda: Config(slope=SlopeConfig(mup=True), optimizer=OptimizerConfig(optimizer="lamb")),
+        "--slope-mup with --optimizer lamb: its trust ratios",
+    ),
     (lambda: SlopeConfig(method="fst", adapter_rank=4), "--slope-method fst with --slope-adapter-rank: FST ends dense"),
     (lambda: SlopeConfig(method="fst", sparse_mlp=False), "neither attention nor MLP is sparse"),
     (lambda: SlopeConfig(fst_dense_tail=1.0), "--slope-fst-dense-tail is 1.0: it must be in [0, 1)"),

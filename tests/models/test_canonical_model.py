@@ -112,9 +112,9 @@ def weights_of(config):
     }
 
 
-@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("rescale", [{}, {"init_rescale": True}, {"mup": True}], ids=lambda slope: "".join(slope))
 def test_a_sparse_model_starts_as_its_dense_baseline_pruned(ranks, rescale):
-    sparse = ranks.run(weights_of, small_config(slope={"init_rescale": rescale}), world=1)[0]
+    sparse = ranks.run(weights_of, small_config(slope=rescale), world=1)[0]
     dense = ranks.run(weights_of, small_config(slope={"enabled": False}), world=1)[0]
     assert sparse.keys() == dense.keys()
     assert len(sparse) == 7, "two blocks of four linears, the first linear dense"

@@ -115,6 +115,8 @@ def unsupported_here(slope) -> list[str]:
         if getattr(slope, name) != 1.0:
             flag = "--slope-" + name.replace("_", "-")
             wrong.append(f"{flag} is {getattr(slope, name)}: the upstream's optimizer has one learning rate; use 1.0")
+    if slope.mup:
+        wrong.append("--slope-mup is on: the upstream's optimizer has one learning rate; leave it out")
     return wrong
 
 

@@ -1,13 +1,18 @@
-"""Parameter groups, and the optimizer over them."""
+"""Parameter groups, and the optimizer over them.
+
+Under `--slope-mup` packed values are in one group for each density d, "sparse_1_2" for 2:4: their learning rate is
+divided by d and their decay multiplied, so that lr x decay stays (SmuPar, arXiv 2405.15743).
+"""
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
-from slope_megatron.config import Config
+from slope_megatron.config import Config, SlopeConfig, parse_nm
 from slope_megatron.layers.marks import mark
 from slope_megatron.models.layer_spec import weights_to_prune
 from slope_megatron.training.optim.adam import build_adamw
@@ -22,11 +27,12 @@ SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
 def parameter_groups(model: LanguageModule, config: Config) -> list[dict]:
     """Named groups: packed values, other matrices, biases and norms (no decay), adapters. Empty groups are left out."""
     # The dense twin groups the same weights, so that bytes and learning rates compare like with like.
-    sparse = {id(weight) for weight in weights_to_prune(model, config.slope)}
-    members: dict[str, list] = {SPARSE: [], DENSE: [], NO_DECAY: [], ADAPTERS: []}
+    sparse = weights_to_prune(model, config.slope)
+    sparse_names = sorted({sparse_group(config.slope, nm) for nm in config.slope.patterns})
+    members: dict[str, list] = {name: [] for name in (*sparse_names, DENSE, NO_DECAY, ADAPTERS)}
     for name, parameter in model.named_parameters():
-        if id(parameter) in sparse:
-            members[SPARSE].append(parameter)
+        if parameter in sparse:
+            members[sparse_group(config.slope, sparse[parameter].nm)].append(parameter)
         elif is_adapter(name):
             members[ADAPTERS].append(parameter)
         elif parameter.dim() < 2:
@@ -36,12 +42,30 @@ def parameter_groups(model: LanguageModule, config: Config) -> list[dict]:
     fill_empty_groups(model, members)
     decay = dict.fromkeys(members, config.optimizer.weight_decay) | {NO_DECAY: 0.0}
     if config.slope.enabled:
-        decay[SPARSE] = config.optimizer.sparse_decay
+        decay |= {name: config.optimizer.sparse_decay * density_of(name) for name in sparse_names}
     return [
         {"name": name, "params": parameters, "weight_decay": decay[name]}
         for name, parameters in members.items()
         if parameters
     ]
+
+
+def sparse_group(slope: SlopeConfig, nm: str) -> str:
+    """The group of packed values of N:M."""
+    if not slope.mup:
+        return SPARSE
+    density = Fraction(*parse_nm(nm))
+    return f"{SPARSE}_{density.numerator}_{density.denominator}"
+
+
+def is_sparse(group: str) -> bool:
+    return group.startswith(SPARSE)
+
+
+def density_of(group: str) -> float:
+    """That which a sparse group's name gives; 1 where it gives none."""
+    terms = group.removeprefix(SPARSE).strip("_")
+    return float(Fraction(terms.replace("_", "/"))) if terms else 1.0
 
 
 def is_adapter(name: str) -> bool:

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from slope_megatron.models.layer_spec import linears_to_prune, masked_modules, sparse_modules, weights_to_prune
 from slope_megatron.sparsity.pattern import extra_zeros
 from slope_megatron.training.engine import Engine
-from slope_megatron.training.optim.optimizer import ADAPTERS, SPARSE, is_adapter, model_parameters
+from slope_megatron.training.optim.optimizer import ADAPTERS, is_adapter, is_sparse, model_parameters
 from slope_megatron.training.parallel import is_counted_here
 from slope_megatron.training.zero import offload, partitions
 
@@ -74,7 +74,7 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
         add("operands", sum(tensor.nbytes for tensor in tensors_of(masked.operands(), shared)), True)
     for partition in partitions.of(engine.optimizer):
         tensors = (partition.masters, *moments_of(engine, partition))
-        add("optimizer", sum(tensor.nbytes for tensor in tensors), partition.group["name"] == SPARSE)
+        add("optimizer", sum(tensor.nbytes for tensor in tensors), is_sparse(partition.group["name"]))
     return sizes
 
 
