@@ -135,7 +135,7 @@ class SavedConfig:
                 "wrote it, or a later one"
             )
         if self.renamed:
-            logger.info("%s is older than SR-STE here: its --slope-method srste is what extended-srste is now", where)
+            logger.info("%s was written when --slope-method srste meant what is extended-srste now", where)
         if self.missing:
             logger.info("%s is older than these settings, which count as absent: %s", where, ", ".join(self.missing))
         if self.unknown:

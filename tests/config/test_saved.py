@@ -53,7 +53,7 @@ def test_srste_of_before_its_mark_is_extended_srste(caplog):
     assert read.config().slope == SlopeConfig(method="extended-srste")
     assert read.differences(exact) == ["slope.method: 'extended-srste' then, 'srste' now"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{WHERE} is older than SR-STE here: its --slope-method srste is what extended-srste is now"
+        f"{WHERE} was written when --slope-method srste meant what is extended-srste now"
     ]
     extended = Config(slope=SlopeConfig(method="extended-srste"))
     assert SavedConfig.read(saved(extended)).config() == extended

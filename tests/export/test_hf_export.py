@@ -95,7 +95,11 @@ def test_a_dense_twin_is_exported_too(ranks, tmp_path):
     assert relative_error(logits_of(load(tmp_path / "out", "gpt2"), "gpt2")[0], expected) < 1e-12
 
 
-@pytest.mark.parametrize("slope", [{"method": "srste", "adapter_rank": 4}, {"method": "fst"}], ids=["srste", "fst"])
+@pytest.mark.parametrize(
+    "slope",
+    [{"method": "srste", "adapter_rank": 4}, {"method": "sste"}, {"method": "fst"}],
+    ids=["srste", "sste", "fst"],
+)
 def test_baselines_are_exported_as_they_are_multiplied(ranks, tmp_path, slope):
     """Dense weights under a mask, of the present values or stored: pruned in the export, and generation agrees."""
     from slope_megatron.export.trained_run import TrainedRun
