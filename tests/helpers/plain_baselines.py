@@ -60,7 +60,8 @@ class PlainProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, linear):
-        pruned = linear.scale * soft_threshold(weight) if linear.method == "sste" else weight * linear.mask()
+        soft = linear.masking and linear.method == "sste"
+        pruned = linear.scale * soft_threshold(weight) if soft else weight * linear.mask()
         ctx.save_for_backward(x, pruned)
         ctx.linear, ctx.micro_batch = linear, linear.rng_state and linear.rng_state.micro_batch
         return x @ pruned.t()
@@ -87,14 +88,17 @@ class PlainLinear(torch.nn.Module):
         self.weight, self.bias, self.skip_bias_add = stock.weight, stock.bias, stock.skip_bias_add
         self.method, self.order = slope.method, TokenOrder(slope.token_groups)
         self.estimate, self.rng_state, self.masking, self.found = estimate, rng_state, True, None
-        first, pruned = stock.weight.detach().double(), soft_threshold(stock.weight.detach().double())
-        self.scale = float((first * pruned).sum() / (pruned * pruned).sum())
 
     def mask(self):
         weight = self.weight.detach()
         if not self.masking:
             return torch.ones_like(weight)
         return self.found if self.method == "fst" else magnitude_mask(weight)
+
+    def freeze_scale(self):
+        weight = self.weight.detach().double()
+        pruned = soft_threshold(weight)
+        self.scale = float((weight * pruned).sum() / (pruned * pruned).sum())
 
     def search(self):
         self.found = transposable_mask(self.weight.detach())
@@ -136,6 +140,8 @@ def plain_training(config):
             linear.masking = step in sparse
             if slope.method == "fst" and (step % slope.fst_mask_interval == 0 or step == sparse.start):
                 linear.search()
+            if step == sparse.start:
+                linear.freeze_scale()
         batches = step_batches(config, step, 0, 1)
         optimizer.zero_grad()
         total = 0.0

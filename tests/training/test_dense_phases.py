@@ -61,8 +61,8 @@ def pruned_tensors(config, results):
 
     whole, found = assemble([state for _, state, _ in results]), []
     for block in range(config.model.num_layers):
-        # Of block 0, QKV is dense; of FST, the attention.
-        attention = [] if config.slope.method == "fst" else [*(["linear_qkv"] if block else []), "linear_proj"]
+        # Of block 0, QKV is dense; of FST and S-STE, the attention.
+        attention = [*(["linear_qkv"] if block else []), "linear_proj"] if config.slope.prunes_attention else []
         names = [f"self_attention.{name}" for name in attention] + ["mlp.linear_fc1", "mlp.linear_fc2"]
         for name in (f"decoder.layers.{block}.{name}.weight" for name in names):
             tensors = {kind: whole[f"optimizer.{kind}.{name}"] for kind in ("fp32", "exp_avg", "exp_avg_sq")}
@@ -93,10 +93,10 @@ def test_the_switches_are_a_few_lines_of_torch(ranks, tmp_path, phase):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("method", ["srste", "fst"])
+@pytest.mark.parametrize("method", ["srste", "sste", "fst"])
 def test_a_baseline_is_too(ranks, tmp_path, method, phase):
-    """Its weights are dense throughout: all that changes is the mask."""
-    slope = {"method": method, "fst_dense_tail": 0.0, "fst_mask_interval": 3, f"{method}_decay": 0.05}
+    """Its weights are dense throughout: all that changes is the mask, and S-STE's scale is that of its start."""
+    slope = {"method": method, "fst_dense_tail": 0.0, "fst_mask_interval": 3, "srste_decay": 0.05, "fst_decay": 0.05}
     config = config_of(phase, slope=slope)
     expected, weights, masks = ranks.run(plain_training, config, world=1)[0]
     results = ranks.run(train, config, tmp_path, world=1)
@@ -105,7 +105,7 @@ def test_a_baseline_is_too(ranks, tmp_path, method, phase):
     assert steps == [pytest.approx(pair, rel=1e-5) for pair in expected]
     assert float(masks[0].float().mean()) == (1.0 if forms[-1] == "dense" else 0.5)
     found = pruned_tensors(config, results)
-    assert len(found) == len(weights) == {"srste": 7, "fst": 4}[method]
+    assert len(found) == len(weights) == (7 if method == "srste" else 4)
     for tensors, weight in zip(found, weights, strict=True):
         assert relative_error(tensors["weight"], weight) < 1e-4
 
