@@ -32,9 +32,9 @@ from slope_megatron.bench.models import TINY, model_names
 from slope_megatron.bench.progress import add_budget, begin
 from slope_megatron.bench.work import ModelWork
 from slope_megatron.config import shipped
+from slope_megatron.config.methods import BASELINES
 
 MODES = ("dense", "dense-fp8", "paper", "full", "fp8")
-BASELINES = ("srste", "fst")
 MICRO_BATCH_TOKENS = 8192
 ON_CPU = "on a CPU: these times say nothing"
 

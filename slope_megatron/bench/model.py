@@ -16,6 +16,7 @@ from slope_megatron.bench.lone_rank import rank_0_of
 from slope_megatron.bench.progress import Clock
 from slope_megatron.bench.work import ModelWork
 from slope_megatron.config import Config, DataConfig, OptimizerConfig, ParallelConfig, SlopeConfig, TrainConfig
+from slope_megatron.config.methods import BASELINES
 from slope_megatron.models.shapes import own_rows
 from slope_megatron.ops.autotune import timing
 from slope_megatron.training import kernel_choices, parallel
@@ -32,8 +33,7 @@ SLOPE: dict[str, dict] = {
     "paper": {"mode": "paper"},
     "full": {"mode": "full"},
     "fp8": {"fp8": "current"},
-    "srste": {"method": "srste"},
-    "fst": {"method": "fst"},
+    **{method: {"method": method} for method in BASELINES},
 }
 
 
