@@ -70,17 +70,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @fused
-def activate(x: torch.Tensor, bias: torch.Tensor | None, activation: Callable, gated: bool) -> torch.Tensor:
-    """f(x + b); gated, with x + b = (gate, up): f(gate) * up."""
-    if bias is not None:
-        x = x + bias
-    if not gated:
-        return activation(x)
-    gate, up = x.chunk(2, dim=-1)
-    return activation(gate) * up
-
-
-@fused
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[label], fp32 `[...]`, of logits `[..., V]` as they are: no fp32 copy of them is made.
 

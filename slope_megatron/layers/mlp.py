@@ -8,7 +8,7 @@ Megatron's own fusion covers GELU and SwiGLU, not OPT's ReLU.
 import torch
 from megatron.core.transformer.mlp import MLP
 
-from slope_megatron.layers.fused import activate
+from slope_megatron.layers.activation import activate
 
 
 class FusedMlp(MLP):

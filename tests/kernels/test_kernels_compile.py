@@ -10,7 +10,15 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 # A thread's words are its own in these: nothing is passed through shared memory.
-OWN_THEIR_WORDS = ["refresh", "choose_bf16", "choose_fp16", "row_metadata"]
+OWN_THEIR_WORDS = [
+    "refresh",
+    "choose_bf16",
+    "choose_fp16",
+    "row_metadata",
+    "gated_silu",
+    "gated_gelu",
+    "gated_gelu_tanh",
+]
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from slope_megatron.layers.fused import activate, layer_norm, rms_norm, token_losses
+from slope_megatron.layers.activation import activate
+from slope_megatron.layers.fused import layer_norm, rms_norm, token_losses
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS, WIDTH, VOCABULARY = 37, 96, 1000

@@ -57,9 +57,10 @@ def fuse_as_on_gpus() -> None:
     # The suite has switched the compiler off.
     os.environ.pop("TORCHDYNAMO_DISABLE", None)
     config.disable = False
-    from slope_megatron.layers import fused, mlp, rotary
+    from slope_megatron.layers import activation, fused, rotary
 
-    for module, name in ((fused, "layer_norm"), (fused, "rms_norm"), (mlp, "activate"), (rotary, "rotate_halves")):
+    norms = [(fused, "layer_norm"), (fused, "rms_norm")]
+    for module, name in [*norms, (activation, "fused_activation"), (rotary, "rotate_halves")]:
         plain = getattr(module, name).__wrapped__
         setattr(module, name, torch.compile(plain, dynamic=False, backend="aot_eager_decomp_partition"))
 
