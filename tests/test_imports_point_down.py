@@ -31,9 +31,10 @@ MAY_IMPORT = {
         *("integrations", "planner", "training", "models", "layers", "linear", "inference", "ops", "sparsity"),
         *("data", "slope_kernels", *LEAVES),
     },
+    "study": {"bench", "evaluation", "planner", "training", "models", "data", *LEAVES},
     "cli": {
-        *("bench", "planner", "preflight", "integrations", "evaluation", "training", "export", "inference", "models"),
-        *("ops", "data", *LEAVES),
+        *("bench", "study", "planner", "preflight", "integrations", "evaluation", "training", "export", "inference"),
+        *("models", "ops", "data", *LEAVES),
     },
 }
 FILES = [*(ROOT / "slope_megatron").rglob("*.py"), *(ROOT / "kernels/slope_kernels").rglob("*.py")]

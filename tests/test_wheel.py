@@ -13,6 +13,7 @@ SHIPPED = {
     "slope_megatron/shipped/clusters": "launch/clusters/*.env",
     "slope_megatron/shipped/models": "launch/models/*.yaml",
     "slope_megatron/shipped/recipes": "launch/recipes/*.yaml",
+    "slope_megatron/shipped/study": "launch/study/*.yaml",
     "slope_megatron/shipped/results": "kernels/results/gemm.csv",
     "slope_kernels/csrc": "kernels/slope_kernels/csrc/*.[ch]*",
 }

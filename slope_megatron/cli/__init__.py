@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         pretrain,
         quickstart,
         report,
+        study,
     )
 
     parser = Parser(prog="slope", description=DESCRIPTION, epilog=manual(EPILOG, CODES))
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="log what the libraries underneath say, too")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     makers = (quickstart, data, pretrain, import_model, export, generate, evaluate, report)
-    for module in (*makers, plan, preflight, doctor, bench):
+    for module in (*makers, study, plan, preflight, doctor, bench):
         module.add_parser(subcommands)
     return parser
 

@@ -117,15 +117,24 @@ def load_yaml(path: Path, sections: dict[str, type]) -> dict[str, dict]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"config file {path} holds {type(content).__name__}: it must map sections to keys and values")
+    return check_sections(content, sections, str(path))
+
+
+def check_sections(content: dict, sections: dict[str, type], where: str) -> dict[str, dict]:
+    """`{section: {field: value}}` as it is, if the sections and their fields exist; `where` it stands, for the message.
+
+    Raises:
+        ValueError: an unknown section or an unknown key.
+    """
     for section, values in content.items():
         if section not in sections:
-            raise ValueError(f"{path}: unknown section {section!r}{unknown_section_hint(str(section), sections)}")
+            raise ValueError(f"{where}: unknown section {section!r}{unknown_section_hint(str(section), sections)}")
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: section {section!r} holds {values!r}: it must map keys to values")
+            raise ValueError(f"{where}: section {section!r} holds {values!r}: it must map keys to values")
         known = field_names(sections[section])
         for key in values:
             if key not in known:
-                raise ValueError(f"{path}: unknown key {section}.{key}{unknown_key_hint(str(key), section, sections)}")
+                raise ValueError(f"{where}: unknown key {section}.{key}{unknown_key_hint(str(key), section, sections)}")
     return content
 
 

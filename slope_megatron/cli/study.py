@@ -1,0 +1,230 @@
+"""`slope study`: a list of small runs, and what they say about methods."""
+
+import argparse
+import dataclasses
+import fnmatch
+import signal
+import sys
+from pathlib import Path
+
+from slope_megatron.cli.launched_run import interrupt
+from slope_megatron.cli.parser import manual
+from slope_megatron.versions import check_core
+
+DESCRIPTION = """\
+Train a list of runs, several at once, and put them side by side. CONFIG names what they share and the groups of runs:
+sizes x methods x learning rates x seeds. Each run is a `slope pretrain` with a settings file of its own; a finished one
+adds a row to the CSV file. Runs that have a row are skipped, one that fails costs itself alone, and one that was
+interrupted goes on from its checkpoint: give the same command again until nothing is left.
+"""
+EPILOG = """\
+examples:
+  slope study launch/study/toy.yaml --out runs/toy-study
+  slope study launch/study/accuracy.yaml --source texts/ --dry-run
+  slope study launch/study/accuracy.yaml --source texts/ --only 'sweep/*' --at-once 6 --budget-minutes 9
+  slope study launch/study/accuracy.yaml --report
+
+Writes OUT/data (tokenizer, tokens), OUT/runs (settings, log and folder of each run), OUT/rows.csv; with --report,
+OUT/report.md and its charts. launch/study/ says in comments how a CONFIG is written.
+"""
+CODES = """\
+exit codes:
+    0  all runs that were asked for have a row
+    1  runs failed, which are named with their logs; the others have theirs
+    2  bad input: one sentence on standard error says what, and the way out
+   75  the budget is spent, or runs wait for others' rows: give the command again
+  130  interrupted; runs that had begun are saved
+"""
+FAILED, UNFINISHED = 1, 75
+
+
+def add_parser(subcommands) -> None:
+    parser = subcommands.add_parser(
+        "study",
+        help="train a list of runs, sizes x methods x learning rates x seeds; tables and charts",
+        description=DESCRIPTION,
+        epilog=manual(EPILOG, CODES),
+    )
+    add = parser.add_argument
+    add("config", type=Path, metavar="CONFIG", help="YAML file of the study, or study/NAME of this package")
+    add("--out", type=Path, default=Path("runs/study"), help="folder of everything written (default: %(default)s)")
+    add("--rows", type=Path, metavar="CSV", help="file of the rows (default: OUT/rows.csv)")
+    add("--source", help="text to train on, as in `slope data prepare`; default: the study's own")
+    add("--data", type=Path, help="prepared data instead, as `slope data prepare` wrote it")
+    add("--only", action="append", metavar="GLOB", help="runs whose name fits; may be given more than once")
+    add("--at-once", type=int, default=1, help="runs that share a GPU, or the CPU (default: %(default)s)")
+    add("--budget-minutes", type=float, help="after so long, runs save and stop; default: until all are done")
+    add("--keep-checkpoints", action="store_true", help="of finished runs; else they go once the row is written")
+    add("--tflops", type=float, help="for estimates: of a whole device, where no row tells")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--dry-run", action="store_true", help="list runs, tokens and estimated minutes; train nothing")
+    action.add_argument("--report", action="store_true", help="write tables and charts of the rows; train nothing")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from slope_megatron.storage.folders import output_folder
+    from slope_megatron.study import runs as study_runs
+    from slope_megatron.study.report import write_report
+    from slope_megatron.study.rows import Rows
+    from slope_megatron.study.settings import read_study
+
+    check_flags(arguments)
+    study = read_study(arguments.config)
+    if arguments.source:
+        study = dataclasses.replace(study, corpus={**study.corpus, "source": arguments.source})
+    out = output_folder(arguments.out, "--out")
+    rows = Rows.read(arguments.rows or out / "rows.csv")
+    data, vocabulary = (arguments.data or out / "data"), vocabulary_of(study, arguments.data or out / "data")
+
+    def plan():
+        return asked(list(study_runs.plan(study, rows, vocabulary)), arguments.only)
+
+    runs = plan()
+    if not runs:
+        raise ValueError(f"--only {' '.join(arguments.only)} fits no run of {arguments.config}: see --dry-run")
+    if arguments.report:
+        print(f"report: {write_report(study, runs, rows, out)}", file=sys.stderr)
+        return 0
+    if arguments.dry_run:
+        print(describe(arguments, runs, rows), end="")
+        return 0
+    return train(arguments, study, plan, rows, out, data)
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+    if arguments.at_once < 1:
+        raise ValueError(f"--at-once is {arguments.at_once}: it must be at least 1")
+    for flag in ("budget_minutes", "tflops"):
+        value = getattr(arguments, flag)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{flag.replace('_', '-')} is {value}: it must be positive, or left out")
+
+
+def asked(runs: list, globs: list[str] | None) -> list:
+    return [run for run in runs if not globs or any(fnmatch.fnmatchcase(run.name, glob) for glob in globs)]
+
+
+def vocabulary_of(study, data: Path) -> int:
+    """Of prepared data, where it is there already; else what will be prepared."""
+    from slope_megatron.data.manifest import load_manifest
+    from slope_megatron.data.settings import PrepareSettings
+
+    if (data / "manifest.json").is_file():
+        return load_manifest(data)["vocab_size"]
+    return study.corpus.get("vocab_size", PrepareSettings().vocab_size)
+
+
+def devices() -> list[str | None]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them; a machine without any has one device."""
+    import os
+
+    import torch
+
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    count = torch.cuda.device_count()
+    return [visible[index] if visible else str(index) for index in range(count)] or [None]
+
+
+def estimator(arguments: argparse.Namespace, rows):
+    """Minutes that a list of runs will take here."""
+    import torch
+
+    from slope_megatron.study import estimate
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    assumed = estimate.ASSUMED_FLOPS["cuda" if on_gpu else "cpu"]
+    if arguments.tflops is not None:
+        assumed = arguments.tflops * 1e12
+    slots = len(devices()) * arguments.at_once
+    return lambda runs: estimate.minutes(runs, rows.rows, device, assumed, slots, arguments.at_once)
+
+
+def describe(arguments: argparse.Namespace, runs: list, rows) -> str:
+    """The list of --dry-run: what each run is, whether it has a row, and how long the others take."""
+
+    minutes = estimator(arguments, rows)
+    lines = [f"{'run':56} {'state':8} {'lr':>9} {'M tokens':>9} {'M params':>9} {'minutes':>8}"]
+    left = {}
+    for run in runs:
+        done = run.lr is not None and rows.find(run.key) is not None
+        if not done:
+            left[run.key if run.lr is not None else run.name] = run
+        state = "done" if done else "waits" if run.lr is None else "left"
+        rate = "of sweep" if run.lr is None else f"{run.lr:g}"
+        own = "" if done else f"{minutes([run]):8.1f}"
+        size = f"{run.tokens / 1e6:9,.4g} {run.body_parameters / 1e6:9,.2f}"
+        lines.append(f"{run.name:56} {state:8} {rate:>9} {size} {own}".rstrip())
+    tokens, total = sum(run.tokens for run in left.values()), minutes(list(left.values()))
+    lines.append(
+        f"{len(runs)} runs, {len(left)} to train: {tokens / 1e6:,.4g} M tokens, about {total:,.0f} minutes "
+        f"on {len(devices())} x {arguments.at_once} at once"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def train(arguments: argparse.Namespace, study, plan, rows, out: Path, data: Path) -> int:
+    """Prepare the text, then train what has no row."""
+    from slope_megatron.bench.progress import Clock
+    from slope_megatron.data.manifest import load_manifest
+    from slope_megatron.study.work import Place, Work
+
+    check_core()
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, interrupt)
+    budget = None if arguments.budget_minutes is None else 60.0 * arguments.budget_minutes
+    clock = Clock(budget)
+    if arguments.data:
+        load_manifest(data)
+    else:
+        prepare_once(study, data, clock)
+    slots = tuple(device for device in devices() for _ in range(arguments.at_once))
+    place = Place(out, data.absolute(), slots, arguments.at_once, arguments.keep_checkpoints)
+    work = Work(plan, rows, place, clock, estimator(arguments, rows))
+    try:
+        work.do()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("runs that had begun are saved; the same command goes on") from None
+    return conclude(arguments, work, clock)
+
+
+def prepare_once(study, data: Path, clock) -> None:
+    """Tokenize the study's text; not again where it was done with these settings, also if the text has gone since.
+
+    Raises:
+        ValueError: the study names no text, or the text cannot be prepared.
+    """
+    from slope_megatron.data.manifest import load_manifest
+    from slope_megatron.data.prepare import prepare
+    from slope_megatron.data.settings import PrepareSettings
+
+    corpus = dict(study.corpus)
+    source = corpus.pop("source", None)
+    if source is None:
+        raise ValueError("the study names no corpus.source: give --source TEXT, or --data FOLDER")
+    if (data / "manifest.json").is_file():
+        manifest = load_manifest(data)
+        settings = dataclasses.asdict(PrepareSettings(**corpus))
+        if manifest["source"] == source and manifest["settings"] == settings:
+            return
+    clock.say(f"data: {source} -> {data}")
+    prepare(source, data, **corpus)
+
+
+def conclude(arguments: argparse.Namespace, work, clock) -> int:
+    """What is done, what failed and what is left, in words; the exit code."""
+    left = work.todo()
+    clock.say(f"{len(work.plan()) - len(left)} rows in {work.rows.path}, {len(left)} runs without one")
+    for reason in work.failed.values():
+        clock.say(f"no row: {reason}")
+    if work.failed:
+        return FAILED
+    waiting = [run.name for run in left if run.lr is None]
+    if left and len(waiting) == len(left):
+        clock.say(f"these wait for rows of their sweep: {', '.join(waiting)}")
+    return UNFINISHED if left else 0

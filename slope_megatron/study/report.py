@@ -1,0 +1,218 @@
+"""`slope study --report`: report.md with tables, and its charts, of the rows that are there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slope_megatron.evaluation.run_report import shown, table
+from slope_megatron.storage import whole
+from slope_megatron.study import charts, figures
+from slope_megatron.study.figures import Cell, Ladder, Pair
+from slope_megatron.study.rows import Row, Rows
+from slope_megatron.study.runs import Run
+from slope_megatron.study.settings import Study
+
+
+def write_report(study: Study, runs: Sequence[Run], rows: Rows, out: Path) -> Path:
+    """report.md and its pictures in `out`; returns the Markdown's path.
+
+    Raises:
+        ValueError: there is no row of these runs.
+    """
+    pairs = [(run, row) for run in runs if run.lr is not None and (row := rows.find(run.key))]
+    if not pairs:
+        raise ValueError(f"{rows.path} has no row of these runs: train some first")
+    out.mkdir(parents=True, exist_ok=True)
+    found = figures.cells(pairs)
+    styles = charts.styles_of(list(study.methods))
+    sections = [
+        f"# Study {study.name}",
+        progress(runs, pairs),
+        sweeps(found, out, styles),
+        ladder(study, figures.ladders(found), out, styles),
+        costs(study, found, out, styles),
+        spread(pairs),
+        all_runs(pairs),
+        missing(runs, rows),
+    ]
+    path = out / "report.md"
+    whole.write_text(path, "\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def progress(runs: Sequence[Run], pairs: Sequence[Pair]) -> str:
+    trained = {row.key: row for _, row in pairs}.values()
+    tokens = sum(row.tokens for row in trained)
+    seconds = sum((row.seconds or 0.0) / row.at_once for row in trained)
+    devices = ", ".join(sorted({row.device for row in trained if row.device})) or "unknown devices"
+    return (
+        f"{len(pairs)} of {len(runs)} runs have a row: {tokens / 1e6:,.4g} M tokens in {seconds / 60:,.1f} minutes of "
+        f"training on {devices}. Losses are of validation, nats per token, at the last step."
+    )
+
+
+def sweeps(found: Sequence[Cell], out: Path, styles: dict[str, dict]) -> str:
+    """Learning rates; the optimum is bold, and one at an edge is warned of."""
+    swept = [cell for cell in found if len(cell.losses) > 1]
+    parts = []
+    for group in dict.fromkeys(cell.group for cell in swept):
+        own = [cell for cell in swept if cell.group == group]
+        rates = sorted({lr for cell in own for lr in cell.losses})
+        lines = [[cell.size, cell.method, *(shown_loss(cell, lr) for lr in rates), warning_of(cell)] for cell in own]
+        head = ["size", "method", *(f"{lr:g}" for lr in rates), ""]
+        picture = f"{group}.png"
+        charts.draw_sweep(out / picture, own, styles)
+        parts.append(f"## Learning rates: {group}\n\n![loss and learning rate]({picture})\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def shown_loss(cell: Cell, lr: float) -> str:
+    if lr not in cell.losses:
+        return "-"
+    loss = cell.losses[lr]
+    if loss is None:
+        return "diverged"
+    return f"**{loss:.4f}**" if lr == cell.best_lr else f"{loss:.4f}"
+
+
+def warning_of(cell: Cell) -> str:
+    if cell.best_lr is None:
+        return "all diverged: lower rates are wanted"
+    if cell.optimum_at_edge:
+        return f"optimum at the {'low' if cell.best_lr == min(cell.losses) else 'high'} edge: widen the sweep"
+    return ""
+
+
+def ladder(study: Study, found: Sequence[Ladder], out: Path, styles: dict[str, dict]) -> str:
+    """Lines over the sizes, and where they cross the dense one."""
+    parts = []
+    for group in dict.fromkeys(one.group for one in found):
+        own = [one for one in found if one.group == group]
+        sizes = list(dict.fromkeys(size for one in own for size in one.sizes))
+        picture = f"{group}-lines.png"
+        charts.draw_lines(out / picture, own, charged(study), styles)
+        lines = []
+        for one in own:
+            losses = {size: f"{loss:.4f}" for size, (_, loss) in zip(one.sizes, one.points, strict=True)}
+            line = one.line()
+            lines.append([one.method, *(losses.get(size, "-") for size in sizes), f"{line.slope:.4f}"])
+        head = ["method", *sizes, "slope of log loss by log compute"]
+        text = f"## Sizes: {group}\n\n![loss and compute]({picture})\n\n{table(head, lines)}"
+        parts += [text, crossings(study, own)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def crossings(study: Study, own: Sequence[Ladder]) -> str:
+    """At which size a method's line meets the dense one, in compute and in the time that its speed-ups leave."""
+    dense = next((one for one in own if one.method == "dense"), None)
+    if dense is None:
+        return ""
+    lines = []
+    for one in own:
+        if one is dense:
+            continue
+        for model, gains in {"": {one.method: 1.0}, **charged(study)}.items():
+            if one.method in gains:
+                lines.append(crossing(dense, one, model, gains[one.method]))
+    head = ["method", "at equal", "speed-up", "better from / until", "loss there"]
+    return (
+        "Where lines cross the dense one, by extrapolation: parameters in the blocks of a model trained alike.\n\n"
+        + table(head, lines)
+        if lines
+        else ""
+    )
+
+
+def crossing(dense: Ladder, one: Ladder, model: str, speedup: float) -> list[str]:
+    ours, theirs = one.line(speedup), dense.line()
+    where = [one.method, f"time of {model}" if model else "compute", f"{speedup:g}"]
+    flops = ours.crossing(theirs)
+    if flops is None:
+        return [*where, "nowhere: the lines are parallel", "-"]
+    side = "from" if ours.slope < theirs.slope else "until"
+    return [*where, f"{side} {dense.parameters_at(flops):.3g} parameters", f"{ours.at(flops):.3f}"]
+
+
+def charged(study: Study) -> dict[str, dict[str, float]]:
+    """Speed-ups of every method: its own, or those of the method that it is charged as; of dense ones 1."""
+    found: dict[str, dict[str, float]] = {}
+    for model, gains in study.speedups.items():
+        known = {name: gains.get(study.charged_as(name)) for name in study.methods}
+        dense = dict.fromkeys((name for name in study.methods if is_dense(study, name)), 1.0)
+        found[model] = {name: gain for name, gain in known.items() if gain is not None} | dense
+    return found
+
+
+def is_dense(study: Study, method: str) -> bool:
+    own = {**study.base.get("slope", {}), **study.methods[method].sections.get("slope", {})}
+    return not own.get("enabled", True) or own.get("method") == "dense"
+
+
+def costs(study: Study, found: Sequence[Cell], out: Path, styles: dict[str, dict]) -> str:
+    """Loss against time and against memory, of each cell's best run at the most tokens of its size."""
+    best = best_rows(found)
+    bytes_of = {(row.size, row.method): row.state_bytes for row in best}
+    all_gains = charged(study)
+    labels = {
+        f"loss and time, as {model} gains": "time, in FLOPs that the dense model does in it" for model in all_gains
+    }
+    labels["loss and memory"] = "state bytes (measured)"
+    series: dict[str, charts.Series] = {title: {} for title in labels}
+    lines = []
+    for row in best:
+        assert row.val_loss is not None
+        times = [row.flops / gains[row.method] if row.method in gains else None for gains in all_gains.values()]
+        held = bytes_of.get((row.size, study.charged_as(row.method)))
+        for title, cost in zip(labels, [*times, held], strict=True):
+            if cost:
+                series[title].setdefault(row.method, []).append((cost, row.val_loss))
+        figures_of_row = [f"{row.tokens / 1e6:,.4g}", f"{row.flops:.4g}", f"{row.average_parameters:,.0f}"]
+        shown_times = [shown(time, ".4g") for time in times]
+        lines.append([row.size, row.method, f"{row.val_loss:.4f}", *figures_of_row, shown(held), *shown_times])
+    if not lines:
+        return ""
+    charts.draw_costs(out / "costs.png", series, labels, styles)
+    head = ["size", "method", "loss", "M tokens", "FLOPs as dense", "average parameters", "state bytes"]
+    head += [f"time ({model})" for model in all_gains]
+    return f"## Time and memory\n\n![loss against time and memory](costs.png)\n\n{table(head, lines)}"
+
+
+def best_rows(found: Sequence[Cell]) -> list[Row]:
+    """Of each size and method, the row of the lowest loss among those with the most tokens."""
+    chosen: dict[tuple[str, str], Row] = {}
+    for row in (cell.best_row for cell in found):
+        if row is None or row.val_loss is None:
+            continue
+        before = chosen.get((row.size, row.method))
+        if before is None or (row.tokens, -row.val_loss) > (before.tokens, -(before.val_loss or 0.0)):
+            chosen[row.size, row.method] = row
+    return list(chosen.values())
+
+
+def spread(pairs: Sequence[Pair]) -> str:
+    lines = [
+        [
+            *(one.size, one.method, f"{one.lr:g}", f"{one.tokens / 1e6:,.4g}", str(len(one.losses))),
+            *(f"{one.mean:.4f}", f"{one.deviation:.4f}", f"{min(one.losses):.4f} to {max(one.losses):.4f}"),
+        ]
+        for one in figures.spreads(pairs)
+    ]
+    if not lines:
+        return ""
+    head = ["size", "method", "lr", "M tokens", "seeds", "mean loss", "standard deviation", "range"]
+    return f"## Spread over seeds\n\n{table(head, lines)}"
+
+
+def all_runs(pairs: Sequence[Pair]) -> str:
+    lines = [
+        [
+            *(run.name, "diverged" if row.val_loss is None else f"{row.val_loss:.4f}", f"{row.lr:g}"),
+            *(f"{row.tokens / 1e6:,.4g}", "-" if row.seconds is None else f"{row.seconds:,.0f}", str(row.at_once)),
+        ]
+        for run, row in pairs
+    ]
+    return f"## All runs\n\n{table(['run', 'loss', 'lr', 'M tokens', 'seconds', 'at once'], lines)}"
+
+
+def missing(runs: Sequence[Run], rows: Rows) -> str:
+    names = [run.name for run in runs if run.lr is None or rows.find(run.key) is None]
+    return f"## Not trained yet\n\n{', '.join(names)}" if names else ""

@@ -1,0 +1,95 @@
+"""`slope study` end to end on a CPU, and what it refuses."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from study.conftest import CONTENT
+
+from helpers import commands
+from slope_megatron.config.yaml_file import read_yaml, write_yaml
+from slope_megatron.study.rows import Rows
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / "launch" / "study" / "toy.yaml"
+
+
+def study(*arguments):
+    return commands.slope("study", *arguments)
+
+
+@pytest.mark.slow
+def test_the_toy_study_goes_from_text_to_charts(tmp_path):
+    """A sweep, two sizes and a control: seven runs of `slope pretrain`; then nothing is left to do."""
+    out = tmp_path / "out"
+    result = study(TOY, "--out", out, "--at-once", 2)
+    assert result.returncode == 0, result.stderr
+    rows = {row.name: row for row in Rows.read(out / "rows.csv").rows}
+    # The small size of the ladder is of the sweep's tokens: trained once.
+    assert len(rows) == 7 and "sweep/50k-static-lr0.008-seed1" in rows
+    for row in rows.values():
+        assert row.outcome == "done" and 0 < row.val_loss < 6.5 and row.seconds > 0 and row.device == "cpu"
+    dense, narrow = rows["ladder/150k-dense-lrbest-seed1"], rows["controls/50k-narrow-lrbest-seed1"]
+    static = rows["ladder/150k-static-lrbest-seed1"]
+    assert static.flops == dense.flops > static.actual_flops and static.tokens == dense.tokens
+    assert narrow.flops == pytest.approx(rows["sweep/50k-dense-lr0.002-seed1"].flops / 1.2, rel=0.01)
+    assert not [*out.glob("runs/*/*/checkpoints")] and len([*out.glob("runs/*/*/metrics.jsonl")]) == 7
+    text = (out / "rows.csv").read_text()
+
+    again = study(TOY, "--out", out)
+    assert again.returncode == 0 and "0 runs without one" in again.stderr and "begins" not in again.stderr
+    assert (out / "rows.csv").read_text() == text
+    report = study(TOY, "--out", out, "--report")
+    assert report.returncode == 0, report.stderr
+    assert f"{static.val_loss:.4f}" in (out / "report.md").read_text()
+    assert {path.name for path in out.glob("*.png")} == {"sweep.png", "ladder-lines.png", "costs.png"}
+    # One that is left is trained alone, from the text that was tokenized before.
+    shutil.copytree(out / "data", tmp_path / "other" / "data")
+    write_yaml(tmp_path / "gone.yaml", read_yaml(TOY) | {"corpus": read_yaml(TOY)["corpus"] | {"source": "gone.txt"}})
+    refused = study(tmp_path / "gone.yaml", "--out", tmp_path / "other")
+    assert refused.returncode == 2 and "gone.txt" in refused.stderr
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "study.yaml"
+    write_yaml(path, CONTENT)
+    return path
+
+
+def test_a_dry_run_lists_runs_tokens_and_minutes(config, tmp_path):
+    result = study(config, "--out", tmp_path / "out", "--dry-run", "--tflops", "1", "--at-once", 2)
+    assert result.returncode == 0 and not (tmp_path / "out").exists()
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1 + 22 + 1
+    assert lines[1].split()[:4] == ["sweep/s-dense-lr0.001-seed1", "left", "0.001", "0.9882"]
+    assert "ladder/m-narrow-lrbest-seed2" in lines[-2] and "waits" in lines[-2] and "of sweep" in lines[-2]
+    assert lines[-1].startswith("22 runs, 22 to train: ") and lines[-1].endswith(" minutes on 1 x 2 at once")
+
+
+def test_only_takes_names_by_pattern(config, tmp_path):
+    flags = ["--out", tmp_path / "out", "--dry-run"]
+    result = study(config, *flags, "--only", "sweep/*dense*", "--only", "*-m-static-*", "--only", "ladder/m-static*")
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:-1]] == [
+        *(f"sweep/s-dense-lr0.00{lr}-seed1" for lr in (1, 2, 4)),
+        *(f"ladder/m-static-lrbest-seed{seed}" for seed in (1, 2)),
+    ]
+    result = study(config, *flags, "--only", "swep/*")
+    assert result.returncode == 2 and "--only swep/* fits no run of " in result.stderr
+
+
+BAD = [
+    (["--at-once", "0"], "--at-once is 0: it must be at least 1"),
+    (["--budget-minutes", "-1"], "--budget-minutes is -1.0: it must be positive"),
+    (["--source", "nowhere.txt"], "nowhere.txt"),
+    (["--data", "nowhere"], "data folder nowhere does not exist"),
+    (["--report"], "has no row of these runs: train some first"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), BAD, ids=[said[:20] for _, said in BAD])
+def test_bad_input_is_one_sentence(config, tmp_path, flags, said):
+    result = study(config, "--out", tmp_path / "out", *flags)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("slope: error: ")]
+    assert said in line
