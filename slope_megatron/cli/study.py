@@ -64,9 +64,9 @@ def add_parser(subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.storage.folders import output_folder
-    from slope_megatron.study import runs as study_runs
     from slope_megatron.study.report import write_report
     from slope_megatron.study.rows import Rows
+    from slope_megatron.study.runs import Plan
     from slope_megatron.study.settings import read_study
 
     check_flags(arguments)
@@ -75,10 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
         study = dataclasses.replace(study, corpus={**study.corpus, "source": arguments.source})
     out = output_folder(arguments.out, "--out")
     rows = Rows.read(arguments.rows or out / "rows.csv")
-    data, vocabulary = (arguments.data or out / "data"), vocabulary_of(study, arguments.data or out / "data")
+    data = arguments.data or out / "data"
+    everything = Plan(study, rows, vocabulary_of(study, data))
 
     def plan():
-        return asked(list(study_runs.plan(study, rows, vocabulary)), arguments.only)
+        return asked(everything.runs(), arguments.only)
 
     runs = plan()
     if not runs:
@@ -148,21 +149,23 @@ def estimator(arguments: argparse.Namespace, rows):
 def describe(arguments: argparse.Namespace, runs: list, rows) -> str:
     """The list of --dry-run: what each run is, whether it has a row, and how long the others take."""
 
+    from slope_megatron.study.runs import millions
+
     minutes = estimator(arguments, rows)
     lines = [f"{'run':56} {'state':8} {'lr':>9} {'M tokens':>9} {'M params':>9} {'minutes':>8}"]
     left = {}
     for run in runs:
         done = run.lr is not None and rows.find(run.key) is not None
         if not done:
-            left[run.key if run.lr is not None else run.name] = run
+            left[run.key] = run  # equal settings in two groups are trained once
         state = "done" if done else "waits" if run.lr is None else "left"
         rate = "of sweep" if run.lr is None else f"{run.lr:g}"
         own = "" if done else f"{minutes([run]):8.1f}"
-        size = f"{run.tokens / 1e6:9,.4g} {run.body_parameters / 1e6:9,.2f}"
+        size = f"{millions(run.tokens):>9} {run.body_parameters / 1e6:9,.2f}"
         lines.append(f"{run.name:56} {state:8} {rate:>9} {size} {own}".rstrip())
     tokens, total = sum(run.tokens for run in left.values()), minutes(list(left.values()))
     lines.append(
-        f"{len(runs)} runs, {len(left)} to train: {tokens / 1e6:,.4g} M tokens, about {total:,.0f} minutes "
+        f"{len(runs)} runs, {len(left)} to train: {millions(tokens)} M tokens, about {total:,.0f} minutes "
         f"on {len(devices())} x {arguments.at_once} at once"
     )
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from slope_megatron.study.runs import Run
 # Until a run takes its first step: frameworks are imported, kernels chosen. Assumed.
 STARTING_SECONDS = 30.0
 # Of a small model on a GPU and on a CPU, runs that share it added up, counted as dense. Assumed.
-ASSUMED_FLOPS = {"cuda": 60e12, "cpu": 20e9}
+ASSUMED_FLOPS = {"cuda": 100e12, "cpu": 20e9}
 
 
 def flops_per_second(run: Run, rows: Sequence[Row], device: str, assumed: float) -> float:

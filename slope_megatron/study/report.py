@@ -8,7 +8,7 @@ from slope_megatron.storage import whole
 from slope_megatron.study import charts, figures
 from slope_megatron.study.figures import Cell, Ladder, Pair
 from slope_megatron.study.rows import Row, Rows
-from slope_megatron.study.runs import Run
+from slope_megatron.study.runs import Run, millions
 from slope_megatron.study.settings import Study
 
 
@@ -45,7 +45,7 @@ def progress(runs: Sequence[Run], pairs: Sequence[Pair]) -> str:
     seconds = sum((row.seconds or 0.0) / row.at_once for row in trained)
     devices = ", ".join(sorted({row.device for row in trained if row.device})) or "unknown devices"
     return (
-        f"{len(pairs)} of {len(runs)} runs have a row: {tokens / 1e6:,.4g} M tokens in {seconds / 60:,.1f} minutes of "
+        f"{len(pairs)} of {len(runs)} runs have a row: {millions(tokens)} M tokens in {seconds / 60:,.1f} minutes of "
         f"training on {devices}. Losses are of validation, nats per token, at the last step."
     )
 
@@ -165,7 +165,7 @@ def costs(study: Study, found: Sequence[Cell], out: Path, styles: dict[str, dict
         for title, cost in zip(labels, [*times, held], strict=True):
             if cost:
                 series[title].setdefault(row.method, []).append((cost, row.val_loss))
-        figures_of_row = [f"{row.tokens / 1e6:,.4g}", f"{row.flops:.4g}", f"{row.average_parameters:,.0f}"]
+        figures_of_row = [millions(row.tokens), f"{row.flops:.4g}", f"{row.average_parameters:,.0f}"]
         shown_times = [shown(time, ".4g") for time in times]
         lines.append([row.size, row.method, f"{row.val_loss:.4f}", *figures_of_row, shown(held), *shown_times])
     if not lines:
@@ -191,7 +191,7 @@ def best_rows(found: Sequence[Cell]) -> list[Row]:
 def spread(pairs: Sequence[Pair]) -> str:
     lines = [
         [
-            *(one.size, one.method, f"{one.lr:g}", f"{one.tokens / 1e6:,.4g}", str(len(one.losses))),
+            *(one.size, one.method, f"{one.lr:g}", millions(one.tokens), str(len(one.losses))),
             *(f"{one.mean:.4f}", f"{one.deviation:.4f}", f"{min(one.losses):.4f} to {max(one.losses):.4f}"),
         ]
         for one in figures.spreads(pairs)
@@ -206,7 +206,7 @@ def all_runs(pairs: Sequence[Pair]) -> str:
     lines = [
         [
             *(run.name, "diverged" if row.val_loss is None else f"{row.val_loss:.4f}", f"{row.lr:g}"),
-            *(f"{row.tokens / 1e6:,.4g}", "-" if row.seconds is None else f"{row.seconds:,.0f}", str(row.at_once)),
+            *(millions(row.tokens), "-" if row.seconds is None else f"{row.seconds:,.0f}", str(row.at_once)),
         ]
         for run, row in pairs
     ]

@@ -1,6 +1,7 @@
 """The runs that a study is made of: each a settings file of `slope pretrain`, known by its name and by its settings."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,9 +14,6 @@ from slope_megatron.study import controls
 from slope_megatron.study.rows import Rows
 from slope_megatron.study.settings import SECTION_CLASSES, BestOf, Group, Narrow, Study
 from slope_megatron.training.telemetry.flops import flops_per_token
-
-# Settings that say where a run reads and writes, and nothing of what it computes.
-PLACES = {"data": ("data", "cache"), "train": ("out",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Run:
     vocabulary: int
     body_parameters: int
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Equal for runs of equal settings, in whatever group: one of them trains, and both have its row."""
         text = json.dumps(self.settings, sort_keys=True)
@@ -66,42 +64,9 @@ class Run:
         write_yaml(path, content)
 
 
-def plan(study: Study, rows: Rows, vocabulary: int) -> Iterator[Run]:
-    """All runs in the order of the file; those with a learning rate of None wait for rows.
-
-    Raises:
-        ValueError: a run's settings contradict each other; names the run.
-    """
-    for name, group in study.groups.items():
-        for size in group.sizes:
-            for method in group.methods:
-                for label, lr in learning_rates(study, rows, vocabulary, group, size, method):
-                    for seed in group.seeds:
-                        title = f"{name}/{size}-{method}-lr{label}-seed{seed}"
-                        yield make(study, vocabulary, title, name, size, method, lr, seed)
-
-
-def make(
-    study: Study, vocabulary: int, title: str, group: str, size: str, method: str, lr: float | None, seed: int
-) -> Run:
-    """One run of a study."""
-    entry = study.groups[group]
-    rate = provisional(study, entry) if lr is None else lr
-    try:
-        body = parameters_of(study, size, vocabulary)
-        settings = merged(study.base, {"model": study.sizes[size]}, study.methods[method].sections)
-        settings = merged(settings, {"optimizer": {"lr": rate}, "train": {"seed": seed}})
-        config = config_of(settings)
-        batch = config.data.global_batch_size * config.data.seq_length
-        steps = max(1, round(entry.tokens_per_parameter * body / batch))
-        settings = merged(settings, {"train": {"steps": steps}})
-        narrow = study.methods[method].narrow
-        if narrow:
-            own = narrow_model(study, vocabulary, size, narrow, config_of(settings))
-            settings = merged(settings, {"model": own})
-        return Run(title, group, size, method, seed, lr, settings, config_of(settings), vocabulary, body)
-    except ValueError as error:
-        raise ValueError(f"run {title}: {error}") from None
+def millions(tokens: int) -> str:
+    """With as many digits as are of interest."""
+    return f"{tokens / 1e6:,.1f}" if tokens >= 1e7 else f"{tokens / 1e6:.3g}"
 
 
 def merged(*parts: dict[str, dict]) -> dict[str, dict]:
@@ -119,70 +84,114 @@ def config_of(settings: dict[str, dict]) -> Config:
     return Config(**parts)
 
 
-def parameters_of(study: Study, size: str, vocabulary: int) -> int:
-    """Parameters of a size's dense model, without its embeddings: what tokens and learning rates go by."""
-    dense = merged(study.base, {"model": study.sizes[size], "slope": {"enabled": False}})
-    return controls.body_parameters(config_of(dense), vocabulary)
+class Plan:
+    """The runs of a study, as the rows so far tell their learning rates.
 
-
-def narrow_model(study: Study, vocabulary: int, size: str, narrow: Narrow, dense: Config) -> dict[str, int]:
-    """The widths of a control, as keys of section `model`."""
-    if narrow.to == "flops":
-        speedup = study.speedups[narrow.speedup][study.charged_as(narrow.of)]
-        target = controls.step_flops(dense, vocabulary) / speedup
-    else:
-        other = merged(study.base, {"model": study.sizes[size]}, study.methods[narrow.of].sections)
-        other = merged(other, {"train": {"steps": dense.train.steps}})
-        target = controls.COSTS[narrow.to](config_of(other), vocabulary)
-    model = controls.narrowed(dense, vocabulary, narrow.to, target)
-    return {"hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn}
-
-
-def provisional(study: Study, group: Group) -> float:
-    """A rate for runs whose own is not known yet, so that they can be checked and counted."""
-    source = study.groups[group.lr.best_of].lr if isinstance(group.lr, BestOf) else group.lr
-    assert isinstance(source, tuple)
-    return sorted(source)[len(source) // 2]
-
-
-def learning_rates(
-    study: Study, rows: Rows, vocabulary: int, group: Group, size: str, method: str
-) -> Iterator[tuple[str, float | None]]:
-    """(its part of the run's name, the rate) of each run of a cell."""
-    if not isinstance(group.lr, BestOf):
-        yield from ((f"{lr:g}", lr) for lr in group.lr)
-        return
-    best = best_lr(study, rows, vocabulary, group.lr.best_of, study.tuned_as(method))
-    for factor in group.lr.times:
-        label = "best" if factor == 1.0 else f"best*{factor:g}"
-        if best is None:
-            yield label, None
-            continue
-        swept = study.groups[group.lr.best_of].sizes[0]
-        larger = parameters_of(study, size, vocabulary) / parameters_of(study, swept, vocabulary)
-        # Three digits, so that a rate is the same number wherever it is computed.
-        yield label, float(f"{best * factor * larger**group.lr.exponent:.3g}")
-
-
-def best_lr(study: Study, rows: Rows, vocabulary: int, sweep: str, method: str) -> float | None:
-    """The learning rate of the lowest loss, averaged over the sweep's seeds; None: not all rows of it are there.
-
-    Raises:
-        ValueError: all of them diverged.
+    Args:
+        vocabulary: entries of the tokenizer.
     """
-    group = study.groups[sweep]
-    size = group.sizes[0]
-    losses: dict[float, list[float]] = {}
-    for label, lr in learning_rates(study, rows, vocabulary, group, size, method):
-        assert lr is not None, "a sweep has a list of rates"
-        for seed in group.seeds:
-            title = f"{sweep}/{size}-{method}-lr{label}-seed{seed}"
-            row = rows.find(make(study, vocabulary, title, sweep, size, method, lr, seed).key)
-            if row is None:
+
+    def __init__(self, study: Study, rows: Rows, vocabulary: int):
+        self.study, self.rows, self.vocabulary = study, rows, vocabulary
+        self.parameters = {size: self.parameters_of(size) for size in study.sizes}
+        self.made: dict[tuple[str, float | None], Run] = {}
+
+    def runs(self) -> list[Run]:
+        """All of them, in the order of the file; those with a learning rate of None wait for rows.
+
+        Raises:
+            ValueError: a run's settings contradict each other; names the run.
+        """
+        return [
+            self.run(name, size, method, label, lr, seed)
+            for name, group in self.study.groups.items()
+            for size in group.sizes
+            for method in group.methods
+            for label, lr in self.learning_rates(group, size, method)
+            for seed in group.seeds
+        ]
+
+    def run(self, group: str, size: str, method: str, label: str, lr: float | None, seed: int) -> Run:
+        """One run, made when it is first asked for; `label` is its learning rate in its name."""
+        title = f"{group}/{size}-{method}-lr{label}-seed{seed}"
+        if (title, lr) not in self.made:
+            try:
+                settings = self.settings_of(self.study.groups[group], size, method, lr, seed)
+                config = config_of(settings)
+            except ValueError as error:
+                raise ValueError(f"run {title}: {error}") from None
+            about = (title, group, size, method, seed, lr)
+            self.made[title, lr] = Run(*about, settings, config, self.vocabulary, self.parameters[size])
+        return self.made[title, lr]
+
+    def settings_of(self, group: Group, size: str, method: str, lr: float | None, seed: int) -> dict[str, dict]:
+        """Sections of the settings file."""
+        rate = self.provisional(group, method) if lr is None else lr
+        settings = self.of_method(size, method)
+        settings = merged(settings, {"optimizer": {"lr": rate}, "train": {"seed": seed}})
+        data = config_of(settings).data
+        steps = round(group.tokens_per_parameter * self.parameters[size] / (data.global_batch_size * data.seq_length))
+        settings = merged(settings, {"train": {"steps": max(1, steps)}})
+        narrow = self.study.methods[method].narrow
+        return merged(settings, {"model": self.narrow_model(size, narrow, config_of(settings))}) if narrow else settings
+
+    def of_method(self, size: str, method: str) -> dict[str, dict]:
+        return merged(self.study.base, {"model": self.study.sizes[size]}, self.study.methods[method].sections)
+
+    def parameters_of(self, size: str) -> int:
+        """Of a size's dense model, without its embeddings: what tokens and learning rates go by."""
+        dense = merged(self.study.base, {"model": self.study.sizes[size], "slope": {"enabled": False}})
+        try:
+            return controls.body_parameters(config_of(dense), self.vocabulary)
+        except ValueError as error:
+            raise ValueError(f"size {size}: {error}") from None
+
+    def narrow_model(self, size: str, narrow: Narrow, dense: Config) -> dict[str, int]:
+        """The widths of a control, as keys of section `model`."""
+        if narrow.to == "flops":
+            speedup = self.study.speedups[narrow.speedup][self.study.charged_as(narrow.of)]
+            target = controls.step_flops(dense, self.vocabulary) / speedup
+        else:
+            other = merged(self.of_method(size, narrow.of), {"train": {"steps": dense.train.steps}})
+            target = controls.COSTS[narrow.to](config_of(other), self.vocabulary)
+        model = controls.narrowed(dense, self.vocabulary, narrow.to, target)
+        return {"hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn}
+
+    def provisional(self, group: Group, method: str) -> float:
+        """A rate for runs whose own is not known yet, so that they can be checked and counted."""
+        source = self.study.groups[group.lr.best_of] if isinstance(group.lr, BestOf) else group
+        rates = source.rates(self.study.tuned_as(method))
+        return rates[len(rates) // 2]
+
+    def learning_rates(self, group: Group, size: str, method: str) -> Iterator[tuple[str, float | None]]:
+        """(its part of the run's name, the rate) of each run of a cell."""
+        if not isinstance(group.lr, BestOf):
+            yield from ((f"{lr:g}", lr) for lr in group.rates(method))
+            return
+        best = self.best_lr(group.lr.best_of, self.study.tuned_as(method))
+        swept = self.study.groups[group.lr.best_of].sizes[0]
+        carried = (self.parameters[size] / self.parameters[swept]) ** group.lr.exponent
+        for factor in group.lr.times:
+            label = "best" if factor == 1.0 else f"best*{factor:g}"
+            # Three digits, so that a rate is the same number wherever it is computed.
+            yield label, None if best is None else float(f"{best * factor * carried:.3g}")
+
+    def best_lr(self, sweep: str, method: str) -> float | None:
+        """The rate of the lowest loss, averaged over the sweep's seeds; None: not all rows of it are there.
+
+        Raises:
+            ValueError: all of them diverged.
+        """
+        group = self.study.groups[sweep]
+        mean = {}
+        for label, lr in self.learning_rates(group, group.sizes[0], method):
+            runs = [self.run(sweep, group.sizes[0], method, label, lr, seed) for seed in group.seeds]
+            rows = [self.rows.find(run.key) for run in runs]
+            losses = [float("inf") if row.val_loss is None else row.val_loss for row in rows if row is not None]
+            if len(losses) < len(rows):
                 return None
-            losses.setdefault(lr, []).append(float("inf") if row.val_loss is None else row.val_loss)
-    mean = {lr: sum(own) / len(own) for lr, own in losses.items()}
-    best = min(mean, key=mean.__getitem__)
-    if mean[best] == float("inf"):
-        raise ValueError(f"group {sweep} has no loss for {method}: all its runs diverged; add lower learning rates")
-    return best
+            mean[lr] = sum(losses) / len(losses)
+        best = min(mean, key=mean.__getitem__)
+        if mean[best] == float("inf"):
+            raise ValueError(f"group {sweep} has no loss for {method}: all its runs diverged; add lower learning rates")
+        return best

@@ -5,7 +5,8 @@
     sizes     NAME: keys of section `model`
     methods   NAME: sections that differ from the base; and `like`, whose best learning rate it takes (its own where
               unset), `costs_as`, whose time and memory the charts give it (for a simulation), `narrow` (`controls`)
-    groups    NAME: sizes x methods x lr x seeds, trained on tokens_per_parameter tokens a parameter of the size
+    groups    NAME: sizes x methods x lr x seeds, trained on tokens_per_parameter tokens a parameter of the size;
+              `more_lr`: METHOD: learning rates that this one has besides
     speedups  MODEL: METHOD: tokens/s over the dense model's, as `slope bench model` measures a whole model
 
 lr is a list, or {best_of: GROUP, exponent: X, times: [...]}: the best one of that group's rows for the method, times
@@ -65,13 +66,19 @@ class BestOf:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """One product of runs, in the order size, method, learning rate, seed."""
+    """One product of runs, in the order size, method, learning rate, seed; see the module."""
 
     sizes: tuple[str, ...]
     methods: tuple[str, ...]
     lr: tuple[float, ...] | BestOf
     tokens_per_parameter: float
     seeds: tuple[int, ...] = (1,)
+    more_lr: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def rates(self, method: str) -> tuple[float, ...]:
+        """The learning rates of a group that lists them."""
+        assert not isinstance(self.lr, BestOf)
+        return tuple(sorted({*self.lr, *self.more_lr.get(method, ())}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +165,10 @@ def read_group(value, where: str) -> Group:
         content["lr"] = BestOf(best_of=lr["best_of"], exponent=lr.get("exponent", 0.0), times=times)
     else:
         content["lr"] = tuple(numbers(lr, f"{where}.lr"))
+    more = mapping(content.get("more_lr", {}), f"{where}.more_lr")
+    if more and isinstance(lr, dict):
+        raise ValueError(f"{where}.more_lr goes with a list of lr alone: leave it out, or use lr.times")
+    content["more_lr"] = {name: tuple(numbers(own, f"{where}.more_lr.{name}")) for name, own in more.items()}
     for key in ("sizes", "methods", "seeds"):
         if key in content:
             content[key] = tuple(listed(content[key], f"{where}.{key}"))
@@ -193,6 +204,8 @@ def check_names(study: Study, path: Path) -> None:
         for part in ("sizes", "methods"):
             for used in getattr(group, part):
                 there(used, getattr(study, part), f"groups.{name}.{part}")
+        for used in group.more_lr:
+            there(used, group.methods, f"groups.{name}.more_lr")
         if isinstance(group.lr, BestOf):
             check_best_of(study, name, group, group.lr, path)
     for model, own in study.speedups.items():

@@ -17,7 +17,7 @@ from slope_megatron.bench.progress import Clock
 from slope_megatron.storage.metrics_file import read_metrics
 from slope_megatron.study.outcome import diverged_row, done_row, last_words
 from slope_megatron.study.rows import Rows
-from slope_megatron.study.runs import Run
+from slope_megatron.study.runs import Run, millions
 
 PRETRAIN = (sys.executable, "-m", "slope_megatron", "pretrain", "--brief", "--auto-resume", "--config")
 # Its exit codes.
@@ -151,7 +151,7 @@ class Work:
             )
         self.running[slot] = Started(run, folder, process, self.clock.seconds())
         where = "" if self.place.slots[slot] is None else f" on GPU {self.place.slots[slot]}"
-        self.clock.say(f"begins{where}: {run.name}: {run.tokens / 1e6:,.4g} M tokens, lr {run.lr:g}")
+        self.clock.say(f"begins{where}: {run.name}: {millions(run.tokens)} M tokens, lr {run.lr:g}")
 
     def environment(self, gpu: str | None) -> dict[str, str]:
         """Of a run: the only rank there is, on its GPU, on its share of the cores."""

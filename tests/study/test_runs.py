@@ -12,7 +12,7 @@ from slope_megatron.study.outcome import diverged_row
 
 
 def planned(study, rows):
-    return list(runs.plan(study, rows, VOCABULARY))
+    return runs.Plan(study, rows, VOCABULARY).runs()
 
 
 def finish(rows, run, loss):
@@ -52,6 +52,13 @@ def test_learning_rates_wait_for_the_sweep_and_are_carried_over_sizes(study_of, 
     larger = rates["m", "dense"].body_parameters / rates["s", "dense"].body_parameters
     assert rates["m", "dense"].lr == pytest.approx(2e-3 / math.sqrt(larger), rel=5e-3)
     assert rates["m", "dense"].config.optimizer.lr == rates["m", "dense"].lr
+
+
+def test_one_method_may_have_more_rates(study_of, no_rows):
+    group = {"sizes": ["s"], "methods": ["dense", "static"], "lr": [2e-3], "tokens_per_parameter": 10}
+    study = study_of(groups={"sweep": {**group, "more_lr": {"static": [4e-3, 1e-3]}}})
+    found = [(run.method, run.lr) for run in planned(study, no_rows)]
+    assert found == [("dense", 2e-3), ("static", 1e-3), ("static", 2e-3), ("static", 4e-3)]
 
 
 def test_factors_of_the_best_rate_check_the_rule(study_of, no_rows):

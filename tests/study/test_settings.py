@@ -39,6 +39,8 @@ BAD = [
     (["groups", "sweep", "methods"], ["dense", "magic"], "groups.sweep.methods names 'magic', which is not there"),
     (["groups", "sweep", "methods"], ["dense"], "takes the best lr of group sweep, which does not sweep static"),
     (["groups", "ladder", "lr", "best_of"], "ladder", "best_of is 'ladder': it must be a group of one size"),
+    (["groups", "sweep", "more_lr"], {"narrow": [1e-3]}, "groups.sweep.more_lr names 'narrow', which is not there"),
+    (["groups", "ladder", "more_lr"], {"dense": [1e-3]}, "groups.ladder.more_lr goes with a list of lr alone"),
     (["corpus", "vocabsize"], 3, "corpus: unknown key 'vocabsize': did you mean vocab_size?"),
 ]
 

@@ -56,7 +56,7 @@ def worked(study_of, tmp_path, monkeypatch):
         study = study_of(groups={"sweep": group})
         rows = Rows.read(tmp_path / "rows.csv")
         place = Place(tmp_path, tmp_path / "data", slots, len(slots))
-        one = Work(lambda: list(runs.plan(study, rows, VOCABULARY)), rows, place, Clock(budget), lambda _: 0.0)
+        one = Work(runs.Plan(study, rows, VOCABULARY).runs, rows, place, Clock(budget), lambda _: 0.0)
         one.do()
         return one
 
