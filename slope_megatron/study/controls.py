@@ -43,17 +43,21 @@ def body_parameters(config: Config, vocabulary: int) -> int:
 def average_parameters(config: Config, vocabulary: int) -> float:
     """Parameters of the blocks that are multiplied, averaged over the steps.
 
-    Of N:M weights only the kept ones count, also where a dense master is trained. Adapters count from the step on at
-    which they join; all weights count in a dense phase.
+    Of N:M weights only the kept ones count, also where a dense master is trained; all in dense steps. Adapters count
+    from the step on at which they join.
     """
-    counts = body_counts(config, vocabulary)
-    slope, steps = config.slope, config.train.steps
-    kept = counts.masked * slope.n / slope.m
-    dense_share = slope.fst_dense_tail if slope.enabled and slope.method == "fst" else 0.0
-    adapters_from = config.adapter_start
-    with_adapters = 0.0 if adapters_from is None else 1.0 - adapters_from / steps
-    average = counts.packed + (1.0 - dense_share) * kept + dense_share * counts.masked
-    return average + counts.other + with_adapters * counts.adapters
+    counts, sparse = body_counts(config, vocabulary), sparse_share(config)
+    kept = counts.packed + counts.masked * config.slope.n / config.slope.m
+    whole = counts.packed_dense + counts.masked
+    start = config.adapter_start
+    with_adapters = 0.0 if start is None else 1.0 - start / config.train.steps
+    return sparse * kept + (1.0 - sparse) * whole + counts.other + with_adapters * counts.adapters
+
+
+def sparse_share(config: Config) -> float:
+    """The share of the steps that multiply pruned weights; 1 for a dense run, which has no other steps."""
+    slope = config.slope
+    return 1.0 - slope.fst_dense_tail if slope.enabled and slope.method == "fst" else 1.0
 
 
 def body_counts(config: Config, vocabulary: int) -> Counts:

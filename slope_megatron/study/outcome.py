@@ -5,7 +5,7 @@ from pathlib import Path
 from slope_megatron.config.json_file import read_json
 from slope_megatron.storage.metrics_file import read_metrics
 from slope_megatron.study import rows
-from slope_megatron.study.controls import average_parameters
+from slope_megatron.study.controls import average_parameters, sparse_share
 from slope_megatron.study.rows import Row
 from slope_megatron.study.runs import Run
 from slope_megatron.training.telemetry.flops import flops_per_token
@@ -34,7 +34,7 @@ def diverged_row(run: Run, folder: Path, at_once: int) -> Row:
 
 
 def row(run: Run, folder: Path, at_once: int, summary: dict, outcome: str) -> Row:
-    counts = flops_per_token(run.config, run.vocabulary)
+    counts, sparse = flops_per_token(run.config, run.vocabulary), sparse_share(run.config)
     assert run.lr is not None, "a run that was trained has a learning rate"
     return Row(
         name=run.name,
@@ -53,7 +53,7 @@ def row(run: Run, folder: Path, at_once: int, summary: dict, outcome: str) -> Ro
         parameters=summary.get("parameters"),
         average_parameters=average_parameters(run.config, run.vocabulary),
         flops=run.tokens * counts.dense_equivalent,
-        actual_flops=run.tokens * counts.actual,
+        actual_flops=run.tokens * (sparse * counts.actual + (1.0 - sparse) * counts.dense_equivalent),
         state_bytes=sum(summary["state_bytes"]["model"].values()) if summary else None,
         seconds=summary.get("train_seconds"),
         tokens_per_second=summary.get("tokens_per_second"),

@@ -6,10 +6,13 @@ from pathlib import Path
 from slope_megatron.evaluation.run_report import shown, table
 from slope_megatron.storage import whole
 from slope_megatron.study import charts, figures
+from slope_megatron.study.controls import sparse_share
 from slope_megatron.study.figures import Cell, Ladder, Pair
 from slope_megatron.study.rows import Row, Rows
 from slope_megatron.study.runs import Run, millions
 from slope_megatron.study.settings import Study
+
+Speedups = dict[str, dict[str, float]]
 
 
 def write_report(study: Study, runs: Sequence[Run], rows: Rows, out: Path) -> Path:
@@ -23,13 +26,13 @@ def write_report(study: Study, runs: Sequence[Run], rows: Rows, out: Path) -> Pa
         raise ValueError(f"{rows.path} has no row of these runs: train some first")
     out.mkdir(parents=True, exist_ok=True)
     found = figures.cells(pairs)
-    styles = charts.styles_of(list(study.methods))
+    styles, speedups = charts.styles_of(list(study.methods)), speedups_of(study, runs)
     sections = [
         f"# Study {study.name}",
         progress(runs, pairs),
         sweeps(found, out, styles),
-        ladder(study, figures.ladders(found), out, styles),
-        costs(study, found, out, styles),
+        ladder(speedups, figures.ladders(found), out, styles),
+        costs(study, speedups, found, out, styles),
         spread(pairs),
         all_runs(pairs),
         missing(runs, rows),
@@ -82,14 +85,14 @@ def warning_of(cell: Cell) -> str:
     return ""
 
 
-def ladder(study: Study, found: Sequence[Ladder], out: Path, styles: dict[str, dict]) -> str:
+def ladder(speedups: Speedups, found: Sequence[Ladder], out: Path, styles: dict[str, dict]) -> str:
     """Lines over the sizes, and where they cross the dense one."""
     parts = []
     for group in dict.fromkeys(one.group for one in found):
         own = [one for one in found if one.group == group]
         sizes = list(dict.fromkeys(size for one in own for size in one.sizes))
         picture = f"{group}-lines.png"
-        charts.draw_lines(out / picture, own, charged(study), styles)
+        charts.draw_lines(out / picture, own, speedups, styles)
         lines = []
         for one in own:
             losses = {size: f"{loss:.4f}" for size, (_, loss) in zip(one.sizes, one.points, strict=True)}
@@ -97,11 +100,11 @@ def ladder(study: Study, found: Sequence[Ladder], out: Path, styles: dict[str, d
             lines.append([one.method, *(losses.get(size, "-") for size in sizes), f"{line.slope:.4f}"])
         head = ["method", *sizes, "slope of log loss by log compute"]
         text = f"## Sizes: {group}\n\n![loss and compute]({picture})\n\n{table(head, lines)}"
-        parts += [text, crossings(study, own)]
+        parts += [text, crossings(speedups, own)]
     return "\n\n".join(part for part in parts if part)
 
 
-def crossings(study: Study, own: Sequence[Ladder]) -> str:
+def crossings(speedups: Speedups, own: Sequence[Ladder]) -> str:
     """At which size a method's line meets the dense one, in compute and in the time that its speed-ups leave."""
     dense = next((one for one in own if one.method == "dense"), None)
     if dense is None:
@@ -110,7 +113,7 @@ def crossings(study: Study, own: Sequence[Ladder]) -> str:
     for one in own:
         if one is dense:
             continue
-        for model, gains in {"": {one.method: 1.0}, **charged(study)}.items():
+        for model, gains in {"": {one.method: 1.0}, **speedups}.items():
             if one.method in gains:
                 lines.append(crossing(dense, one, model, gains[one.method]))
     head = ["method", "at equal", "speed-up", "better from / until", "loss there"]
@@ -132,13 +135,16 @@ def crossing(dense: Ladder, one: Ladder, model: str, speedup: float) -> list[str
     return [*where, f"{side} {dense.parameters_at(flops):.3g} parameters", f"{ours.at(flops):.3f}"]
 
 
-def charged(study: Study) -> dict[str, dict[str, float]]:
-    """Speed-ups of every method: its own, or those of the method that it is charged as; of dense ones 1."""
-    found: dict[str, dict[str, float]] = {}
+def speedups_of(study: Study, runs: Sequence[Run]) -> Speedups:
+    """MODEL -> METHOD -> its speed-up: of its sparse steps, and of dense steps and models 1."""
+    shares = {run.method: sparse_share(run.config) for run in runs}
+    found: Speedups = {}
     for model, gains in study.speedups.items():
-        known = {name: gains.get(study.charged_as(name)) for name in study.methods}
-        dense = dict.fromkeys((name for name in study.methods if is_dense(study, name)), 1.0)
-        found[model] = {name: gain for name, gain in known.items() if gain is not None} | dense
+        found[model] = dict.fromkeys((name for name in shares if is_dense(study, name)), 1.0)
+        for name, share in shares.items():
+            gain = gains.get(study.timed_as(name))
+            if gain is not None:
+                found[model][name] = 1.0 / (share / gain + 1.0 - share)
     return found
 
 
@@ -147,21 +153,20 @@ def is_dense(study: Study, method: str) -> bool:
     return not own.get("enabled", True) or own.get("method") == "dense"
 
 
-def costs(study: Study, found: Sequence[Cell], out: Path, styles: dict[str, dict]) -> str:
+def costs(study: Study, speedups: Speedups, found: Sequence[Cell], out: Path, styles: dict[str, dict]) -> str:
     """Loss against time and against memory, of each cell's best run at the most tokens of its size."""
     best = best_rows(found)
     bytes_of = {(row.size, row.method): row.state_bytes for row in best}
-    all_gains = charged(study)
     labels = {
-        f"loss and time, as {model} gains": "time, in FLOPs that the dense model does in it" for model in all_gains
+        f"loss and time, as {model} gains": "time, in FLOPs that the dense model does in it" for model in speedups
     }
     labels["loss and memory"] = "state bytes (measured)"
     series: dict[str, charts.Series] = {title: {} for title in labels}
     lines = []
     for row in best:
         assert row.val_loss is not None
-        times = [row.flops / gains[row.method] if row.method in gains else None for gains in all_gains.values()]
-        held = bytes_of.get((row.size, study.charged_as(row.method)))
+        times = [row.flops / gains[row.method] if row.method in gains else None for gains in speedups.values()]
+        held = bytes_of.get((row.size, study.sized_as(row.method)))
         for title, cost in zip(labels, [*times, held], strict=True):
             if cost:
                 series[title].setdefault(row.method, []).append((cost, row.val_loss))
@@ -172,7 +177,7 @@ def costs(study: Study, found: Sequence[Cell], out: Path, styles: dict[str, dict
         return ""
     charts.draw_costs(out / "costs.png", series, labels, styles)
     head = ["size", "method", "loss", "M tokens", "FLOPs as dense", "average parameters", "state bytes"]
-    head += [f"time ({model})" for model in all_gains]
+    head += [f"time ({model})" for model in speedups]
     return f"## Time and memory\n\n![loss against time and memory](costs.png)\n\n{table(head, lines)}"
 
 

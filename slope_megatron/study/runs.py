@@ -149,7 +149,7 @@ class Plan:
     def narrow_model(self, size: str, narrow: Narrow, dense: Config) -> dict[str, int]:
         """The widths of a control, as keys of section `model`."""
         if narrow.to == "flops":
-            speedup = self.study.speedups[narrow.speedup][self.study.charged_as(narrow.of)]
+            speedup = self.study.speedups[narrow.speedup][self.study.timed_as(narrow.of)]
             target = controls.step_flops(dense, self.vocabulary) / speedup
         else:
             other = merged(self.of_method(size, narrow.of), {"train": {"steps": dense.train.steps}})

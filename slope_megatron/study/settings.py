@@ -3,8 +3,8 @@
     corpus    source: a folder or file of text; the other keys are `slope data prepare`'s settings
     base      sections of a `slope pretrain` settings file, which all runs share
     sizes     NAME: keys of section `model`
-    methods   NAME: sections that differ from the base; and `like`, whose best learning rate it takes (its own where
-              unset), `costs_as`, whose time and memory the charts give it (for a simulation), `narrow` (`controls`)
+    methods   NAME: sections that differ from the base; and `like`, whose best learning rate it takes (unset: its own),
+              `time_as`, `memory_as`, whose speed-up and bytes the charts give it, `narrow` (`controls`)
     groups    NAME: sizes x methods x lr x seeds, trained on tokens_per_parameter tokens a parameter of the size;
               `more_lr`: METHOD: learning rates that this one has besides
     speedups  MODEL: METHOD: tokens/s over the dense model's, as `slope bench model` measures a whole model
@@ -47,11 +47,12 @@ class Narrow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """What one method changes in the base; which others it is tuned and charged as (empty: itself); see the module."""
+    """What one method changes in the base; which others it is tuned and counted as (empty: itself); see the module."""
 
     sections: dict[str, dict]
     like: str = ""
-    costs_as: str = ""
+    time_as: str = ""
+    memory_as: str = ""
     narrow: Narrow | None = None
 
 
@@ -97,9 +98,13 @@ class Study:
         """The method whose best learning rate this one takes."""
         return self.methods[method].like or method
 
-    def charged_as(self, method: str) -> str:
-        """The method whose time and memory are counted for this one."""
-        return self.methods[method].costs_as or method
+    def timed_as(self, method: str) -> str:
+        """The method whose speed-up is that of this one's sparse steps."""
+        return self.methods[method].time_as or method
+
+    def sized_as(self, method: str) -> str:
+        """The method whose bytes are counted for this one."""
+        return self.methods[method].memory_as or method
 
 
 def read_study(path: Path) -> Study:
@@ -142,7 +147,7 @@ def read_size(value, where: str) -> dict:
 
 def read_method(value, where: str) -> Method:
     content = dict(mapping(value, where))
-    like, costs_as = content.pop("like", ""), content.pop("costs_as", "")
+    others = {key: content.pop(key, "") for key in ("like", "time_as", "memory_as")}
     narrow = content.pop("narrow", None)
     if narrow is not None:
         known_keys(mapping(narrow, f"{where}.narrow"), field_names(Narrow), f"{where}.narrow", needs=("to", "of"))
@@ -152,7 +157,7 @@ def read_method(value, where: str) -> Method:
             raise ValueError(f"{where}.narrow: `to: flops` needs a `speedup`, a model of `speedups`, and no other does")
         narrow = Narrow(**narrow)
     sections = check_sections(content, SECTION_CLASSES, where)
-    return Method(sections=sections, like=like, costs_as=costs_as, narrow=narrow)
+    return Method(sections=sections, narrow=narrow, **others)
 
 
 def read_group(value, where: str) -> Group:
@@ -191,14 +196,15 @@ def check_names(study: Study, path: Path) -> None:
 
     for name, method in study.methods.items():
         there(study.tuned_as(name), study.methods, f"methods.{name}.like")
-        there(study.charged_as(name), study.methods, f"methods.{name}.costs_as")
+        there(study.timed_as(name), study.methods, f"methods.{name}.time_as")
+        there(study.sized_as(name), study.methods, f"methods.{name}.memory_as")
         if method.narrow:
             there(method.narrow.of, study.methods, f"methods.{name}.narrow.of")
             if study.methods[method.narrow.of].narrow:
                 raise ValueError(f"{path}: methods.{name}.narrow.of is itself narrowed: name a method that is not")
             if method.narrow.speedup:
                 there(method.narrow.speedup, study.speedups, f"methods.{name}.narrow.speedup")
-                cost = study.charged_as(method.narrow.of)
+                cost = study.timed_as(method.narrow.of)
                 there(cost, study.speedups[method.narrow.speedup], f"methods.{name}.narrow.of")
     for name, group in study.groups.items():
         for part in ("sizes", "methods"):

@@ -20,7 +20,7 @@ CONTENT = {
     "methods": {
         "dense": {"slope": {"enabled": False}},
         "static": {},
-        "adapted": {"slope": {"adapter_rank": 8, "lazy_fraction": 0.25}, "like": "static", "costs_as": "static"},
+        "adapted": {"slope": {"adapter_rank": 8, "lazy_fraction": 0.25}, "like": "static", "time_as": "static"},
         "narrow": {
             "slope": {"enabled": False},
             "like": "dense",

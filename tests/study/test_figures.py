@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+from study.conftest import CONTENT
 from study.test_runs import finish, planned, sweep
 
 from slope_megatron.study import figures
 from slope_megatron.study.charts import styles_of
-from slope_megatron.study.report import write_report
+from slope_megatron.study.report import speedups_of, write_report
 from slope_megatron.study.rows import Rows
 
 
@@ -81,12 +82,20 @@ def test_the_report(finished, tmp_path):
     assert "Not trained yet" not in text
 
 
-def test_adapted_is_charged_as_static(finished, tmp_path):
-    """`costs_as`: the time that the other's speed-up leaves."""
+def test_adapted_is_timed_as_static(finished, tmp_path):
+    """`time_as`: the time that the other's speed-up leaves."""
     study, runs, rows = finished
     lines = write_report(study, runs, rows, tmp_path).read_text().partition("## Time and memory")[2].splitlines()
     times = {tuple(line.split(" | ")[:2]): line.split(" | ")[-1] for line in lines if line.startswith("| m | ")}
     assert times["| m", "adapted"] == times["| m", "static"] != times["| m", "dense"]
+
+
+def test_dense_steps_gain_nothing(study_of, no_rows):
+    slope = {"slope": {"method": "fst", "fst_dense_tail": 0.25}}
+    study = study_of(methods=CONTENT["methods"] | {"adapted": {**slope, "like": "static", "time_as": "static"}})
+    found = speedups_of(study, planned(study, no_rows))
+    expected = {"dense": 1.0, "narrow": 1.0, "static": 1.2, "adapted": 1 / (0.75 / 1.2 + 0.25)}
+    assert found == {"whole": pytest.approx(expected)}
 
 
 def test_a_report_of_nothing_is_refused_and_of_a_part_says_so(finished, tmp_path):

@@ -15,8 +15,12 @@ def test_it_is_read(study_of):
     assert study.groups["sweep"].lr == (1e-3, 2e-3, 4e-3) and study.groups["sweep"].seeds == (1,)
     assert study.groups["ladder"].lr == BestOf(best_of="sweep", exponent=-0.5)
     assert study.methods["narrow"].narrow == Narrow(to="flops", of="static", speedup="whole")
-    assert (study.tuned_as("adapted"), study.charged_as("adapted")) == ("static", "static")
-    assert (study.tuned_as("static"), study.charged_as("static")) == ("static", "static")
+    assert (study.tuned_as("adapted"), study.timed_as("adapted"), study.sized_as("adapted")) == (
+        "static",
+        "static",
+        "adapted",
+    )
+    assert (study.tuned_as("static"), study.timed_as("static")) == ("static", "static")
 
 
 # (path of keys, new value or ... to delete it, what is said)
