@@ -79,6 +79,8 @@ class ProductOptions:
     group_tokens: Callable[[torch.Tensor], torch.Tensor] | None
     patterns: tuple[torch.Tensor, ...]
     before_backward: Callable[[torch.Tensor], None] | None
+    # Whether autograd records: nothing is kept for a backward that does not come.
+    recorded: bool
 
 
 class SlopeLinearFunction(torch.autograd.Function):
@@ -89,15 +91,19 @@ class SlopeLinearFunction(torch.autograd.Function):
         communication = options.communication
         full_x = communication.gather_input(x).wait()
         x_TK = full_x.flatten(0, -2)
-        hidden_TR = None
+        hidden_TR = rounded = None
         if adapter_l_RK is None:
+            keeps = options.recorded and ctx.needs_input_grad[1] and full_x is x
+            if keeps and hasattr(operands, "rounded_input"):
+                rounded = operands.rounded_input(x_TK)
             y_TN = operands.forward(x_TK)
         else:
             scale = 1.0 / adapter_l_RK.shape[0]
             y_TN, hidden_TR = low_rank.product(operands, Product.FORWARD, x_TK, adapter_l_RK, adapter_r_NR, scale)
         # The sequence-parallel input is saved as it came, a part, and gathered again in backward.
-        ctx.save_for_backward(x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *options.patterns)
-        ctx.operands, ctx.options = operands, options
+        kept = rounded or (x, None)
+        ctx.save_for_backward(*kept, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *options.patterns)
+        ctx.operands, ctx.options, ctx.is_rounded = operands, options, rounded is not None
         return y_TN.unflatten(0, full_x.shape[:-1])
 
     @staticmethod
@@ -106,14 +112,15 @@ class SlopeLinearFunction(torch.autograd.Function):
             # As in forward; a caller may have left it on.
             with torch.autocast(dy.device.type, enabled=False):
                 return SlopeLinearFunction.backward(ctx, dy)
-        x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *_ = ctx.saved_tensors
+        x, scale_of_x, adapter_l_RK, adapter_r_NR, hidden_TR, values_NC, *_ = ctx.saved_tensors
         operands, communication, prune = ctx.operands, ctx.options.communication, ctx.options.prune
         if ctx.options.before_backward:
             ctx.options.before_backward(values_NC)
         need_dx, need_values = ctx.needs_input_grad[:2]
         # Of two factors one may be frozen: autograd drops a gradient that nobody wants.
         need_adapters = any(ctx.needs_input_grad[2:4])
-        gathering = communication.gather_input(x) if need_values or need_adapters else None
+        to_gather = (need_values or need_adapters) and not ctx.is_rounded
+        gathering = communication.gather_input(x) if to_gather else None
         dy_TN = dy.flatten(0, -2)
         dhidden_TR = None
         # The adapters' gradients are exact: they read dY itself.
@@ -128,6 +135,8 @@ class SlopeLinearFunction(torch.autograd.Function):
                 dx_TK, dhidden_TR = low_rank.product(operands, Product.DGRAD, dy_TN, down, up, scale, other)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
         adapter_gradients = dvalues_NC = None
+        if ctx.is_rounded and need_values:
+            dvalues_NC = operands.wgrad_of_rounded(pruned_TN, x, scale_of_x)
         if gathering:
             # The input was travelling while dX was computed.
             full_x = gathering.wait()
@@ -177,7 +186,9 @@ def slope_linear(
     Raises:
         RuntimeError: in backward, autograd's own: the values or a pattern were written in place after forward.
     """
-    options = ProductOptions(communication or NoCommunication(), prune, rng, group_tokens, patterns, before_backward)
+    recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    communication = communication or NoCommunication()
+    options = ProductOptions(communication, prune, rng, group_tokens, patterns, before_backward, recorded)
     arguments = (values_NC, *(adapters or (None, None)), operands, options)
     if not torch.is_autocast_enabled(x.device.type):
         return SlopeLinearFunction.apply(x, *arguments)

@@ -28,7 +28,11 @@ class ForwardProduct(Protocol):
 
 
 class Products(ForwardProduct, Protocol):
-    """The three products of training. T tokens, N out, K in, C kept per row."""
+    """The three products of training. T tokens, N out, K in, C kept per row.
+
+    Those that round their inputs may also have `rounded_input(x_TK)`, called before forward: two tensors, which
+    `wgrad_of_rounded(dy_TN, *them)` wants in place of X; None where wgrad wants X itself.
+    """
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""

@@ -109,6 +109,28 @@ def test_the_transposed_gradient_is_shared_and_does_not_outlive_the_gradient(dev
     assert len(ours._transposed) == 0
 
 
+def test_wgrad_reads_what_forward_has_rounded(device, fresh_choices):
+    """X itself is not kept: its rounded transpose is, in half of the bytes; nothing is kept without a backward."""
+    weight = packed_weight(64, 128, torch.bfloat16, device)
+    operands = Float8Operands(weight.values, weight.row_bits, weight.column_bits, wgrad=True)
+    values = weight.values.clone().requires_grad_()
+    x = torch.randn(48, 128, device=device).bfloat16().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = slope_linear(x, values, operands)
+    assert [tensor.dtype for tensor in kept if tensor.shape == (128, 48)] == [torch.uint8]
+    assert not any(tensor.shape == x.shape for tensor in kept) and not operands._rounded
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    aim = operands.scale, operands.targets[Product.FORWARD]
+    expected = operands.wgrad_of_rounded(dy, *float8_products.quantize(x.detach(), False, True, *aim)[1:])
+    assert torch.equal(values.grad, expected) and torch.equal(x.grad, operands.dgrad(dy))
+    assert torch.equal(y.detach(), operands.forward(x.detach()))
+    with torch.no_grad():
+        slope_linear(x, values, operands)
+    assert not operands._rounded
+
+
 def test_torch_compile_sees_one_graph(device, fresh_choices):
     weight, operands, _ = both(device)
     values = weight.values.clone().requires_grad_()

@@ -39,6 +39,10 @@ class WithBias:
     def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
         return self.inner.wgrad(dy_TN, x_TK, rng)
 
+    def __getattr__(self, name: str) -> Any:
+        # What some operands have: `rounded_input` and `wgrad_of_rounded`.
+        return getattr(self.inner, name)
+
 
 class BiasGradient(torch.autograd.Function):
     """Y, to which an epilogue has added the bias already: forward Y, dY = dY, db = sum of dY over the tokens."""

@@ -128,6 +128,8 @@ class Float8Operands(MeasuredOperands[Float8Operand, DenseFloat8Operand]):
         self.resident = set(products_wanted) == set(PRODUCTS)
         # From a dgrad to the wgrad of the same dY; gone with dY itself where no wgrad comes.
         self._transposed = WeakTensorKeyDictionary()
+        # From `rounded_input` to the forward product of the same X.
+        self._rounded = WeakTensorKeyDictionary()
         self.refresh(values_NC)
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -175,13 +177,34 @@ class Float8Operands(MeasuredOperands[Float8Operand, DenseFloat8Operand]):
 
     def product(self, product: Product, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         """q(X) W^T (+ bias), `[T, R]`. dgrad reads dY once for itself and for the q(dY)^T that wgrad will want."""
-        self._aim(product, x_TS)
+        q_TS, scale = self._rounded_already(product, x_TS)
         tokens, target = x_TS.shape[0], self.targets[product]
-        transposed = product is Product.DGRAD and self.float8_wgrad and not torch.compiler.is_compiling()
-        q_TS, q_ST, scale = float8_products.quantize(x_TS, True, transposed, self.scale, target)
-        if transposed:
-            self._transposed[x_TS] = (q_ST, scale, x_TS._version)
+        if q_TS is None:
+            transposed = product is Product.DGRAD and self.float8_wgrad and not torch.compiler.is_compiling()
+            q_TS, q_ST, scale = self._quantize(product, x_TS, transposed)
+            if transposed:
+                self._transposed[x_TS] = (q_ST, scale, x_TS._version)
         return self.operand(product, tokens).product(q_TS, scale, self.scale, bias_R, self.output, target)[:tokens]
+
+    def _quantize(self, product: Product, x_TS: torch.Tensor, transposed: bool):
+        self._aim(product, x_TS)
+        return float8_products.quantize(x_TS, True, transposed, self.scale, self.targets[product])
+
+    def rounded_input(self, x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """q(X)^T `[K, T']` and its scale `[1]`: all that wgrad needs of X, in half of its bytes, and X is read once.
+
+        The row-major q(X) waits for the forward product of this X. None: wgrad multiplies X itself.
+        """
+        if not self.float8_wgrad or torch.compiler.is_compiling():
+            return None
+        q_TK, q_KT, scale = self._quantize(Product.FORWARD, x_TK, True)
+        self._rounded[x_TK] = (q_TK, scale)
+        return q_KT, scale
+
+    def _rounded_already(self, product: Product, x_TS: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if product is not Product.FORWARD or torch.compiler.is_compiling():
+            return None, None
+        return self._rounded.pop(x_TS, (None, None))
 
     def _transposed_gradient(self, dy_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Transposed q(dY) and its scale: dgrad's, where it has read this very tensor."""
@@ -196,8 +219,11 @@ class Float8Operands(MeasuredOperands[Float8Operand, DenseFloat8Operand]):
         assert rng is None, "SlopeConfig refuses mode full in e4m3"
         if not self.float8_wgrad:
             return products.gather_kept(dy_TN.t() @ x_TK, self.patterns.both()[0])
+        return self.wgrad_of_rounded(dy_TN, *float8_products.quantize(x_TK, False, True)[1:])
+
+    def wgrad_of_rounded(self, dy_TN: torch.Tensor, q_KT: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+        """The same of an input that `rounded_input` has rounded."""
         q_NT, dy_scale = self._transposed_gradient(dy_TN)
-        _, q_KT, x_scale = float8_products.quantize(x_TK, False, True)
         dw_NK = float8_products.dense_mm(q_NT, q_KT, dy_scale, x_scale, None, self.output)
         return products.gather_kept(dw_NK, self.patterns.both()[0])
 
