@@ -49,6 +49,10 @@ class Config:
                 f"--slope-method {self.slope.method} with --zero-stage 3: its masks need whole weights between steps; "
                 "use --zero-stage 1 or 2"
             )
+        if self.slope.mup and self.optimizer.optimizer == "lamb":
+            raise ValueError(
+                "--slope-mup with --optimizer lamb: its trust ratios undo what a density does to the updates; use adamw"
+            )
         if self.slope.packed and self.slope.pattern == "wanda" and not self.train.init_from:
             raise ValueError(
                 "--slope-pattern wanda prunes a trained model: give --init-from DENSE, or take random or magnitude"
@@ -73,11 +77,6 @@ class Config:
         """The steps, counted from 0, that train another form of the model than the one before."""
         sparse = self.slope.sparse_steps(self.train.steps) if self.slope.enabled else range(0)
         return [step for step in (sparse.start, sparse.stop) if 0 < step < self.train.steps]
-
-        if self.slope.mup and self.optimizer.optimizer == "lamb":
-            raise ValueError(
-                "--slope-mup with --optimizer lamb: its trust ratios undo what a density does to the updates; use adamw"
-            )
 
     @property
     def adapter_start(self) -> int | None:
