@@ -15,7 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from slope_megatron.layers.fused import fused
-from slope_megatron.ops.custom_ops.gated_activation import gradient, has_kernels, name_of
+from slope_megatron.ops.custom_ops.gated_activation import gradient, name_of
+from slope_megatron.ops.custom_ops.products import has_kernels
 
 
 def activate(x: torch.Tensor, bias: torch.Tensor | None, activation: Callable, gated: bool) -> torch.Tensor:

@@ -69,37 +69,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return functional.rms_norm(x, weight.shape, weight, eps)
 
 
-@fused
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[label], fp32 `[...]`, of logits `[..., V]` as they are: no fp32 copy of them is made.
-
-    The label's logit is a sum over a comparison and no look-up: its gradient is then part of the same pass.
-    """
-    normalizer, chosen = statistics(logits, labels)
-    return normalizer - chosen
-
-
-def statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log sum exp of the logits and the label's logit, in fp32 at least; of a label that is not here, 0."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
-    return logits.logsumexp(-1), torch.where(chosen, logits, 0.0).sum(-1)
-
-
-label_statistics = fused(statistics)
-
-
-@fused
-def logit_gradient_(
-    logits: torch.Tensor, labels: torch.Tensor, normalizer: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """Overwrite logits `[T, V]` with (softmax - [label]) x weight `[T]`; `normalizer`: log sum exp, of all ranks."""
-    exact = logits.to(normalizer.dtype)
-    chosen = torch.arange(logits.shape[-1], device=logits.device) == labels[..., None]
-    softmax = (exact - normalizer[..., None]).exp()
-    return logits.copy_((softmax - chosen.to(exact.dtype)) * weight[..., None])
-
-
 class FusedLayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm through `layer_norm`."""
 

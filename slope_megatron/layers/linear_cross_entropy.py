@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from slope_megatron.layers.fused import label_statistics, logit_gradient_
+from slope_megatron.ops.custom_ops.cross_entropy import label_statistics, logit_gradient_
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -10,8 +10,8 @@ from megatron.core import tensor_parallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from slope_megatron.config import Config
-from slope_megatron.layers.fused import token_losses
 from slope_megatron.layers.linear_cross_entropy import LinearCrossEntropy
+from slope_megatron.layers.token_losses import token_losses
 from slope_megatron.models.shapes import loss_chunk_tokens
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slope_kernels.triton import choose, gated_activation, gather, low_rank, metadata, refresh, update
+from slope_kernels.triton import choose, cross_entropy, gated_activation, gather, low_rank, metadata, refresh, update
 
 REFRESH = {"values": "*i32", "row_bits": "*u16", "column_bits": "*u8", "forward": "*i32", "backward": "*i32"}
 REFRESH |= {name: "i32" for name in ("groups", "chunks", "forward_tile_rows", "forward_tile_stride")}
@@ -28,6 +28,9 @@ ACCUMULATE = {"total": "*fp32", "gradient": "*bf16", "elements": "i32"}
 ADAMW = dict.fromkeys(("master", "mean", "square", "gradient", "step"), "*fp32") | {"weight": "*bf16"}
 ADAMW |= {"elements": "i32"} | dict.fromkeys(("coefficient", "lr", "decay", "eps"), "fp32")
 ADAMW |= dict.fromkeys(("beta1", "rest1", "log_beta1", "beta2", "rest2", "log_beta2"), "fp32")
+ROWS = {"logits": "*bf16", "labels": "*i64", "normalizer": "*fp32", "width": "i32"}
+STATISTICS = ROWS | {"chosen": "*fp32"}
+LOGIT_GRADIENT = ROWS | {"weight": "*fp32", "gradient": "*bf16", "blocks": "i32"}
 GATED = dict.fromkeys(("dy", "x", "bias", "dx"), "*bf16") | {"width": "i32", "blocks": "i32"}
 
 
@@ -81,6 +84,18 @@ KERNELS = {
     "down_256": down(256),
     "accumulate": (update._accumulate_kernel, ACCUMULATE, {"BLOCK": update.ACCUMULATED}, 4),
     "adamw": (update._adamw_kernel, ADAMW, {"BLOCK": update.UPDATED}, 4),
+    "statistics": (
+        cross_entropy._statistics_kernel,
+        STATISTICS,
+        {"STEPS": 32, "LANES": cross_entropy.LANES},
+        cross_entropy.ROW_WARPS,
+    ),
+    "logit_gradient": (
+        cross_entropy._gradient_kernel,
+        LOGIT_GRADIENT,
+        {"BLOCK": cross_entropy.BLOCK},
+        cross_entropy.WARPS,
+    ),
     "gated_silu": gated("silu", False),
     "gated_gelu": gated("gelu", True),
     "gated_gelu_tanh": gated("gelu_tanh", True),

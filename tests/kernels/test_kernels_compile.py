@@ -18,6 +18,7 @@ OWN_THEIR_WORDS = [
     "gated_silu",
     "gated_gelu",
     "gated_gelu_tanh",
+    "logit_gradient",
 ]
 
 

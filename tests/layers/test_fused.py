@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from slope_megatron.layers.activation import activate
-from slope_megatron.layers.fused import layer_norm, rms_norm, token_losses
+from slope_megatron.layers.fused import layer_norm, rms_norm
+from slope_megatron.layers.token_losses import token_losses
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS, WIDTH, VOCABULARY = 37, 96, 1000

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from slope_megatron.layers.fused import token_losses
 from slope_megatron.layers.linear_cross_entropy import LinearCrossEntropy
+from slope_megatron.layers.token_losses import token_losses
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 48
 FACTOR = 0.3  # no power of two: the scale rounds
@@ -23,13 +23,13 @@ class Alone:
         return 0
 
 
-def inputs(dtype, bias):
+def inputs(dtype, bias, device="cpu"):
     generator = torch.Generator().manual_seed(3)
     shapes = [(TOKENS, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,)]
-    tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     mask = (torch.rand(TOKENS, generator=generator) < 0.7).float()
-    return tensors[0], tensors[1], tensors[2] if bias else None, labels, mask
+    return tensors[0], tensors[1], tensors[2] if bias else None, labels.to(device), mask.to(device)
 
 
 def with_gradients(losses, mask, *tensors):
@@ -48,8 +48,8 @@ def plain(dtype, bias, exact=False):
     return with_gradients(losses, mask, x, w, b)
 
 
-def in_chunks(dtype, bias, chunk, group, part=slice(None)):
-    x, w, b, labels, mask = inputs(dtype, bias)
+def in_chunks(dtype, bias, chunk, group, part=slice(None), device="cpu"):
+    x, w, b, labels, mask = inputs(dtype, bias, device)
     w = w.detach()[part].clone().requires_grad_()
     b = None if b is None else b.detach()[part].clone().requires_grad_()
     return with_gradients(LinearCrossEntropy.apply(x, w, b, labels, mask, chunk, group), mask, x, w, b)
@@ -78,6 +78,15 @@ def check(found, dtype, bias, parts_of_dx=()):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_losses_and_gradients_are_those_of_whole_logits(dtype, bias, chunk):
     check(in_chunks(dtype, bias, chunk, Alone()), dtype, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_they_are_too(dtype, bias, chunk):
+    found = in_chunks(dtype, bias, chunk, Alone(), device="cuda")
+    check([tensor.cpu() for tensor in found], dtype, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

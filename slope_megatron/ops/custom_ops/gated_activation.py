@@ -6,7 +6,6 @@ On CUDA it runs `slope_kernels`; on a CPU plain torch.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -21,11 +20,6 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
         functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
 }
-
-
-def has_kernels(x: torch.Tensor) -> bool:
-    """Whether Triton's kernels, which compute in fp32, are there and precise enough for x."""
-    return x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 def name_of(activation: Callable) -> str | None:

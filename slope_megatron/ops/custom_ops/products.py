@@ -11,6 +11,8 @@ On CUDA they run `slope_kernels`; on a CPU plain-torch references, which read an
 `full` mode are in `custom_ops.mvue`.
 """
 
+import importlib.util
+
 import torch
 
 from slope_kernels import cusparselt
@@ -18,6 +20,11 @@ from slope_megatron.ops import choices
 from slope_megatron.sparsity.operand import backward_slots, indices_sm90, metadata_sm90, scatter_slots, slot_indices
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether Triton's kernels that compute in fp32 are there, and precise enough for these numbers."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 def aligned(tensor: torch.Tensor, to: int = 4) -> torch.Tensor:
