@@ -1,10 +1,12 @@
 """Whole runs whose model changes its form: a dense start is pruned, a dense tail grows."""
 
+import dataclasses
 import errno
 import json
 import os
 import shutil
 
+import pytest
 import torch
 from test_pretrain import MODEL, RUN, losses, metrics, slope
 
@@ -100,3 +102,21 @@ def graphs_of_both_forms(config):
 def test_an_engine_that_is_let_go_drops_its_graphs(ranks):
     config = small_config(slope={"dense_tail": 0.5}, steps=8)
     assert ranks.run(graphs_of_both_forms, config, world=1)[0] == [(["training"], [None, None], "")] * 2
+
+
+def outliving(config):
+    """What is said of an engine that has trained two steps and is let go."""
+    from slope_megatron.training.teardown import Remains
+
+    engine = build_engine(config, torch.bfloat16)
+    go_on(engine, 2)
+    remains = Remains(engine)
+    del engine
+    return remains.alive()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_outlives_an_engine(ranks, stage):
+    config = small_config(slope={"dense_tail": 0.5})
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, zero_stage=stage))
+    assert ranks.run(outliving, config, world=2) == ["", ""]
