@@ -22,6 +22,7 @@ class Baseline(NamedTuple):
         decay: the setting with lambda of the decay of pruned weights; empty: there is none.
         attention: the setting without which the MLP alone is pruned, as published; empty: there is none.
         only_24: why it knows no other pattern than 2:4; empty: it does.
+        swaps: whether pruned places are not trained, and now and then take the places of kept ones (`sparsity.swaps`).
         soft: whether b S(W), the scaled soft threshold (`sparsity.soft_threshold`), is multiplied instead of S W.
     """
 
@@ -33,6 +34,7 @@ class Baseline(NamedTuple):
     attention: str = ""
     only_24: str = ""
     soft: bool = False
+    swaps: bool = False
 
 
 BASELINES = {
@@ -45,6 +47,7 @@ BASELINES = {
         attention="fst_attention",
         only_24="its masks are transposable 2:4",
     ),
+    "rigl": Baseline("RigL in groups of M", "magnitude", "exact", interval="swap_interval", swaps=True),
     "sste": Baseline(
         *("S-STE", "magnitude", "estimate"),
         attention="sste_attention",

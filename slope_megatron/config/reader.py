@@ -53,6 +53,13 @@ class Config:
             raise ValueError(
                 "--slope-mup with --optimizer lamb: its trust ratios undo what a density does to the updates; use adamw"
             )
+        layout = (self.parallel.tensor_parallel, self.parallel.pipeline_parallel, self.parallel.zero_stage)
+        own_rank = layout == (1, 1, 1) and self.parallel.offload_optimizer == "none"
+        if self.slope.enabled and self.slope.baseline and self.slope.baseline.swaps and not own_rank:
+            raise ValueError(
+                f"--slope-method {self.slope.method} is a simulation on one rank: leave --tensor-parallel, "
+                "--pipeline-parallel, --zero-stage and --offload-optimizer at their defaults"
+            )
         if self.slope.packed and self.slope.pattern == "wanda" and not self.train.init_from:
             raise ValueError(
                 "--slope-pattern wanda prunes a trained model: give --init-from DENSE, or take random or magnitude"

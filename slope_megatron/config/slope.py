@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from slope_megatron.config.dense_phases import PART, check_dense_phases
-from slope_megatron.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, Rule, check_fields, option
+from slope_megatron.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Rule, check_fields, option
 from slope_megatron.config.methods import BASELINES, Baseline, check_method
 
 # Libraries of 2:4 kernels: each is the module `slope_megatron.ops.operands.NAME`.
@@ -86,7 +86,8 @@ class SlopeConfig:
         "slope",
         "slope: packed 2:4 weights; or a baseline in the same trainer, on dense weights: srste (SR-STE: dynamic masks, "
         "exact gradients), extended-srste (the same with pruned, biased gradients), fst (transposable masks, MLP "
-        "only), sste (soft threshold, MLP only), dense (the same as --no-slope)",
+        "only), sste (soft threshold, MLP only), rigl (a simulation of dynamic patterns, on one rank), dense (the same "
+        "as --no-slope)",
         choices=("slope", "dense", *BASELINES),
     )
     backward_mask_interval: int = option(
@@ -139,6 +140,16 @@ class SlopeConfig:
         None, "share of the steps, at the end, that train dense weights; unset: fst's, else none", must=PART
     )
     fst_attention: bool = option(False, "fst: prune the attention's linears too; as published, the MLP's alone")
+    swap_interval: int = option(50, "rigl: optimizer steps between two swaps of kept and pruned places", must=COUNT)
+    swap_share: float = option(
+        0.3, "rigl: share of the groups that swap at first; it falls as a cosine until 3/4 of the steps", must=SHARE
+    )
+    swap_rule: str = option(
+        "gradient",
+        "rigl: which groups swap, and what grows there: gradient (the largest pruned ones), magnitude (where the "
+        "smallest weights are; grown by gradient), random",
+        choices=("gradient", "magnitude", "random"),
+    )
     sste_attention: bool = option(False, "sste: prune the attention's linears too; as published, the MLP's alone")
     backend: str = option("auto", "kernels of the sparse products", choices=BACKENDS)
     fp8: str = option(

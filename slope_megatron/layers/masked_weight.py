@@ -11,6 +11,7 @@ N out, K in (this rank's shard), T tokens.
     extended-   X (S W)^T      P(dY) S W        P(dY)^T X           the same
     srste
     fst         X (S W)^T      dY S W           MVUE(dY)^T X        transposable 2:4, state, searched now and then
+    rigl        X (S W)^T      dY S W           dY^T X, S's places  state, places swap now and then
     sste        X (b S(W))^T   dY b S(W)        MVUE(dY)^T X        of S(W), its soft threshold: as srste's
     (tail)      X W^T          dY W             dY^T X              all ones: FST's last steps
 
@@ -122,8 +123,12 @@ class MaskedWeight(PrunedLinear):
     @torch.no_grad()
     def update_mask(self) -> None:
         """Choose S for the present weight, and bring the operands up to both."""
-        weight = self.weight.detach()
-        self.weight_mask.copy_(CHOOSE[self.baseline.mask](weight, self.slope.n, self.slope.m))
+        self.write_mask(CHOOSE[self.baseline.mask](self.weight.detach(), self.slope.n, self.slope.m))
+
+    @torch.no_grad()
+    def write_mask(self, bits: torch.Tensor) -> None:
+        """S is this bitmask uint8 `[N, K/8]` from here on."""
+        self.weight_mask.copy_(bits)
         # Whoever has a mask chosen for the weight says that the weight is there.
         self.mark_present("weight", "weight_mask")
         kept = self._kept

@@ -56,8 +56,8 @@ def average_parameters(config: Config, vocabulary: int) -> float:
 
 def sparse_share(config: Config) -> float:
     """The share of the steps that multiply pruned weights; 1 for a dense run, which has no other steps."""
-    slope = config.slope
-    return 1.0 - slope.fst_dense_tail if slope.enabled and slope.method == "fst" else 1.0
+    steps = config.train.steps
+    return len(config.slope.sparse_steps(steps)) / steps if config.slope.enabled else 1.0
 
 
 def body_counts(config: Config, vocabulary: int) -> Counts:

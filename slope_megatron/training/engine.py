@@ -21,6 +21,7 @@ from slope_megatron.training.forward import Forward
 from slope_megatron.training.objectives import counts
 from slope_megatron.training.optim import optimizer as optim
 from slope_megatron.training.parallel import MODEL_PARALLEL_UNIT, seed_step
+from slope_megatron.training.pattern_swaps import PatternSwaps
 from slope_megatron.training.schedule import Phases
 from slope_megatron.training.zero import accumulation, gradients, partitions
 from slope_megatron.training.zero.skipping import Skipping
@@ -104,6 +105,8 @@ class Engine:
         self.skipping = Skipping(self.optimizer, self.device, getattr(self.accumulation, "bf16", None))
         # The caller owns the boundary: one update a step, after all micro-batches.
         self.deepspeed.set_gradient_accumulation_boundary(True)
+        if config.slope.enabled and config.slope.baseline and config.slope.baseline.swaps:
+            self.observers.append(PatternSwaps(self))
         self.enter_phase()
 
     @property

@@ -34,7 +34,10 @@ class Phases:
         return step < int((1.0 - slope.fst_dense_tail) * self.config.train.steps + 1e-9)
 
     def new_mask(self, steps_done: int) -> bool:
-        """Whether a baseline chooses its masks anew once `steps_done` steps are done."""
+        """Whether a baseline chooses its masks anew once `steps_done` steps are done; swaps are no choice."""
+        baseline = self.config.slope.baseline
+        if baseline and baseline.swaps:
+            return False
         return self.masking(steps_done) and steps_done % self.config.slope.mask_interval == 0
 
     def learning_rate(self, step: int, group: str) -> float:

@@ -51,6 +51,9 @@ def test_the_average_counts_what_is_multiplied():
     adapters = 8 * (6 * widths - (4 * 320))
     found = controls.average_parameters(with_slope(adapter_rank=8, lazy_fraction=0.25), VOCABULARY)
     assert found == pytest.approx(static + 0.25 * adapters)
+    # All weights in a dense start and a dense tail.
+    found = controls.average_parameters(with_slope(dense_start=0.1, dense_tail=0.2), VOCABULARY)
+    assert found == pytest.approx(0.7 * static + 0.3 * (6 * block + norms))
     # FST: the MLP alone; dense in the last quarter.
     mlp = 6 * 3 * 320 * 960
     fst = controls.average_parameters(with_slope(method="fst", fst_dense_tail=0.25), VOCABULARY)
