@@ -221,13 +221,17 @@ def prepare_once(study, data: Path, clock) -> None:
 
 def conclude(arguments: argparse.Namespace, work, clock) -> int:
     """What is done, what failed and what is left, in words; the exit code."""
+    from slope_megatron.study.report import warnings_of
+
     left = work.todo()
     clock.say(f"{len(work.plan()) - len(left)} rows in {work.rows.path}, {len(left)} runs without one")
+    for warning in warnings_of(work.plan(), work.rows):
+        clock.say(warning)
     for reason in work.failed.values():
         clock.say(f"no row: {reason}")
     if work.failed:
         return FAILED
     waiting = [run.name for run in left if run.lr is None]
     if left and len(waiting) == len(left):
-        clock.say(f"these wait for rows of their sweep: {', '.join(waiting)}")
+        clock.say(f"these wait for the learning rate that a sweep tells: {', '.join(waiting)}")
     return UNFINISHED if left else 0

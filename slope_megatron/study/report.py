@@ -21,7 +21,7 @@ def write_report(study: Study, runs: Sequence[Run], rows: Rows, out: Path) -> Pa
     Raises:
         ValueError: there is no row of these runs.
     """
-    pairs = [(run, row) for run in runs if run.lr is not None and (row := rows.find(run.key))]
+    pairs = pairs_of(runs, rows)
     if not pairs:
         raise ValueError(f"{rows.path} has no row of these runs: train some first")
     out.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,22 @@ def write_report(study: Study, runs: Sequence[Run], rows: Rows, out: Path) -> Pa
     path = out / "report.md"
     whole.write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+def pairs_of(runs: Sequence[Run], rows: Rows) -> list[Pair]:
+    """The runs that have a row, with it."""
+    return [(run, row) for run in runs if run.lr is not None and (row := rows.find(run.key))]
+
+
+def warnings_of(runs: Sequence[Run], rows: Rows) -> list[str]:
+    """Of sweeps that are complete and do not tell an optimum."""
+    left = {(run.group, run.size, run.method) for run in runs if run.lr is None or rows.find(run.key) is None}
+    found = figures.cells(pairs_of(runs, rows))
+    return [
+        f"{cell.group}: {cell.size} {cell.method}: {warning}"
+        for cell in found
+        if (cell.group, cell.size, cell.method) not in left and (warning := warning_of(cell))
+    ]
 
 
 def progress(runs: Sequence[Run], pairs: Sequence[Pair]) -> str:
@@ -79,7 +95,7 @@ def shown_loss(cell: Cell, lr: float) -> str:
 
 def warning_of(cell: Cell) -> str:
     if cell.best_lr is None:
-        return "all diverged: lower rates are wanted"
+        return "all diverged: add lower rates"
     if cell.optimum_at_edge:
         return f"optimum at the {'low' if cell.best_lr == min(cell.losses) else 'high'} edge: widen the sweep"
     return ""

@@ -8,7 +8,7 @@ from study.test_runs import finish, planned, sweep
 
 from slope_megatron.study import figures
 from slope_megatron.study.charts import styles_of
-from slope_megatron.study.report import speedups_of, write_report
+from slope_megatron.study.report import speedups_of, warnings_of, write_report
 from slope_megatron.study.rows import Rows
 
 
@@ -67,6 +67,14 @@ def test_ladders_go_over_sizes(finished):
     for flops, loss in dense.points:
         assert dense.line(1.2).at(flops / 1.2) == pytest.approx(loss)
         assert dense.parameters_at(flops) in (pytest.approx(number) for number in dense.parameters)
+
+
+def test_complete_sweeps_without_an_optimum_are_named(finished):
+    _, runs, rows = finished
+    warning = "sweep: s static: optimum at the high edge: widen the sweep"
+    assert warnings_of(runs, rows) == [warning]
+    part = Rows(rows.path, [row for row in rows.rows if row.lr != 1e-3])
+    assert warnings_of(runs, part) == []
 
 
 def test_the_report(finished, tmp_path):

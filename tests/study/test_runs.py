@@ -77,11 +77,11 @@ def test_factors_of_the_best_rate_check_the_rule(study_of, no_rows):
     ]
 
 
-def test_a_sweep_that_diverged_altogether_is_refused(study_of, no_rows):
+def test_a_sweep_that_diverged_altogether_tells_nothing(study_of, no_rows):
     study = study_of()
     sweep(study, no_rows, {"dense": [4.0, 3.0, 5.0], "static": [None, None, None]})
-    with pytest.raises(ValueError, match="group sweep has no loss for static: all its runs diverged"):
-        planned(study, no_rows)
+    rates = {run.method: run.lr for run in planned(study, no_rows) if run.group == "ladder" and run.size == "s"}
+    assert rates == {"dense": 2e-3, "narrow": 2e-3, "static": None, "adapted": None}
 
 
 def test_equal_settings_in_two_groups_are_one_run(study_of, no_rows):
