@@ -79,13 +79,49 @@ def block() -> str:
     return table(["", *MODELS], body)
 
 
-def modes() -> str:
-    """README's: one row a mode, training, two models."""
-    found, body = rows("block"), []
-    for label, mode, part in BLOCK_ROWS[:3]:
-        ratios = (rounded(ratio_of(found, model, mode, part), 2) for model in ("llama-3-8b", "opt-66b"))
-        body.append([label.removeprefix("training, "), *ratios])
-    return table(["training a block, times dense bf16", "LLaMA-3-8B", "OPT-66B"], body)
+# File of `slope bench model` -> what it is called.
+WHOLE = {
+    "models/llama-3-8b": "LLaMA-3-8B",
+    "models/llama-3-8b-16-layers": "LLaMA-3-8B, 16 of its 32 blocks",
+    "models/opt-2.6b": "OPT-2.6B",
+    "models/opt-66b-tp8": "OPT-66B, one rank's share at TP 8",
+}
+WHOLE_MODES = {"dense": "dense", "paper": "`paper`", "full": "`full`", "fp8": "2:4 e4m3"}
+
+
+def thousands(found: list[dict[str, str]]) -> str:
+    """Tokens/s of a mode's visits, in thousands."""
+    speeds = [Decimal(row["tokens_per_second"]) for row in found]
+    return f"{rounded(str(sum(speeds) / len(speeds) / 1000), 1)}k"
+
+
+def whole() -> str:
+    """Steps of whole models: tokens/s, times dense, peak memory."""
+    body = []
+    for name, label in WHOLE.items():
+        line = [label]
+        for mode in WHOLE_MODES:
+            own = [row for row in rows(name) if row["mode"] == mode]
+            if not own:
+                line.append("does not fit" if mode == "dense" else "not run")
+                continue
+            gain = f", {rounded(own[0]['ratio'], 2)} x" if mode != "dense" and own[0]["ratio"] else ""
+            line.append(f"{thousands(own)}{gain} ({rounded(own[0]['peak_gib'], 0)} GiB)")
+        body.append(line)
+    return table(["tokens/s, times dense, peak memory", *WHOLE_MODES.values()], body)
+
+
+def busy() -> str:
+    """The share of a step in which the GPU works, and the planner's memory: least and most over all modes."""
+    body = []
+    for name, label in WHOLE.items():
+        found = rows(name)
+        shares = sorted(Decimal(row["busy_share"]) for row in found)
+        planned = sorted(Decimal(row["planned_gib"]) / Decimal(row["peak_gib"]) for row in found)
+        spread = max(Decimal(row["spread"]) for row in found) * 100
+        cells = [f"{rounded(str(low), 3)} to {rounded(str(high), 3)}" for low, *_, high in (shares, planned)]
+        body.append([label, *cells, f"{rounded(str(spread), 1)} %"])
+    return table(["", "GPU busy", "planned / peak memory", "largest spread of a visit's steps"], body)
 
 
 def peers() -> str:
@@ -167,8 +203,9 @@ def replicas() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "whole": whole,
+    "busy": busy,
     "block": block,
-    "modes": modes,
     "peers": peers,
     "memory": memory,
     "adapters": adapters,
