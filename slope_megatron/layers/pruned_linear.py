@@ -18,16 +18,13 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
-from slope_megatron.layers.kept_operands import KeptOperands
+from slope_megatron.layers.kept_operands import KeptOperands, lent
 from slope_megatron.layers.random_streams import RowStreams
+from slope_megatron.layers.sharded import sharded_tensors
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import Following, MvueRng, Products
 from slope_megatron.ops.operands.bias import bias_gradient
 from slope_megatron.sparsity.tokens import sample_by_sample
-
-# By the axis along which tensor parallelism cuts the weight and its patterns: what is cut with them, along that axis.
-# The rest is replicated.
-CUT_WITH_WEIGHT = {0: ("bias", "adapter_r"), 1: ("adapter_l",)}
 
 
 class PrunedLinear(torch.nn.Module):
@@ -131,26 +128,8 @@ class PrunedLinear(torch.nn.Module):
         return {**self.__dict__, "_kept": None}
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """For Megatron's checkpoints: each tensor with the axis along which it is cut (`CUT_WITH_WEIGHT`)."""
-        # Megatron-DeepSpeed's core of 2023, under which this module is imported too, has neither.
-        from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-        axes = dict.fromkeys(("weight", *self.PATTERNS, *CUT_WITH_WEIGHT[self.partition_dim]), self.partition_dim)
-        sharded = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            axes,
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        if self.gated:
-            # Megatron's MLP splits weight and bias; these are ours.
-            for name in (*self.PATTERNS, "adapter_r"):
-                if tensor := sharded.get(f"{prefix}{name}"):
-                    sharded[f"{prefix}{name}"] = apply_swiglu_sharded_factory(tensor, sharded_offsets)
-        return sharded
+        """For Megatron's checkpoints: each tensor with the axis along which it is cut."""
+        return sharded_tensors(self, prefix, sharded_offsets, metadata)
 
     # -- operands -----------------------------------------------------------------------------------------------------
 
@@ -194,10 +173,25 @@ class PrunedLinear(torch.nn.Module):
 
     def refresh(self) -> None:
         """Bring operands, if there are any, up to the present values: after a change that nobody counts."""
-        if self._kept is None or not self._kept.fits(self.weight):
-            self.drop_operands()
-        else:
+        if self.can_follow:
+            assert self._kept is not None
             self._kept.refresh(self.weight)
+        else:
+            self.drop_operands()
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether there are operands that take the present values as they are."""
+        return self._kept is not None and self._kept.fits(self.weight)
+
+    def follow_values(self) -> None:
+        """The device's part of `refresh`, where operands can follow; then `mark_followed` is the host's."""
+        assert self._kept is not None
+        self._kept.operands.refresh(lent(self.weight))
+
+    def mark_followed(self) -> None:
+        assert self._kept is not None
+        self._kept.mark_fresh(self.weight)
 
     @property
     def has_operands(self) -> bool:

@@ -22,6 +22,7 @@ from slope_megatron.training.objectives import counts
 from slope_megatron.training.optim import optimizer as optim
 from slope_megatron.training.parallel import MODEL_PARALLEL_UNIT, seed_step
 from slope_megatron.training.pattern_swaps import PatternSwaps
+from slope_megatron.training.refresh import Refresh
 from slope_megatron.training.schedule import Phases
 from slope_megatron.training.zero import accumulation, gradients, partitions
 from slope_megatron.training.zero.skipping import Skipping
@@ -101,6 +102,7 @@ class Engine:
             pruned.watches_values = False
         for module in sparse_modules(self.model):
             module.keep_operands = config.parallel.zero_stage < 3 or config.parallel.zero3_resident_operands
+        self.refresh = Refresh(self.model, self.phases, self.graphs)
         self.accumulation = self.build_accumulation()
         self.skipping = Skipping(self.optimizer, self.device, getattr(self.accumulation, "bf16", None))
         # The caller owns the boundary: one update a step, after all micro-batches.
@@ -165,7 +167,7 @@ class Engine:
             gradients.clear_kept(self.optimizer)
         self.skipped_steps += skipped
         self.steps_done = step + 1
-        self.refresh()
+        self.refresh(self.steps_done)
         return StepResult(
             loss=mean_loss,
             grad_norm=float(self.deepspeed.get_global_grad_norm() or 0.0),
@@ -225,23 +227,6 @@ class Engine:
     def validation_sums(self, batch: dict) -> torch.Tensor:
         """The same of a batch on the device: `[loss, tokens]`."""
         return self.summed_loss(batch, self.forward.output(self.model, batch))[1]["sums"]
-
-    def refresh(self) -> None:
-        """After the weights' gather: operands follow the values, and patterns and masks when their step has come."""
-        choose = self.phases.new_column_pattern(self.steps_done)
-        for module in sparse_modules(self.model):
-            if not choose and not module.has_operands:
-                continue
-            with partitions.gathered(module.weight):
-                if choose:
-                    module.update_column_pattern()
-                else:
-                    module.refresh()
-        for masked in masked_modules(self.model):
-            if self.phases.new_mask(self.steps_done):
-                masked.update_mask()
-            else:
-                masked.refresh()
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

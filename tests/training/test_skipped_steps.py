@@ -89,7 +89,7 @@ def passed_by(engine, scale_falls):
     """The step counts, and nothing else happens but what the schedule says of it."""
     engine.enter_phase()
     engine.steps_done += 1
-    engine.refresh()
+    engine.refresh(engine.steps_done)
     if scale_falls:
         engine.optimizer.loss_scaler.update_scale(True)
 
