@@ -69,6 +69,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return functional.rms_norm(x, weight.shape, weight, eps)
 
 
+@fused
+def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x *= factor `[1]`, of another type perhaps, for which torch's own kernel takes five times as long as the bytes."""
+    return x.mul_(factor)
+
+
 class FusedLayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm through `layer_norm`."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from slope_megatron.layers.fused import scale_
 from slope_megatron.ops.custom_ops.cross_entropy import label_statistics, logit_gradient_
 
 
@@ -76,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of a loss in chunks are used up by its first backward")
         scale = common_factor(gradients[0], ctx.mask)
-        found = [None if part is None else part.mul_(scale) for part in ctx.gradients]
+        found = [None if part is None else scale_(part, scale) for part in ctx.gradients]
         ctx.gradients = None
         return *found, None, None, None, None
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from slope_megatron.layers.activation import activate
-from slope_megatron.layers.fused import layer_norm, rms_norm
+from slope_megatron.layers.fused import layer_norm, rms_norm, scale_
 from slope_megatron.layers.token_losses import token_losses
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -84,6 +84,24 @@ def test_token_losses(device):
         return token_losses(logits, labels)
 
     compare(device, ours, plain, [(TOKENS, VOCABULARY)], (TOKENS,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(TOKENS, WIDTH), (VOCABULARY,), (3, 1001)])
+def test_a_scale_in_place(shape, dtype, device):
+    """In fp32, then one rounding: to the bit."""
+    x, factor = torch.randn(shape, device=device).to(dtype), torch.full((1,), 0.3, device=device)
+    expected = (x.float() * factor).to(dtype)
+    scale_(x, factor)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.gpu
+def test_a_scale_past_2_to_31():
+    x = torch.ones(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
+    scale_(x, torch.full((1,), 0.5, device="cuda"))
+    assert (x[-4096:] == 0.5).all() and (x[:4096] == 0.5).all() and x.max() == 0.5
 
 
 @pytest.mark.gpu
