@@ -1,5 +1,6 @@
 """The studies that come with the package: all of their runs are ones that `slope pretrain` takes."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from slope_megatron.study import controls, runs
 from slope_megatron.study.settings import BestOf, read_study
 
-FOLDER = Path(__file__).resolve().parents[2] / "launch" / "study"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "launch" / "study"
 STUDIES = sorted(FOLDER.glob("*.yaml"))
 VOCABULARY = 16384
 
@@ -49,6 +51,14 @@ def test_every_method_that_has_its_own_rate_is_swept(accuracy):
 def test_the_text_lasts_for_four_epochs(planned):
     """Of 75 million tokens; the largest size, for which budget may be left, excepted."""
     assert max(run.tokens for run in planned if run.group != "larger") <= 4.1 * 75e6
+
+
+def test_speedups_are_those_that_were_measured(accuracy):
+    modes = {"static": "paper", "full": "full", "e4m3": "fp8"}
+    for model, file in {"opt-2.6b": "opt-2.6b", "llama-3-8b": "llama-3-8b-16-layers"}.items():
+        lines = (ROOT / "kernels" / "results" / "models" / f"{file}.csv").read_text().splitlines()
+        ratios = {row["mode"]: float(row["ratio"]) for row in csv.DictReader(lines[1:])}
+        assert accuracy.speedups[model] == {method: ratios[mode] for method, mode in modes.items()}
 
 
 def test_controls_cost_what_they_are_called_after(accuracy, planned):
