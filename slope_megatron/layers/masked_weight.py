@@ -13,7 +13,6 @@ N out, K in (this rank's shard), T tokens.
     fst         X (S W)^T      dY S W           MVUE(dY)^T X        transposable 2:4, state, searched now and then
     rigl        X (S W)^T      dY S W           dY^T X, S's places  state, places swap now and then
     sste        X (b S(W))^T   dY b S(W)        MVUE(dY)^T X        of S(W), its soft threshold: as srste's
-    (tail)      X W^T          dY W             dY^T X              all ones: FST's last steps
 
 P keeps the n largest of every m tokens of dY. Every weight gets a gradient (straight through the mask), and before the
 optimizer lambda (1 - S) W is added to it (`training.baselines`; not in S-STE). What differs is in the rows of
@@ -45,29 +44,22 @@ CHOOSE = {
 
 
 class MaskedOperands:
-    """S W or b S(W) as a matrix of its own, or W itself where nothing is masked, for all products.
+    """S W or b S(W) as a matrix of its own, for all products.
 
     Args:
-        mask_bits: S, a bitmask uint8 `[N, K/8]`; kept and not copied. None: the dense tail.
+        mask_bits: S, a bitmask uint8 `[N, K/8]`; kept and not copied.
         scale: S-STE's b, fp32 `[1]`; kept and not copied. None: S W.
     """
 
-    def __init__(self, weight_NK: torch.Tensor, mask_bits: torch.Tensor | None, scale: torch.Tensor | None = None):
+    def __init__(self, weight_NK: torch.Tensor, mask_bits: torch.Tensor, scale: torch.Tensor | None = None):
         self.mask_bits, self.scale = mask_bits, scale
-        self.weight_NK = weight_NK if mask_bits is None else torch.empty_like(weight_NK)
+        self.weight_NK = torch.empty_like(weight_NK)
         self.refresh(weight_NK)
 
     @torch.no_grad()
     def refresh(self, weight_NK: torch.Tensor) -> None:
         """New values, the same mask."""
-        self.rebind(weight_NK)
-        if self.mask_bits is not None:
-            mask_into(self.weight_NK, weight_NK, self.mask_bits, self.scale)
-
-    def rebind(self, weight_NK: torch.Tensor) -> None:
-        """The parameter is here now: for products that read it."""
-        if self.mask_bits is None:
-            self.weight_NK = weight_NK
+        mask_into(self.weight_NK, weight_NK, self.mask_bits, self.scale)
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         return x_TK @ self.weight_NK.t()
@@ -102,7 +94,6 @@ class MaskedWeight(PrunedLinear):
         scale = torch.full((1,), torch.nan, device=self.weight.device) if self.baseline.soft else None
         self.register_buffer("weight_scale", scale)
         self.init_adapters(slope, columns, partition_dim, stride)
-        self.masking = True
 
     def mask(self) -> torch.Tensor:
         """S as bool `[N, K]`."""
@@ -138,26 +129,16 @@ class MaskedWeight(PrunedLinear):
         kept.refresh(self.weight)
         kept.mark_last_pattern(self.weight_mask)
 
-    def set_masking(self, masking: bool) -> None:
-        """Whether the weight is pruned from here on; S is all ones where it is not."""
-        if masking == self.masking:
-            return
-        if not masking:
-            self.weight_mask.fill_(255)
-            self.mark_present("weight_mask")
-        self.masking = masking
-        self.drop_operands()
-
     def dense_weight(self) -> torch.Tensor:
-        """What is multiplied, `[N, K]`: S W or b S(W); W itself in the dense tail."""
+        """What is multiplied, `[N, K]`: S W or b S(W)."""
         return self.build_operands(self.weight).weight_NK
 
     def build_operands(self, weight: torch.Tensor) -> MaskedOperands:
         self.check_initialized()
-        return MaskedOperands(weight.detach(), self.weight_mask if self.masking else None, self.weight_scale)
+        return MaskedOperands(weight.detach(), self.weight_mask, self.weight_scale)
 
     def gradient_pruning(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        if not self.masking or self.baseline.gradient != "largest":
+        if self.baseline.gradient != "largest":
             return None
         n, m = self.slope.n, self.slope.m
         if self.slope.token_groups == "sequence":
@@ -165,4 +146,4 @@ class MaskedWeight(PrunedLinear):
         return lambda dy: largest_along_tokens(dy.flatten(0, -2), n, m)
 
     def gradient_rng(self) -> MvueRng | None:
-        return self.current_rng() if self.masking and self.baseline.gradient == "estimate" else None
+        return self.current_rng() if self.baseline.gradient == "estimate" else None

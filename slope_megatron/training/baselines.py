@@ -36,7 +36,7 @@ def add_decay(model: torch.nn.Module, optimizer, sparse_group: str) -> None:
 def decay_partition(module: MaskedWeight, partition: torch.Tensor) -> None:
     """The decay of one weight, for the part of it that lies in this rank's flat fp32 partition."""
     mapping = partitions.mapping_of(module.weight)
-    if mapping is None or partition.grad is None or not module.masking:
+    if mapping is None or partition.grad is None:
         return
     part, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
     weight = partition.narrow(0, flat.start, flat.numel)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # Steps in a row that do not settle, after which the log says so.
 RESTLESS = 16
 # Attributes of modules that say what is computed.
-SWITCHES = ("training", "adapters_active", "masking")
+SWITCHES = ("training", "adapters_active")
 PLAIN = (bool, int, float, str, type(None), enum.Enum, torch.dtype, torch.device)
 
 

@@ -185,8 +185,6 @@ class Engine:
             seed_step(self.config, step)
         for module in pruned_modules(self.model):
             module.adapters_active = self.phases.adapters_on(step)
-        for masked in masked_modules(self.model):
-            masked.set_masking(self.phases.masking(step))
         self.rng_state.step = step
         if self.phases.adapters_join(step):
             partitions.reset_state(self.optimizer, optim.ADAPTERS)

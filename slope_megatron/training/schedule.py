@@ -26,19 +26,12 @@ class Phases:
         interval = self.config.slope.backward_mask_interval
         return self.config.slope.enabled and interval > 0 and steps_done % interval == 0
 
-    def masking(self, step: int) -> bool:
-        """Whether a baseline prunes in step `step`: FST's last steps are dense."""
-        slope = self.config.slope
-        if slope.method != "fst" or not slope.fst_dense_tail:
-            return True
-        return step < int((1.0 - slope.fst_dense_tail) * self.config.train.steps + 1e-9)
-
     def new_mask(self, steps_done: int) -> bool:
         """Whether a baseline chooses its masks anew once `steps_done` steps are done; swaps are no choice."""
         baseline = self.config.slope.baseline
         if baseline and baseline.swaps:
             return False
-        return self.masking(steps_done) and steps_done % self.config.slope.mask_interval == 0
+        return steps_done % self.config.slope.mask_interval == 0
 
     def learning_rate(self, step: int, group: str) -> float:
         """The learning rate of one parameter group in step `step`."""

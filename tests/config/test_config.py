@@ -270,3 +270,23 @@ def test_every_field_is_a_flag_with_a_manual_line():
         assert flag in manual
     described = [action for action in parser._actions if action.option_strings and action.help]
     assert len(described) == len([action for action in parser._actions if action.option_strings])
+
+
+@pytest.mark.parametrize(
+    ("slope", "sparse", "switches"),
+    [
+        ({}, range(12), []),
+        ({"dense_start": 0.25, "dense_tail": 0.25}, range(3, 9), [3, 9]),
+        ({"method": "srste", "dense_tail": 0.1}, range(10), [10]),
+        # FST's published tail, where no other is asked for.
+        ({"method": "fst"}, range(10), [10]),
+        ({"method": "fst", "dense_tail": 0.5}, range(6), [6]),
+        ({"method": "fst", "dense_tail": 0.0}, range(12), []),
+        ({"enabled": False, "dense_tail": 0.5}, range(6), []),
+    ],
+)
+def test_sparse_steps_lie_between_the_dense_ones(slope, sparse, switches):
+    config = Config(slope=SlopeConfig(**slope), train=TrainConfig(steps=12))
+    assert config.slope.sparse_steps(12) == sparse and config.switches == switches
+    forms = [config.form_at(step).slope.enabled for step in range(12)]
+    assert forms == [config.slope.enabled and step in sparse for step in range(12)]

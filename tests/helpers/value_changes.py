@@ -185,13 +185,6 @@ def new_masks(subject: Subject):
         put(layer, "weight_mask", bits, in_place=seed == 5)
         yield from subject.evaluate()
         yield from subject.train()
-    layer.set_masking(False)
-    for _ in range(2):
-        yield from subject.train()
-        layer.weight.data.mul_(-2.0)
-        yield from subject.evaluate()
-        layer.weight = torch.nn.Parameter(3.0 * layer.weight.detach())
-        yield from subject.evaluate()
 
 
 def write_between(name: str):

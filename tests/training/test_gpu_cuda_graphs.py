@@ -17,7 +17,7 @@ CASES = {
     "dense": {"slope": {"enabled": False}},
     "extended-srste": {"slope": {"method": "extended-srste"}},
     "sste": {"slope": {"method": "sste"}},
-    "fst": {"slope": {"method": "fst", "fst_mask_interval": 3, "fst_dense_tail": 0.4}},
+    "fst": {"slope": {"method": "fst", "fst_mask_interval": 3, "fst_dense_tail": 0.0}},
     "recomputed": {"slope": SLOPE, "recompute": "full"},
     "gated": {"slope": SLOPE, "gated": True},
     "bert": {"slope": SLOPE, "bert": True},

@@ -69,7 +69,7 @@ def local_bytes(engine: Engine) -> dict[str, dict[str, int]]:
                 add("operands", sum(tensor.nbytes for tensor in tensors_of(module.operands(), shared)), True)
     for masked in masked_modules(engine.model):
         add("patterns", sum(buffer.nbytes for buffer in masked.pattern_buffers()), True)
-        # Outside the dense tail, the masked copy.
+        # The masked copy.
         shared = (masked.weight, *masked.buffers())
         add("operands", sum(tensor.nbytes for tensor in tensors_of(masked.operands(), shared)), True)
     for partition in partitions.of(engine.optimizer):
