@@ -22,14 +22,15 @@ class DenseFloat8Function(torch.autograd.Function):
         ctx.save_for_backward(x_TK)
         ctx.rounded = rounded
         q_TK, _, scale = quantize(x_TK, True, False)
-        return dense_mm(q_TK, w_NK, scale, w_scale, bias_N, x_TK.dtype)
+        # Rounding pads tokens to a multiple of 16.
+        return dense_mm(q_TK, w_NK, scale, w_scale, bias_N, x_TK.dtype)[: x_TK.shape[0]]
 
     @staticmethod
     def backward(ctx, dy_TN):
         (x_TK,) = ctx.saved_tensors
         _, w_KN, w_scale = ctx.rounded
         q_TN, q_NT, dy_scale = quantize(dy_TN, True, True)
-        dx_TK = dense_mm(q_TN, w_KN, dy_scale, w_scale, None, dy_TN.dtype)
+        dx_TK = dense_mm(q_TN, w_KN, dy_scale, w_scale, None, dy_TN.dtype)[: x_TK.shape[0]]
         _, q_KT, x_scale = quantize(x_TK, False, True)
         dw_NK = dense_mm(q_NT, q_KT, dy_scale, x_scale, None, dy_TN.dtype)
         return dx_TK, dw_NK, None, None

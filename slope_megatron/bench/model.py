@@ -40,9 +40,12 @@ SLOPE: dict[str, dict] = {
 def config_of(slope: SlopeConfig, work: ModelWork) -> Config:
     """What `slope pretrain` would be told; all else is its default.
 
+    A lone rank of several is captured where its group would not be unasked: it has no collectives.
+
     Raises:
         ValueError: what it refuses.
     """
+    alone = work.shard_of > 1 and work.cuda_graphs == "auto" and torch.cuda.is_available()
     return Config(
         slope=slope,
         model=work.model,
@@ -54,7 +57,7 @@ def config_of(slope: SlopeConfig, work: ModelWork) -> Config:
             global_batch_size=work.micro_batch * work.micro_batches,
         ),
         optimizer=OptimizerConfig(lr=1e-5, min_lr=1e-6),
-        train=TrainConfig(out="none", cuda_graphs=work.cuda_graphs),
+        train=TrainConfig(out="none", cuda_graphs="on" if alone else work.cuda_graphs),
     )
 
 

@@ -71,7 +71,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @fused
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x *= factor `[1]`, of another type perhaps, for which torch's own kernel takes five times as long as the bytes."""
+    """x *= factor `[1]`, of another type perhaps: torch's own kernel for that takes five times as long as the bytes."""
     return x.mul_(factor)
 
 

@@ -1,4 +1,4 @@
-"""A pruned linear's tensors as Megatron's distributed checkpoints want them: each with the axis along which it is cut."""
+"""A pruned linear's tensors for Megatron's distributed checkpoints: each with the axis along which it is cut."""
 
 # By the axis along which tensor parallelism cuts weight and patterns: what is cut with them. The rest is replicated.
 CUT_WITH_WEIGHT = {0: ("bias", "adapter_r"), 1: ("adapter_l",)}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.config import Config
-from slope_megatron.models.layer_spec import masked_modules, pruned_modules, sparse_modules
+from slope_megatron.models.layer_spec import pruned_modules, sparse_modules
 from slope_megatron.models.random_streams import attach_random_streams
 from slope_megatron.training import baselines, cuda_graphs
 from slope_megatron.training.forward import Forward

@@ -3,7 +3,7 @@
     accumulate   fp32 total += 16-bit gradient                    10 B moved an element
     adamw        clipping, both moments, decay, the master and the 16-bit weight in one pass
                  16 B read and 14 B written an element
-Oracle: the CPU kernels of `slope_megatron.ops.custom_ops.update`.
+Oracle: plain torch, in `slope_megatron.ops.update`.
 """
 
 import math
@@ -64,12 +64,23 @@ def _adamw_kernel(
     tl.store(weight + place, w.to(weight.dtype.element_ty), mask=mask)
 
 
+def _parts(elements: int) -> list[slice]:
+    """A whole multiple of 16 elements, whose loads and stores are wide; the rest, if there is any."""
+    whole = elements - elements % 16
+    return [part for part in (slice(0, whole), slice(whole, elements)) if part.stop > part.start]
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta else -math.inf
+
+
 def accumulate(total: torch.Tensor, gradient: torch.Tensor) -> None:
     """total += gradient; both contiguous, of one size."""
-    elements = total.numel()
-    if elements:
+    total, gradient = total.view(-1), gradient.view(-1)
+    for part in _parts(total.numel()):
+        elements = part.stop - part.start
         grid = (triton.cdiv(elements, ACCUMULATED),)
-        _accumulate_kernel[grid](total, gradient, elements, BLOCK=ACCUMULATED, num_warps=4)
+        _accumulate_kernel[grid](total[part], gradient[part], elements, BLOCK=ACCUMULATED, num_warps=4)
 
 
 def adamw(
@@ -88,23 +99,10 @@ def adamw(
     beta2: float,
 ) -> None:
     """All but `step`, one number, flat and of one size; all fp32 but `weight`."""
-    elements = master.numel()
-    if elements == 0:
-        return
-    _adamw_kernel[(triton.cdiv(elements, UPDATED),)](
-        master,
-        mean,
-        square,
-        weight,
-        gradient,
-        step,
-        elements,
-        coefficient,
-        lr,
-        decay,
-        eps,
-        *(beta1, 1.0 - beta1, math.log2(beta1)),
-        *(beta2, 1.0 - beta2, math.log2(beta2)),
-        BLOCK=UPDATED,
-        num_warps=4,
-    )
+    first, second = (beta1, 1.0 - beta1, _log2(beta1)), (beta2, 1.0 - beta2, _log2(beta2))
+    for part in _parts(master.numel()):
+        tensors = (tensor[part] for tensor in (master, mean, square, weight, gradient))
+        elements = part.stop - part.start
+        grid = (triton.cdiv(elements, UPDATED),)
+        settings = (coefficient, lr, decay, eps, *first, *second)
+        _adamw_kernel[grid](*tensors, step, elements, *settings, BLOCK=UPDATED, num_warps=4)

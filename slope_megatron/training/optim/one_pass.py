@@ -6,8 +6,7 @@ moved where 30 do. State is torch's own, `step`, `exp_avg` and `exp_avg_sq` in f
 
 import torch
 
-from slope_megatron.layers.fused import can_compile
-from slope_megatron.ops.custom_ops.update import adamw_
+from slope_megatron.ops.update import adamw_, has_triton
 
 
 def applies(optimizer: torch.optim.Optimizer) -> bool:
@@ -17,7 +16,7 @@ def applies(optimizer: torch.optim.Optimizer) -> bool:
     """
     fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
     hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return fused and not hooked and can_compile()
+    return fused and not hooked and has_triton()
 
 
 def update(
@@ -41,5 +40,6 @@ def update(
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
         state["step"] += 1
         moments = state["exp_avg"], state["exp_avg_sq"]
-        settings = group["lr"], group["weight_decay"], group["eps"], *group["betas"]
-        adamw_(master, *moments, weight, gradient, state["step"], coefficient, *settings)
+        beta1, beta2 = group["betas"]
+        how = {"lr": group["lr"], "decay": group["weight_decay"], "eps": group["eps"], "beta1": beta1, "beta2": beta2}
+        adamw_(master, *moments, weight, gradient, state["step"], coefficient=coefficient, **how)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from slope_megatron.layers.marks import mark
-from slope_megatron.ops.custom_ops.update import accumulate_
+from slope_megatron.ops.update import accumulate_
 from slope_megatron.training.optim import one_pass
 from slope_megatron.training.parallel import is_counted_here
 from slope_megatron.training.zero import partitions
