@@ -66,10 +66,13 @@ class ReferenceOperands:
 
 
 class ForwardOnly:
-    """A dense matrix `[N, K]`, for inference."""
+    """A dense matrix `[N, K]`, for inference; a bias is added by the product's epilogue, as to a packed one."""
 
-    def __init__(self, weight_NK: torch.Tensor):
-        self.weight_NK = weight_NK
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None):
+        self.weight_NK, self.bias_N = weight_NK, bias_N
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return x_TK @ self.weight_NK.t()
+        return torch.nn.functional.linear(x_TK, self.weight_NK, self.bias_N)
+
+    def with_bias(self, bias_N: torch.Tensor) -> "ForwardOnly":
+        return ForwardOnly(self.weight_NK, bias_N)
