@@ -36,11 +36,14 @@ def with_graphs(config, asked: str, dropout: float = 0.0):
 
 def trained(config):
     """Of each step loss, norm and validation loss; the masters at the end, summed; and what was captured."""
+    from megatron.core import parallel_state
+
     engine = build_engine(config, torch.bfloat16)
+    at = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = []
     for step in range(STEPS):
-        result = engine.train_step(step_batches(config, step, 0, 1))
-        found.append((result.loss, result.grad_norm, engine.evaluate(step_batches(config, 90, 0, 1))))
+        result = engine.train_step(step_batches(config, step, *at))
+        found.append((result.loss, result.grad_norm, engine.evaluate(step_batches(config, 90, *at))))
     masters = [flat.double().sum().item() for flat in engine.optimizer.fp32_groups_flat_partition]
     functions = engine.graphs.functions if engine.graphs else []
     return found, masters, [function.graph is not None for function in functions]
@@ -65,6 +68,28 @@ def test_replayed_steps_are_the_eager_ones_to_the_bit(gpu_ranks, name):
     eager, replayed = gpu_ranks.run(on_and_off, config, dropout, name in COMPILED, world=1)[0]
     assert replayed[:2] == eager[:2] and len({loss for loss, *_ in eager[0]}) == STEPS
     assert eager[2] == [] and all(replayed[2])
+
+
+# World size, tensor-parallel ranks, settings.
+LAYOUTS = {
+    "TP 2 with sequence parallelism": (2, 2, {"sequence_parallel": True, "slope": SLOPE}),
+    "TP 2, full, dropout": (2, 2, {"slope": {**SLOPE, "mode": "full"}, "dropout": 0.1}),
+    "DP 2": (2, 1, {"slope": SLOPE}),
+    "DP 2, dense": (2, 1, {"slope": {"enabled": False}}),
+    "TP 2 x DP 2": (4, 2, {"sequence_parallel": True, "slope": SLOPE}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_replayed_steps_with_collectives_are_the_eager_ones_to_the_bit(gpu_ranks, name):
+    world, tensor, settings = LAYOUTS[name]
+    settings = dict(settings)
+    dropout = settings.pop("dropout", 0.0)
+    config = small_config(steps=STEPS, tensor_parallel=tensor, **settings)
+    for eager, replayed in gpu_ranks.run(on_and_off, config, dropout, False, world=world, tensor_parallel=tensor):
+        assert replayed[:2] == eager[:2] and len({loss for loss, *_ in eager[0]}) == STEPS
+        assert eager[2] == [] and all(replayed[2])
 
 
 def waits(config):
