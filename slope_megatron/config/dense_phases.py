@@ -13,12 +13,18 @@ PART = Rule("it must be in [0, 1); to train dense: --no-slope", lambda value: 0 
 def check_dense_phases(slope: "SlopeConfig") -> None:
     """
     Raises:
-        ValueError: with adapters, or with a pattern that pruning at the end of a dense start would not have.
+        ValueError: with adapters, with swaps, or with a pattern that pruning at the end of a dense start would not
+            have.
     """
     if not slope.enabled or not (slope.dense_start or slope.dense_tail):
         return
+    flag = "--slope-dense-start" if slope.dense_start else "--slope-dense-tail"
+    if slope.baseline and slope.baseline.swaps:
+        raise ValueError(
+            f"{flag} with --slope-method {slope.method}: its pruned places hold what no step has trained; leave one of "
+            "the two out"
+        )
     if slope.adapter_rank:
-        flag = "--slope-dense-start" if slope.dense_start else "--slope-dense-tail"
         raise ValueError(
             f"{flag} with --slope-adapter-rank {slope.adapter_rank}: lazy adapters join pruned weights, to the end; "
             "leave one of the two out"

@@ -119,6 +119,10 @@ BAD = [
         lambda: Config(slope=SlopeConfig(dense_start=0.5, dense_tail=0.5)),
         "--slope-dense-start 0.5 and --slope-dense-tail 0.5 leave none of 1000 steps sparse: take smaller shares",
     ),
+    (
+        lambda: SlopeConfig(dense_tail=0.1, method="rigl"),
+        "--slope-dense-tail with --slope-method rigl: its pruned places hold what no step has trained",
+    ),
     (lambda: SlopeConfig(srste_decay=-1.0), "--slope-srste-decay is -1.0: it must not be negative"),
     (lambda: SlopeConfig(fst_mask_interval=0), "--slope-fst-mask-interval is 0: it must be at least 1"),
     (lambda: Config(slope=SlopeConfig(pattern="wanda")), "--slope-pattern wanda prunes a trained model: give --init"),
