@@ -79,6 +79,7 @@ class ProductOptions:
     group_tokens: Callable[[torch.Tensor], torch.Tensor] | None
     patterns: tuple[torch.Tensor, ...]
     before_backward: Callable[[torch.Tensor], None] | None
+    gradient_sum: torch.Tensor | None
     # Whether autograd records: nothing is kept for a backward that does not come.
     recorded: bool
 
@@ -135,8 +136,9 @@ class SlopeLinearFunction(torch.autograd.Function):
                 dx_TK, dhidden_TR = low_rank.product(operands, Product.DGRAD, dy_TN, down, up, scale, other)
             reducing = communication.reduce_input_gradient(dx_TK.unflatten(0, dy.shape[:-1]))
         adapter_gradients = dvalues_NC = None
+        total = ctx.options.gradient_sum
         if ctx.is_rounded and need_values:
-            dvalues_NC = operands.wgrad_of_rounded(pruned_TN, x, scale_of_x)
+            dvalues_NC = operands.wgrad_of_rounded(pruned_TN, x, scale_of_x, total)
         if gathering:
             # The input was travelling while dX was computed.
             full_x = gathering.wait()
@@ -150,7 +152,7 @@ class SlopeLinearFunction(torch.autograd.Function):
             if need_values:
                 group = ctx.options.group_tokens
                 read = (group(dy), group(full_x)) if group else (pruned_TN, x_TK)
-                dvalues_NC = operands.wgrad(*read, ctx.options.rng)
+                dvalues_NC = operands.wgrad(*read, ctx.options.rng, total)
         dx = reducing.wait() if reducing else None
         dl_RK, dr_NR = (pending.wait() for pending in adapter_gradients) if adapter_gradients else (None, None)
         return dx, dvalues_NC, dl_RK, dr_NR, None, None
@@ -168,6 +170,7 @@ def slope_linear(
     group_tokens: Callable[[torch.Tensor], torch.Tensor] | None = None,
     patterns: tuple[torch.Tensor, ...] = (),
     before_backward: Callable[[torch.Tensor], None] | None = None,
+    gradient_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Y for `x` `[..., K]`; the leading axes are tokens. Under autocast too in the type of the values.
 
@@ -183,12 +186,13 @@ def slope_linear(
         patterns: what the operands were made of besides the values; checked like them.
         before_backward: called with the values as forward read them, before backward's products: where operands may
             have followed other values since.
+        gradient_sum: fp32 of the values' shape: dW is added to it, and autograd gets none for the values.
     Raises:
         RuntimeError: in backward, autograd's own: the values or a pattern were written in place after forward.
     """
     recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     communication = communication or NoCommunication()
-    options = ProductOptions(communication, prune, rng, group_tokens, patterns, before_backward, recorded)
+    options = ProductOptions(communication, prune, rng, group_tokens, patterns, before_backward, gradient_sum, recorded)
     arguments = (values_NC, *(adapters or (None, None)), operands, options)
     if not torch.is_autocast_enabled(x.device.type):
         return SlopeLinearFunction.apply(x, *arguments)

@@ -164,7 +164,7 @@ class Journal:
         self.lines.append("dgrad")
         return dy_TN @ torch.ones(4, 8, dtype=dy_TN.dtype)
 
-    def wgrad(self, dy_TN, x_TK, rng=None):
+    def wgrad(self, dy_TN, x_TK, rng=None, total=None):
         self.lines.append("wgrad")
         return torch.zeros(4, 4, dtype=x_TK.dtype)
 
@@ -178,3 +178,23 @@ def test_collectives_travel_while_products_are_computed():
     y.sum().backward()
     expected = "input starts, dgrad, dX starts, input waited for, wgrad, dX waited for"
     assert ", ".join(journal.lines) == expected
+
+
+def test_gradients_go_to_a_sum_that_the_caller_keeps():
+    """dW of two products in fp32, each rounded as autograd would have had it; dX as always."""
+    from helpers.packed import packed_weight
+    from slope_megatron.ops.operands.packed import PackedOperands
+
+    weight = packed_weight(64, 128, torch.bfloat16, torch.device("cpu"))
+    operands = PackedOperands(weight.values, weight.row_bits, weight.column_bits)
+    x, dy = torch.randn(24, 128).bfloat16(), torch.randn(24, 64).bfloat16()
+    total = torch.randn(weight.values.shape)
+    expected, values = total.clone(), weight.values.clone().requires_grad_()
+    for _ in range(2):
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        slope_linear(inputs[0], values, operands).backward(dy)
+        slope_linear(inputs[1], values, operands, gradient_sum=total).backward(dy)
+        expected += values.grad.float()
+        values.grad = None
+        assert torch.equal(*(one.grad for one in inputs))
+    assert torch.equal(total, expected) and values.grad is None

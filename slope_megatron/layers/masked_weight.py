@@ -32,6 +32,7 @@ from slope_megatron.layers.masks import largest_along_tokens, magnitude_bits, ma
 from slope_megatron.layers.pruned_linear import PrunedLinear, check_shard
 from slope_megatron.ops.backend import MvueRng
 from slope_megatron.ops.operands import wgrad
+from slope_megatron.ops.update import handed_on
 from slope_megatron.sparsity.packing import pack_bits, unpack_bits
 from slope_megatron.sparsity.pieces import rows_at_once
 from slope_megatron.sparsity.soft_threshold import scale_of, scale_sums
@@ -67,8 +68,10 @@ class MaskedOperands:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return dy_TN @ self.weight_NK
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
-        return wgrad.dense(dy_TN, x_TK, rng) if rng else dy_TN.t() @ x_TK
+    def wgrad(
+        self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None, total: torch.Tensor | None = None
+    ):
+        return handed_on(wgrad.dense(dy_TN, x_TK, rng) if rng else dy_TN.t() @ x_TK, total)
 
 
 class MaskedWeight(PrunedLinear):

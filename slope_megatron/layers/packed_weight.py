@@ -75,10 +75,16 @@ class EphemeralOperands:
         self.of_backward = self.build(self.weight, (Product.DGRAD, Product.WGRAD))
         return self.of_backward.dgrad(dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+    def wgrad(
+        self,
+        dy_TN: torch.Tensor,
+        x_TK: torch.Tensor,
+        rng: MvueRng | None = None,
+        total: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
         operands = self.of_backward or self.build(self.weight, (Product.WGRAD,))
         self.of_backward = None
-        return operands.wgrad(dy_TN, x_TK, rng)
+        return operands.wgrad(dy_TN, x_TK, rng, total)
 
 
 class PackedWeight(PrunedLinear):

@@ -254,6 +254,7 @@ class PrunedLinear(torch.nn.Module):
             group_tokens=sample_by_sample if rng and self.slope.token_groups == "sequence" else None,
             patterns=self.pattern_buffers(),
             before_backward=before_backward,
+            gradient_sum=getattr(weight, "gradient_sum", None),
         )
         if in_product:
             return bias_gradient(output, bias)

@@ -31,14 +31,24 @@ class Products(ForwardProduct, Protocol):
     """The three products of training. T tokens, N out, K in, C kept per row.
 
     Those that round their inputs may also have `rounded_input(x_TK)`, called before forward: two tensors, which
-    `wgrad_of_rounded(dy_TN, *them)` wants in place of X; None where wgrad wants X itself.
+    `wgrad_of_rounded(dy_TN, *them, total)` wants in place of X; None where wgrad wants X itself.
     """
 
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dX = dY W^{R,C}, `[T, K]`."""
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
-        """dW = dY^T X read at the kept positions, `[N, C]`; with an rng P(dY)^T X, P the unbiased estimate it draws."""
+    def wgrad(
+        self,
+        dy_TN: torch.Tensor,
+        x_TK: torch.Tensor,
+        rng: MvueRng | None = None,
+        total: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """dW = dY^T X read at the kept positions, `[N, C]`; with an rng P(dY)^T X, P the unbiased estimate it draws.
+
+        Args:
+            total: fp32 `[N, C]`, to which dW is added; None is returned then.
+        """
 
 
 class Following(Products, Protocol):

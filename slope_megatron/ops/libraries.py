@@ -40,7 +40,14 @@ class Library(Protocol):
     def unsupported_wgrad(self, key: "Key", device: torch.device) -> str | None:
         """Why it cannot compute this wgrad of `full` mode here; None: it can."""
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: "MvueRng") -> torch.Tensor:
+    def wgrad(
+        self,
+        dy_TN: torch.Tensor,
+        x_TK: torch.Tensor,
+        row_bits: torch.Tensor,
+        rng: "MvueRng",
+        total: torch.Tensor | None,
+    ) -> torch.Tensor | None:
         """P(dY)^T X at the kept positions, `[N, C]`."""
 
     def finalists(self, trial: "Trial", known: "Choice | None" = None) -> "list[Candidate]":

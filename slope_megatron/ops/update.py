@@ -8,6 +8,8 @@ import importlib.util
 
 import torch
 
+from slope_megatron.ops.custom_ops.products import aligned, gather_kept
+
 # Below so many elements, launching takes longer than torch's own addition.
 WORTH_A_KERNEL = 2**17
 
@@ -26,6 +28,24 @@ def accumulate_(total: torch.Tensor, gradient: torch.Tensor) -> None:
         accumulate(total, gradient)
     else:
         total.add_(gradient.reshape(total.shape))
+
+
+def handed_on(gradient: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient for autograd; or None, where it has been added to an fp32 sum that the caller keeps."""
+    if total is None:
+        return gradient
+    accumulate_(total, gradient)
+    return None
+
+
+def kept(dense_NK: torch.Tensor, row_bits: torch.Tensor, total_NC: torch.Tensor | None) -> torch.Tensor | None:
+    """The same of the kept values `[N, C]` of a dense gradient: added to the sum, they are never written apart."""
+    if total_NC is not None and dense_NK.is_cuda and dense_NK.dtype.itemsize == 2 and has_triton():
+        from slope_kernels.triton.gather import gather_add
+
+        gather_add(aligned(dense_NK, 8), aligned(row_bits), total_NC)
+        return None
+    return handed_on(gather_kept(dense_NK, row_bits), total_NC)
 
 
 def adamw_(

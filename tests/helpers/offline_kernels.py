@@ -80,6 +80,12 @@ KERNELS = {
         1,
     ),
     "gather": (gather._gather_kernel, GATHER, {"BLOCK": gather.BLOCK}, 4),
+    "gather_add": (
+        gather._gather_add_kernel,
+        {"dense": "*i64", "row_bits": "*u8", "total": "*fp32", "groups": "i32"},
+        {"BLOCK": gather.BLOCK, "IS_BF16": True},
+        4,
+    ),
     "down_128": down(128),
     "down_256": down(256),
     "accumulate": (update._accumulate_kernel, ACCUMULATE, {"BLOCK": update.ACCUMULATED}, 4),

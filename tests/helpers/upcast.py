@@ -1,6 +1,7 @@
 """What rounding is: the reference backend once more, with fp32 products."""
 
 from slope_megatron.ops.operands import reference
+from slope_megatron.ops.update import handed_on
 
 
 class UpcastOperands(reference.ReferenceOperands):
@@ -12,5 +13,6 @@ class UpcastOperands(reference.ReferenceOperands):
     def dgrad(self, dy_TN):
         return (dy_TN.float() @ self.backward_NK.float()).to(dy_TN.dtype)
 
-    def wgrad(self, dy_TN, x_TK, rng=None):
-        return (dy_TN.float().t() @ x_TK.float()).gather(1, self.index_NC).to(dy_TN.dtype)
+    def wgrad(self, dy_TN, x_TK, rng=None, total=None):
+        found = (dy_TN.float().t() @ x_TK.float()).gather(1, self.index_NC).to(dy_TN.dtype)
+        return handed_on(found, total)

@@ -201,3 +201,19 @@ def test_patterns_of_more_weights_than_a_32_bit_index_holds(device):
         slots, indices = backward_slots(values[:, block * 32 : block * 32 + 32], row, kept)
         assert torch.equal(transposed[block * 64 : block * 64 + 64], slots)
         assert torch.equal(column_meta.view(columns // 64, -1)[block], metadata_sm90(indices))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 192), (3, 8)])
+def test_kept_values_are_added_to_a_sum_as_they_are_gathered(rows, columns, dtype, device):
+    from slope_kernels.triton.gather import gather_add
+
+    generator = torch.Generator().manual_seed(rows)
+    row = random_pattern(torch.randint(0, 1 << 32, (rows, columns), generator=generator), 2, 4)
+    dense = torch.randn(rows, columns, generator=generator).to(dtype)
+    dense[0, :4], dense[-1, -4:] = float("inf"), torch.finfo(dtype).smallest_normal / 4
+    total = torch.randn(rows, columns // 2, generator=generator)
+    expected = total + pack(dense, row).float()
+    found = total.to(device)
+    gather_add(dense.to(device), pack_bits(row).to(device), found)
+    assert torch.equal(found.cpu(), expected)

@@ -13,6 +13,7 @@ from slope_megatron.ops.choices import Product
 from slope_megatron.ops.custom_ops import products
 from slope_megatron.ops.operands import cusparselt, reference
 from slope_megatron.ops.operands.packed import PackedOperands
+from slope_megatron.ops.update import kept
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cusparselt.unsupported()), reason=str(cusparselt.unsupported()))]
 STEPS = 200
@@ -78,9 +79,9 @@ def dgrad_of_the_forward_weight(operands, dy_TN):
     return dy_TN @ products.unpack_kept(values, operands.patterns.row_bits)
 
 
-def wgrad_of_other_places(operands, dy_TN, x_TK, rng=None):
+def wgrad_of_other_places(operands, dy_TN, x_TK, rng=None, total=None):
     """Read at the places of the next row."""
-    return products.gather_kept(dy_TN.t() @ x_TK, operands.patterns.row_bits.roll(1, 0))
+    return kept(dy_TN.t() @ x_TK, operands.patterns.row_bits.roll(1, 0), total)
 
 
 def product_with_a_hole(operands, product, x_TS, bias_R=None):

@@ -29,6 +29,9 @@ def as_deepspeed_reduces(engine) -> None:
     engine.accumulation.bf16.reduce = engine.deepspeed.allreduce_gradients
     for name in ("_update_hp_grad", "zero_grad", "step"):
         delattr(engine.optimizer, name)
+    for parameters in engine.optimizer.bf16_groups:
+        for parameter in parameters:
+            del parameter.gradient_sum
 
 
 def both_ways(config):

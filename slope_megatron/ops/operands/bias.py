@@ -36,8 +36,10 @@ class WithBias:
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return self.product(Product.DGRAD, dy_TN)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
-        return self.inner.wgrad(dy_TN, x_TK, rng)
+    def wgrad(
+        self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None, total: torch.Tensor | None = None
+    ):
+        return self.inner.wgrad(dy_TN, x_TK, rng, total)
 
     def __getattr__(self, name: str) -> Any:
         # What some operands have: `rounded_input` and `wgrad_of_rounded`.

@@ -10,6 +10,7 @@ import torch
 
 from slope_kernels import cusparselt, cusparselt_library
 from slope_kernels.cusparselt import Algorithm
+from slope_megatron.ops import update
 from slope_megatron.ops.autotune import measure_cusparselt
 from slope_megatron.ops.autotune.trials import Candidate, Trial
 from slope_megatron.ops.choices import Choice, Key, Product
@@ -106,9 +107,9 @@ class CusparseltOperand(SparseOperand):
 Operand = CusparseltOperand
 
 
-def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: MvueRng) -> torch.Tensor:
+def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: MvueRng, total: torch.Tensor | None):
     """A dense P(dY)^T X, rounded to 16 bits, of which the kept half `[N, C]` is gathered."""
-    return products.gather_kept(dense_wgrad(dy_TN, x_TK, rng), row_bits)
+    return update.kept(dense_wgrad(dy_TN, x_TK, rng), row_bits, total)
 
 
 def dense_wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from slope_kernels import cutlass, load_cuda
 from slope_kernels import packed_wgrad as packing
 from slope_kernels.cutlass import Algorithm
-from slope_megatron.ops import choices
+from slope_megatron.ops import choices, update
 from slope_megatron.ops.autotune import gate, timing
 from slope_megatron.ops.autotune.measure_weight import WeightTrial
 from slope_megatron.ops.autotune.trials import Candidate, Trial
@@ -196,9 +196,10 @@ def unsupported_wgrad(key: Key, device: torch.device) -> str | None:
     return cutlass.unsupported() or cutlass.unsupported_shape(key.rows, key.columns, key.dtype)
 
 
-def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: MvueRng) -> torch.Tensor:
+def wgrad(dy_TN: torch.Tensor, x_TK: torch.Tensor, row_bits: torch.Tensor, rng: MvueRng, total: torch.Tensor | None):
     """The kept half alone, straight from the sums."""
-    return packed_wgrad(mvue.mvue_operand(dy_TN, rng.key, rng.streams, True), x_TK, row_bits)
+    operand = mvue.mvue_operand(dy_TN, rng.key, rng.streams, True)
+    return update.handed_on(packed_wgrad(operand, x_TK, row_bits), total)
 
 
 def problem(key: Key, tiles: int) -> Hashable:

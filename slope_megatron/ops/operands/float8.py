@@ -14,9 +14,10 @@ import math
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from slope_megatron.ops import update
 from slope_megatron.ops.choices import PRODUCTS, Choice, Product
 from slope_megatron.ops.custom_ops import float8 as float8_products
-from slope_megatron.ops.custom_ops import layout, products
+from slope_megatron.ops.custom_ops import layout
 from slope_megatron.ops.operands import cusparselt
 from slope_megatron.ops.operands.measured import MeasuredOperands
 from slope_megatron.ops.operands.protocol import WeightPatterns
@@ -214,18 +215,23 @@ class Float8Operands(MeasuredOperands[Float8Operand, DenseFloat8Operand]):
                 return q_NT, scale
         return float8_products.quantize(dy_TN, False, True)[1:]
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+    def wgrad(
+        self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None, total: torch.Tensor | None = None
+    ):
         """dW at the kept positions, `[N, C]`."""
         assert rng is None, "SlopeConfig refuses mode full in e4m3"
         if not self.float8_wgrad:
-            return products.gather_kept(dy_TN.t() @ x_TK, self.patterns.both()[0])
-        return self.wgrad_of_rounded(dy_TN, *float8_products.quantize(x_TK, False, True)[1:])
+            return update.kept(dy_TN.t() @ x_TK, self.patterns.both()[0], total)
+        _, q_KT, scale = float8_products.quantize(x_TK, False, True)
+        return self.wgrad_of_rounded(dy_TN, q_KT, scale, total)
 
-    def wgrad_of_rounded(self, dy_TN: torch.Tensor, q_KT: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+    def wgrad_of_rounded(
+        self, dy_TN: torch.Tensor, q_KT: torch.Tensor, x_scale: torch.Tensor, total: torch.Tensor | None = None
+    ):
         """The same of an input that `rounded_input` has rounded."""
         q_NT, dy_scale = self._transposed_gradient(dy_TN)
         dw_NK = float8_products.dense_mm(q_NT, q_KT, dy_scale, x_scale, None, self.output)
-        return products.gather_kept(dw_NK, self.patterns.both()[0])
+        return update.kept(dw_NK, self.patterns.both()[0], total)
 
 
 class EmulatedFloat8Operands(ReferenceOperands):
@@ -244,7 +250,9 @@ class EmulatedFloat8Operands(ReferenceOperands):
     def dgrad(self, dy_TN: torch.Tensor) -> torch.Tensor:
         return super().dgrad(float8.rounded(dy_TN))
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+    def wgrad(
+        self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None, total: torch.Tensor | None = None
+    ):
         if self.float8_wgrad:
             dy_TN, x_TK = float8.rounded(dy_TN), float8.rounded(x_TK)
-        return super().wgrad(dy_TN, x_TK, rng)
+        return super().wgrad(dy_TN, x_TK, rng, total)

@@ -5,9 +5,11 @@ library each; adapters may go into an operand. wgrad is dW = (dY^T X) gathered, 
 (`operands.wgrad`).
 """
 
+from typing import Any
+
 import torch
 
-from slope_megatron.ops import choices, libraries
+from slope_megatron.ops import choices, libraries, update
 from slope_megatron.ops.choices import PRODUCTS, Choice, Key, Product
 from slope_megatron.ops.custom_ops import layout, products
 from slope_megatron.ops.operands import wgrad
@@ -112,14 +114,17 @@ class PackedOperands(MeasuredOperands[SparseOperand, DenseOperand]):
         """Y + X W^T (+ bias), in place."""
         return self.operand(product, x_TS.shape[0]).add(x_TS, y_TR, bias_R)
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+    def wgrad(
+        self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None, total: torch.Tensor | None = None
+    ):
         """dW = dY^T X at the kept positions, `[N, C]`; with an rng P(dY)^T X, or the exact one where that is faster."""
         row_bits = self.patterns.row_bits
         if row_bits is None:
             raise not_held(Product.WGRAD)
         if rng is None:
-            return products.gather_kept(dy_TN.t() @ x_TK, row_bits)
-        return wgrad.packed(dy_TN, x_TK, row_bits, rng, dense_allowed=self.dense_allowed, among=self.wgrad_among)
+            return update.kept(dy_TN.t() @ x_TK, row_bits, total)
+        allowed: dict[str, Any] = {"dense_allowed": self.dense_allowed, "among": self.wgrad_among}
+        return wgrad.packed(dy_TN, x_TK, row_bits, rng, total, **allowed)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 

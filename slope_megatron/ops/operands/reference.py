@@ -4,6 +4,7 @@ import torch
 
 from slope_megatron.ops.choices import PRODUCTS, Product
 from slope_megatron.ops.operands.protocol import not_held
+from slope_megatron.ops.update import handed_on
 from slope_megatron.sparsity.mvue_rng import MvueRng
 from slope_megatron.sparsity.packing import kept_index, unpack_bits
 
@@ -60,9 +61,11 @@ class ReferenceOperands:
             raise not_held(Product.DGRAD)
         return dy_TN @ self.backward_NK
 
-    def wgrad(self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None) -> torch.Tensor:
+    def wgrad(
+        self, dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng | None = None, total: torch.Tensor | None = None
+    ):
         read_TN = rng.estimate(dy_TN) if rng else dy_TN
-        return (read_TN.t() @ x_TK).gather(1, self.index_NC)
+        return handed_on((read_TN.t() @ x_TK).gather(1, self.index_NC), total)
 
 
 class ForwardOnly:

@@ -19,8 +19,8 @@ from slope_megatron.ops import libraries
 from slope_megatron.ops.autotune import measure
 from slope_megatron.ops.autotune.resolve import resolve
 from slope_megatron.ops.choices import Choice, Key, Product
-from slope_megatron.ops.custom_ops.products import gather_kept
 from slope_megatron.ops.operands import cusparselt
+from slope_megatron.ops.update import kept
 from slope_megatron.sparsity.mvue_rng import MvueRng
 
 logger = logging.getLogger(__name__)
@@ -32,14 +32,16 @@ def packed(
     x_TK: torch.Tensor,
     row_bits: torch.Tensor,
     rng: MvueRng,
+    total: torch.Tensor | None = None,
     *,
     dense_allowed: bool = True,
     among: tuple[str, ...] = tuple(LIBRARIES),
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """P(dY)^T X at the kept positions, `[N, C]`; dY^T X there where its choice says so.
 
     Args:
         row_bits: bitmask uint8 `[N, K/8]` of the kept positions.
+        total: fp32 `[N, C]`, to which the result is added; None is returned then.
         among: the libraries whose sparse product it may be. A choice of another one, made in this process for another
             backend, is made anew.
     Raises:
@@ -47,7 +49,7 @@ def packed(
     """
     if (rng.n, rng.m) != (2, 4):
         _say_once(f"full mode: {rng.n}:{rng.m} gradients are estimated in plain torch; the kernel is for 2:4")
-        return gather_kept(rng.estimate(dy_TN).t() @ x_TK, row_bits)
+        return kept(rng.estimate(dy_TN).t() @ x_TK, row_bits, total)
     key, device = Key(Product.WGRAD, dy_TN.shape[1], x_TK.shape[1], dy_TN.shape[0], dy_TN.dtype), dy_TN.device
     allowed: dict[str, Any] = {"dense_allowed": dense_allowed, "among": among}
     choice = resolve(
@@ -59,9 +61,9 @@ def packed(
         check=functools.partial(_check, key, device, **allowed),
     )
     if not choice.sparse:
-        return gather_kept(dy_TN.t() @ x_TK, row_bits)
+        return kept(dy_TN.t() @ x_TK, row_bits, total)
     # A CPU's choice names no library.
-    return LIBRARIES[choice.library or among[0]].wgrad(dy_TN, x_TK, row_bits, rng)
+    return LIBRARIES[choice.library or among[0]].wgrad(dy_TN, x_TK, row_bits, rng, total)
 
 
 def dense(dy_TN: torch.Tensor, x_TK: torch.Tensor, rng: MvueRng) -> torch.Tensor:

@@ -47,6 +47,10 @@ class Bf16Gradients:
     def __init__(self, optimizer, members: dict[str, list[torch.nn.Parameter]], sent: torch.dtype):
         self.optimizer, self.sent = optimizer, sent
         self.group = parallel_state.get_data_parallel_group()
+        for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+            for parameter, total in zip(parameters, sums, strict=True):
+                # Pruned linears add their gradient to it themselves.
+                mark(parameter, _hp_grad=total, gradient_sum=total.view(parameter.shape))
         optimizer._update_hp_grad = functools.partial(add_gradient, optimizer)
         # Called after `step`, which has zeroed the fp32 sums: DeepSpeed's own would zero them once more.
         optimizer.zero_grad = functools.partial(optimizer.clear_lp_grads, set_to_none=True)
@@ -160,6 +164,5 @@ def add_gradient(optimizer, parameter: torch.nn.Parameter, group: int, index: in
         return
     total = optimizer.fp32_groups_gradients[group][index]
     accumulate_(total, parameter.grad)
-    mark(parameter, _hp_grad=total)
     if clear_lp_grads:
         parameter.grad = None
