@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from slope_megatron.cli.launched_run import interrupt
@@ -63,10 +64,10 @@ def add_parser(subcommands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from slope_megatron.data.manifest import load_manifest
     from slope_megatron.storage.folders import output_folder
     from slope_megatron.study.report import write_report
     from slope_megatron.study.rows import Rows
-    from slope_megatron.study.runs import Plan
     from slope_megatron.study.settings import read_study
 
     check_flags(arguments)
@@ -76,21 +77,16 @@ def run(arguments: argparse.Namespace) -> int:
     out = output_folder(arguments.out, "--out")
     rows = Rows.read(arguments.rows or out / "rows.csv")
     data = arguments.data or out / "data"
-    everything = Plan(study, rows, vocabulary_of(study, data))
-
-    def plan():
-        return asked(everything.runs(), arguments.only)
-
-    runs = plan()
-    if not runs:
-        raise ValueError(f"--only {' '.join(arguments.only)} fits no run of {arguments.config}: see --dry-run")
+    if arguments.data:
+        load_manifest(data)
+    if not (arguments.report or arguments.dry_run):
+        return train(arguments, study, rows, out, data)
+    runs = planned(arguments, study, rows, data)()
     if arguments.report:
         print(f"report: {write_report(study, runs, rows, out)}", file=sys.stderr)
-        return 0
-    if arguments.dry_run:
+    else:
         print(describe(arguments, runs, rows), end="")
-        return 0
-    return train(arguments, study, plan, rows, out, data)
+    return 0
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -106,18 +102,45 @@ def check_flags(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} is {value}: it must be positive, or left out")
 
 
-def asked(runs: list, globs: list[str] | None) -> list:
-    return [run for run in runs if not globs or any(fnmatch.fnmatchcase(run.name, glob) for glob in globs)]
+def planned(arguments: argparse.Namespace, study, rows, data: Path) -> Callable[[], list]:
+    """The runs that were asked for, as the rows at each call tell them.
+
+    Raises:
+        ValueError: --only fits none.
+    """
+    from slope_megatron.study.runs import Plan
+
+    everything = Plan(study, rows, *text_of(study, rows, data))
+
+    def plan() -> list:
+        globs = arguments.only or ["*"]
+        return [run for run in everything.runs() if any(fnmatch.fnmatchcase(run.name, glob) for glob in globs)]
+
+    if not plan():
+        raise ValueError(f"--only {' '.join(arguments.only)} fits no run of {arguments.config}: see --dry-run")
+    return plan
 
 
-def vocabulary_of(study, data: Path) -> int:
-    """Of prepared data, where it is there already; else what will be prepared."""
+def text_of(study, rows, data: Path) -> tuple[int, str]:
+    """(entries of the tokenizer, fingerprint) of prepared data; where there is none, what the rows say, or a guess.
+
+    Raises:
+        ValueError: the rows are of several texts.
+    """
     from slope_megatron.data.manifest import load_manifest
     from slope_megatron.data.settings import PrepareSettings
+    from slope_megatron.study.runs import fingerprint_of
 
     if (data / "manifest.json").is_file():
-        return load_manifest(data)["vocab_size"]
-    return study.corpus.get("vocab_size", PrepareSettings().vocab_size)
+        manifest = load_manifest(data)
+        return manifest["vocab_size"], fingerprint_of(manifest)
+    known = {(row.vocabulary, row.data) for row in rows.rows if row.data}
+    if len(known) > 1:
+        raise ValueError(f"{rows.path} has rows of {len(known)} texts: give --data FOLDER, which says of which one")
+    vocabulary, text = known.pop() if known else (study.corpus.get("vocab_size", PrepareSettings().vocab_size), "")
+    source = f"are those of the text of {rows.path}" if text else "are a guess"
+    print(f"{data} is not prepared yet: {vocabulary} entries of the vocabulary {source}", file=sys.stderr)
+    return vocabulary, text
 
 
 def devices() -> list[str | None]:
@@ -171,10 +194,9 @@ def describe(arguments: argparse.Namespace, runs: list, rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def train(arguments: argparse.Namespace, study, plan, rows, out: Path, data: Path) -> int:
+def train(arguments: argparse.Namespace, study, rows, out: Path, data: Path) -> int:
     """Prepare the text, then train what has no row."""
     from slope_megatron.bench.progress import Clock
-    from slope_megatron.data.manifest import load_manifest
     from slope_megatron.study.work import Place, Work
 
     check_core()
@@ -182,10 +204,9 @@ def train(arguments: argparse.Namespace, study, plan, rows, out: Path, data: Pat
         signal.signal(signum, interrupt)
     budget = None if arguments.budget_minutes is None else 60.0 * arguments.budget_minutes
     clock = Clock(budget)
-    if arguments.data:
-        load_manifest(data)
-    else:
+    if not arguments.data:
         prepare_once(study, data, clock)
+    plan = planned(arguments, study, rows, data)
     slots = tuple(device for device in devices() for _ in range(arguments.at_once))
     place = Place(out, data.absolute(), slots, arguments.at_once, arguments.keep_checkpoints)
     work = Work(plan, rows, place, clock, estimator(arguments, rows))
@@ -227,6 +248,8 @@ def conclude(arguments: argparse.Namespace, work, clock) -> int:
     clock.say(f"{len(work.plan()) - len(left)} rows in {work.rows.path}, {len(left)} runs without one")
     for warning in warnings_of(work.plan(), work.rows):
         clock.say(warning)
+    for reason in work.stopped.values():
+        clock.say(reason)
     for reason in work.failed.values():
         clock.say(f"no row: {reason}")
     if work.failed:

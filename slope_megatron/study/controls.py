@@ -2,7 +2,8 @@
 
 A control answers whether one gets as much by a smaller dense model. It is equal to the method in one of
 
-    flops         FLOPs of a training step = those of the dense model / the method's speed-up of a whole model's step
+    flops         FLOPs of a training step = those of the dense model / the method's speed-up of a whole model, averaged
+                  over its sparse and dense steps
     state_bytes   weights, patterns, operands, gradients and optimizer of one GPU in bf16
     parameters    parameters in the blocks, averaged over the steps (arXiv 2501.12486: loss follows that average)
 
@@ -58,6 +59,12 @@ def sparse_share(config: Config) -> float:
     """The share of the steps that multiply pruned weights; 1 for a dense run, which has no other steps."""
     steps = config.train.steps
     return len(config.slope.sparse_steps(steps)) / steps if config.slope.enabled else 1.0
+
+
+def speedup_of_run(config: Config, gain: float) -> float:
+    """Of a whole run whose sparse steps are `gain` times as fast as dense ones; its dense steps gain nothing."""
+    share = sparse_share(config)
+    return 1.0 / (share / gain + 1.0 - share)
 
 
 def body_counts(config: Config, vocabulary: int) -> Counts:

@@ -1,5 +1,6 @@
 """The row of a run, from the files that `slope pretrain` left in its folder."""
 
+import math
 from pathlib import Path
 
 from slope_megatron.config.json_file import read_json
@@ -15,9 +16,10 @@ WAY_OUT = "remove the run's folder: it is trained again"
 
 
 def done_row(run: Run, folder: Path, at_once: int) -> Row:
-    """
+    """Of a run that trained all its steps; one whose last loss is not finite has diverged.
+
     Raises:
-        ValueError: the run's summary is missing, damaged, or of another step.
+        ValueError: the run's summary is missing, damaged, of another step, or without a validation.
     """
     try:
         summary = read_json(folder / "summary.json", WAY_OUT, holds=("steps", "tokens", "val_loss", "state_bytes"))
@@ -25,6 +27,10 @@ def done_row(run: Run, folder: Path, at_once: int) -> Row:
         raise ValueError(f"{folder} has no summary.json though the run has ended; {WAY_OUT}") from None
     if summary["steps"] != run.config.train.steps:
         raise ValueError(f"{folder} ended at step {summary['steps']} of {run.config.train.steps}; {WAY_OUT}")
+    if summary["val_loss"] is None:
+        raise ValueError(f"{folder} validated nothing; {WAY_OUT}")
+    if not math.isfinite(summary["val_loss"]):
+        return row(run, folder, at_once, {**summary, "val_loss": None}, rows.DIVERGED)
     return row(run, folder, at_once, summary, rows.DONE)
 
 
@@ -60,6 +66,8 @@ def row(run: Run, folder: Path, at_once: int, summary: dict, outcome: str) -> Ro
         bad_steps=summary.get("bad_steps"),
         device=summary.get("device", ""),
         at_once=at_once,
+        vocabulary=run.vocabulary,
+        data=run.data,
         version=versions().get("slope-megatron", ""),
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from slope_megatron.evaluation.run_report import shown, table
 from slope_megatron.storage import whole
 from slope_megatron.study import charts, figures
-from slope_megatron.study.controls import sparse_share
+from slope_megatron.study.controls import speedup_of_run
 from slope_megatron.study.figures import Cell, Ladder, Pair
 from slope_megatron.study.rows import Row, Rows
 from slope_megatron.study.runs import Run, millions
@@ -153,14 +153,14 @@ def crossing(dense: Ladder, one: Ladder, model: str, speedup: float) -> list[str
 
 def speedups_of(study: Study, runs: Sequence[Run]) -> Speedups:
     """MODEL -> METHOD -> its speed-up: of its sparse steps, and of dense steps and models 1."""
-    shares = {run.method: sparse_share(run.config) for run in runs}
+    configs = {run.method: run.config for run in runs}
     found: Speedups = {}
     for model, gains in study.speedups.items():
-        found[model] = dict.fromkeys((name for name in shares if is_dense(study, name)), 1.0)
-        for name, share in shares.items():
+        found[model] = dict.fromkeys((name for name in configs if is_dense(study, name)), 1.0)
+        for name, config in configs.items():
             gain = gains.get(study.timed_as(name))
             if gain is not None:
-                found[model][name] = 1.0 / (share / gain + 1.0 - share)
+                found[model][name] = speedup_of_run(config, gain)
     return found
 
 

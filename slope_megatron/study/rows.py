@@ -19,7 +19,7 @@ class Row:
     """What one run gave; its fields are the file's columns. Empty: not known.
 
     Args:
-        key: of the run's settings (`runs.Run.key`).
+        key: of the run's settings and data (`runs.Run.key`).
         outcome: DONE, or DIVERGED, which has no loss.
         val_loss: nats a token, at the last step.
         body_parameters: of the size's dense model, without embeddings; `parameters`: all that the run held.
@@ -27,6 +27,7 @@ class Row:
         flops: of the whole run, as a dense model of this shape; `actual_flops`: without what 2:4 leaves out.
         state_bytes: weights, patterns, operands, gradients, optimizer, measured in the run.
         seconds: of its steps, with `at_once` runs on the device.
+        data: of its tokens and tokenizer, which has `vocabulary` entries.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Row:
     bad_steps: int | None
     device: str
     at_once: int
+    vocabulary: int | None
+    data: str
     version: str
 
 

@@ -24,6 +24,7 @@ class Run:
         name: `GROUP/SIZE-METHOD-lrX-seedN`; unique in a study.
         settings: sections of the settings file, without the places of data and run folder.
         lr: None: rows that tell it are missing; `settings` then holds the middle one of the sweep.
+        data: the tokens and tokenizer (`fingerprint_of`); empty: not prepared yet.
         body_parameters: of the size's dense model, without embeddings.
     """
 
@@ -36,13 +37,13 @@ class Run:
     settings: dict[str, dict]
     config: Config
     vocabulary: int
+    data: str
     body_parameters: int
 
     @functools.cached_property
     def key(self) -> str:
-        """Equal for runs of equal settings, in whatever group: one of them trains, and both have its row."""
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Equal for runs of equal settings and data, in whatever group: one of them trains, and both have its row."""
+        return short_hash(json.dumps(self.settings, sort_keys=True) + self.data)
 
     @property
     def tokens(self) -> int:
@@ -62,6 +63,15 @@ class Run:
         content.setdefault("data", {})["data"] = str(data)
         content.setdefault("train", {})["out"] = str(folder)
         write_yaml(path, content)
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprint_of(manifest: dict) -> str:
+    """Of prepared data: equal for equal tokens, splits and tokenizer, wherever the text came from."""
+    return short_hash(json.dumps({name: file["sha256"] for name, file in manifest["files"].items()}, sort_keys=True))
 
 
 def millions(tokens: int) -> str:
@@ -89,10 +99,11 @@ class Plan:
 
     Args:
         vocabulary: entries of the tokenizer.
+        data: as in `Run`.
     """
 
-    def __init__(self, study: Study, rows: Rows, vocabulary: int):
-        self.study, self.rows, self.vocabulary = study, rows, vocabulary
+    def __init__(self, study: Study, rows: Rows, vocabulary: int, data: str = ""):
+        self.study, self.rows, self.vocabulary, self.data = study, rows, vocabulary, data
         self.parameters = {size: self.parameters_of(size) for size in study.sizes}
         self.made: dict[tuple[str, float | None], Run] = {}
 
@@ -121,7 +132,8 @@ class Plan:
             except ValueError as error:
                 raise ValueError(f"run {title}: {error}") from None
             about = (title, group, size, method, seed, lr)
-            self.made[title, lr] = Run(*about, settings, config, self.vocabulary, self.parameters[size])
+            text = (self.vocabulary, self.data)
+            self.made[title, lr] = Run(*about, settings, config, *text, self.parameters[size])
         return self.made[title, lr]
 
     def settings_of(self, group: Group, size: str, method: str, lr: float | None, seed: int) -> dict[str, dict]:
@@ -148,12 +160,12 @@ class Plan:
 
     def narrow_model(self, size: str, narrow: Narrow, dense: Config) -> dict[str, int]:
         """The widths of a control, as keys of section `model`."""
+        other = config_of(merged(self.of_method(size, narrow.of), {"train": {"steps": dense.train.steps}}))
         if narrow.to == "flops":
-            speedup = self.study.speedups[narrow.speedup][self.study.timed_as(narrow.of)]
-            target = controls.step_flops(dense, self.vocabulary) / speedup
+            gain = self.study.speedups[narrow.speedup][self.study.timed_as(narrow.of)]
+            target = controls.step_flops(dense, self.vocabulary) / controls.speedup_of_run(other, gain)
         else:
-            other = merged(self.of_method(size, narrow.of), {"train": {"steps": dense.train.steps}})
-            target = controls.COSTS[narrow.to](config_of(other), self.vocabulary)
+            target = controls.COSTS[narrow.to](other, self.vocabulary)
         model = controls.narrowed(dense, self.vocabulary, narrow.to, target)
         return {"hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn}
 

@@ -7,6 +7,8 @@ be killed, its runs save and end. A run that is stopped goes on from its checkpo
 import dataclasses
 import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -14,14 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slope_megatron.bench.progress import Clock
+from slope_megatron.data.prepare import available_cores
 from slope_megatron.storage.metrics_file import read_metrics
 from slope_megatron.study.outcome import diverged_row, done_row, last_words
-from slope_megatron.study.rows import Rows
+from slope_megatron.study.rows import DIVERGED as DIVERGED_ROW
+from slope_megatron.study.rows import Row, Rows
 from slope_megatron.study.runs import Run, millions
 
 PRETRAIN = (sys.executable, "-m", "slope_megatron", "pretrain", "--brief", "--auto-resume", "--config")
 # Its exit codes.
 DIVERGED, STOPPED_EARLY = 65, 75
+# Of a run that somebody else told to end: the next call goes on with it.
+TOLD_TO_STOP = {STOPPED_EARLY, 143, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGUSR1}
 # With less left of the budget no run is begun: it would not reach its first steps.
 LEAST_SECONDS = 30.0
 # For runs that were told to stop, to save; then they are killed, and go on from an earlier checkpoint.
@@ -31,12 +37,21 @@ POLL_SECONDS, STATUS_SECONDS = 0.2, 30.0
 
 @dataclasses.dataclass
 class Started:
-    """A run that is being trained."""
+    """A run that is being trained.
+
+    Args:
+        sharing: runs on its device, itself included, at each look.
+    """
 
     run: Run
     folder: Path
     process: subprocess.Popen
-    began: float
+    sharing: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def at_once(self) -> int:
+        """Runs on its device, most of the time."""
+        return round(statistics.median(self.sharing or [1]))
 
     def progress(self) -> str:
         """In words: how far it is, by its metrics file."""
@@ -87,6 +102,7 @@ class Work:
         self.minutes_left = minutes_left
         self.running: dict[int, Started] = {}
         self.failed: dict[str, str] = {}
+        self.stopped: dict[str, str] = {}
         self.spoken = clock.seconds()
 
     def do(self) -> None:
@@ -97,46 +113,53 @@ class Work:
                 if self.clock.over():
                     self.clock.say("the budget is spent: runs save and stop; the same command goes on with them")
                     break
-                self.begin()
-                if not self.running:
+                taken = self.begin()
+                if not self.running and not taken:
                     break
+                self.note_sharing()
                 self.say_status()
                 time.sleep(POLL_SECONDS)
         finally:
             self.stop()
 
     def todo(self) -> list[Run]:
-        """Runs without a row that have not failed in this call; also those that wait for a learning rate."""
+        """Runs without a row; also those that wait for a learning rate, and those that failed in this call."""
         return [run for run in self.plan() if run.lr is None or not self.has_row(run)]
 
     def has_row(self, run: Run) -> bool:
         return self.rows.find(run.key) is not None
 
-    def begin(self) -> None:
-        """Give each free slot a run."""
+    def begin(self) -> bool:
+        """Give each free slot a run.
+
+        Returns:
+            whether rows were taken of runs that an earlier call ended and was killed before it wrote them: other runs
+            may wait for these.
+        """
         free = [slot for slot in range(len(self.place.slots)) if slot not in self.running]
         if not free:
-            return
+            return False
         if self.clock.left() < LEAST_SECONDS:
             if not self.running:
                 self.clock.say(f"less than {LEAST_SECONDS:.0f} s of the budget are left: no run is begun")
-            return
-        busy = {started.run.key for started in self.running.values()} | self.failed.keys()
+            return False
+        taken = False
+        busy = {started.run.key for started in self.running.values()} | self.failed.keys() | self.stopped.keys()
         for run in self.todo():
             if run.lr is None or run.key in busy:
                 continue
             busy.add(run.key)
-            slot = free.pop(0)
-            self.start(run, slot)
+            folder = run.folder(self.place.out)
+            if (folder / "DONE").is_file():
+                self.take(run, folder, self.place.at_once)
+                taken = True
+                continue
+            self.start(run, folder, free.pop(0))
             if not free:
-                return
+                break
+        return taken
 
-    def start(self, run: Run, slot: int) -> None:
-        folder = run.folder(self.place.out)
-        if (folder / "DONE").is_file():
-            # An earlier call was killed before it had written the row.
-            self.take(run, folder)
-            return
+    def start(self, run: Run, folder: Path, slot: int) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         settings, log = folder.with_name(f"{folder.name}.yaml"), folder.with_name(f"{folder.name}.log")
         run.write_settings(settings, self.place.data, folder)
@@ -149,19 +172,19 @@ class Work:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.running[slot] = Started(run, folder, process, self.clock.seconds())
+        self.running[slot] = Started(run, folder, process)
         where = "" if self.place.slots[slot] is None else f" on GPU {self.place.slots[slot]}"
         self.clock.say(f"begins{where}: {run.name}: {millions(run.tokens)} M tokens, lr {run.lr:g}")
 
     def environment(self, gpu: str | None) -> dict[str, str]:
         """Of a run: the only rank there is, on its GPU, on its share of the cores."""
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        cores = max(1, (os.cpu_count() or 1) // len(self.place.slots))
+        cores = max(1, available_cores() // len(self.place.slots))
         own = {**os.environ, **alone, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
         return own if gpu is None else {**own, "CUDA_VISIBLE_DEVICES": gpu}
 
     def take_finished(self) -> None:
-        """The rows of runs that have ended; those that failed are named."""
+        """The rows of runs that have ended; those that failed or were stopped are named."""
         for slot, started in list(self.running.items()):
             code = started.process.poll()
             if code is None:
@@ -169,25 +192,29 @@ class Work:
             del self.running[slot]
             run, folder = started.run, started.folder
             if code == 0 or (folder / "DONE").is_file():
-                self.take(run, folder)
+                self.take(run, folder, started.at_once)
             elif code == DIVERGED:
-                self.rows.append(diverged_row(run, folder, self.place.at_once))
-                self.clock.say(f"diverged: {run.name}")
-            elif code == STOPPED_EARLY:
-                self.failed[run.key] = f"{run.name} was stopped and is saved; the same command goes on with it"
+                self.add(diverged_row(run, folder, started.at_once), folder)
+            elif code in TOLD_TO_STOP:
+                self.stopped[run.key] = f"{run.name} was stopped; the same command goes on with it"
+                self.clock.say(self.stopped[run.key])
             else:
                 self.fail(run, f"ended with code {code}: {last_words(folder)}")
 
-    def take(self, run: Run, folder: Path) -> None:
-        """The row of a finished run; its checkpoints go once the row is on disk."""
+    def take(self, run: Run, folder: Path, at_once: int) -> None:
+        """The row of a finished run."""
         try:
-            row = done_row(run, folder, self.place.at_once)
+            row = done_row(run, folder, at_once)
         except ValueError as error:
             self.fail(run, str(error))
             return
+        self.add(row, folder)
+
+    def add(self, row: Row, folder: Path) -> None:
+        """A row to the file; once it is there, the run's checkpoints go."""
         self.rows.append(row)
-        loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
-        self.clock.say(f"done: {run.name}: validation loss {loss}")
+        diverged = row.outcome == DIVERGED_ROW
+        self.clock.say(f"diverged: {row.name}" if diverged else f"done: {row.name}: validation loss {row.val_loss:.4f}")
         if not self.place.keep_checkpoints:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -195,16 +222,21 @@ class Work:
         self.failed[run.key] = f"{run.name} {reason}"
         self.clock.say(f"failed: {self.failed[run.key]}")
 
+    def note_sharing(self) -> None:
+        devices = [self.place.slots[slot] for slot in self.running]
+        for slot, started in self.running.items():
+            started.sharing.append(devices.count(self.place.slots[slot]))
+
     def say_status(self) -> None:
         if self.clock.seconds() - self.spoken < STATUS_SECONDS:
             return
         self.spoken = self.clock.seconds()
-        runs = self.plan()
-        left = [run for run in runs if run.lr is None or not self.has_row(run)]
+        # Equal settings in two groups are trained once.
+        runs, left = ({run.key: run for run in some} for some in (self.plan(), self.todo()))
         running = "; ".join(started.progress() for started in self.running.values())
+        minutes = self.minutes_left(list(left.values()))
         self.clock.say(
-            f"{len(runs) - len(left)} of {len(runs)} rows, about {self.minutes_left(left):.0f} min for the others; "
-            f"running: {running}"
+            f"{len(runs) - len(left)} of {len(runs)} rows, about {minutes:.0f} min for the others; running: {running}"
         )
 
     def stop(self) -> None:
@@ -221,4 +253,4 @@ class Work:
         for slot, started in list(self.running.items()):
             del self.running[slot]
             if (started.folder / "DONE").is_file():
-                self.take(started.run, started.folder)
+                self.take(started.run, started.folder, started.at_once)

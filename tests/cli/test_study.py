@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 from study.conftest import CONTENT
+from study.test_runs import finish
 
 from helpers import commands
 from slope_megatron.config.yaml_file import read_yaml, write_yaml
+from slope_megatron.data.manifest import load_manifest
 from slope_megatron.study.rows import Rows
+from slope_megatron.study.runs import Plan, fingerprint_of
+from slope_megatron.study.settings import read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "launch" / "study" / "toy.yaml"
@@ -25,6 +29,8 @@ def test_the_toy_study_goes_from_text_to_charts(tmp_path):
     result = study(TOY, "--out", out, "--at-once", 2)
     assert result.returncode == 0, result.stderr
     rows = {row.name: row for row in Rows.read(out / "rows.csv").rows}
+    manifest = load_manifest(out / "data")
+    assert {(row.data, row.vocabulary) for row in rows.values()} == {(fingerprint_of(manifest), 512)}
     # The small size of the ladder is of the sweep's tokens: trained once.
     assert len(rows) == 7 and "sweep/50k-static-lr0.008-seed1" in rows
     for row in rows.values():
@@ -60,12 +66,28 @@ def config(tmp_path):
 def test_a_dry_run_lists_runs_tokens_and_minutes(config, tmp_path):
     result = study(config, "--out", tmp_path / "out", "--dry-run", "--tflops", "1", "--at-once", 2)
     assert result.returncode == 0 and not (tmp_path / "out").exists()
+    assert "is not prepared yet: 512 entries of the vocabulary are a guess" in result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + 22 + 1
     assert lines[1].split()[:4] == ["sweep/s-dense-lr0.001-seed1", "left", "0.001", "0.988"]
     assert "ladder/m-narrow-lrbest-seed2" in lines[-2] and "waits" in lines[-2] and "of sweep" in lines[-2]
     # Two of the ladder are of the sweep's settings, if its best rate is the middle one.
     assert lines[-1].startswith("22 runs, 20 to train: ") and lines[-1].endswith(" minutes on 1 x 2 at once")
+
+
+def test_without_prepared_text_rows_tell_of_which_they_are(config, tmp_path):
+    """A report may be made elsewhere, from the rows alone: keys hold the text, and controls go by its vocabulary."""
+    rows = tmp_path / "rows.csv"
+    plan = Plan(read_study(config), Rows.read(rows), 768, "0123456789ab")
+    finish(plan.rows, plan.runs()[0], 3.0)
+    flags = ["--out", tmp_path / "out", "--rows", rows, "--dry-run"]
+    result = study(config, *flags)
+    assert result.stdout.splitlines()[1].split()[:2] == ["sweep/s-dense-lr0.001-seed1", "done"]
+    assert "is not prepared yet: 768 entries of the vocabulary are those of the text of" in result.stderr
+    plan = Plan(plan.study, plan.rows, 768, "ba9876543210")
+    finish(plan.rows, plan.runs()[0], 3.0)
+    result = study(config, *flags)
+    assert result.returncode == 2 and "has rows of 2 texts: give --data FOLDER" in result.stderr
 
 
 def test_only_takes_names_by_pattern(config, tmp_path):

@@ -99,3 +99,22 @@ def test_nothing_is_widened():
         controls.narrowed(DENSE, VOCABULARY, "flops", 2 * controls.step_flops(DENSE, VOCABULARY))
     with pytest.raises(ValueError, match="no dense model of 6 blocks and 5 heads comes within 1% of"):
         controls.narrowed(DENSE, VOCABULARY, "flops", 1.0)
+
+
+SHARES = [
+    ({"method": "fst"}, 5 / 6),
+    ({"method": "fst", "dense_tail": 0.0}, 1.0),
+    ({"method": "fst", "dense_start": 0.25, "dense_tail": 0.0}, 0.75),
+    ({"method": "srste", "dense_tail": 0.5}, 0.5),
+    ({"dense_start": 0.25}, 0.75),
+    ({"enabled": False}, 1.0),
+]
+
+
+@pytest.mark.parametrize(("changes", "share"), SHARES, ids=str)
+def test_the_dense_steps_of_every_method_count(changes, share):
+    config = dataclasses.replace(with_slope(**changes), train=TrainConfig(steps=1200))
+    assert controls.sparse_share(config) == pytest.approx(share)
+    # In 100 s of dense steps, those that are sparse take 1 / 1.25 of their time.
+    seconds = 100 * (1 - share) + 100 * share / 1.25
+    assert controls.speedup_of_run(config, 1.25) == pytest.approx(100 / seconds)

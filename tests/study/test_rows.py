@@ -30,6 +30,8 @@ ROW = Row(
     bad_steps=0,
     device="NVIDIA H200, one",
     at_once=6,
+    vocabulary=512,
+    data="0123456789ab",
     version="0.1.0",
 )
 

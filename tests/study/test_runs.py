@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from study.conftest import VOCABULARY
+from study.conftest import CONTENT, VOCABULARY
 
 from slope_megatron.config.yaml_file import read_yaml
 from slope_megatron.study import runs
@@ -92,6 +92,30 @@ def test_equal_settings_in_two_groups_are_one_run(study_of, no_rows):
     assert row is not None and row.name == "sweep/s-dense-lr0.002-seed1"
     others = {run.key for run in planned(study, no_rows) if run.seed == 2}
     assert not others & no_rows.by_key.keys()
+
+
+def test_rows_of_another_text_are_not_this_runs(study_of, no_rows, tmp_path):
+    manifest = {"files": {"train.bin": {"sha256": "a", "bytes": 1}, "tokenizer.json": {"sha256": "b", "bytes": 1}}}
+    other = {"files": {**manifest["files"], "tokenizer.json": {"sha256": "c", "bytes": 1}}}
+    texts = [runs.fingerprint_of(manifest), runs.fingerprint_of(other)]
+    first, second = (runs.Plan(study_of(), no_rows, VOCABULARY, text).runs()[0] for text in texts)
+    finish(no_rows, first, 3.0)
+    assert first.settings == second.settings and first.folder(tmp_path) != second.folder(tmp_path)
+    assert no_rows.find(first.key).data == texts[0] and no_rows.find(second.key) is None
+
+
+def test_a_control_of_flops_knows_dense_steps(study_of, no_rows):
+    """Narrowed to what a method with a dense half costs as a whole, it is wider than beside one without."""
+    narrow = {"to": "flops", "of": "tail", "speedup": "whole"}
+    methods = {
+        "tail": {"slope": {"dense_tail": 0.5}, "like": "static", "time_as": "static"},
+        "of-tail": {**CONTENT["methods"]["narrow"], "narrow": narrow},
+    }
+    group = {"sizes": ["m"], "methods": ["dense", "narrow", "of-tail"], "lr": [1e-3], "tokens_per_parameter": 10}
+    study = study_of(methods=CONTENT["methods"] | methods, groups={"one": group}, speedups={"whole": {"static": 1.5}})
+    dense, narrow, of_tail = planned(study, no_rows)
+    assert narrow.flops == pytest.approx(dense.flops / 1.5, rel=0.01)
+    assert of_tail.flops == pytest.approx(dense.flops * (0.5 + 0.5 / 1.5), rel=0.01)
 
 
 def test_a_settings_file_is_what_the_run_was_checked_as(study_of, no_rows, tmp_path):

@@ -1,13 +1,14 @@
 """Runs as processes: rows, failures that cost themselves alone, budgets, what is gone on with. A script stands for
 `slope pretrain`: it writes the files that the study reads, and ends as it is told by the run's learning rate."""
 
+import dataclasses
 import sys
 
 import pytest
 from study.conftest import VOCABULARY
 
 from slope_megatron.bench.progress import Clock
-from slope_megatron.cli import pretrain
+from slope_megatron.cli import pretrain, study
 from slope_megatron.study import runs, work
 from slope_megatron.study.rows import Rows
 from slope_megatron.study.work import Place, Work
@@ -27,6 +28,8 @@ if lr == 0.001:
     sys.exit(2)
 if lr == 0.002:
     sys.exit(65)
+if lr == 0.009:
+    sys.exit(75)
 if lr == 0.004 and not (folder / "saved").exists():
     def stop(*_):
         (folder / "saved").touch()
@@ -38,6 +41,8 @@ tokens = steps * settings["data"]["global_batch_size"] * settings["data"]["seq_l
 state = {"weights": 10, "patterns": 1, "operands": 0, "gradients": 5, "optimizer": 4}
 summary = {"steps": steps, "tokens": tokens, "val_loss": 3.5, "state_bytes": {"model": state}, "train_seconds": 2.0,
            "device": "cpu", "parameters": 7, "tokens_per_second": 9.5, "bad_steps": 0}
+if lr == 0.008:
+    summary["val_loss"] = float("nan")
 (folder / "summary.json").write_text(json.dumps(summary))
 (folder / "DONE").write_text("done")
 """
@@ -51,9 +56,9 @@ def worked(study_of, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "PRETRAIN", (sys.executable, str(script)))
     monkeypatch.setattr(work, "LEAST_SECONDS", 0.0)
 
-    def call(rates, slots=(None, None), budget=None):
+    def call(rates, slots=(None, None), budget=None, more=()):
         group = {"sizes": ["s"], "methods": ["dense"], "lr": rates, "tokens_per_parameter": 10}
-        study = study_of(groups={"sweep": group})
+        study = study_of(groups={"sweep": group, **dict(more)})
         rows = Rows.read(tmp_path / "rows.csv")
         place = Place(tmp_path, tmp_path / "data", slots, len(slots))
         one = Work(runs.Plan(study, rows, VOCABULARY).runs, rows, place, Clock(budget), lambda _: 0.0)
@@ -77,7 +82,7 @@ def test_a_run_that_fails_costs_itself_alone(worked, capfd):
     assert found.keys() == {2e-3, 3e-3, 5e-3}
     assert (found[2e-3].outcome, found[2e-3].val_loss, found[2e-3].train_loss) == ("diverged", None, 5.5)
     done = found[3e-3]
-    assert (done.outcome, done.val_loss, done.state_bytes, done.seconds, done.at_once) == ("done", 3.5, 20, 2.0, 2)
+    assert (done.outcome, done.val_loss, done.state_bytes, done.seconds) == ("done", 3.5, 20, 2.0)
     assert done.flops == done.actual_flops > 0 and done.tokens == one.plan()[2].tokens
     (reason,) = one.failed.values()
     assert reason.startswith("sweep/s-dense-lr0.001-seed1 ended with code 2: the device is gone (its log: ")
@@ -85,7 +90,7 @@ def test_a_run_that_fails_costs_itself_alone(worked, capfd):
     assert f"failed: {reason}" in capfd.readouterr().err
     # What has a row keeps its metrics, and no checkpoints.
     assert (folder_of(one, 3e-3) / "metrics.jsonl").exists() and not (folder_of(one, 3e-3) / "checkpoints").exists()
-    assert (folder_of(one, 1e-3) / "checkpoints").exists()
+    assert (folder_of(one, 1e-3) / "checkpoints").exists() and not (folder_of(one, 2e-3) / "checkpoints").exists()
 
 
 def test_rows_that_exist_are_skipped_and_failures_tried_again(worked):
@@ -115,10 +120,24 @@ def test_nothing_is_begun_with_little_left(worked, monkeypatch):
 
 def test_each_run_has_its_gpu_and_its_share_of_the_cores(worked, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(work.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(work, "available_cores", lambda: 16)
     one = worked([3e-3, 5e-3, 6e-3, 7e-3], slots=("4", "4", "5", "5"))
     starts = sorted((folder_of(one, run.lr) / "starts").read_text() for run in one.plan())
     assert starts == ["0 4 4\n", "0 4 4\n", "0 5 4\n", "0 5 4\n"]
+
+
+def test_a_run_shares_its_device_with_those_that_were_there(worked):
+    """What is free, or on another device, takes nothing from it."""
+    (row,) = worked([3e-3]).rows.rows
+    assert row.at_once == 1
+    one = worked([5e-3, 6e-3], slots=("4", "5"))
+    assert [one.rows.find(run.key).at_once for run in one.plan()] == [1, 1]
+    one.running = {0: work.Started(None, None, None), 1: work.Started(None, None, None)}
+    one.note_sharing()
+    one.place = dataclasses.replace(one.place, slots=("4", "4"))
+    one.note_sharing(), one.note_sharing()
+    assert [started.sharing for started in one.running.values()] == [[1, 2, 2]] * 2
+    assert one.running[0].at_once == 2
 
 
 def test_a_run_that_ended_unnoticed_is_not_trained_again(worked):
@@ -128,6 +147,28 @@ def test_a_run_that_ended_unnoticed_is_not_trained_again(worked):
     one = worked([3e-3])
     assert [row.val_loss for row in one.rows.rows] == [3.5]
     assert len((folder_of(one, 3e-3) / "starts").read_text().splitlines()) == 1
+
+
+def test_runs_that_wait_for_a_row_begin_once_it_is_taken(worked):
+    """Also if all that had ended unnoticed leaves nothing running."""
+    ladder = {"sizes": ["m"], "methods": ["dense"], "lr": {"best_of": "sweep"}, "tokens_per_parameter": 10}
+    before = worked([3e-3])
+    before.rows.path.unlink()
+    one = worked([3e-3], more={"ladder": ladder})
+    assert [row.name for row in one.rows.rows] == ["sweep/s-dense-lr0.003-seed1", "ladder/m-dense-lrbest-seed1"]
+
+
+def test_a_run_that_others_stopped_has_not_failed(worked, capfd):
+    one = worked([9e-3, 3e-3])
+    assert not one.failed and [row.lr for row in one.rows.rows] == [3e-3]
+    assert list(one.stopped.values()) == ["sweep/s-dense-lr0.009-seed1 was stopped; the same command goes on with it"]
+    assert study.conclude(None, one, one.clock) == study.UNFINISHED
+    assert one.stopped.popitem()[1] in capfd.readouterr().err
+
+
+def test_a_last_loss_that_is_not_finite_is_a_divergence(worked):
+    (row,) = worked([8e-3]).rows.rows
+    assert (row.outcome, row.val_loss, row.seconds) == ("diverged", None, 2.0)
 
 
 def test_a_summary_that_is_damaged_fails_the_run(worked):
