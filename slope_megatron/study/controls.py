@@ -30,10 +30,13 @@ def step_flops(config: Config, vocabulary: int) -> float:
 
 
 def training_bytes(config: Config, vocabulary: int) -> float:
-    """State on one GPU that trains in bf16 with fp32 gradients on sparse kernels, as the planner counts it."""
-    counts = count(model_tensors(config, vocabulary), 1)
+    """State on one GPU that trains in bf16 with fp32 gradients on sparse kernels, as the planner counts it.
+
+    Of the form that holds most, where a dense start or tail trains another one.
+    """
     bytes_of = memory.precision("bf16", "fp32", config.slope.fp8 != "off")
-    return sum(memory.state_bytes(counts, bytes_of, "kernels").values())
+    counts = (count(model_tensors(config.form_at(step), vocabulary), 1) for step in (0, *config.switches))
+    return max(sum(memory.state_bytes(one, bytes_of, "kernels").values()) for one in counts)
 
 
 def body_parameters(config: Config, vocabulary: int) -> int:

@@ -1,5 +1,6 @@
 """Numbers of a study's tables and charts: optima, spreads, lines through log loss against log compute, crossings."""
 
+import collections
 import dataclasses
 import math
 import statistics
@@ -30,9 +31,11 @@ class Cell:
 
     @property
     def best_lr(self) -> float | None:
-        """None: all runs diverged."""
+        """Of those with the most seeds: a mean of fewer is another's luck. None: all runs diverged."""
+        seeds = collections.Counter(row.lr for _, row in self.pairs)
         finite = {lr: loss for lr, loss in self.losses.items() if loss is not None}
-        return min(finite, key=finite.__getitem__) if finite else None
+        whole = [lr for lr in finite if seeds[lr] == max(seeds[other] for other in finite)]
+        return min(whole, key=finite.__getitem__) if whole else None
 
     @property
     def loss(self) -> float | None:
@@ -40,7 +43,13 @@ class Cell:
         return None if self.best_lr is None else self.losses[self.best_lr]
 
     @property
+    def seeds(self) -> int:
+        """At the best learning rate."""
+        return sum(row.lr == self.best_lr for _, row in self.pairs)
+
+    @property
     def best_row(self) -> Row | None:
+        """Of the first seed, for what all seeds share; it may have the name, size and method of another group's run."""
         return next((row for _, row in self.pairs if row.lr == self.best_lr), None)
 
     @property

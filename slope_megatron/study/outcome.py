@@ -60,7 +60,7 @@ def row(run: Run, folder: Path, at_once: int, summary: dict, outcome: str) -> Ro
         average_parameters=average_parameters(run.config, run.vocabulary),
         flops=run.tokens * counts.dense_equivalent,
         actual_flops=run.tokens * (sparse * counts.actual + (1.0 - sparse) * counts.dense_equivalent),
-        state_bytes=sum(summary["state_bytes"]["model"].values()) if summary else None,
+        state_bytes=most_state(summary) if summary else None,
         seconds=summary.get("train_seconds"),
         tokens_per_second=summary.get("tokens_per_second"),
         bad_steps=summary.get("bad_steps"),
@@ -70,6 +70,12 @@ def row(run: Run, folder: Path, at_once: int, summary: dict, outcome: str) -> Ro
         data=run.data,
         version=versions().get("slope-megatron", ""),
     )
+
+
+def most_state(summary: dict) -> int:
+    """Bytes of the form that holds most: the summary has those of the last one, and attempts those of all."""
+    forms = (attempt.get("state_bytes", 0) for attempt in summary.get("attempts", ()))
+    return max(sum(summary["state_bytes"]["model"].values()), *forms, 0)
 
 
 def last_loss(folder: Path) -> float | None:

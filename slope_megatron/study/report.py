@@ -170,25 +170,24 @@ def is_dense(study: Study, method: str) -> bool:
 
 
 def costs(study: Study, speedups: Speedups, found: Sequence[Cell], out: Path, styles: dict[str, dict]) -> str:
-    """Loss against time and against memory, of each cell's best run at the most tokens of its size."""
-    best = best_rows(found)
-    bytes_of = {(row.size, row.method): row.state_bytes for row in best}
+    """Loss, averaged over the seeds, against time and against memory, of each method's best cell of a size."""
+    best = best_cells(found)
+    bytes_of = {(cell.size, cell.method): row.state_bytes for cell, row, _ in best}
     labels = {
         f"loss and time, as {model} gains": "time, in FLOPs that the dense model does in it" for model in speedups
     }
     labels["loss and memory"] = "state bytes (measured)"
     series: dict[str, charts.Series] = {title: {} for title in labels}
     lines = []
-    for row in best:
-        assert row.val_loss is not None
-        times = [row.flops / gains[row.method] if row.method in gains else None for gains in speedups.values()]
-        held = bytes_of.get((row.size, study.sized_as(row.method)))
+    for cell, row, loss in best:
+        times = [row.flops / gains[cell.method] if cell.method in gains else None for gains in speedups.values()]
+        held = bytes_of.get((cell.size, study.sized_as(cell.method)))
         for title, cost in zip(labels, [*times, held], strict=True):
             if cost:
-                series[title].setdefault(row.method, []).append((cost, row.val_loss))
+                series[title].setdefault(cell.method, []).append((cost, loss))
         figures_of_row = [millions(row.tokens), f"{row.flops:.4g}", f"{row.average_parameters:,.0f}"]
         shown_times = [shown(time, ".4g") for time in times]
-        lines.append([row.size, row.method, f"{row.val_loss:.4f}", *figures_of_row, shown(held), *shown_times])
+        lines.append([cell.size, cell.method, f"{loss:.4f}", *figures_of_row, shown(held), *shown_times])
     if not lines:
         return ""
     charts.draw_costs(out / "costs.png", series, labels, styles)
@@ -197,15 +196,16 @@ def costs(study: Study, speedups: Speedups, found: Sequence[Cell], out: Path, st
     return f"## Time and memory\n\n![loss against time and memory](costs.png)\n\n{table(head, lines)}"
 
 
-def best_rows(found: Sequence[Cell]) -> list[Row]:
-    """Of each size and method, the row of the lowest loss among those with the most tokens."""
-    chosen: dict[tuple[str, str], Row] = {}
-    for row in (cell.best_row for cell in found):
-        if row is None or row.val_loss is None:
+def best_cells(found: Sequence[Cell]) -> list[tuple[Cell, Row, float]]:
+    """Of each size and method, the cell of the most tokens, then seeds, then the lowest loss; its best row and loss."""
+    chosen: dict[tuple[str, str], tuple[Cell, Row, float]] = {}
+    for cell in found:
+        row, loss = cell.best_row, cell.loss
+        if row is None or loss is None:
             continue
-        before = chosen.get((row.size, row.method))
-        if before is None or (row.tokens, -row.val_loss) > (before.tokens, -(before.val_loss or 0.0)):
-            chosen[row.size, row.method] = row
+        before = chosen.get((cell.size, cell.method))
+        if before is None or (row.tokens, cell.seeds, -loss) > (before[1].tokens, before[0].seeds, -before[2]):
+            chosen[cell.size, cell.method] = cell, row, loss
     return list(chosen.values())
 
 

@@ -25,7 +25,8 @@ class Row:
         body_parameters: of the size's dense model, without embeddings; `parameters`: all that the run held.
         average_parameters: in the blocks, of what was multiplied, averaged over the steps.
         flops: of the whole run, as a dense model of this shape; `actual_flops`: without what 2:4 leaves out.
-        state_bytes: weights, patterns, operands, gradients, optimizer, measured in the run.
+        state_bytes: weights, patterns, operands, gradients, optimizer, measured in the run; with a dense start or tail,
+            of the form that holds most.
         seconds: of its steps, with `at_once` runs on the device.
         data: of its tokens and tokenizer, which has `vocabulary` entries.
     """

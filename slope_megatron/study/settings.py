@@ -14,6 +14,7 @@ lr is a list, or {best_of: GROUP, exponent: X, times: [...]}: the best one of th
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,8 @@ def read_study(path: Path) -> Study:
 def named(content: dict, part: str, path: Path, read) -> dict[str, Any]:
     """`{NAME: ...}` of one part, each entry read by `read(value, where)`; names stand in run names and paths."""
     entries = mapping(content[part], f"{path}: {part}")
+    if not entries:
+        raise ValueError(f"{path}: {part} names none: add one, or leave the key out")
     for name in entries:
         if not isinstance(name, str) or not name or any(not (letter.isalnum() or letter in "._%+-") for letter in name):
             raise ValueError(f"{path}: {part} names {name!r}: names are letters, digits and . _ % + -; rename it")
@@ -166,18 +169,19 @@ def read_group(value, where: str) -> Group:
     lr = content["lr"]
     if isinstance(lr, dict):
         known_keys(lr, field_names(BestOf), f"{where}.lr", needs=("best_of",))
-        times = tuple(numbers(lr.get("times", [1.0]), f"{where}.lr.times"))
-        content["lr"] = BestOf(best_of=lr["best_of"], exponent=lr.get("exponent", 0.0), times=times)
+        times = numbers(lr.get("times", [1.0]), f"{where}.lr.times")
+        exponent = number(lr.get("exponent", 0.0), f"{where}.lr.exponent", positive=False)
+        content["lr"] = BestOf(best_of=lr["best_of"], exponent=exponent, times=times)
     else:
-        content["lr"] = tuple(numbers(lr, f"{where}.lr"))
+        content["lr"] = numbers(lr, f"{where}.lr")
     more = mapping(content.get("more_lr", {}), f"{where}.more_lr")
     if more and isinstance(lr, dict):
         raise ValueError(f"{where}.more_lr goes with a list of lr alone: leave it out, or use lr.times")
-    content["more_lr"] = {name: tuple(numbers(own, f"{where}.more_lr.{name}")) for name, own in more.items()}
+    content["more_lr"] = {name: numbers(own, f"{where}.more_lr.{name}") for name, own in more.items()}
     for key in ("sizes", "methods", "seeds"):
         if key in content:
             content[key] = tuple(listed(content[key], f"{where}.{key}"))
-    numbers([content["tokens_per_parameter"]], f"{where}.tokens_per_parameter")
+    number(content["tokens_per_parameter"], f"{where}.tokens_per_parameter")
     if not all(type(seed) is int for seed in content.get("seeds", ())):
         raise ValueError(f"{where}.seeds is {list(content['seeds'])}: seeds are whole numbers")
     return Group(**content)
@@ -190,8 +194,8 @@ def check_names(study: Study, path: Path) -> None:
         ValueError: it is not.
     """
 
-    def there(name: str, known: Iterable[str], where: str) -> None:
-        if name not in known:
+    def there(name, known: Iterable[str], where: str) -> None:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"{path}: {where} names {name!r}, which is not there: {', '.join(known)} are")
 
     for name, method in study.methods.items():
@@ -217,12 +221,12 @@ def check_names(study: Study, path: Path) -> None:
     for model, own in study.speedups.items():
         for used in own:
             there(used, study.methods, f"speedups.{model}")
-        numbers(list(own.values()), f"{path}: speedups.{model}")
+            number(own[used], f"{path}: speedups.{model}.{used}")
 
 
 def check_best_of(study: Study, name: str, group: Group, lr: BestOf, path: Path) -> None:
     """The group that tells a learning rate must be a sweep, at one size, of the methods in question."""
-    source = study.groups.get(lr.best_of)
+    source = study.groups.get(lr.best_of) if isinstance(lr.best_of, str) else None
     if source is None or isinstance(source.lr, BestOf) or len(source.sizes) != 1:
         raise ValueError(
             f"{path}: groups.{name}.lr.best_of is {lr.best_of!r}: it must be a group of one size with a list of lr"
@@ -247,12 +251,16 @@ def listed(value, where: str) -> list:
     return value
 
 
-def numbers(value, where: str) -> list[float]:
-    """A list of positive numbers, as floats."""
-    for entry in listed(value, where):
-        if isinstance(entry, bool) or not isinstance(entry, int | float) or not entry > 0:
-            raise ValueError(f"{where} holds {entry!r}: it must be a positive number")
-    return [float(entry) for entry in value]
+def numbers(value, where: str) -> tuple[float, ...]:
+    """A list of different positive numbers, as floats."""
+    return tuple(number(entry, where) for entry in listed(value, where))
+
+
+def number(value, where: str, positive: bool = True) -> float:
+    is_one = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_one or (positive and value <= 0):
+        raise ValueError(f"{where} holds {value!r}: it must be a {'positive ' if positive else ''}number")
+    return float(value)
 
 
 def known_keys(content: dict, known: list[str], where: str, needs: Iterable[str] = ()) -> None:

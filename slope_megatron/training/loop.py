@@ -186,6 +186,8 @@ class Run:
         if last or done % self.config.train.eval_interval == 0 or entered:
             self.watch.reach(done, "validation")
             self.validate(done)
+        if self.engine.run_config.switches and (last or self.changes_form()):
+            attempts.note_state(self.engine, self.attempt)
         interval = self.config.train.save_interval
         if interval and (last or (done % interval == 0 and not self.changes_form())):
             self.watch.reach(done, "checkpoint")

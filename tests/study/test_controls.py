@@ -94,6 +94,16 @@ def test_state_is_the_planners():
     assert controls.training_bytes(with_slope(), VOCABULARY) == pytest.approx(18 * held - saved)
 
 
+def test_state_is_that_of_the_form_that_holds_most():
+    dense, sparse = (controls.training_bytes(one, VOCABULARY) for one in (DENSE, with_slope()))
+    assert sparse < dense
+    for phase in ("dense_start", "dense_tail"):
+        assert controls.training_bytes(with_slope(**{phase: 0.1}), VOCABULARY) == dense
+    # A masked dense model holds its mask and the masked copy besides.
+    masked = controls.training_bytes(with_slope(method="srste"), VOCABULARY)
+    assert controls.training_bytes(with_slope(method="srste", dense_tail=0.1), VOCABULARY) == masked > dense
+
+
 def test_nothing_is_widened():
     with pytest.raises(ValueError, match="wider than the dense model"):
         controls.narrowed(DENSE, VOCABULARY, "flops", 2 * controls.step_flops(DENSE, VOCABULARY))

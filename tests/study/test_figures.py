@@ -98,6 +98,33 @@ def test_adapted_is_timed_as_static(finished, tmp_path):
     assert times["| m", "adapted"] == times["| m", "static"] != times["| m", "dense"]
 
 
+def test_costs_are_of_the_means_and_of_this_studys_names(finished, tmp_path):
+    """A row that two methods of equal settings share has the name of the first one."""
+    study, _, rows = finished
+    group = dataclasses.replace(study.groups["ladder"], methods=("dense", "again"))
+    methods = {**study.methods, "again": dataclasses.replace(study.methods["dense"], like="dense", time_as="static")}
+    study = dataclasses.replace(study, methods=methods, groups={**study.groups, "ladder": group})
+    text = write_report(study, planned(study, rows), rows, tmp_path).read_text()
+    text = text.partition("## Time and memory")[2].partition("## Spread")[0]
+    costs = {tuple(cells[:2]): cells for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 8}
+    # The sweep has as many tokens, and one seed, at 3.0.
+    assert costs["s", "dense"][2] == costs["s", "again"][2] == "3.0100"
+    assert costs["m", "again"][2:7] == costs["m", "dense"][2:7] and costs["m", "again"][2] == "2.5100"
+    assert costs["m", "again"][7] != costs["m", "dense"][7]
+
+
+def test_a_rate_of_fewer_seeds_is_no_optimum(study_of, no_rows):
+    group = {"sizes": ["s"], "methods": ["dense"], "lr": [1e-3, 2e-3], "tokens_per_parameter": 10, "seeds": [1, 2]}
+    study = study_of(groups={"sweep": group})
+    for run, loss in zip(planned(study, no_rows)[:3], (3.0, 3.2, 2.9), strict=True):
+        finish(no_rows, run, loss)
+    (cell,) = figures.cells(pairs_of(planned(study, no_rows)[:3], no_rows))
+    assert (cell.best_lr, cell.loss) == (1e-3, pytest.approx(3.1))
+    finish(no_rows, planned(study, no_rows)[3], 2.9)
+    (cell,) = figures.cells(pairs_of(planned(study, no_rows), no_rows))
+    assert cell.best_lr == 2e-3
+
+
 def test_dense_steps_gain_nothing(study_of, no_rows):
     slope = {"slope": {"method": "fst", "fst_dense_tail": 0.25}}
     study = study_of(methods=CONTENT["methods"] | {"adapted": {**slope, "like": "static", "time_as": "static"}})

@@ -23,6 +23,12 @@ def test_it_is_read(study_of):
     assert (study.tuned_as("static"), study.timed_as("static")) == ("static", "static")
 
 
+def test_two_methods_may_be_as_fast(study_of):
+    assert study_of(speedups={"whole": {"static": 1.2, "dense": 1.2}}).speedups == {
+        "whole": {"static": 1.2, "dense": 1.2}
+    }
+
+
 # (path of keys, new value or ... to delete it, what is said)
 BAD = [
     (["groups"], ..., "has no groups: add it"),
@@ -45,6 +51,15 @@ BAD = [
     (["groups", "ladder", "lr", "best_of"], "ladder", "best_of is 'ladder': it must be a group of one size"),
     (["groups", "sweep", "more_lr"], {"narrow": [1e-3]}, "groups.sweep.more_lr names 'narrow', which is not there"),
     (["groups", "ladder", "more_lr"], {"dense": [1e-3]}, "groups.ladder.more_lr goes with a list of lr alone"),
+    (["groups"], {}, "groups names none: add one"),
+    (["groups", "ladder", "lr"], {"best_of": ["sweep"]}, "best_of is ['sweep']: it must be a group of one size"),
+    (["groups", "ladder", "lr", "exponent"], "x", "groups.ladder.lr.exponent holds 'x': it must be a number"),
+    (["groups", "ladder", "sizes"], [["s"]], "groups.ladder.sizes names ['s'], which is not there"),
+    (["groups", "ladder", "tokens_per_parameter"], "x", "tokens_per_parameter holds 'x': it must be a positive number"),
+    (["methods", "adapted", "like"], ["static"], "methods.adapted.like names ['static'], which is not there"),
+    (["methods", "narrow", "narrow", "of"], 3, "methods.narrow.narrow.of names 3, which is not there"),
+    (["speedups", "whole", "static"], -1, "speedups.whole.static holds -1: it must be a positive number"),
+    (["groups", "sweep", "lr"], [float("inf")], "groups.sweep.lr holds inf: it must be a positive number"),
     (["corpus", "vocabsize"], 3, "corpus: unknown key 'vocabsize': did you mean vocab_size?"),
 ]
 

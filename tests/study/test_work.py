@@ -9,7 +9,7 @@ from study.conftest import VOCABULARY
 
 from slope_megatron.bench.progress import Clock
 from slope_megatron.cli import pretrain, study
-from slope_megatron.study import runs, work
+from slope_megatron.study import outcome, runs, work
 from slope_megatron.study.rows import Rows
 from slope_megatron.study.work import Place, Work
 
@@ -169,6 +169,13 @@ def test_a_run_that_others_stopped_has_not_failed(worked, capfd):
 def test_a_last_loss_that_is_not_finite_is_a_divergence(worked):
     (row,) = worked([8e-3]).rows.rows
     assert (row.outcome, row.val_loss, row.seconds) == ("diverged", None, 2.0)
+
+
+def test_state_is_that_of_the_form_that_held_most():
+    summary = {"state_bytes": {"model": {"weights": 10, "optimizer": 4}}}
+    assert outcome.most_state(summary) == 14
+    held = [{"state_bytes": 20}, {}, {"state_bytes": 12}]
+    assert outcome.most_state({**summary, "attempts": held}) == 20
 
 
 def test_a_summary_that_is_damaged_fails_the_run(worked):

@@ -44,6 +44,10 @@ def test_a_run_changes_its_form(corpus, tmp_path):
     # One start, whatever the form; a start for each piece.
     assert [attempt["to_step"] for attempt in summary["attempts"]] == [8]
     assert [attempt["to_step"] for attempt in again["attempts"]] == [2, 4, 6, 8]
+    # What each form held; the dense one is the last.
+    held = [attempt["state_bytes"] for attempt in again["attempts"]]
+    assert held[0] == held[3] == sum(summary["state_bytes"]["model"].values()) and held[1] == held[2] != held[0]
+    assert summary["attempts"][0]["state_bytes"] == max(held)
     # Both forms can be read as what they are.
     forms = {step: TrainedRun(parted, step) for step in (7, 8)}
     assert not any(run.is_packed(name) or run.config.slope.enabled for run in forms.values() for name in run)

@@ -40,6 +40,12 @@ def note_step(engine: Engine, attempt: dict, seconds: float, wall_seconds: float
     attempt["skipped_steps"] = engine.skipped_steps
 
 
+def note_state(engine: Engine, attempt: dict) -> None:
+    """Bytes of training state, of the form of the model that holds most so far; collective."""
+    here = sum(accounting.state_bytes(engine)["model"].values())
+    attempt["state_bytes"] = max(here, attempt.get("state_bytes", 0))
+
+
 def totals(attempts: list[dict], tokens_per_step: int) -> dict:
     """Sums over the attempts, the mean tokens/s of all timed steps (None: there are none), and the attempts."""
     sums = {name: sum(attempt[name] for attempt in attempts) for name in TOTALS}
