@@ -2,8 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
-from slope_megatron.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, check_fields, option
+from slope_megatron.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, Rule, check_fields, option
+
+# From 1 to 0, of the way from the peak to the floor, at `progress` in [0, 1] through a decay.
+DECAY_FORMS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +35,19 @@ class OptimizerConfig:
     lr_schedule: str = option(
         "cosine",
         "from the peak to --min-lr after warm-up: cosine, linear, poly ((1 - p)^power at progress p, as BERT); "
-        "constant stays at the peak",
-        choices=("cosine", "linear", "poly", "constant"),
+        "constant stays at the peak; wsd (warm-up, stable, decay) stays there until the last --decay-fraction",
+        choices=("cosine", "linear", "poly", "constant", "wsd"),
+    )
+    decay_fraction: float = option(
+        0.1,
+        "share of --steps in which the wsd schedule decays",
+        must=Rule("it must be positive and at most 1", lambda value: 0 < value <= 1),
+    )
+    decay_form: str = option(
+        "exponential",
+        "how the wsd schedule decays to --min-lr: exponential (the same factor each step, as MiniCPM; --min-lr must be "
+        "positive), linear, cosine, sqrt (1 - sqrt(p) at progress p)",
+        choices=("exponential", *DECAY_FORMS),
     )
     poly_power: float = option(0.5, "exponent of the poly schedule; BERT's is 0.5", must=POSITIVE)
     warmup_steps: int = option(100, "steps of linear warm-up", must=NOT_NEGATIVE)
@@ -58,6 +77,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"--lr is {self.lr} and --min-lr {self.min_lr}: they must satisfy 0 <= min-lr <= lr and lr > 0"
             )
+        if self.lr_schedule == "wsd" and self.decay_form == "exponential" and self.min_lr == 0:
+            raise ValueError(
+                "--min-lr is 0 with --lr-schedule wsd and --decay-form exponential: no factor leads there; give a "
+                "positive --min-lr, or another --decay-form"
+            )
         if self.initial_loss_scale < 1 or not math.log2(self.initial_loss_scale).is_integer():
             raise ValueError(
                 f"--initial-loss-scale is {self.initial_loss_scale}: it must be a power of two, 1 or more; take 65536"
@@ -81,12 +105,26 @@ class OptimizerConfig:
         warmup = self.warmup(total_steps)
         if step < warmup:
             return self.lr * (step + 1) / warmup
+        if self.lr_schedule == "wsd":
+            return self.stable_then_decayed(step, total_steps)
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return self.min_lr + (self.lr - self.min_lr) * self.remaining(progress)
 
     def remaining(self, progress: float) -> float:
         """What is left, from 1 to 0, of the way from the peak to the floor at `progress` in [0, 1] after warm-up."""
         if self.lr_schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * progress))
+            return DECAY_FORMS["cosine"](progress)
         power = {"linear": 1.0, "poly": self.poly_power, "constant": 0.0}[self.lr_schedule]
         return (1.0 - progress) ** power
+
+    def decay_steps(self, total_steps: int) -> int:
+        """Steps of the wsd schedule's decay, the last ones of the run."""
+        return max(1, round(self.decay_fraction * total_steps))
+
+    def stable_then_decayed(self, step: int, total_steps: int) -> float:
+        """The wsd schedule after its warm-up (arXiv 2404.06395, section 4)."""
+        decay = self.decay_steps(total_steps)
+        progress = min(1.0, max(0.0, (step - (total_steps - decay)) / decay))
+        if self.decay_form == "exponential":
+            return self.lr * (self.min_lr / self.lr) ** progress
+        return self.min_lr + (self.lr - self.min_lr) * DECAY_FORMS[self.decay_form](progress)

@@ -49,6 +49,13 @@ class Config:
                 f"--slope-method {self.slope.method} with --zero-stage 3: its masks need whole weights between steps; "
                 "use --zero-stage 1 or 2"
             )
+        steps, warmup = self.train.steps, self.optimizer.warmup(self.train.steps)
+        decay = self.optimizer.decay_steps(steps)
+        if self.optimizer.lr_schedule == "wsd" and warmup + decay > steps:
+            raise ValueError(
+                f"--warmup-steps is {warmup} with --lr-schedule wsd, which decays in the last {decay} of {steps} "
+                "steps: the two must fit into --steps; shorten the warm-up or lower --decay-fraction"
+            )
         if self.slope.mup and self.optimizer.optimizer == "lamb":
             raise ValueError(
                 "--slope-mup with --optimizer lamb: its trust ratios undo what a density does to the updates; use adamw"

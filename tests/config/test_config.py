@@ -70,7 +70,30 @@ def test_the_schedule_warms_up_and_ends_at_its_floor():
     assert settings.lr_at(20, 20) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("form", "halfway"),
+    [("exponential", 0.1**0.5), ("linear", 0.55), ("cosine", 0.55), ("sqrt", 1 - 0.9 * 0.5**0.5)],
+)
+def test_wsd_warms_up_stays_at_the_peak_and_decays_in_its_own_form(form, halfway):
+    settings = OptimizerConfig(
+        lr=1.0, min_lr=0.1, warmup_steps=10, lr_schedule="wsd", decay_fraction=0.2, decay_form=form
+    )
+    assert settings.lr_at(4, 100) == 0.5
+    assert {settings.lr_at(step, 100) for step in range(9, 81)} == {1.0}
+    assert [settings.lr_at(step, 100) for step in (90, 100)] == pytest.approx([halfway, 0.1])
+    assert all(settings.lr_at(step + 1, 100) < settings.lr_at(step, 100) for step in range(80, 100))
+
+
 BAD = [
+    (lambda: OptimizerConfig(decay_fraction=0.0), "--decay-fraction is 0.0: it must be positive and at most 1"),
+    (
+        lambda: OptimizerConfig(lr_schedule="wsd", min_lr=0.0),
+        "--min-lr is 0 with --lr-schedule wsd and --decay-form exponential: no factor leads there",
+    ),
+    (
+        lambda: Config(optimizer=OptimizerConfig(lr_schedule="wsd", warmup_steps=950)),
+        "--warmup-steps is 950 with --lr-schedule wsd, which decays in the last 100 of 1000 steps",
+    ),
     (lambda: SlopeConfig(nm="3:5"), "--slope-nm is '3:5': it must be N:M"),
     (lambda: SlopeConfig(nm="four"), "--slope-nm is 'four'"),
     (lambda: SlopeConfig(nm="4:4"), "use 2:4, which runs on sparse tensor cores"),
