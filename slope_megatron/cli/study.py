@@ -65,6 +65,7 @@ def add_parser(subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from slope_megatron.data.manifest import load_manifest
+    from slope_megatron.storage import locks
     from slope_megatron.storage.folders import output_folder
     from slope_megatron.study.report import write_report
     from slope_megatron.study.rows import Rows
@@ -80,7 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data:
         load_manifest(data)
     if not (arguments.report or arguments.dry_run):
-        return train(arguments, study, rows, out, data)
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "lock", "a") as lock:
+            if not locks.take(lock, "two calls of `slope study` at once would train the same runs"):
+                raise ValueError(f"--out {out} is in use by another `slope study`: wait for its end, or give another")
+            # What that other call wrote until then is of this one's rows.
+            return train(arguments, study, Rows.read(rows.path), out, data)
     runs = planned(arguments, study, rows, data)()
     if arguments.report:
         print(f"report: {write_report(study, runs, rows, out)}", file=sys.stderr)
@@ -183,7 +189,8 @@ def describe(arguments: argparse.Namespace, runs: list, rows) -> str:
             left[run.key] = run  # equal settings in two groups are trained once
         state = "done" if done else "waits" if run.lr is None else "left"
         rate = "of sweep" if run.lr is None else f"{run.lr:g}"
-        own = "" if done else f"{minutes([run]):8.1f}"
+        # By itself it has one slot of all that the estimate shares out.
+        own = "" if done else f"{minutes([run]) * len(devices()) * arguments.at_once:8.1f}"
         size = f"{millions(run.tokens):>9} {run.body_parameters / 1e6:9,.2f}"
         lines.append(f"{run.name:56} {state:8} {rate:>9} {size} {own}".rstrip())
     tokens, total = sum(run.tokens for run in left.values()), minutes(list(left.values()))
@@ -207,6 +214,7 @@ def train(arguments: argparse.Namespace, study, rows, out: Path, data: Path) -> 
     if not arguments.data:
         prepare_once(study, data, clock)
     plan = planned(arguments, study, rows, data)
+    check_runs(plan(), data, budget)
     slots = tuple(device for device in devices() for _ in range(arguments.at_once))
     place = Place(out, data.absolute(), slots, arguments.at_once, arguments.keep_checkpoints)
     work = Work(plan, rows, place, clock, estimator(arguments, rows))
@@ -221,7 +229,7 @@ def prepare_once(study, data: Path, clock) -> None:
     """Tokenize the study's text; not again where it was done with these settings, also if the text has gone since.
 
     Raises:
-        ValueError: the study names no text, or the text cannot be prepared.
+        ValueError: the study names no text, it cannot be prepared, or another one is there.
     """
     from slope_megatron.data.manifest import load_manifest
     from slope_megatron.data.prepare import prepare
@@ -233,11 +241,37 @@ def prepare_once(study, data: Path, clock) -> None:
         raise ValueError("the study names no corpus.source: give --source TEXT, or --data FOLDER")
     if (data / "manifest.json").is_file():
         manifest = load_manifest(data)
-        settings = dataclasses.asdict(PrepareSettings(**corpus))
-        if manifest["source"] == source and manifest["settings"] == settings:
+        now = dataclasses.asdict(PrepareSettings(**corpus))
+        now["source"] = source if isinstance(source, str) else ", ".join(source)
+        # A setting that did not exist then had no effect: that is its default.
+        then = dataclasses.asdict(PrepareSettings()) | manifest["settings"] | {"source": manifest["source"]}
+        changed = [f"{key} {then[key]} then, {now[key]} now" for key in now if then[key] != now[key]]
+        if not changed:
             return
+        raise ValueError(
+            f"{data} was prepared otherwise than the study says ({'; '.join(changed)}): give another --out, or "
+            f"--data {data} to train on what is there"
+        )
     clock.say(f"data: {source} -> {data}")
     prepare(source, data, **corpus)
+
+
+def check_runs(runs: list, data: Path, budget: float | None) -> None:
+    """
+    Raises:
+        ValueError: runs would validate nothing, or could not be stopped by a budget.
+    """
+    from slope_megatron.data.manifest import load_manifest
+
+    if not load_manifest(data)["splits"]["valid"]["tokens"]:
+        raise ValueError(f"{data} holds no validation text, and rows are validation losses: give it a valid_percent")
+    for run in runs:
+        if not run.config.train.eval_samples:
+            raise ValueError(f"run {run.name} has eval_samples 0, and rows are validation losses: give it 64, say")
+        if budget is not None and not run.config.train.save_interval:
+            raise ValueError(
+                f"run {run.name} has save_interval 0, so --budget-minutes would lose it: give it 500, say, or no budget"
+            )
 
 
 def conclude(arguments: argparse.Namespace, work, clock) -> int:

@@ -145,10 +145,26 @@ class Ladder:
         """Through loss against compute, or against time: the compute of a dense model that takes as long."""
         return fit((flops / speedup, loss) for flops, loss in self.points)
 
+    def without(self, size: str) -> "Ladder":
+        kept = [index for index, own in enumerate(self.sizes) if own != size]
+        sizes, points = tuple(self.sizes[index] for index in kept), tuple(self.points[index] for index in kept)
+        return Ladder(self.group, self.method, sizes, points, tuple(self.parameters[index] for index in kept))
+
     def parameters_at(self, flops: float) -> float:
         """Of a model that trains with so many FLOPs, by the line through the sizes."""
         costs = [cost for cost, _ in self.points]
         return fit(zip(costs, self.parameters, strict=True)).at(flops)
+
+
+def crossings_without(dense: Ladder, one: Ladder, speedup: float) -> list[float | None]:
+    """Parameters of the dense model at which two lines cross, with each size left out that leaves two to both."""
+    found = []
+    for size in one.sizes:
+        theirs, ours = dense.without(size), one.without(size)
+        if min(len(theirs.sizes), len(ours.sizes)) > 1:
+            flops = ours.line(speedup).crossing(theirs.line())
+            found.append(None if flops is None else theirs.parameters_at(flops))
+    return found
 
 
 def ladders(found: Iterable[Cell]) -> list[Ladder]:

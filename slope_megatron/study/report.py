@@ -13,6 +13,8 @@ from slope_megatron.study.runs import Run, millions
 from slope_megatron.study.settings import Study
 
 Speedups = dict[str, dict[str, float]]
+# Times the smallest and largest size that was trained.
+BEYOND = 10
 
 
 def write_report(study: Study, runs: Sequence[Run], rows: Rows, out: Path) -> Path:
@@ -132,9 +134,10 @@ def crossings(speedups: Speedups, own: Sequence[Ladder]) -> str:
         for model, gains in {"": {one.method: 1.0}, **speedups}.items():
             if one.method in gains:
                 lines.append(crossing(dense, one, model, gains[one.method]))
-    head = ["method", "at equal", "speed-up", "better from / until", "loss there"]
+    head = ["method", "at equal", "speed-up", "better from / until", "one size left out", "loss there"]
     return (
-        "Where lines cross the dense one, by extrapolation: parameters in the blocks of a model trained alike.\n\n"
+        "Where lines cross the dense one: parameters of the dense model there, in its blocks, and what they become "
+        f"with one size left out. Beyond {BEYOND} times the sizes that were trained, lines tell nothing.\n\n"
         + table(head, lines)
         if lines
         else ""
@@ -146,9 +149,27 @@ def crossing(dense: Ladder, one: Ladder, model: str, speedup: float) -> list[str
     where = [one.method, f"time of {model}" if model else "compute", f"{speedup:g}"]
     flops = ours.crossing(theirs)
     if flops is None:
-        return [*where, "nowhere: the lines are parallel", "-"]
+        return [*where, "nowhere: the lines are parallel", "-", "-"]
     side = "from" if ours.slope < theirs.slope else "until"
-    return [*where, f"{side} {dense.parameters_at(flops):.3g} parameters", f"{ours.at(flops):.3f}"]
+    parameters = dense.parameters_at(flops)
+    others = [shown_size(dense, other) for other in figures.crossings_without(dense, one, speedup)]
+    low, high = trusted(dense)
+    loss = f"{ours.at(flops):.3f}" if low <= parameters <= high else "-"
+    return [*where, f"{side} {shown_size(dense, parameters)}", "; ".join(others) or "-", loss]
+
+
+def trusted(ladder: Ladder) -> tuple[float, float]:
+    """Parameters as far as a ladder's line tells something."""
+    return min(ladder.parameters) / BEYOND, max(ladder.parameters) * BEYOND
+
+
+def shown_size(ladder: Ladder, parameters: float | None) -> str:
+    low, high = trusted(ladder)
+    if parameters is None:
+        return "nowhere"
+    return (
+        f"below {low:.3g}" if parameters < low else f"beyond {high:.3g}" if parameters > high else f"{parameters:.3g}"
+    )
 
 
 def speedups_of(study: Study, runs: Sequence[Run]) -> Speedups:

@@ -80,13 +80,10 @@ class Rows:
         """
         if not path.exists():
             return cls(path, [])
-        text = read_text(path)
-        lines = lines_of(text)
-        if lines and not text.endswith("\n"):
-            lines = lines[:-1]
-        if lines and not {"key", "name"} <= set(lines[0].split(",")):
+        header, lines = content_of(read_text(path))
+        if header and not {"key", "name"} <= set(header):
             raise ValueError(f"--rows {path} is no file of rows of a study (no columns name and key): give another one")
-        return cls(path, [parsed(path, number, line) for number, line in enumerate(csv.DictReader(lines), 2)])
+        return cls(path, [parsed(path, number, line) for number, line in enumerate(lines, 2)])
 
     def find(self, key: str) -> Row | None:
         return self.by_key.get(key)
@@ -94,26 +91,42 @@ class Rows:
     def append(self, row: Row) -> None:
         """Add one row to the file: by one write at its end, so that a reader sees all of it or nothing.
 
-        A file that is new, of other columns, or cut in its last line is written anew, in one step.
+        A file that is new, lacks columns, or has no end of its last line is written anew, in one step, with all that
+        it holds by then, columns of others included.
         """
         self.rows.append(row)
         self.by_key[row.key] = row
-        before = self.path.read_bytes() if self.path.exists() else b""
-        if before.startswith(line_of(COLUMNS).encode()) and before.endswith(b"\n"):
+        before = read_text(self.path) if self.path.exists() else ""
+        header, lines = content_of(before)
+        cells = dict(zip(COLUMNS, values_of(row), strict=True))
+        if set(COLUMNS) <= set(header) and before.endswith("\n"):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
-                os.write(descriptor, line_of(values_of(row)).encode())
+                os.write(descriptor, line_of(header, cells).encode())
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(self.path, "".join([line_of(COLUMNS), *(line_of(values_of(one)) for one in self.rows)]))
+        header = [*COLUMNS, *(name for name in header if name not in COLUMNS)]
+        names = dict(zip(header, header, strict=True))
+        whole.write_text(self.path, "".join(line_of(header, line) for line in (names, *lines, cells)))
 
 
-def line_of(values: list[str]) -> str:
+def content_of(text: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and lines of a file, as they are; a last line that was cut short is none."""
+    reader = csv.DictReader(lines_of(text))
+    header, lines = list(reader.fieldnames or []), list(reader)
+    whole_lines = text.endswith("\n")
+    if lines and not whole_lines and None in lines[-1].values():
+        lines.pop()
+    cut_header = not whole_lines and ",".join(COLUMNS).startswith(text)
+    return ([], []) if cut_header else (header, lines)
+
+
+def line_of(header: list[str], cells: dict[str, str]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
+    csv.writer(buffer, lineterminator="\n").writerow([cells.get(name) or "" for name in header])
     return buffer.getvalue()
 
 

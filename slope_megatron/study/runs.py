@@ -184,7 +184,7 @@ class Plan:
         swept = self.study.groups[group.lr.best_of].sizes[0]
         carried = (self.parameters[size] / self.parameters[swept]) ** group.lr.exponent
         for factor in group.lr.times:
-            label = "best" if factor == 1.0 else f"best*{factor:g}"
+            label = "best" if factor == 1.0 else f"bestx{factor:g}"
             # Three digits, so that a rate is the same number wherever it is computed.
             yield label, None if best is None else float(f"{best * factor * carried:.3g}")
 

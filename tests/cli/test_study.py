@@ -8,8 +8,10 @@ from study.conftest import CONTENT
 from study.test_runs import finish
 
 from helpers import commands
+from slope_megatron.cli.study import check_runs
 from slope_megatron.config.yaml_file import read_yaml, write_yaml
 from slope_megatron.data.manifest import load_manifest
+from slope_megatron.storage import locks
 from slope_megatron.study.rows import Rows
 from slope_megatron.study.runs import Plan, fingerprint_of
 from slope_megatron.study.settings import read_study
@@ -53,7 +55,22 @@ def test_the_toy_study_goes_from_text_to_charts(tmp_path):
     shutil.copytree(out / "data", tmp_path / "other" / "data")
     write_yaml(tmp_path / "gone.yaml", read_yaml(TOY) | {"corpus": read_yaml(TOY)["corpus"] | {"source": "gone.txt"}})
     refused = study(tmp_path / "gone.yaml", "--out", tmp_path / "other")
-    assert refused.returncode == 2 and "gone.txt" in refused.stderr
+    assert (
+        refused.returncode == 2 and "source stdlib then, gone.txt now): give another --out, or --data" in refused.stderr
+    )
+    # It has no validation text, or none is asked for; or a run that is stopped could not go on.
+    toy = read_yaml(TOY)
+    for change, flags, said in (
+        ({"eval_samples": 0}, [], "has eval_samples 0, and rows are validation losses"),
+        ({"save_interval": 0}, ["--budget-minutes", 1], "has save_interval 0, so --budget-minutes would lose it"),
+    ):
+        write_yaml(tmp_path / "bad.yaml", toy | {"base": toy["base"] | {"train": toy["base"]["train"] | change}})
+        refused = study(tmp_path / "bad.yaml", "--out", tmp_path / "other", *flags)
+        assert refused.returncode == 2 and said in refused.stderr
+    with open(tmp_path / "other" / "lock", "a") as lock:
+        assert locks.take(lock, "")
+        refused = study(TOY, "--out", tmp_path / "other")
+        assert refused.returncode == 2 and "is in use by another `slope study`" in refused.stderr
 
 
 @pytest.fixture
@@ -63,6 +80,9 @@ def config(tmp_path):
     return path
 
 
+TWICE = ("ladder/s-dense-lrbest-seed1", "ladder/s-static-lrbest-seed1")
+
+
 def test_a_dry_run_lists_runs_tokens_and_minutes(config, tmp_path):
     result = study(config, "--out", tmp_path / "out", "--dry-run", "--tflops", "1", "--at-once", 2)
     assert result.returncode == 0 and not (tmp_path / "out").exists()
@@ -70,6 +90,10 @@ def test_a_dry_run_lists_runs_tokens_and_minutes(config, tmp_path):
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + 22 + 1
     assert lines[1].split()[:4] == ["sweep/s-dense-lr0.001-seed1", "left", "0.001", "0.988"]
+    # A run by itself takes one slot of two.
+    own = {line.split()[0]: float(line.split()[-1]) for line in lines[1:-1]}
+    once = sum(minutes for name, minutes in own.items() if name not in TWICE)
+    assert own["sweep/s-dense-lr0.001-seed1"] == 0.5 and f" about {once / 2:.0f} minutes on" in lines[-1]
     assert "ladder/m-narrow-lrbest-seed2" in lines[-2] and "waits" in lines[-2] and "of sweep" in lines[-2]
     # Two of the ladder are of the sweep's settings, if its best rate is the middle one.
     assert lines[-1].startswith("22 runs, 20 to train: ") and lines[-1].endswith(" minutes on 1 x 2 at once")
@@ -99,6 +123,13 @@ def test_only_takes_names_by_pattern(config, tmp_path):
     ]
     result = study(config, *flags, "--only", "swep/*")
     assert result.returncode == 2 and "--only swep/* fits no run of " in result.stderr
+
+
+def test_text_without_validation_is_refused(monkeypatch):
+    manifest = {"splits": {"train": {"tokens": 9}, "valid": {"tokens": 0}}}
+    monkeypatch.setattr("slope_megatron.data.manifest.load_manifest", lambda folder: manifest)
+    with pytest.raises(ValueError, match="data holds no validation text"):
+        check_runs([], Path("data"), None)
 
 
 BAD = [

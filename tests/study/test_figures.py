@@ -8,7 +8,7 @@ from study.test_runs import finish, planned, sweep
 
 from slope_megatron.study import figures
 from slope_megatron.study.charts import styles_of
-from slope_megatron.study.report import speedups_of, warnings_of, write_report
+from slope_megatron.study.report import crossing, speedups_of, warnings_of, write_report
 from slope_megatron.study.rows import Rows
 
 
@@ -88,6 +88,26 @@ def test_the_report(finished, tmp_path):
     assert "| dense | 3.0100 | 2.5100 |" in text and "| static | time of whole | 1.2 |" in text
     assert "3.0100 | 0.0141 | 3.0000 to 3.0200 |" in text
     assert "Not trained yet" not in text
+
+
+def test_crossings_far_from_the_sizes_are_not_told():
+    flops, parameters = (1e12, 4e12, 16e12), (10**6, 2 * 10**6, 4 * 10**6)
+
+    def ladder(method, losses):
+        return figures.Ladder("g", method, ("a", "b", "c"), tuple(zip(flops, losses, strict=True)), parameters)
+
+    dense = ladder("dense", [7.0 * x**-0.05 for x in flops])
+    # Steeper, and as good as the dense model of 8 million parameters, which takes 64e12 FLOPs.
+    near = ladder("near", [7.0 * 64e12**0.01 * x**-0.06 for x in flops])
+    *_, where, left_out, loss = crossing(dense, near, "", 1.0)
+    assert (where, left_out) == ("from 8e+06", "8e+06; 8e+06; 8e+06")
+    assert float(loss) == pytest.approx(7.0 * 64e12**-0.05, abs=1e-3)
+    far = ladder("far", [7.0 * 1e16**0.01 * x**-0.06 for x in flops])
+    assert crossing(dense, far, "", 1.0)[3:] == ["from beyond 4e+07", "; ".join(["beyond 4e+07"] * 3), "-"]
+    small = ladder("small", [7.0 * 1e8**0.01 * x**-0.06 for x in flops])
+    assert crossing(dense, small, "", 1.0)[3] == "from below 1e+05"
+    # Two sizes tell a line, and nothing of how sure it is.
+    assert crossing(dense.without("a"), near.without("a"), "", 1.0)[4] == "-"
 
 
 def test_adapted_is_timed_as_static(finished, tmp_path):

@@ -69,6 +69,36 @@ def test_a_line_that_was_cut_short_is_no_row(tmp_path):
     assert Rows.read(path).rows == [ROW, other("ghi")]
 
 
+def test_a_last_line_without_its_end_is_kept_if_it_is_whole(tmp_path):
+    """An editor may have left the end out."""
+    path = tmp_path / "rows.csv"
+    Rows.read(path).append(ROW)
+    path.write_text(path.read_text().rstrip("\n"))
+    Rows.read(path).append(other("def"))
+    assert Rows.read(path).rows == [ROW, other("def")]
+
+
+def test_a_rewrite_keeps_what_others_wrote(tmp_path):
+    """Columns of the user's, and rows that came after this file was read."""
+    path = tmp_path / "rows.csv"
+    Rows.read(path).append(ROW)
+    header, line = path.read_text().splitlines()
+    place = header.index(",version")
+    path.write_text(f"note,{header[:place]}\ngood,{line.rpartition(',')[0]}\n")
+    rows = Rows.read(path)
+    with path.open("a") as file:
+        file.write(f"later,{line.rpartition(',')[0].replace('abc', 'xyz')}\n")
+    rows.append(other("def"))
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"{header},note"
+    assert [one.rpartition(",")[2] for one in lines[1:]] == ["good", "later", ""]
+    assert [row.key for row in Rows.read(path).rows] == ["abc", "xyz", "def"]
+    # With all columns there, a row is appended in their order.
+    before = path.read_text()
+    rows.append(other("ghi"))
+    assert path.read_text().startswith(before) and Rows.read(path).find("ghi") == other("ghi")
+
+
 def test_a_column_of_a_later_version_is_empty_in_earlier_rows(tmp_path):
     path = tmp_path / "rows.csv"
     Rows.read(path).append(ROW)
@@ -87,6 +117,12 @@ def test_what_is_no_file_of_rows_is_refused(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="is no file of rows of a study"):
         Rows.read(path)
+    path.write_text("a,b")
+    with pytest.raises(ValueError, match="is no file of rows of a study"):
+        Rows.read(path)
+    path.write_text("name,key,gr")
+    Rows.read(path).append(ROW)
+    assert Rows.read(path).rows == [ROW]
     path.unlink()
     Rows.read(path).append(ROW)
     path.write_text(path.read_text().replace(",128,", ",many,"))

@@ -71,9 +71,9 @@ def test_factors_of_the_best_rate_check_the_rule(study_of, no_rows):
     finish(no_rows, planned(study, no_rows)[0], 3.0)
     found = [(run.name, run.lr) for run in planned(study, no_rows)[1:]]
     assert found == [
-        ("check/m-dense-lrbest*0.5-seed1", 5e-4),
+        ("check/m-dense-lrbestx0.5-seed1", 5e-4),
         ("check/m-dense-lrbest-seed1", 1e-3),
-        ("check/m-dense-lrbest*2-seed1", 2e-3),
+        ("check/m-dense-lrbestx2-seed1", 2e-3),
     ]
 
 
