@@ -33,7 +33,7 @@ exit codes:
     0  all runs that were asked for have a row
     1  runs failed, which are named with their logs; the others have theirs
     2  bad input: one sentence on standard error says what, and the way out
-   75  the budget is spent, or runs wait for others' rows: give the command again
+   75  the budget is spent, runs were stopped, or wait for others' rows: give the command again
   130  interrupted; runs that had begun are saved
 """
 FAILED, UNFINISHED = 1, 75
