@@ -68,6 +68,7 @@ def test_what_packed_linears_cannot_serve_is_refused():
         num_experts=8,
         # Seen with Megatron's distributed optimizer on two ranks: losses drift from the second step on.
         overlap_param_gather=True,
+        optimizer="muon",
         reset_attention_mask=True,
         use_torch_fsdp2=True,
         use_megatron_fsdp=True,

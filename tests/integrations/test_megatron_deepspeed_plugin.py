@@ -132,6 +132,11 @@ def test_what_it_can_serve_is_taken(monkeypatch):
         ([], {"num_experts": [8]}, "--num-experts is [8] with --slope"),
         ([], {"deepspeed": False}, "--deepspeed is off with --slope"),
         ([], {"kd": True}, "no --kd"),
+        (
+            [],
+            {"deepspeed_config_dict": {"optimizer": {"type": "Muon"}}},
+            "the DeepSpeed configuration's optimizer is Muon with --slope: use adam",
+        ),
         (["--slope-adapter-rank", "4"], {}, "--slope-adapter-rank is 4"),
         (["--slope-pattern", "wanda"], {}, "--slope-pattern is wanda"),
         (["--slope-mode", "full"], {}, "--slope-mode full"),

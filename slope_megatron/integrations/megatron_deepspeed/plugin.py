@@ -21,7 +21,12 @@ import types
 from collections.abc import Iterator
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.integrations.megatron_lm.args import add_slope_arguments, refusals, slope_config_from_args
+from slope_megatron.integrations.megatron_lm.args import (
+    NO_MUON,
+    add_slope_arguments,
+    refusals,
+    slope_config_from_args,
+)
 from slope_megatron.integrations.megatron_lm.plugin import refresh_operands, unsupported_here, wrap
 from slope_megatron.models.rules import initial_std, sparse_linears
 
@@ -102,6 +107,9 @@ def settings():
         wrong.append(f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are not served here; use 0")
     if not args.deepspeed:
         wrong.append("--deepspeed is off with --slope: give --deepspeed and a --deepspeed_config")
+    own = (getattr(args, "deepspeed_config_dict", None) or {}).get("optimizer") or {}
+    if str(own.get("type", "")).lower() == "muon":
+        wrong.append(f"the DeepSpeed configuration's optimizer is {own['type']} with --slope: use {NO_MUON}")
     if wrong:
         raise ValueError("; ".join(wrong))
     return args, slope

@@ -46,6 +46,7 @@ def slope_config_from_args(args: argparse.Namespace) -> SlopeConfig:
     return SlopeConfig(**values)
 
 
+NO_MUON = "adam: Muon orthogonalises a matrix, and packed values are none, but the kept weights side by side"
 # (name in args, value that is refused or None for any, what to give instead)
 RULES = (
     ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
@@ -56,6 +57,8 @@ RULES = (
         True,
         "no --overlap-param-gather: after a step operands are made of weights that it gathers only in the next forward",
     ),
+    ("optimizer", "muon", NO_MUON),
+    ("optimizer", "dist_muon", NO_MUON),
     ("reset_attention_mask", True, "no --reset-attention-mask: attention is causal over a sample, whatever its mask"),
     ("use_torch_fsdp2", True, "no --use-torch-fsdp2: operands are derived from whole weights, which it scatters"),
     ("use_megatron_fsdp", True, "no --use-megatron-fsdp: operands are derived from whole weights, which it scatters"),
