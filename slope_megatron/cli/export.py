@@ -61,7 +61,7 @@ def add_parser(subcommands) -> None:
                 help="fold: added to the weights, which are then no longer 2:4; lora: beside them, as a PEFT LoRA in "
                 "OUT/adapter; drop: left out, which changes the model (default: %(default)s)",
             )
-            families = ("auto", "opt", "gpt2", "llama", "mistral", "bert")
+            families = ("auto", "opt", "gpt2", "llama", "mistral", "qwen3", "bert")
             add("--family", choices=families, default="auto", help="Hugging Face's model type (default: %(default)s)")
             add(
                 "--dtype",

@@ -22,6 +22,9 @@ class ModelConfig:
     activation: str = option("relu", "MLP activation", choices=("relu", "gelu", "gelu_tanh", "silu"))
     gated_mlp: bool = option(False, "gated MLP (SwiGLU when the activation is silu)")
     normalization: str = option("LayerNorm", "norm of the blocks", choices=("LayerNorm", "RMSNorm"))
+    qk_norm: bool = option(
+        False, "a norm of each query and key head before attention (and before rotary positions), as Qwen 3"
+    )
     norm_eps: float = option(1e-5, "epsilon of the norms")
     position: str = option("learned", "position information", choices=("learned", "rope"))
     max_positions: int | None = option(

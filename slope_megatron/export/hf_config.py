@@ -88,6 +88,13 @@ MISTRAL = dataclasses.replace(
     required={"sliding_window": None},
     written={"attention_bias": False, "sliding_window": None},
 )
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    architecture="Qwen3ForCausalLM",
+    required={"attention_bias": False, "use_sliding_window": False},
+    written={"attention_bias": False, "use_sliding_window": False},
+    fixed={**LLAMA.fixed, "qk_norm": True},
+)
 BERT = Fields(
     architecture="BertForPreTraining",
     names={
@@ -109,8 +116,8 @@ BERT = Fields(
     written={"type_vocab_size": 2},
     fixed={"architecture": "bert"},
 )
-TABLES = {"opt": OPT, "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "bert": BERT}
-DECODERS = ("opt", "gpt2", "llama", "mistral")
+TABLES = {"opt": OPT, "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen3": QWEN3, "bert": BERT}
+DECODERS = ("opt", "gpt2", "llama", "mistral", "qwen3")
 # What a configuration of theirs does not hold: how ours was trained and padded.
 OURS_ALONE = ("dropout", "init_std", "vocab_multiple", "ffn_hidden_size", "num_query_groups")
 
@@ -193,6 +200,8 @@ def fields_of(family: str, model: ModelConfig) -> dict:
     if "position" in table.fixed:
         base = float(model.rotary_base)
         fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": base}, "rope_theta": base}
+    if family == "qwen3":
+        fields["head_dim"] = model.hidden_size // model.num_attention_heads
     if family == "opt":
         fields["word_embed_proj_dim"] = model.hidden_size
     return {
@@ -230,7 +239,7 @@ def choose_family(model: ModelConfig, asked: str = "auto") -> str:
     """
     # In the order in which they are tried. OPT's and GPT-2's shapes differ in the customary activation alone, LLaMA's
     # and Mistral's not at all.
-    candidates: tuple[str, ...] = DECODERS if model.activation == "relu" else ("gpt2", "opt", "llama", "mistral")
+    candidates: tuple[str, ...] = DECODERS if model.activation == "relu" else ("gpt2", "opt", *DECODERS[2:])
     if model.architecture == "bert":
         candidates = ("bert",)
     if asked != "auto":

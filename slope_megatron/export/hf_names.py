@@ -97,6 +97,15 @@ LLAMA = Family(
     ignored=("*rotary_emb.inv_freq",),
 )
 
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    block=(
+        *LLAMA.block,
+        (f"{ATTENTION}.q_layernorm.weight", "plain", ("layers.{i}.self_attn.q_norm.weight",)),
+        (f"{ATTENTION}.k_layernorm.weight", "plain", ("layers.{i}.self_attn.k_norm.weight",)),
+    ),
+)
+
 GPT2 = Family(
     prefix="transformer.",
     body=(
@@ -152,7 +161,7 @@ BERT = Family(
     ignored=("embeddings.position_ids",),
 )
 
-FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2, "bert": BERT}
+FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3, "gpt2": GPT2, "bert": BERT}
 # Hugging Face's names of the activations we have.
 ACTIVATIONS = {
     "relu": "relu",

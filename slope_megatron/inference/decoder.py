@@ -79,6 +79,11 @@ class Block(torch.nn.Module):
         )
         self.attention_norm = build_norm(model, tensors, f"{prefix}self_attention.linear_qkv.layer_norm_", load)
         self.mlp_norm = build_norm(model, tensors, f"{prefix}mlp.linear_fc1.layer_norm_", load)
+        self.head_norms = torch.nn.ModuleList(
+            build_norm(model, tensors, f"{prefix}self_attention.{name}_layernorm.", load)
+            for name in ("q", "k")
+            if model.qk_norm
+        )
         self.activation = ACTIVATIONS[model.activation]
 
     def forward(self, x, positions, angles, keys, values) -> torch.Tensor:
@@ -95,6 +100,8 @@ class Block(torch.nn.Module):
         fused = self.qkv(x).unflatten(-1, (groups, heads // groups + 2, -1))
         query = fused[..., :-2, :].flatten(2, 3).transpose(1, 2)
         key, value = (fused[..., index, :].transpose(1, 2) for index in (-2, -1))
+        if self.head_norms:
+            query, key = (norm(x) for norm, x in zip(self.head_norms, (query, key), strict=True))
         if angles is not None:
             query, key = apply_rope(query, angles), apply_rope(key, angles)
         slots = positions[:, None, :, None].expand_as(key)

@@ -55,9 +55,10 @@ class PostNormLayer(TransformerLayer):
         return self.post_mlp_layernorm(super()._forward_mlp(*arguments, **keywords))
 
 
-def post_norm_spec(normalization: str) -> ModuleSpec:
+def post_norm_spec(config: TransformerConfig) -> ModuleSpec:
     """The stock block's spec without its norms, for `PostNormLayer`; attention sees both sides."""
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization=normalization))
+    stock = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    spec = copy.deepcopy(stock)
     parts = spec.submodules
     spec.module = PostNormLayer
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
@@ -68,7 +69,7 @@ def post_norm_spec(normalization: str) -> ModuleSpec:
 
 def encoder_spec(slope: SlopeConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
     """The specs of this pipeline stage's blocks. No last norm: the last block ends with one."""
-    specs = stage_specs(post_norm_spec(config.normalization), slope, config)
+    specs = stage_specs(post_norm_spec(config), slope, config)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=None)
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.attention import SdpaAttention
 from slope_megatron.layers.column_parallel import SlopeColumnParallelLinear
+from slope_megatron.layers.marks import mark
 from slope_megatron.layers.masked_parallel import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from slope_megatron.layers.masked_weight import MaskedWeight
 from slope_megatron.layers.norm import own_norm
@@ -50,6 +51,8 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int 
     attention.core_attention = SdpaAttention if rotary_base is None else SdpaAttention.configured(rotary_base)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(spec.submodules, name, own_norm(getattr(spec.submodules, name)))
+    for name in ("q_layernorm", "k_layernorm"):
+        setattr(attention, name, own_norm(getattr(attention, name)))
     own = slope.for_block(block)
     column, row = (linear.configured(own) for linear in (MASKED if own.baseline else PACKED))
     replacements = {
@@ -76,9 +79,22 @@ def block_spec(slope: SlopeConfig, transformer_config, rotary_base: int | None =
     Args:
         rotary_base: of rotary positions, which attention then applies instead of the model; None: it does not.
     """
-    stock = get_gpt_layer_local_spec(normalization=transformer_config.normalization)
+    stock = get_gpt_layer_local_spec(
+        normalization=transformer_config.normalization, qk_layernorm=transformer_config.qk_layernorm
+    )
     specs = stage_specs(stock, slope, transformer_config, rotary_base)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
+
+
+def mark_head_norms(model: LanguageModule) -> None:
+    """Norms of query and key heads see this rank's heads alone: their gradients are summed over tensor-parallel ranks.
+
+    That is what Megatron's `sequence_parallel` mark asks for, here whether or not the sequence is cut.
+    """
+    for layer in model.decoder.layers:
+        for name, parameter in layer.self_attention.named_parameters():
+            if name.startswith(("q_layernorm.", "k_layernorm.")):
+                mark(parameter, sequence_parallel=True)
 
 
 def block_linears(layer: TransformerLayer) -> dict[str, BlockLinear]:

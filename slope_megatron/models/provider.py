@@ -13,7 +13,7 @@ from slope_megatron.config import Config, ModelConfig
 from slope_megatron.layers.mlp import fuse_mlps
 from slope_megatron.models.bert import BertForPretraining, check_bert
 from slope_megatron.models.init_weights import init_weights
-from slope_megatron.models.layer_spec import block_spec
+from slope_megatron.models.layer_spec import block_spec, mark_head_norms
 from slope_megatron.models.loss import LanguageLoss, cut_loss
 from slope_megatron.models.shapes import padded_rows
 from slope_megatron.versions import check_core
@@ -47,6 +47,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         gated_linear_unit=model.gated_mlp,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
         add_bias_linear=model.linear_bias,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
@@ -119,6 +120,7 @@ def build_bare_model(config: Config, tokenizer_size: int, dtype: torch.dtype) ->
         spec = block_spec(config.slope, blocks, None if learned else config.model.rotary_base)
         model = Gpt(blocks, spec, position_embedding_type="learned_absolute" if learned else "none", **ends)
     fuse_mlps(model)
+    mark_head_norms(model)
     cut_loss(model, config)
     # Megatron's position table ignores `params_dtype`.
     return model.to(dtype)

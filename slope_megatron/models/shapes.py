@@ -134,15 +134,19 @@ def canonical_shapes(model: ModelConfig, rows: int, positions: int | None = None
     return {tensor.name: tensor.shape for tensor in tensors(model, rows, positions)}
 
 
-def _norm(model: ModelConfig, pattern: str, block: int | str) -> Iterator[Tensor]:
+def _norm(model: ModelConfig, pattern: str, block: int | str, width: int | None = None) -> Iterator[Tensor]:
+    """Of `width` numbers; None: of the hidden size."""
     for kind in ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias"):
-        yield Tensor(pattern.format(kind=kind), (model.hidden_size,), None, block)
+        yield Tensor(pattern.format(kind=kind), (width or model.hidden_size,), None, block)
 
 
 def _block(model: ModelConfig, slope: SlopeConfig | None, block: int) -> Iterator[Tensor]:
     prefix = f"{STACK[model.architecture]}.layers.{block}."
     for pattern in BLOCK_NORMS[model.architecture]:
         yield from _norm(model, prefix + pattern, block)
+    for norm in ("q_layernorm", "k_layernorm") if model.qk_norm else ():
+        head = model.hidden_size // model.num_attention_heads
+        yield from _norm(model, f"{prefix}self_attention.{norm}.{{kind}}", block, head)
     own = slope.for_block(block) if slope else None
     sparse = sparse_linears(slope, block) if slope else set()
     for name, linear in block_linears(model).items():

@@ -82,8 +82,9 @@ def state_bytes(counts: Counts, bytes_of: Precision, backend: str, replicas: int
 def block_activation_bytes(config: Config, layout: Layout, b: int) -> float:
     """What one block keeps of one micro-batch for its backward, with flash attention, `b` bytes a number.
 
-    For each token, cut over the tensor-parallel ranks: the output of QKV, of which V is a view; rotary positions: Q
-    and K turned; attention's output, and 4 bytes of its statistics a head; what the activation keeps and its output.
+    For each token, cut over the tensor-parallel ranks: the output of QKV, of which V is a view; rotary positions
+    or norms of Q and K: the Q and K that attention reads, the norms' statistics too; attention's output, and 4 bytes of
+    its statistics a head; what the activation keeps and its output.
     The norms' inputs and outputs are whole on every rank without sequence parallelism, and so are their statistics (4
     bytes each) and the dropout masks (1 byte). In e4m3 linears keep their input in one byte a number: that takes the
     place of what nobody else keeps, which attention's output is not, nor what sequence parallelism gathers.
@@ -91,12 +92,14 @@ def block_activation_bytes(config: Config, layout: Layout, b: int) -> float:
     model = config.model
     linears = block_linears(model)
     qkv, attended = linears["linear_qkv"].out, linears["linear_proj"].width
-    turned = (qkv + attended) / 2 if model.position == "rope" else 0
+    turned = (qkv + attended) / 2 if model.position == "rope" or model.qk_norm else 0
+    head_statistics = (4 if model.normalization == "RMSNorm" else 8) * (model.num_attention_heads + model.query_groups)
     # ReLU keeps where its input was positive; others their input.
     kept = model.ffn if model.activation == "relu" and not model.gated_mlp else b * linears["linear_fc1"].out
     rounded = config.slope.packed and "wgrad" in config.slope.float8_kinds
     cut = b * (qkv + turned + attended) + (1 if rounded else b) * model.ffn + kept + 4 * model.num_attention_heads
     cut += attended if rounded else 0
+    cut += head_statistics if model.qk_norm else 0
     statistics = 2 * (4 if model.normalization == "RMSNorm" else 8)
     outputs = 2 if rounded and not layout.sequence_parallel else 2 * b
     stream = (2 * b + outputs + (2 if model.dropout else 0)) * model.hidden_size + statistics

@@ -63,15 +63,15 @@ def test_runs_and_packed_models_of_other_versions(run, tmp_path, capsys):
     config = json.loads((packed / "config.json").read_text())
     assert "model.hidden_size" in config["config_active"] and "model.norm_eps" not in config["config_active"]
     del config["model"]["norm_eps"]
-    config["model"]["qk_norm"] = False
+    config["model"]["next_tokens"] = False
     (packed / "config.json").write_text(json.dumps(config))
     (packed / "checksums.json").unlink()
     assert main(["generate", str(packed), "--prompt", "def f", "--max-tokens", "2"]) == 0
-    edit_state(folder, model={"qk_norm": True}, active=("model.qk_norm",))
-    config["config_active"].append("model.qk_norm")
+    edit_state(folder, model={"next_tokens": True}, active=("model.next_tokens",))
+    config["config_active"].append("model.next_tokens")
     (packed / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    said = r"settings that this version does not have (model.qk_norm {}): use the version that wrote it"
+    said = r"settings that this version does not have (model.next_tokens {}): use the version that wrote it"
     assert said.format("True") in refused(capsys, "export", "hf", old, tmp_path / "hf")
     assert said.format("False") in refused(capsys, "generate", packed, "--prompt", "def f")
 

@@ -6,7 +6,7 @@ import hashlib
 import torch
 
 VOCABULARY, POSITIONS = 90, 24
-NAMES = ("opt", "llama", "mistral", "gpt2", "bert")
+NAMES = ("opt", "llama", "mistral", "qwen3", "gpt2", "bert")
 
 
 def hf_config(name: str, **changes):
@@ -20,6 +20,7 @@ def hf_config(name: str, **changes):
     fields = {
         "opt": {**usual, "ffn_dim": 192, "max_position_embeddings": POSITIONS},
         "llama": {**gated, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        "qwen3": {**gated, "head_dim": 16},
         "mistral": {**gated, "sliding_window": None},
         "gpt2": gpt2,
         "bert": {**usual, "intermediate_size": 192, "max_position_embeddings": POSITIONS},
@@ -35,13 +36,14 @@ def hf_model(config, seed: int = 0) -> torch.nn.Module:
     import transformers
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
     auto = transformers.AutoModelForPreTraining if config.model_type == "bert" else transformers.AutoModelForCausalLM
     # Eager attention computes its softmax in fp32.
     model = auto.from_config(config, attn_implementation="sdpa").double().eval()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, LlamaRMSNorm | MistralRMSNorm):
+            if isinstance(child, LlamaRMSNorm | MistralRMSNorm | Qwen3RMSNorm):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 setattr(module, name, norm)
     generator = torch.Generator().manual_seed(seed)

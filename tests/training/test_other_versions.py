@@ -65,6 +65,6 @@ def test_init_from_reads_the_same_way(folder):
     dense_first = dataclasses.replace(config, slope=dataclasses.replace(config.slope, dense_first_linear=False))
     with pytest.raises(ValueError, match=r"slope.dense_first_linear: True there, False here"):
         check_init(dense_first, samples=8)
-    edit_state(folder, model={"qk_norm": True}, active=("model.qk_norm",))
-    with pytest.raises(ValueError, match=r"settings that this version does not have \(model.qk_norm True\)"):
+    edit_state(folder, model={"next_tokens": True}, active=("model.next_tokens",))
+    with pytest.raises(ValueError, match=r"settings that this version does not have \(model.next_tokens True\)"):
         check_init(config, samples=8)
