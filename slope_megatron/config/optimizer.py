@@ -58,6 +58,12 @@ class OptimizerConfig:
     sparse_weight_decay: float | None = option(
         None, "weight decay of the packed values; unset: --weight-decay", must=NOT_NEGATIVE
     )
+    embedding_lr_multiplier: float = option(
+        1.0, "learning rate of the embeddings (an output layer tied to them too), as a multiple of --lr", must=POSITIVE
+    )
+    embedding_weight_decay: float | None = option(
+        None, "weight decay of the embeddings; unset: --weight-decay", must=NOT_NEGATIVE
+    )
     beta1: float = option(0.9, "decay of the first moment")
     beta2: float = option(0.95, "decay of the second moment")
     eps: float = option(1e-8, "added to the root of the second moment")
@@ -95,6 +101,16 @@ class OptimizerConfig:
     def sparse_decay(self) -> float:
         """Weight decay of the packed values."""
         return self.weight_decay if self.sparse_weight_decay is None else self.sparse_weight_decay
+
+    @property
+    def groups_embeddings(self) -> bool:
+        """Whether the embeddings are a parameter group of their own."""
+        return self.embedding_lr_multiplier != 1.0 or self.embedding_weight_decay is not None
+
+    @property
+    def embedding_decay(self) -> float:
+        """Weight decay of the embeddings."""
+        return self.weight_decay if self.embedding_weight_decay is None else self.embedding_weight_decay
 
     def warmup(self, total_steps: int) -> int:
         """Steps of linear warm-up in a run of `total_steps`."""

@@ -17,6 +17,7 @@ ZERO = re.compile(r"\.bias$|\.adapter_r$")
 ONE = re.compile(r"norm\.weight$")
 STANDARD_NORMAL = re.compile(r"\.adapter_l$")
 ADAPTER = re.compile(r"\.adapter_[lr]$")
+EMBEDDING = re.compile(r"(^|\.)(word|position|tokentype)_embeddings\.weight$")
 OUTPUT_PROJECTION = re.compile(r"\.(linear_proj|linear_fc2)\.weight$")
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from slope_megatron.config import Config
-from slope_megatron.training.optim.optimizer import ADAPTERS, density_of, is_sparse
+from slope_megatron.training.optim.optimizer import ADAPTERS, EMBEDDINGS, density_of, is_sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Phases:
         slope = self.config.slope
         if is_sparse(group) and slope.enabled:
             return base * slope.lr_multiplier / density_of(group)
+        if group == EMBEDDINGS:
+            return base * self.config.optimizer.embedding_lr_multiplier
         if group == ADAPTERS:
             return base * slope.adapter_lr_multiplier if self.adapters_on(step) else 0.0
         return base

@@ -15,21 +15,29 @@ from megatron.core.models.common.language_module.language_module import Language
 from slope_megatron.config import Config, SlopeConfig, parse_nm
 from slope_megatron.layers.marks import mark
 from slope_megatron.models.layer_spec import weights_to_prune
+from slope_megatron.models.rules import EMBEDDING
 from slope_megatron.training.optim.adam import build_adamw
 from slope_megatron.training.optim.lamb import Lamb
 from slope_megatron.training.parallel import is_counted_here
 from slope_megatron.training.together import from_every_rank
 from slope_megatron.training.zero import partitions
+from slope_megatron.training.zero.gradients import tied_weight
 
-SPARSE, DENSE, NO_DECAY, ADAPTERS = "sparse", "dense", "no_decay", "adapters"
+SPARSE, DENSE, EMBEDDINGS, NO_DECAY, ADAPTERS = "sparse", "dense", "embeddings", "no_decay", "adapters"
 
 
 def parameter_groups(model: LanguageModule, config: Config) -> list[dict]:
-    """Named groups: packed values, other matrices, biases and norms (no decay), adapters. Empty groups are left out."""
+    """Named groups: packed values, other matrices, biases and norms (no decay), adapters. Empty groups are left out.
+
+    Embeddings are among the other matrices, or a group of their own where a rate or a decay of their own is asked for;
+    so checkpoints of runs that ask for none keep their groups.
+    """
     # The dense twin groups the same weights, so that bytes and learning rates compare like with like.
     sparse = weights_to_prune(model, config.slope)
     sparse_names = sorted({sparse_group(config.slope, nm) for nm in config.slope.patterns})
-    members: dict[str, list] = {name: [] for name in (*sparse_names, DENSE, NO_DECAY, ADAPTERS)}
+    members: dict[str, list] = {name: [] for name in (*sparse_names, DENSE, EMBEDDINGS, NO_DECAY, ADAPTERS)}
+    # The last pipeline stage's copy of a tied embedding goes by the output layer's name.
+    tied = tied_weight(model)
     for name, parameter in model.named_parameters():
         if parameter in sparse:
             members[sparse_group(config.slope, sparse[parameter].nm)].append(parameter)
@@ -37,10 +45,13 @@ def parameter_groups(model: LanguageModule, config: Config) -> list[dict]:
             members[ADAPTERS].append(parameter)
         elif parameter.dim() < 2:
             members[NO_DECAY].append(parameter)
+        elif config.optimizer.groups_embeddings and (EMBEDDING.search(name) or parameter is tied):
+            members[EMBEDDINGS].append(parameter)
         else:
             members[DENSE].append(parameter)
     fill_empty_groups(model, members)
     decay = dict.fromkeys(members, config.optimizer.weight_decay) | {NO_DECAY: 0.0}
+    decay[EMBEDDINGS] = config.optimizer.embedding_decay
     if config.slope.enabled:
         decay |= {name: config.optimizer.sparse_decay * density_of(name) for name in sparse_names}
     return [
