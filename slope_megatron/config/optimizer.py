@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from slope_megatron.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, Rule, check_fields, option
+from slope_megatron.config.fields import NOT_NEGATIVE, OFF_OR_POSITIVE, POSITIVE, SHARE, Rule, check_fields, option
 
 # From 1 to 0, of the way from the peak to the floor, at `progress` in [0, 1] through a decay.
 DECAY_FORMS: dict[str, Callable[[float], float]] = {
@@ -69,6 +69,12 @@ class OptimizerConfig:
     eps: float = option(1e-8, "added to the root of the second moment")
     lamb_trust_no_decay: bool = option(
         False, "LAMB: a trust ratio for biases and norms too; as published, what does not decay has none"
+    )
+    z_loss: float = option(
+        0.0,
+        "coefficient of the z-loss, the mean of (log sum exp of a token's logits)^2, which keeps logits small; PaLM's "
+        "is 1e-4; it acts on the gradients alone: losses that are reported stay the cross-entropy",
+        must=OFF_OR_POSITIVE,
     )
     clip_grad: float = option(1.0, "global gradient norm to clip at; 0: no clipping")
     initial_loss_scale: float = option(65536.0, "fp16: the loss scale at the start, a power of two; overflows halve it")

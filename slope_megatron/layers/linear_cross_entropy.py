@@ -2,9 +2,11 @@
 
 T tokens, H hidden, V entries of the vocabulary on this rank; y the labels, m the loss mask, one row of each a token.
 
-    forward   z_TV = x_TH @ w_VH^T + b_V;   loss_T = log sum exp(z) - z[y], over all ranks' V
-    dgrad     dz_TV = (softmax(z) - [y]) m_T g;   dx_TH = dz @ w
+    forward   z_TV = x_TH @ w_VH^T + b_V;   loss_T = n_T - z[y],   n_T = log sum exp(z), over all ranks' V
+    dgrad     dz_TV = ((1 + 2 c n_T) softmax(z) - [y]) m_T g;   dx_TH = dz @ w
     wgrad     dw_VH = dz^T @ x;   db_V = sum_T dz
+
+c is the coefficient of a z-loss, c n_T^2 a token: its gradient joins that of the losses, whose values stay without it.
 
 g is the gradient of the losses, which must be one number times the mask: so it factors out, and forward can make the
 gradients of each chunk while its logits are there. Backward multiplies them by g. Nothing is computed twice, and dx and
@@ -36,6 +38,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         mask_T: torch.Tensor | None,
         chunk: int,
         group: dist.ProcessGroup,
+        z_loss: float = 0.0,
     ) -> torch.Tensor:
         """Losses `[T]`, in fp32 at least.
 
@@ -61,7 +64,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 normalizer, chosen = over_ranks(normalizer, chosen, group)
             losses.append(normalizer - chosen)
             if mask_T is not None and (want_x or want_w or want_b):
-                logit_gradient_(z, local_T[tokens], normalizer, mask_T[tokens])
+                logit_gradient_(z, local_T[tokens], normalizer, mask_T[tokens], z_loss)
             if dx_TH is not None:
                 torch.mm(z, w_VH, out=dx_TH[tokens])
             if dw_VH is not None:
@@ -79,7 +82,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = common_factor(gradients[0], ctx.mask)
         found = [None if part is None else scale_(part, scale) for part in ctx.gradients]
         ctx.gradients = None
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
 def over_ranks(

@@ -21,6 +21,7 @@ class LossLayer(tensor_parallel.ColumnParallelLinear):
     """Megatron's output layer, which can go on to the losses without whole logits; `cut_loss` makes one of it."""
 
     asked_chunk: int | None = 0
+    z_loss: float = 0.0
 
     def chunk(self, tokens: int) -> int:
         """Tokens at once; 0: all of them, as logits."""
@@ -49,6 +50,7 @@ class LossLayer(tensor_parallel.ColumnParallelLinear):
             mask.t().flatten() if mask is not None and torch.is_grad_enabled() else None,
             self.chunk(labels.numel()),
             self.tp_group,
+            self.z_loss,
         )
         return losses.view(hidden.shape[:2]).t().contiguous()
 
@@ -61,13 +63,14 @@ class LanguageLoss(LanguageModule):
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Per-token losses `[b, s]` of labels `[b, s]` and logits `[s, b, V]`: in one pass forward and one backward.
 
-        A cut vocabulary is Megatron's affair, and so are CPUs.
+        A cut vocabulary is Megatron's affair, and so are CPUs, but with a z-loss, which Megatron does not have.
         """
-        if not logits.is_cuda or self.config.tensor_model_parallel_size > 1:
+        layer = self.output_layer
+        if not layer.z_loss and (not logits.is_cuda or self.config.tensor_model_parallel_size > 1):
             return super().compute_language_model_loss(labels, logits)
         # Labels are flattened in the logits' order [s, b]: given transposed labels, the compiler would lay the gradient
         # out transposed too, and a copy would have to undo that.
-        losses = token_losses(logits.flatten(0, 1), labels.t().flatten())
+        losses = token_losses(logits.flatten(0, 1), labels.t().flatten(), layer.z_loss, layer.tp_group)
         return losses.view(logits.shape[:2]).t().contiguous()
 
     def losses(
@@ -94,6 +97,7 @@ def cut_loss(model: LanguageLoss, config: Config) -> None:
     layer, asked = model.output_layer, config.parallel.loss_chunk_tokens
     # Megatron's constructor knows one class alone. Without the loss scale, gradients could leave fp16's range.
     layer.__class__ = LossLayer
+    layer.z_loss = config.optimizer.z_loss
     layer.asked_chunk = 0 if layer.config.params_dtype == torch.float16 else asked
     if asked and not layer.asked_chunk:
         logger.info("--loss-chunk-tokens %d is passed over: in fp16 the logits of all tokens are made at once", asked)

@@ -99,7 +99,7 @@ KERNELS = {
     "logit_gradient": (
         cross_entropy._gradient_kernel,
         LOGIT_GRADIENT,
-        {"BLOCK": cross_entropy.BLOCK},
+        {"Z_LOSS": 1e-4, "BLOCK": cross_entropy.BLOCK},
         cross_entropy.WARPS,
     ),
     "gated_silu": gated("silu", False),

@@ -29,18 +29,18 @@ def statistics(logits, labels):
     return found
 
 
-def written(logits, labels, normalizer, weight, in_place):
+def written(logits, labels, normalizer, weight, in_place, z_loss=0.0):
     from slope_kernels.triton import cross_entropy
 
     logits = logits.clone()
     found = logits if in_place else torch.full_like(logits, 777.0)
-    cross_entropy.gradient(logits, labels, normalizer, weight, found)
+    cross_entropy.gradient(logits, labels, normalizer, weight, found, z_loss)
     return found
 
 
-def check_gradient(found, logits, labels, normalizer, weight):
+def check_gradient(found, logits, labels, normalizer, weight, z_loss=0.0):
     wide = [tensor.double() for tensor in (normalizer, weight)]
-    truth = ops.logit_gradient(logits.double().cpu(), labels.cpu(), *(tensor.cpu() for tensor in wide))
+    truth = ops.logit_gradient(logits.double().cpu(), labels.cpu(), *(tensor.cpu() for tensor in wide), z_loss)
     found = found.cpu()
     # fp32 inside: softmax may be near 1, which is then subtracted.
     inside = 2e-6 * weight.cpu()[:, None] + torch.finfo(found.dtype).smallest_normal
@@ -61,13 +61,13 @@ def test_statistics(tokens, width, dtype, scale, device):
 
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
 @pytest.mark.parametrize(("tokens", "width"), SHAPES)
-@pytest.mark.parametrize("in_place", [False, True], ids=["", "in_place"])
-def test_gradient(tokens, width, dtype, in_place, device):
+@pytest.mark.parametrize(("in_place", "z_loss"), [(False, 0.0), (True, 0.0), (False, 0.01)])
+def test_gradient(tokens, width, dtype, in_place, z_loss, device):
     logits, labels, weight = problem(tokens, width, dtype, device)
     # Over all ranks' logits: larger than these alone would have it.
     normalizer = statistics(logits, labels)[0] + torch.rand(tokens, device=device)
-    found = written(logits, labels, normalizer, weight, in_place)
-    check_gradient(found, logits, labels, normalizer, weight)
+    found = written(logits, labels, normalizer, weight, in_place, z_loss)
+    check_gradient(found, logits, labels, normalizer, weight, z_loss)
 
 
 INF, NAN = float("inf"), float("nan")

@@ -48,6 +48,33 @@ def plain(dtype, bias, exact=False):
     return with_gradients(losses, mask, x, w, b)
 
 
+def of_a_share(z_loss):
+    """Of this rank's part of the vocabulary: chunks of tokens, and whole logits."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    x, w, _, labels, mask = inputs(torch.float64, bias=False)
+    rows = VOCABULARY // group.size()
+    w = w.detach()[group.rank() * rows : (group.rank() + 1) * rows].clone().requires_grad_()
+    chunks = LinearCrossEntropy.apply(x, w, None, labels, mask, 5, group, z_loss)
+    return [with_gradients(losses, mask, x, w) for losses in (chunks, token_losses(x @ w.t(), labels, z_loss, group))]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_z_loss_is_that_of_the_whole_vocabulary(ranks, world):
+    """In its gradients; the losses stay without it."""
+    x, w, _, labels, mask = inputs(torch.float64, bias=False)
+    logits = x @ w.t()
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    _, dx, dw = with_gradients(losses + 0.1 * logits.logsumexp(-1).square(), mask, x, w)
+    for found in zip(*ranks.run(of_a_share, 0.1, world=world, tensor_parallel=world), strict=True):
+        parts = list(zip(*found, strict=True))
+        together = (parts[0][0], sum(parts[1]), torch.cat(parts[2]))
+        # The common factor of chunks is a quotient of fp32 numbers.
+        for ours, theirs in zip(together, (losses, dx, dw), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
 def in_chunks(dtype, bias, chunk, group, part=slice(None), device="cpu"):
     x, w, b, labels, mask = inputs(dtype, bias, device)
     w = w.detach()[part].clone().requires_grad_()

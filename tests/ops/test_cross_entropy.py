@@ -59,3 +59,20 @@ def test_a_label_of_another_rank_is_nowhere(device):
     assert torch.allclose(found, logits.softmax(-1) * weight[:, None], rtol=1e-5)
     beyond = cross_entropy.logit_gradient(logits, labels + VOCABULARY, normalizer, weight)
     assert torch.equal(found, beyond)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_z_loss_joins_the_gradient_alone(dtype, device):
+    logits, labels, weight = problem(device, dtype)
+    logits.requires_grad_()
+    losses = token_losses(logits, labels, 0.1)
+    assert torch.equal(losses, token_losses(logits, labels))
+    wide = logits.to(weight.dtype)
+    theirs = functional.cross_entropy(wide, labels, reduction="none") + 0.1 * wide.logsumexp(-1).square()
+    (found,), (expected,) = (torch.autograd.grad(loss, logits, weight) for loss in (losses, theirs))
+    assert torch.allclose(found, expected, rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-6)
+    normalizer, _ = cross_entropy.label_statistics(logits.detach(), labels)
+    torch.library.opcheck(torch.ops.slope.logit_gradient.default, (logits.detach(), labels, normalizer, weight, 0.1))
+    subject = logits.detach().clone()
+    cross_entropy.logit_gradient_(subject, labels, normalizer, weight, 0.1)
+    assert torch.equal(subject, found)

@@ -2,7 +2,8 @@
 
 T tokens, V entries of the vocabulary, or a rank's part of it; logits z [T, V], labels y [T].
     statistics   n = log sum exp(z) and z[y] in fp32; of a y outside 0..V-1, 0             2 B read a 16-bit logit
-    gradient     dz = (exp(z - n) - [y]) w, n and w [T]; dz may be z itself                2 B read, 2 B written
+    gradient     dz = ((1 + 2 c n) exp(z - n) - [y]) w, n and w [T], c a z-loss' number;   2 B read, 2 B written
+                 dz may be z itself
 fp32 inside, one rounding. As in torch, a row of -inf has n = -inf, one with inf has inf, and NaN spoils its row.
 Oracle: `slope_megatron.ops.custom_ops.cross_entropy`.
 """
@@ -50,7 +51,9 @@ def _statistics_kernel(logits, labels, normalizer, chosen, width, STEPS: tl.cons
 
 
 @triton.jit
-def _gradient_kernel(logits, labels, normalizer, weight, gradient, width, blocks, BLOCK: tl.constexpr):
+def _gradient_kernel(
+    logits, labels, normalizer, weight, gradient, width, blocks, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr
+):
     """BLOCK columns of one row; programs that run together have neighbouring ones."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -58,7 +61,10 @@ def _gradient_kernel(logits, labels, normalizer, weight, gradient, width, blocks
     logit = tl.load(logits + row * width + column, mask=inside).to(tl.float32)
     label = tl.load(labels + row)
     label = tl.where((label >= 0) & (label < width), label, -1).to(tl.int32)
-    softmax = tl.exp(logit - tl.load(normalizer + row).to(tl.float32))
+    of_row = tl.load(normalizer + row).to(tl.float32)
+    softmax = tl.exp(logit - of_row)
+    if Z_LOSS != 0.0:
+        softmax *= 1.0 + 2.0 * Z_LOSS * of_row
     difference = tl.where(column == label, softmax - 1.0, softmax) * tl.load(weight + row).to(tl.float32)
     tl.store(gradient + row * width + column, difference.to(gradient.dtype.element_ty), mask=inside)
 
@@ -80,10 +86,21 @@ def gradient(
     normalizer_T: torch.Tensor,
     weight_T: torch.Tensor,
     gradient_TV: torch.Tensor,
+    z_loss: float = 0.0,
 ) -> None:
     """Write dz, of the logits' type, perhaps in their place; all contiguous, logits of at most 32 bits."""
     rows, width = logits_TV.shape
     blocks = triton.cdiv(width, BLOCK)
     _gradient_kernel[(rows * blocks,)](
-        logits_TV, labels_T, normalizer_T, weight_T, gradient_TV, width, blocks, BLOCK=BLOCK, num_warps=WARPS
+        logits_TV,
+        labels_T,
+        normalizer_T,
+        weight_T,
+        gradient_TV,
+        width,
+        blocks,
+        # Compiled in: a run has one, and without it the kernel is as if there were none.
+        Z_LOSS=z_loss,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
     )
