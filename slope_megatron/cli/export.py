@@ -9,7 +9,7 @@ from slope_megatron.cli.parser import manual
 HF = """\
 Write the newest checkpoint of RUN as a `transformers` model: config.json, generation_config.json, safetensors (dense,
 with zeros where the run is 2:4), tokenizer files. The padding of the vocabulary is removed. The family (OPT, GPT-2,
-LLaMA, Mistral, BERT) is the one that this architecture is.
+LLaMA, Mistral, Qwen 3, BERT) is the one that this architecture is.
 """
 PACKED = """\
 Write the newest checkpoint of RUN in packed form: kept values, pattern bitmasks and adapters in safetensors, for

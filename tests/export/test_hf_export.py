@@ -15,6 +15,7 @@ def load(folder, family):
     import transformers
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
     auto = transformers.AutoModelForPreTraining if family == "bert" else transformers.AutoModelForCausalLM
     model, report = auto.from_pretrained(
@@ -23,7 +24,7 @@ def load(folder, family):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, LlamaRMSNorm | MistralRMSNorm):
+            if isinstance(child, LlamaRMSNorm | MistralRMSNorm | Qwen3RMSNorm):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight.data = child.weight.data
                 setattr(module, name, norm)

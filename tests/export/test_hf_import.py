@@ -1,11 +1,13 @@
 """Hugging Face's names and orders of weights: each transformation on numbers one can follow, and what is refused."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from helpers.families import NAMES, VOCABULARY, hf_config
 from slope_megatron.config import ModelConfig
-from slope_megatron.export.hf_config import model_config
+from slope_megatron.export.hf_config import choose_family, model_config
 from slope_megatron.export.hf_import import TRANSFORMS, HfWeights
 from slope_megatron.export.hf_names import FAMILIES
 
@@ -143,6 +145,16 @@ def test_what_our_blocks_cannot_do_is_refused(name, change, message):
     fields = {**hf_config(name).to_dict(), **change}
     with pytest.raises(ValueError, match=message):
         model_config(fields)
+
+
+def test_qk_norm_is_qwen3_s_alone():
+    llama = model_config(hf_config("llama"))
+    assert choose_family(llama) == "llama"
+    assert choose_family(dataclasses.replace(llama, qk_norm=True)) == "qwen3"
+    for model in (ModelConfig(qk_norm=True, vocab_size=90), model_config(hf_config("bert"))):
+        model = dataclasses.replace(model, qk_norm=True)
+        with pytest.raises(ValueError, match=r"qk_norm is True and there it is False.*use `slope export packed`"):
+            choose_family(model)
 
 
 def test_an_unknown_type_is_refused():

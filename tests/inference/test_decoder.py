@@ -8,7 +8,7 @@ import torch
 from helpers.numerics import relative_error
 from helpers.runs import made_run
 
-NAMES = ("opt", "gpt2", "llama", "mistral")
+NAMES = ("opt", "gpt2", "llama", "mistral", "qwen3")
 
 
 @pytest.fixture(scope="module")

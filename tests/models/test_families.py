@@ -175,7 +175,9 @@ def test_a_family_computes_what_hugging_face_computes(ranks, name, size):
     from slope_megatron.export.hf_config import model_config
 
     # Two ranks share heads and groups evenly.
-    groups = {"num_attention_heads": 8, "num_key_value_heads": 2} if name in ("llama", "mistral") else {}
+    groups = {"num_attention_heads": 8, "num_key_value_heads": 2} if name in ("llama", "mistral", "qwen3") else {}
+    if name == "qwen3":
+        groups["head_dim"] = 12
     theirs = hf_config(name, **groups)
     model = hf_model(theirs)
     expected, expected_binary = hf_logits(model)
