@@ -27,11 +27,12 @@ class TokenLosses(torch.autograd.Function):
         ctx: Any, logits_TV: torch.Tensor, labels_T: torch.Tensor, z_loss: float, group: dist.ProcessGroup | None
     ) -> torch.Tensor:
         """Losses `[T]`, in fp32 at least; `group`: the ranks that share the vocabulary, None: it is whole here."""
-        shared = group is not None and group.size() > 1
-        if shared:
+        if group is not None and group.size() == 1:
+            group = None
+        if group is not None:
             labels_T = labels_T - group.rank() * logits_TV.shape[1]
         normalizer_T, chosen_T = label_statistics(logits_TV, labels_T)
-        if shared:
+        if group is not None:
             normalizer_T, chosen_T = over_ranks(normalizer_T, chosen_T, group)
         ctx.save_for_backward(logits_TV, labels_T, normalizer_T)
         ctx.z_loss = z_loss
