@@ -20,6 +20,7 @@ from slope_megatron.training.teardown import Remains
 from slope_megatron.training.telemetry import accounting, flops, memory
 from slope_megatron.training.telemetry.layer_stats import LayerStats, Samples
 from slope_megatron.training.telemetry.progress_bar import Progress
+from slope_megatron.training.together import Agreed
 from slope_megatron.training.watch.bad_steps import Diverged, StepWatch
 from slope_megatron.training.watch.rank_watch import RankWatch
 
@@ -151,7 +152,12 @@ class Run:
         return done in run.switches and run.form_at(done) != self.config
 
     def change_form(self) -> None:
-        """Save, let the engine go, and go on with one of the other form; if nothing can be saved, the run ends."""
+        """Save, let the engine go, and go on with one of the other form; if nothing can be saved, the run ends.
+
+        Raises:
+            Agreed: what was saved cannot be read, and under `--auto-resume` an earlier checkpoint was. A disk that
+                fails each time would have the steps between them trained for ever.
+        """
         done = self.engine.steps_done
         self.watch.reach(done, "checkpoint")
         kernel_choices.save(self.run)
@@ -159,17 +165,23 @@ class Run:
             logger.error("step %d is to be trained in the model's other form, from that checkpoint: the run ends", done)
             self.stopped = True
             return
+        # As at the start: building takes its time, and so may the first step.
+        self.watch.pause()
         kept = self.engine.attempts, self.engine.skipped_steps
         remains = Remains(self.engine)
         del self.engine, self.saver, self.layer_stats
         if alive := remains.alive():
             logger.warning("%s", alive)
         engine, initial = self.build(store.folder_of(self.run, done))
+        if engine.steps_done != done:
+            raise Agreed(
+                f"step {done} is to be trained in the model's other form, and its checkpoint cannot be read: the run "
+                f"ends. {what_is_safe(self.run)}"
+            )
         # What the checkpoint holds of them is a copy, or nothing.
         engine.attempts, engine.skipped_steps = kept
         self.adopt(engine, initial)
         self.record(step=done, form=engine.form)
-        self.watch.reach(done, "batch")
 
     def before_update(self, part: str) -> None:
         if part == "update" and self.layer_stats and self.layer_stats.due(self.engine.steps_done + 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -54,13 +55,13 @@ def test_a_run_changes_its_form(corpus, tmp_path):
     assert TrainedRun(whole, 6).is_packed("decoder.layers.1.mlp.linear_fc1.weight")
 
 
-def refuse_to_read_step_7():
+def refuse_to_read(name):
     from slope_megatron.storage.tensors import CheckedReader
 
     whole = CheckedReader._slice_file
 
     def failing(self, file, info):
-        if "step_00000007" in str(self.folder):
+        if name in str(self.folder):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return whole(self, file, info)
 
@@ -74,12 +75,86 @@ def test_a_checkpoint_before_a_damaged_one_may_be_of_the_other_form(corpus, tmp_
     assert slope(*common, "--stop-at", 7).returncode == 0
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000006")
     before = losses(tmp_path)
-    done = commands.slope("pretrain", *common, before=refuse_to_read_step_7)
+    done = commands.slope("pretrain", *common, before=functools.partial(refuse_to_read, "step_00000007"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoints" / "step_00000007.corrupt").is_dir()
     after = [(line["step"], line["loss"]) for line in metrics(tmp_path) if "loss" in line][-3:]
     assert [step for step, _ in after] == [6, 7, 8]
     assert after[:2] == [(6, before[6]), (7, before[7])]
+
+
+def test_a_change_of_form_that_cannot_be_read_ends_the_run(corpus, tmp_path):
+    """And does not train the steps before it for ever; once the disk reads again, the run is the undisturbed one."""
+    common = ["--data", corpus, *MODEL, *RUN, *PHASES, "--log-interval", 1, "--save-interval", 1]
+    common += ["--keep-checkpoints", 9, "--out", tmp_path / "run", "--auto-resume"]
+    failed = commands.slope("pretrain", *common, before=functools.partial(refuse_to_read, "step_00000002"))
+    assert failed.returncode == 2, failed.stderr
+    said = [line for line in failed.stderr.splitlines() if line.startswith("slope: error: ")]
+    assert len(said) == 1 and said[0].startswith(
+        "slope: error: step 2 is to be trained in the model's other form, and its checkpoint cannot be read: the run "
+        "ends. Checkpoint "
+    )
+    assert said[0].endswith("step_00000001 is complete: the same command with --resume goes on from it.")
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")}
+    assert names == {"step_00000001", "step_00000002.corrupt"}
+    assert list(losses(tmp_path / "run")) == [1, 2]
+    assert slope(*common).returncode == 0
+    undisturbed = [*common[:-2], tmp_path / "whole"]
+    assert slope(*undisturbed).returncode == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def refuse_to_write(name):
+    from slope_megatron.training.checkpoint.snapshot import Snapshot
+
+    whole = Snapshot.write
+
+    def failing(self, folder):
+        if name in str(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(self, folder)
+
+    Snapshot.write = failing
+
+
+def test_a_change_of_form_that_cannot_be_saved_ends_the_run(corpus, tmp_path):
+    common = ["--data", corpus, *MODEL, *RUN, *PHASES, "--log-interval", 1, "--out", tmp_path]
+    failed = commands.slope("pretrain", *common, before=functools.partial(refuse_to_write, "step_00000002"))
+    assert failed.returncode == 74, failed.stderr
+    assert "step_00000002 could not be written (rank 0: No space left on device): there is none" in failed.stderr
+    assert "from that checkpoint: the run ends" in failed.stderr and "the run goes on" not in failed.stderr
+    assert list(losses(tmp_path)) == [1, 2]
+
+
+def say_when_it_is_watched():
+    """At each engine's build, and as each step begins, whether a main thread that stands still ends the run."""
+    from slope_megatron.training.engine import Engine
+    from slope_megatron.training.watch.rank_watch import RankWatch
+
+    watches, begun, built, stepped = [], RankWatch.start, Engine.__init__, Engine.train_step
+
+    def start(self):
+        watches.append(self)
+        begun(self)
+
+    def build(self, *arguments):
+        print("engine", watches[0].pulse.watched)
+        built(self, *arguments)
+
+    def step(self, batches):
+        print(self.steps_done, watches[0].pulse.watched)
+        return stepped(self, batches)
+
+    RankWatch.start, Engine.__init__, Engine.train_step = start, build, step
+
+
+def test_an_engine_s_build_and_first_step_are_not_watched(corpus, tmp_path):
+    common = ["--data", corpus, *MODEL, *RUN, *PHASES, "--out", tmp_path, "--hang-timeout", 600]
+    done = commands.slope("pretrain", *common, before=say_when_it_is_watched)
+    assert done.returncode == 0, done.stderr
+    parts = ("engine", 0, 1, "engine", 2, 3, 4, 5, "engine", 6, 7)
+    said = [line for line in done.stdout.splitlines() if line.endswith(("True", "False"))]
+    assert said == [f"{part} {part in (1, 3, 4, 5, 7)}" for part in parts]
 
 
 def graphs_of_both_forms(config):

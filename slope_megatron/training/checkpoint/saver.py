@@ -62,16 +62,22 @@ class Saver:
         Returns:
             why it could not be written, as `failure`.
         """
-        unwanted, self.failure = self.failure == UNWANTED, None
-        self.save()
+        unwanted = self.failure == UNWANTED
         self.finish()
+        self.saving = store.Saving(self.engine, self.run)
+        self.saving.write()
+        self.finish(goes_on="")
         failure = self.failure
         if unwanted:
             self.failure = failure or UNWANTED
         return failure
 
-    def finish(self) -> None:
-        """Wait for the save that has begun, if one has, and publish it."""
+    def finish(self, goes_on: str = "; the run goes on") -> None:
+        """Wait for the save that has begun, if one has, and publish it.
+
+        Args:
+            goes_on: ends the line in the log on a failure.
+        """
         if self.saving is None:
             return
         if self.thread is not None:
@@ -81,5 +87,5 @@ class Saver:
             kept = store.newest_known(self.run)
             safe = f"{kept.name} is kept" if kept else "there is none before it"
             name = self.saving.target.name
-            logger.error("checkpoint %s could not be written (%s): %s; the run goes on", name, self.failure, safe)
+            logger.error("checkpoint %s could not be written (%s): %s%s", name, self.failure, safe, goes_on)
         self.saving = self.thread = None

@@ -97,6 +97,10 @@ class RankWatch:
         self.pulse.reach(step, part)
         self.pulse.watched = self.hang_timeout > 0
 
+    def pause(self) -> None:
+        """The main thread may stand still until it next reaches a part."""
+        self.pulse.watched = False
+
     def await_report(self) -> None:
         """A collective failed in the main thread: perhaps a rank is gone, which the thread reports in a moment."""
         time.sleep(4 * POLL_SECONDS + (SILENCE_SECONDS if self.remote_peers else 0.0))
