@@ -71,10 +71,12 @@ class Config:
             raise ValueError(
                 "--slope-pattern wanda prunes a trained model: give --init-from DENSE, or take random or magnitude"
             )
-        if (self.slope.dense_start or self.slope.dense_tail) and not self.slope.sparse_steps(self.train.steps):
+        steps, sparse = self.train.steps, self.slope.sparse_steps(self.train.steps)
+        if self.slope.enabled and not sparse:
             raise ValueError(
-                f"--slope-dense-start {self.slope.dense_start} and --slope-dense-tail {self.slope.dense_tail or 0} "
-                f"leave none of {self.train.steps} steps sparse: take smaller shares, or say --no-slope for a dense run"
+                f"a dense start of {sparse.start} steps and a dense tail of {steps - sparse.stop} leave none of "
+                f"{steps} steps sparse: take a smaller --slope-dense-start, --slope-dense-tail or (fst) --slope-fst-dense-tail, "
+                "or say --no-slope for a dense run"
             )
 
     @property

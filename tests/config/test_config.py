@@ -142,7 +142,12 @@ BAD = [
     ),
     (
         lambda: Config(slope=SlopeConfig(dense_start=0.5, dense_tail=0.5)),
-        "--slope-dense-start 0.5 and --slope-dense-tail 0.5 leave none of 1000 steps sparse: take smaller shares",
+        "a dense start of 500 steps and a dense tail of 500 leave none of 1000 steps sparse: take a smaller",
+    ),
+    (
+        lambda: Config(slope=SlopeConfig(method="fst", fst_dense_tail=0.95), train=TrainConfig(steps=8)),
+        "a dense start of 0 steps and a dense tail of 8 leave none of 8 steps sparse: take a smaller "
+        "--slope-dense-start, --slope-dense-tail or (fst) --slope-fst-dense-tail, or say --no-slope",
     ),
     (
         lambda: SlopeConfig(dense_tail=0.1, method="rigl"),
@@ -309,9 +314,15 @@ def test_every_field_is_a_flag_with_a_manual_line():
         ({"method": "srste", "dense_tail": 0.1}, range(10), [10]),
         # FST's published tail, where no other is asked for.
         ({"method": "fst"}, range(10), [10]),
+        ({"method": "fst", "fst_dense_tail": 0.375}, range(7), [7]),
         ({"method": "fst", "dense_tail": 0.5}, range(6), [6]),
+        ({"method": "fst", "dense_tail": 0.25, "fst_dense_tail": 0.5}, range(9), [9]),
+        ({"method": "srste", "fst_dense_tail": 0.5}, range(12), []),
         ({"method": "fst", "dense_tail": 0.0}, range(12), []),
         ({"enabled": False, "dense_tail": 0.5}, range(6), []),
+        # Of a dense run no step has to be sparse.
+        ({"enabled": False, "dense_start": 0.5, "dense_tail": 0.5}, range(6, 6), []),
+        ({"method": "dense", "dense_start": 0.5, "dense_tail": 0.5}, range(6, 6), []),
     ],
 )
 def test_sparse_steps_lie_between_the_dense_ones(slope, sparse, switches):
