@@ -140,6 +140,10 @@ def test_what_it_can_serve_is_taken(monkeypatch):
         (["--slope-adapter-rank", "4"], {}, "--slope-adapter-rank is 4"),
         (["--slope-pattern", "wanda"], {}, "--slope-pattern is wanda"),
         (["--slope-mode", "full"], {}, "--slope-mode full"),
+        (["--slope-method", "rigl"], {}, "--slope-method rigl"),
+        (["--slope-mup"], {}, "--slope-mup is on: the upstream's optimizer has one learning rate"),
+        (["--slope-dense-start", "0.5"], {}, "--slope-dense-start is 0.5: the model has one form"),
+        (["--slope-dense-tail", "0.25"], {}, "--slope-dense-tail is 0.25: the model has one form"),
         (["--slope-lr-multiplier", "2"], {}, "--slope-lr-multiplier is 2.0: the upstream's optimizer has one"),
     ],
 )

@@ -111,6 +111,9 @@ def unsupported_here(slope) -> list[str]:
         wrong.append(
             "--slope-pattern is wanda: it needs a trained model, as `slope pretrain --init-from` has; use random"
         )
+    for flag, share in (("--slope-dense-start", slope.dense_start), ("--slope-dense-tail", slope.dense_tail)):
+        if share:
+            wrong.append(f"{flag} is {share}: the model has one form from the first step to the last; leave it out")
     for name in ("lr_multiplier", "adapter_lr_multiplier"):
         if getattr(slope, name) != 1.0:
             flag = "--slope-" + name.replace("_", "-")
