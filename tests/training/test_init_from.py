@@ -149,7 +149,11 @@ def test_what_does_not_fit_is_refused(ranks, tmp_path):
     check_init(changed("slope", lazy_fraction=1.0), samples=8)
     longer = second.data.seq_length * 2
     for config, message in (
-        (changed("slope", enabled=False), "holds a packed model and this run's weights are dense: leave --no-slope"),
+        (
+            changed("slope", dense_start=0.5, adapter_rank=0).form_at(0),
+            "holds a packed model and this run's first weights are dense: leave --no-slope, --slope-method or "
+            "--slope-dense-start out",
+        ),
         (changed("slope", nm="1:4"), "is of another model .slope.nm: '2:4' there, '1:4' here.: give the same settings"),
         (changed("model", num_layers=4), "model.num_layers: 2 there, 4 here"),
         (changed("data", seq_length=longer), rf"sequence length.: {longer // 2} there, {longer} here"),

@@ -48,7 +48,8 @@ def check_init(config: Config, samples: int, origins: Mapping[str, str] | None =
         return
     if not config.slope.packed:
         raise ValueError(
-            f"{folder} holds a packed model and this run's weights are dense: leave --no-slope or --slope-method out"
+            f"{folder} holds a packed model and this run's first weights are dense: leave --no-slope, --slope-method "
+            "or --slope-dense-start out"
         )
     state = read_json(folder / "state.json", OTHER_START)
     saved = SavedConfig.read(state).check(folder, WEIGHTS).values
