@@ -75,8 +75,8 @@ class Config:
         if self.slope.enabled and not sparse:
             raise ValueError(
                 f"a dense start of {sparse.start} steps and a dense tail of {steps - sparse.stop} leave none of "
-                f"{steps} steps sparse: take a smaller --slope-dense-start, --slope-dense-tail or (fst) --slope-fst-dense-tail, "
-                "or say --no-slope for a dense run"
+                f"{steps} steps sparse: take a smaller --slope-dense-start, --slope-dense-tail or (fst) "
+                "--slope-fst-dense-tail, or say --no-slope for a dense run"
             )
 
     @property
