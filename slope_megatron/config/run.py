@@ -90,7 +90,7 @@ class TrainConfig:
     save_interval: int = option(
         500,
         "steps between two checkpoints; 0: none is written, not even at the end (for trials of a few steps), but where "
-        "a dense start ends or a dense tail begins",
+        "a dense start ends or a dense tail begins, until the run is complete",
         must=Rule("it must be at least 1, or 0 to save nothing", lambda value: value >= 0),
     )
     keep_checkpoints: int = option(2, "newest checkpoints kept", must=COUNT)

@@ -13,14 +13,14 @@ from slope_megatron.data.batches import MicroBatches, ValidationBatches
 from slope_megatron.data.prefetch import Prefetch
 from slope_megatron.training import kernel_choices, summary
 from slope_megatron.training.checkpoint import attempts, store
-from slope_megatron.training.checkpoint.saver import Saver
+from slope_megatron.training.checkpoint.saver import UNWANTED, Saver
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine, StepResult
 from slope_megatron.training.teardown import Remains
 from slope_megatron.training.telemetry import accounting, flops, memory
 from slope_megatron.training.telemetry.layer_stats import LayerStats, Samples
 from slope_megatron.training.telemetry.progress_bar import Progress
-from slope_megatron.training.together import Agreed
+from slope_megatron.training.together import Agreed, on_first_rank
 from slope_megatron.training.watch.bad_steps import Diverged, StepWatch
 from slope_megatron.training.watch.rank_watch import RankWatch
 
@@ -128,6 +128,8 @@ class Run:
             self.batches.close()
         self.saver.finish()
         self.await_data_check()
+        if self.saver.failure == UNWANTED and self.engine.steps_done == self.config.train.steps:
+            on_first_rank(lambda: store.remove_unwanted(self.run))
         return summary.of(self, time.perf_counter() - started)
 
     def before_adapters(self) -> None:

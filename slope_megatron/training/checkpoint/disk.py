@@ -51,7 +51,7 @@ def check_space(run: Path, checkpoint_bytes: int, train: TrainConfig, steps_done
         return
     there = len(store.complete_checkpoints(run))
     # While one is written, the newest `keep` are still there.
-    recent = min(train.keep_checkpoints + 1, there + saves)
+    recent = min(train.keep_checkpoints + 1, there + saves) if train.save_interval else there + saves
     keeps = train.keep_every if train.save_interval else None
     for_ever = last // keeps - steps_done // keeps if keeps else 0
     needed = max(0, recent + for_ever - min(there, recent)) * checkpoint_bytes

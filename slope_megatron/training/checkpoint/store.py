@@ -112,7 +112,7 @@ class Saving:
             problem = f"rank 0: {whole.reason(error)}"
         if problem:
             shutil.rmtree(self.partial, ignore_errors=True)
-        else:
+        elif self.settings.save_interval:
             prune(self.run, self.settings.keep_checkpoints, self.settings.keep_every)
         return problem
 
@@ -175,15 +175,36 @@ def prune(run: Path, keep: int, keep_every: int | None) -> None:
         logger.warning("no old checkpoint is removed: %s", error)
         return
     for folder in old:
-        if keep_every and step_of(folder) % keep_every == 0:
-            continue
-        try:
-            # Out of the list by one rename first: half of a checkpoint must never look like one.
-            doomed = folder.with_name(f"{folder.name}.old.partial")
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            logger.warning("checkpoint %s could not be removed: %s", folder, whole.reason(error))
+        if not keep_every or step_of(folder) % keep_every:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; if that fails, it is logged."""
+    try:
+        # Out of the list by one rename first: half of a checkpoint must never look like one.
+        doomed = folder.with_name(f"{folder.name}.old.partial")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("checkpoint %s could not be removed: %s", folder, whole.reason(error))
+
+
+def remove_unwanted(run: Path) -> None:
+    """At the end of a run that is not to be saved: what it wrote where its form changed is no result of it.
+
+    What cannot be read or removed is logged.
+    """
+    try:
+        for folder in complete_checkpoints(run):
+            if not read_json(folder / "state.json", way_out(folder))["config"]["train"]["save_interval"]:
+                remove(folder)
+        if left := newest_known(run):
+            latest.point_at(left)
+        else:
+            (run / "checkpoints" / latest.NAME).unlink(missing_ok=True)
+    except (ValueError, OSError) as error:
+        logger.warning("checkpoints of the changes of form are left: %s", error)
 
 
 def remove_partial(run: Path) -> None:
