@@ -19,7 +19,7 @@ from slope_megatron.storage import folders, metadata, sums, whole
 from slope_megatron.training import deterministic, kernel_choices, parallel
 from slope_megatron.training.checkpoint import disk, recovery, run_folder, store
 from slope_megatron.training.checkpoint.finished import Finished, finished
-from slope_megatron.training.checkpoint.init_from import check_init, fits, load_init
+from slope_megatron.training.checkpoint.init_from import check_init, load_init
 from slope_megatron.training.checkpoint.saver import UNWANTED
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
@@ -185,11 +185,10 @@ def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set,
     form = config.form_at(first)
     model = build_model(form, vocabulary, dtype)
     wants_layers = config.watch.layer_stats_interval > 0
-    known = True
-    if config.train.init_from and (wants_layers or not resume_from):
-        known = agreed(lambda: fits(form))
-        if known:
-            agreed(lambda: load_init(model, form, vocabulary, train_set))
+    # Once packed weights have become dense ones, or the reverse, no weight is what the run began with.
+    known = not (config.slope.packed and any(step <= first for step in config.switches))
+    if config.train.init_from and known and (wants_layers or not resume_from):
+        agreed(lambda: load_init(model, form, vocabulary, train_set))
     initial = (layer_stats.sample_all(model) if known else {}) if wants_layers else None
     engine = Engine(model, config, dtype, first)
     loaded = recovery.load(engine, resume_from) if resume_from else None

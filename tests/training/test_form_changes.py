@@ -39,6 +39,9 @@ def test_a_run_changes_its_form(corpus, tmp_path):
     assert layers == [line["layers"] for line in metrics(parted) if "layers" in line]
     energy = ["energy_lost" in entry["decoder.layers.1.mlp.linear_fc1.weight"] for entry in layers]
     assert energy == [False, True, True, False]
+    # Neither what was pruned nor what has grown began as it is.
+    drifts = ["drift" in entry["decoder.layers.1.mlp.linear_fc1.weight"] for entry in layers]
+    assert drifts == [True, False, False, False]
     summary = json.loads((whole / "summary.json").read_text())
     again = json.loads((parted / "summary.json").read_text())
     assert summary["val_loss"] == again["val_loss"] and summary["parameters"] == again["parameters"]

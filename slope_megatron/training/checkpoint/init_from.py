@@ -151,11 +151,6 @@ def is_packed(folder: Path) -> bool:
     return any(name.endswith(".weight_pattern") for name in CheckedReader(folder).read_metadata().state_dict_metadata)
 
 
-def fits(config: Config) -> bool:
-    """Whether this form of the model has places for the weights of `--init-from`: a dense tail has none for packed."""
-    return config.slope.packed or not is_packed(checkpoint_of(config))
-
-
 def load_init(model: torch.nn.Module, config: Config, tokenizer_size: int, dataset) -> None:
     """Fill a built model from `--init-from`; all ranks call it, after `check_init`.
 

@@ -3,7 +3,7 @@
     grad_norm    Euclidean norm of the step's gradient before clipping, over the replicas' mean and all shards
     drift        ||W - W0|| / ||W0||, W0 being the weights at the first step, measured on SAMPLES elements of each shard
                  spread evenly (all of a smaller one): a standard error of about 1 %, for 16 KiB a shard, not a copy;
-                 left out where W0 is zero (adapters) or unknown
+                 left out where W0 is zero (adapters), and once a packed run has changed its form
     energy_lost  share of sum w^2 that the second pruning drops; sparse linears only
 
 Gradient norms cost one more sum of the gradients over the replicas in the steps that are looked at, nothing in others.
