@@ -101,7 +101,8 @@ class SlopeConfig:
     mup: bool = option(
         False,
         "SmuPar, maximal-update parametrisation of sparse weights: with D = N/M their initial values times 1/sqrt(D), "
-        "their learning rate times 1/D and their weight decay times D, so that a dense model's learning rate serves",
+        "their learning rate times 1/D and their weight decay times D, so that a dense model's learning rate serves; "
+        "after a dense start the latter two alone",
     )
     lr_multiplier: float = option(1.0, "learning rate of the packed values over the base learning rate", must=POSITIVE)
     wanda_samples: int = option(
