@@ -172,16 +172,39 @@ def build_operands(
     )
 
 
+def check_weight(backend: str, values_NC, row_bits, float8_kinds: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ValueError: `build_operands` would refuse a weight of this shape, type and row pattern.
+    """
+    if float8_kinds:
+        choose(backend)
+        float8_emulated(backend, values_NC, row_bits)
+    else:
+        choose_for(backend, values_NC, row_bits)
+
+
+def float8_emulated(backend: str, values_NC, row_bits) -> bool:
+    """Whether products in e4m3 are emulated: off the GPU, or where the backend `reference` was asked for.
+
+    Raises:
+        ValueError: this GPU or this weight has no such product.
+    """
+    if values_NC.device.type != "cuda" or backend == "reference":
+        return True
+    reason = float8.unsupported() or float8.unsupported_weight(values_NC, row_bits)
+    if reason:
+        raise ValueError(f"--slope-fp8 cannot run here: {reason}; use --slope-fp8 off")
+    return False
+
+
 def build_float8_operands(backend: str, values_NC, row_bits, column_bits, products_wanted, *, wgrad: bool) -> Operands:
     """The same for products in e4m3; off the GPU, or where the backend `reference` was asked for, emulated.
 
     Raises:
         ValueError: this GPU or this weight has no such product: nobody wants a slow emulation there.
     """
-    if values_NC.device.type == "cuda" and backend != "reference":
-        reason = float8.unsupported() or float8.unsupported_weight(values_NC, row_bits)
-        if reason:
-            raise ValueError(f"--slope-fp8 cannot run here: {reason}; use --slope-fp8 off")
+    if not float8_emulated(backend, values_NC, row_bits):
         _say_once(f"sparse products: in e4m3, {'all three' if wgrad else 'wgrad in the type of the parameters'}")
         return float8.Float8Operands(
             values_NC,

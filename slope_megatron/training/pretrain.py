@@ -13,8 +13,11 @@ import torch.distributed as dist
 from slope_megatron.config import Config
 from slope_megatron.data.manifest import load_manifest
 from slope_megatron.data.samples import datasets_for
+from slope_megatron.models.layer_spec import weights_to_prune
 from slope_megatron.models.provider import DTYPES, build_model
 from slope_megatron.models.rules import sparsity_table
+from slope_megatron.ops.backend import check_weight
+from slope_megatron.sparsity.packing import pack_bits
 from slope_megatron.storage import folders, metadata, sums, whole
 from slope_megatron.training import deterministic, kernel_choices, parallel
 from slope_megatron.training.checkpoint import disk, recovery, run_folder, store
@@ -31,6 +34,7 @@ from slope_megatron.training.together import Agreed, agreed, from_every_rank, on
 from slope_megatron.training.watch import process
 from slope_megatron.training.watch.launcher import Launcher
 from slope_megatron.training.watch.rank_watch import RankWatch
+from slope_megatron.training.zero import partitions
 
 logger = logging.getLogger(__name__)
 
@@ -151,11 +155,27 @@ def begin(
     engine, initial = build(resume_from)
     began, size = engine.steps_done, accounting.checkpoint_bytes(engine)
     memory.check_forms(engine)
+    agreed(lambda: check_products(engine))
     on_first_rank(lambda: disk.check_space(run, size, config.train, began, config.switches))
     # None of them raises.
     writers = open_writers(config, run, began) if dist.get_rank() == 0 else []
     kernel_choices.share(run, resumed=resume_from is not None, hinted=True)
     return Run(engine, run, datasets, vocabulary, watch, writers, build, initial, data_check)
+
+
+def check_products(engine: Engine) -> None:
+    """
+    Raises:
+        ValueError: products of the sparse steps cannot run here, which is no news for the end of a dense start.
+    """
+    config = engine.run_config
+    if not config.slope.packed or not engine.steps_done < config.slope.sparse_steps(config.train.steps).start:
+        return
+    for weight, own in weights_to_prune(engine.model, config.slope).items():
+        rows, columns = partitions.shape_of(weight)
+        mask = (torch.arange(columns, device=engine.device) % own.m < own.n).expand(rows, columns)
+        values = torch.empty(rows, columns * own.n // own.m, dtype=engine.dtype, device=engine.device)
+        check_weight(own.backend, values, pack_bits(mask), own.float8_kinds)
 
 
 @contextlib.contextmanager

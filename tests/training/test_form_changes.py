@@ -108,6 +108,16 @@ def test_a_change_of_form_that_cannot_be_read_ends_the_run(corpus, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_what_cannot_run_the_sparse_steps_is_refused_before_the_dense_ones(corpus, tmp_path):
+    run = tmp_path / "run"
+    common = ["--data", corpus, *MODEL, *RUN, *PHASES, "--log-interval", 1, "--out", run]
+    refused = slope(*common, "--slope-backend", "cusparselt")
+    assert refused.returncode == 2, refused.stderr
+    said = [line for line in refused.stderr.splitlines() if line.startswith("slope: error: ")]
+    assert len(said) == 1 and said[0].startswith("slope: error: --slope-backend cusparselt cannot run here: ")
+    assert not run.exists()
+
+
 def refuse_to_write(name):
     from slope_megatron.training.checkpoint.snapshot import Snapshot
 
