@@ -102,6 +102,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"--adam-backend is {self.adam_backend} with --optimizer lamb: it chooses between AdamWs; leave it out"
             )
+        if self.optimizer == "lamb" and self.embedding_weight_decay == 0.0:
+            raise ValueError(
+                "--embedding-weight-decay is 0 with --optimizer lamb: what does not decay has no trust ratio, and "
+                "embeddings would move too far; give a small one"
+            )
 
     @property
     def sparse_decay(self) -> float:

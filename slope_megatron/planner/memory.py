@@ -96,7 +96,9 @@ def block_activation_bytes(config: Config, layout: Layout, b: int) -> float:
     head_statistics = (4 if model.normalization == "RMSNorm" else 8) * (model.num_attention_heads + model.query_groups)
     # ReLU keeps where its input was positive; others their input.
     kept = model.ffn if model.activation == "relu" and not model.gated_mlp else b * linears["linear_fc1"].out
-    rounded = config.slope.packed and "wgrad" in config.slope.float8_kinds
+    # Adapters' gradients read the input itself, and so do dense steps.
+    always = config.adapter_start is None and not config.switches
+    rounded = always and config.slope.packed and "wgrad" in config.slope.float8_kinds
     cut = b * (qkv + turned + attended) + (1 if rounded else b) * model.ffn + kept + 4 * model.num_attention_heads
     cut += attended if rounded else 0
     cut += head_statistics if model.qk_norm else 0

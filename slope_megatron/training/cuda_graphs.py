@@ -172,18 +172,27 @@ class Graphs:
         # The memory of all graphs: only one of them ever runs, and nobody keeps what it returned.
         self.pool: Any = None
 
-    def function(self, function: Callable[..., torch.Tensor], what: str) -> "Replayed":
-        """`function(batch, *constants)` as it will be replayed; `what` it is, for the log."""
-        self.functions.append(Replayed(self, function, what))
+    def function(self, function: Callable[..., torch.Tensor], what: str, *, collective: bool = True) -> "Replayed":
+        """`function(batch, *constants)` as it will be replayed.
+
+        Args:
+            what: it is, for the log.
+            collective: whether there are collectives of the group in it.
+        """
+        self.functions.append(Replayed(self, function, what, collective))
         return self.functions[-1]
 
-    def capture(self, function: Callable[[], torch.Tensor]) -> Replayable:
+    @property
+    def any_captured(self) -> bool:
+        return any(one.graph is not None for one in self.functions)
+
+    def capture(self, function: Callable[[], torch.Tensor], what: str) -> Replayable:
         """The function as a graph; nothing is computed.
 
         Raises:
             RuntimeError: it cannot be captured; what it has left behind is not to be gone on with.
         """
-        if all(one.graph is None for one in self.functions):
+        if not self.any_captured:
             # A pool that graphs have left may not be entered again.
             self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         try:
@@ -193,9 +202,7 @@ class Graphs:
         except RuntimeError as error:
             cause = error.__context__ or error
             reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-            raise RuntimeError(
-                f"a micro-batch could not be captured ({reason}): go on with --cuda-graphs off"
-            ) from error
+            raise RuntimeError(f"{what} could not be captured ({reason}): go on with --cuda-graphs off") from error
 
     def drop(self) -> None:
         """Give back the memory of all graphs: the next steps run eagerly."""
@@ -216,8 +223,8 @@ class Graphs:
 class Replayed:
     """A function of a batch on the device: eager until nothing changes any more, then captured and replayed."""
 
-    def __init__(self, graphs: Graphs, function: Callable[..., torch.Tensor], what: str):
-        self.graphs, self.function, self.what = graphs, function, what
+    def __init__(self, graphs: Graphs, function: Callable[..., torch.Tensor], what: str, collective: bool):
+        self.graphs, self.function, self.what, self.collective = graphs, function, what, collective
         self.seen: Hashable = None
         self.replaying = False
         self.graph: Replayable | None = None
@@ -225,16 +232,17 @@ class Replayed:
         self.inputs: Batch = {}
         self.eager_steps = 0
 
-    def begin(self, batches: list[Batch], *key: Hashable) -> None:
+    def begin(self, batches: list[Batch], *key: Hashable, modules: Iterable[torch.nn.Module] | None = None) -> None:
         """Before the micro-batches of a step: decide how they run.
 
         Args:
             key: what they depend on besides their shapes and `addresses`, on the host.
+            modules: that they read; None: all of the model's.
         """
         shapes = {tuple((name, value.shape, value.dtype) for name, value in batch.items()) for batch in batches}
-        now = (key, shapes, addresses(self.graphs.modules))
+        now = (key, shapes, addresses(self.graphs.modules if modules is None else modules))
         alike = len(shapes) == 1 and now == self.seen
-        self.replaying = self.graphs.same_everywhere(alike)
+        self.replaying = self.graphs.same_everywhere(alike) if self.collective else alike
         self.seen = now
         if not self.replaying:
             if self.graph is not None:
@@ -260,7 +268,7 @@ class Replayed:
 
     def capture(self, batch: Batch, *constants) -> None:
         inputs = {name: torch.empty_like(value, device=self.graphs.device) for name, value in batch.items()}
-        self.graph = self.graphs.capture(lambda: self.function(inputs, *constants))
+        self.graph = self.graphs.capture(lambda: self.function(inputs, *constants), self.what)
         self.inputs, self.eager_steps = inputs, 0
         logger.info("CUDA graphs: %s is captured, and replayed from now on", self.what)
 

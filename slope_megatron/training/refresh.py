@@ -1,5 +1,7 @@
 """After each update: operands follow the weights' values, and patterns and masks when their step has come."""
 
+import logging
+
 import torch
 
 from slope_megatron.layers.pruned_linear import PrunedLinear
@@ -8,6 +10,8 @@ from slope_megatron.training.cuda_graphs import Graphs, Replayed
 from slope_megatron.training.objectives import Batch
 from slope_megatron.training.schedule import Phases
 from slope_megatron.training.zero import partitions
+
+logger = logging.getLogger(__name__)
 
 
 class Refresh:
@@ -42,17 +46,27 @@ class Refresh:
 
     def follow(self, following: list[PrunedLinear]) -> None:
         """Bring the operands of these up to the present values."""
-        if self.graphs is None or not following or not all(module.can_follow for module in following):
-            for module in following:
-                with partitions.gathered(module.weight):
-                    module.refresh()
-            return
-        if self.replayed is None:
-            self.replayed = self.graphs.function(self.values, "the refresh of operands")
-        self.replayed.begin([{}], tuple(map(id, following)))
-        self.replayed({}, following)
+        graphs = self.graphs
+        if graphs and following and all(module.can_follow for module in following):
+            if self.replayed is None:
+                self.replayed = graphs.function(self.values, "the refresh of operands", collective=False)
+            try:
+                self.replayed.begin([{}], modules=following)
+                # Not before the micro-batches, whose next eager step would have to take its memory anew.
+                self.replayed.replaying &= graphs.any_captured
+                self.replayed({}, following)
+            except RuntimeError as error:
+                logger.warning("CUDA graphs: %s; operands are refreshed eagerly, one by one", error)
+                graphs.drop()
+                graphs.functions.remove(self.replayed)
+                self.graphs = None
+            else:
+                for module in following:
+                    module.mark_followed()
+                return
         for module in following:
-            module.mark_followed()
+            with partitions.gathered(module.weight):
+                module.refresh()
 
     def values(self, _nothing: Batch, following: list[PrunedLinear]) -> torch.Tensor:
         """What the GPU has to do of it; a graph repeats this and no more. A tensor that says nothing."""

@@ -21,6 +21,9 @@ class Remains:
         self.tensors = [(tuple(tensor.shape), weakref.ref(tensor)) for tensor in tensors]
         if engine.graphs:
             engine.graphs.drop()
+        for parameter in engine.model.parameters():
+            # The engine's sums, to which another engine's backward would add.
+            vars(parameter).pop("gradient_sum", None)
         # DeepSpeed keeps names of parameters, with the parameters, and hooks on them.
         engine.deepspeed.destroy()
         forget_stage_3()

@@ -85,6 +85,10 @@ def test_wsd_warms_up_stays_at_the_peak_and_decays_in_its_own_form(form, halfway
 
 
 BAD = [
+    (
+        lambda: OptimizerConfig(optimizer="lamb", embedding_weight_decay=0.0),
+        "--embedding-weight-decay is 0 with --optimizer lamb: what does not decay has no trust ratio",
+    ),
     (lambda: OptimizerConfig(z_loss=-1.0), "--z-loss is -1.0: it must be 0 (off) or positive"),
     (lambda: OptimizerConfig(embedding_lr_multiplier=0.0), "--embedding-lr-multiplier is 0.0: it must be positive"),
     (lambda: OptimizerConfig(decay_fraction=0.0), "--decay-fraction is 0.0: it must be positive and at most 1"),

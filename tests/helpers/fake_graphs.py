@@ -31,7 +31,7 @@ def fake_graphs(capture: Callable | None = None) -> Iterator[list[FakeGraph]]:
     """
     made: list[FakeGraph] = []
 
-    def capture_fake(graphs, function):
+    def capture_fake(graphs, function, _what):
         made.append(FakeGraph(function, graphs.modules))
         return made[-1]
 

@@ -9,10 +9,11 @@ from slope_megatron.linear import slope_linear
 from slope_megatron.ops import backend
 from slope_megatron.ops.choices import Choice, Key, Product
 from slope_megatron.ops.custom_ops import float8 as float8_products
+from slope_megatron.ops.custom_ops import layout
 from slope_megatron.ops.operands.float8 import EmulatedFloat8Operands, Float8Operands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
-from slope_megatron.sparsity.operand import indices_e4m3, metadata_e4m3, metadata_sm90, slot_indices
+from slope_megatron.sparsity.operand import indices_e4m3, metadata_e4m3, metadata_sm90, scatter_slots, slot_indices
 from slope_megatron.sparsity.packing import pack_bits
 
 DTYPE = torch.bfloat16
@@ -129,6 +130,34 @@ def test_wgrad_reads_what_forward_has_rounded(device, fresh_choices):
     with torch.no_grad():
         slope_linear(x, values, operands)
     assert not operands._rounded
+
+
+def test_a_refresh_asks_for_nothing_that_a_cuda_graph_cannot_capture(device, fresh_choices):
+    """A mask as an index counts its places on the host, and waits for the device to do so."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    weight, ours, _ = both(device, dense=True)
+    for product in (Product.FORWARD, Product.DGRAD):
+        ours.dense[product] = ours.dense_copy(product)
+    asked = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            asked.append((str(function), [a.dtype for a in arguments if isinstance(a, torch.Tensor)]))
+            return function(*arguments, **(keywords or {}))
+
+    values = weight.values * 2
+    for product in ours.dense:
+        with Listen():
+            ours.dense[product].refresh()
+    assert asked and not any("nonzero" in name or "index" in name or "masked" in name for name, _ in asked), asked
+    ours.refresh(values)
+    for product, dense in ours.dense.items():
+        expected = scatter_slots(
+            layout.values_of(dense.operand.buffer, dense.operand.rows, dense.operand.columns, 1, E4M3)[0],
+            ours.patterns.indices(product),
+        )
+        assert torch.equal(dense.matrix_RS.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_torch_compile_sees_one_graph(device, fresh_choices):

@@ -191,3 +191,16 @@ def test_llama_3_8b_on_one_gpu():
     chunked = dataclasses.replace(whole, parallel=ParallelConfig())
     saved = planned_gib(whole, Layout(1, 1, 1), 128256) - planned_gib(chunked, Layout(1, 1, 1), 128256)
     assert saved == pytest.approx(2.4, abs=0.05)
+
+
+def test_e4m3_keeps_linears_inputs_in_a_byte_unless_something_will_read_them_whole():
+    """fc2's input and both norms' outputs are halved, of attention's output a rounded copy is added."""
+
+    def bytes_of(**slope):
+        config = dataclasses.replace(small("llama", 4), slope=SlopeConfig(**slope))
+        return block_activation_bytes(config, Layout(1, 1, 1), 2)
+
+    whole, fewer = bytes_of(adapter_rank=0), bytes_of(adapter_rank=0, fp8="current")
+    assert whole - fewer == 2 * SEQUENCE * (896 + 2 * 256 - 256)
+    for slope in ({"adapter_rank": 8}, {"adapter_rank": 0, "dense_tail": 0.2}, {"adapter_rank": 0, "fp8_wgrad": False}):
+        assert bytes_of(**slope, fp8="current") == whole

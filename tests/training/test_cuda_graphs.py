@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-from helpers.fake_graphs import fake_graphs
+from helpers.fake_graphs import FakeGraph, fake_graphs
 from helpers.models import build_engine, small_config, step_batches
 from slope_megatron.training import cuda_graphs
 from slope_megatron.training.cuda_graphs import Graphs, addresses
@@ -223,3 +223,33 @@ def test_replayed_steps_are_the_eager_ones_to_the_bit(ranks, settings, layout):
     for eager, replayed, live, graphs in ranks.run(graphs_on_and_off, config, **layout):
         assert replayed == eager and len({loss for loss, *_ in eager[0]}) == 8
         assert all(live) and sum(graphs) > 8
+
+
+def test_a_refresh_that_cannot_be_captured_runs_eagerly(ranks):
+    """Nothing is lost: the losses are those of a run without graphs, and the log says it once."""
+    eager, fallen_back, said = ranks.run(refreshed_in_spite_of_a_failure, small_config(steps=6), world=1)[0]
+    assert fallen_back == eager
+    assert (
+        len(said) == 1 and "the refresh of operands could not be captured (no): go on with --cuda-graphs off" in said[0]
+    )
+
+
+def refreshed_in_spite_of_a_failure(config):
+    from unittest import mock
+
+    def losses(engine):
+        return [engine.train_step(step_batches(config, step, 0, 1)).loss for step in range(config.train.steps)]
+
+    def capture(graphs, function, what):
+        if "refresh" in what:
+            raise RuntimeError(f"{what} could not be captured (no): go on with --cuda-graphs off")
+        return FakeGraph(function, graphs.modules)
+
+    eager = losses(build_engine(config, torch.bfloat16))
+    with (
+        fake_graphs(),
+        mock.patch.object(Graphs, "capture", capture),
+        mock.patch("slope_megatron.training.refresh.logger") as log,
+    ):
+        fallen_back = losses(build_engine(config, torch.bfloat16))
+    return eager, fallen_back, [call.args[0] % call.args[1:] for call in log.warning.call_args_list]

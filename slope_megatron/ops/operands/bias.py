@@ -42,7 +42,9 @@ class WithBias:
         return self.inner.wgrad(dy_TN, x_TK, rng, total)
 
     def __getattr__(self, name: str) -> Any:
-        # What some operands have: `rounded_input` and `wgrad_of_rounded`.
+        # What some operands have. Any other name is no one's, `inner` included, while a copy is made.
+        if name not in ("rounded_input", "wgrad_of_rounded"):
+            raise AttributeError(name)
         return getattr(self.inner, name)
 
 

@@ -25,7 +25,7 @@ from slope_megatron.ops.operands.reference import ReferenceOperands
 from slope_megatron.sparsity import float8
 from slope_megatron.sparsity.float8 import E4M3
 from slope_megatron.sparsity.mvue_rng import MvueRng
-from slope_megatron.sparsity.operand import metadata_e4m3, scatter_slots
+from slope_megatron.sparsity.operand import indices_e4m3, metadata_e4m3, scatter_slots
 
 OLDEST_ARCHITECTURE = (8, 9)
 # 512^-2: sums of up to 2^18 products of e4m3 numbers, times it, stay in the range of fp16.
@@ -81,9 +81,12 @@ class Float8Operand:
         layout.metadata_of(self.buffer, self.rows, self.columns, 1).copy_(metadata[None])
 
     def matrix(self) -> torch.Tensor:
-        """W `[R, S]` with its zeros."""
+        """W `[R, S]` with its zeros. Nothing waits for the device where we can read the metadata."""
         values = layout.values_of(self.buffer, self.rows, self.columns, 1, E4M3)[0]
-        return scatter_slots(values, self.patterns.indices(self.of))
+        if not layout.probe(self.patterns.device, E4M3).known_metadata:
+            return scatter_slots(values, self.patterns.indices(self.of))
+        metadata = layout.metadata_of(self.buffer, self.rows, self.columns, 1)[0]
+        return scatter_slots(values, indices_e4m3(metadata, self.rows, self.columns // 4))
 
     def product(self, q_TS, q_scale, w_scale, bias_R, output: torch.dtype, target: int) -> torch.Tensor:
         return float8_products.sparse_mm(self.buffer, w_scale, q_TS, q_scale, self.rows, bias_R, output, target)
@@ -179,12 +182,13 @@ class Float8Operands(MeasuredOperands[Float8Operand, DenseFloat8Operand]):
     def product(self, product: Product, x_TS: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
         """q(X) W^T (+ bias), `[T, R]`. dgrad reads dY once for itself and for the q(dY)^T that wgrad will want."""
         q_TS, scale = self._rounded_already(product, x_TS)
-        tokens, target = x_TS.shape[0], self.targets[product]
         if q_TS is None:
             transposed = product is Product.DGRAD and self.float8_wgrad and not torch.compiler.is_compiling()
             q_TS, q_ST, scale = self._quantize(product, x_TS, transposed)
             if transposed:
                 self._transposed[x_TS] = (q_ST, scale, x_TS._version)
+        # What it was rounded for: the first input chooses the target.
+        tokens, target = x_TS.shape[0], self.targets[product]
         return self.operand(product, tokens).product(q_TS, scale, self.scale, bias_R, self.output, target)[:tokens]
 
     def _quantize(self, product: Product, x_TS: torch.Tensor, transposed: bool):

@@ -56,20 +56,29 @@ def adapters_need(engine: Engine) -> dict[str, int]:
     Their weights and optimizer state are there from the start. T tokens of a micro-batch, R rank, b bytes a number:
 
         gradients     as the ZeRO stage holds them, and the widest layer's own before they are added up
-        activations   X L, b T R a layer and micro-batch in flight; recomputed blocks hold one block's
+        activations   X L, b T R a layer and micro-batch in flight; recomputed blocks hold one block's. In e4m3 also X
+                      itself, b T K for the T K that the layer kept of it until then
     """
     config, width = engine.config, engine.dtype.itemsize
     modules = [module for module in pruned_modules(engine.model) if hasattr(module, "adapter_l")]
     elements = [accounting.elements(module.adapter_l) + accounting.elements(module.adapter_r) for module in modules]
     with_them, without = (accounting.formula_rank_bytes(engine, adapters=on)["gradients"] for on in (True, False))
     tokens = config.data.seq_length * config.data.micro_batch_size
-    hidden = tokens * config.slope.rank * width
+    kept = [config.slope.rank * width + own_input(module, config, width) for module in modules]
     in_flight = parallel_state.get_pipeline_model_parallel_world_size()
-    held = min(len(modules), 4) if config.parallel.recompute == "full" else len(modules) * in_flight
+    held = sorted(kept)[-4:] if config.parallel.recompute == "full" else kept * in_flight
     return {
         "gradients": with_them - without + width * max(elements, default=0),
-        "activations": hidden * held,
+        "activations": tokens * sum(held),
     }
+
+
+def own_input(module, config: Config, width: int) -> int:
+    """Bytes a token by which X takes more than the rounded X that an e4m3 layer keeps without adapters."""
+    gathered = config.parallel.sequence_parallel and module.partition_dim == 0
+    if gathered or "wgrad" not in config.slope.float8_kinds:
+        return 0
+    return (width - 1) * 8 * module.pattern_buffers()[0].shape[1]
 
 
 def adapters_report(need: dict[str, int], memory: Memory | None) -> tuple[str, bool]:
