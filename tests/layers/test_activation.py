@@ -78,14 +78,15 @@ def test_a_compiled_region_may_hold_it(monkeypatch):
     from torch._dynamo import config
 
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(config, "disable", False)
     x, bias, dy = inputs(True, "cpu")
 
     def call(x, bias):
         return GatedActivation.apply(x * 2, bias, functional.silu, "silu") + 1
 
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    pairs = (gradients(function(x, bias), dy, x, bias) for function in (compiled, call))
+    # What is set in it and undone by pytest is gone from it.
+    with config.patch(disable=False):
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        pairs = [gradients(function(x, bias), dy, x, bias) for function in (compiled, call)]
     assert all(torch.allclose(*pair) for pair in zip(*pairs, strict=True))
 
 
