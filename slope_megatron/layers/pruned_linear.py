@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.kept_operands import KeptOperands, lent
+from slope_megatron.layers.marks import gradient_sum
 from slope_megatron.layers.random_streams import RowStreams
 from slope_megatron.layers.sharded import sharded_tensors
 from slope_megatron.linear import slope_linear
@@ -254,7 +255,7 @@ class PrunedLinear(torch.nn.Module):
             group_tokens=sample_by_sample if rng and self.slope.token_groups == "sequence" else None,
             patterns=self.pattern_buffers(),
             before_backward=before_backward,
-            gradient_sum=getattr(weight, "gradient_sum", None),
+            gradient_sum=gradient_sum(weight),
         )
         if in_product:
             return bias_gradient(output, bias)
