@@ -3,25 +3,17 @@
 Nothing traces these: they are no registered ops, which would cost the host as much as the kernels take the GPU.
 """
 
-import functools
-import importlib.util
-
 import torch
 
-from slope_megatron.ops.custom_ops.products import aligned, gather_kept
+from slope_megatron.ops.custom_ops.products import HAS_TRITON, aligned, gather_kept
 
 # Below so many elements, launching takes longer than torch's own addition.
 WORTH_A_KERNEL = 2**17
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def accumulate_(total: torch.Tensor, gradient: torch.Tensor) -> None:
     """fp32 total += 16-bit gradient, of one size; torch's own addition of mixed types reaches half of the bandwidth."""
-    worth = total.is_cuda and total.numel() >= WORTH_A_KERNEL and has_triton()
+    worth = total.is_cuda and total.numel() >= WORTH_A_KERNEL and HAS_TRITON
     if worth and total.is_contiguous() and gradient.is_contiguous() and total.dtype == torch.float32:
         from slope_kernels.triton.update import accumulate
 
@@ -40,7 +32,7 @@ def handed_on(gradient: torch.Tensor, total: torch.Tensor | None) -> torch.Tenso
 
 def kept(dense_NK: torch.Tensor, row_bits: torch.Tensor, total_NC: torch.Tensor | None) -> torch.Tensor | None:
     """The same of the kept values `[N, C]` of a dense gradient: added to the sum, they are never written apart."""
-    if total_NC is not None and dense_NK.is_cuda and dense_NK.dtype.itemsize == 2 and has_triton():
+    if total_NC is not None and dense_NK.is_cuda and dense_NK.dtype.itemsize == 2 and HAS_TRITON:
         from slope_kernels.triton.gather import gather_add
 
         gather_add(aligned(dense_NK, 8), aligned(row_bits), total_NC)

@@ -21,10 +21,13 @@ from slope_megatron.sparsity.operand import backward_slots, indices_sm90, metada
 from slope_megatron.sparsity.packing import pack, pack_bits, unpack, unpack_bits
 from slope_megatron.sparsity.pattern import column_pattern
 
+# Looked for once: each loss, activation and gradient asks.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def has_kernels(tensor: torch.Tensor) -> bool:
     """Whether Triton's kernels that compute in fp32 are there, and precise enough for these numbers."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return tensor.is_cuda and tensor.dtype != torch.float64 and HAS_TRITON
 
 
 def aligned(tensor: torch.Tensor, to: int = 4) -> torch.Tensor:

@@ -6,7 +6,8 @@ moved where 30 do. State is torch's own, `step`, `exp_avg` and `exp_avg_sq` in f
 
 import torch
 
-from slope_megatron.ops.update import adamw_, has_triton
+from slope_megatron.ops.custom_ops.products import HAS_TRITON
+from slope_megatron.ops.update import adamw_
 
 
 def applies(optimizer: torch.optim.Optimizer) -> bool:
@@ -16,7 +17,7 @@ def applies(optimizer: torch.optim.Optimizer) -> bool:
     """
     fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
     hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return fused and not hooked and has_triton()
+    return fused and not hooked and HAS_TRITON
 
 
 def update(
