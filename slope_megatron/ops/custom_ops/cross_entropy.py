@@ -68,11 +68,11 @@ def logit_gradient_(
     weight_T: torch.Tensor,
     z_loss: float = 0.0,
 ) -> None:
-    """Overwrite the logits with dz."""
+    """Overwrite the logits with dz: the same numbers as beside them, whatever the strides."""
     if has_kernels(logits_TV) and logits_TV.is_contiguous():
         _write_gradient(logits_TV, labels_T, normalizer_T, weight_T, logits_TV, z_loss)
     else:
-        logits_TV.copy_(_gradient(logits_TV, labels_T, normalizer_T, weight_T, z_loss))
+        logits_TV.copy_(logit_gradient(logits_TV, labels_T, normalizer_T, weight_T, z_loss))
 
 
 def _write_gradient(logits_TV, labels_T, normalizer_T, weight_T, gradient_TV, z_loss) -> None:
