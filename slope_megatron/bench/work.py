@@ -45,7 +45,11 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class ModelWork:
-    """What `slope bench model` times, whatever the mode."""
+    """What `slope bench model` times, whatever the mode.
+
+    Args:
+        heat: seconds that the first visit trains for before it is timed: a GPU that was idle has a higher clock.
+    """
 
     name: str
     model: ModelConfig
@@ -59,6 +63,7 @@ class ModelWork:
     profiled: int
     adapter_rank: int | str = 0
     cuda_graphs: str = "auto"
+    heat: float = 0.0
 
     def note(self) -> str:
         """For the CSV's first line and the chart."""
