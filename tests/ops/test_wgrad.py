@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from helpers.known_layout import skip_without_known_metadata
 from helpers.numerics import relative_error
 from helpers.packed import packed_weight
 from helpers.wgrad import DTYPE, is_near_fp64, problem, rng_of
@@ -23,6 +24,8 @@ def by_name(request, device):
     """Whose sparse product it is, asked for by name; on a CPU each op's plain-torch reference stands in."""
     if device.type == "cuda" and request.param == "cutlass" and cutlass.unsupported():
         pytest.skip(cutlass.unsupported())
+    if request.param == "cusparselt":
+        skip_without_known_metadata(device)
     return {"among": (request.param,), "dense_allowed": False}
 
 
@@ -147,6 +150,7 @@ def test_a_step_does_not_synchronize(by_name, device, fresh_choices):
 @pytest.mark.gpu
 def test_measured_choices(device, fresh_choices):
     """A large product is worth pruning for; one that is all pruning is not."""
+    skip_without_known_metadata(device)
     allowed = {"dense_allowed": True, "among": tuple(wgrad.LIBRARIES)}
     large = wgrad._measure(Key(Product.WGRAD, 4096, 4096, 4096, DTYPE), device, **allowed)
     small = wgrad._measure(Key(Product.WGRAD, 8192, 64, 8192, DTYPE), device, **allowed)
