@@ -7,8 +7,9 @@ before it is timed. Steps are timed as the trainer takes them, from fetching bat
     ratio                   the mode's tokens/s by dense's, of the median step of all visits
     mfu, mfu_actual         as `slope pretrain` counts them: all products as if dense, and what sparse kernels multiply
     busy_ms, busy_share     time of a step in which the GPU works (torch.profiler, a few steps after the timed ones),
-                            and its share of step_ms; clock_mhz: of the multiprocessors in those steps. Which kernels
-                            they are is in model_kernels.csv
+                            and its share of step_ms. Which kernels they are is in model_kernels.csv
+    clock_mhz, watts, celsius
+                            of the GPU at the end of those steps: below its power limit clocks are higher
     linears_gib             weights, patterns, operands, gradients and optimizer of the 2:4 linears (dense: of the same
                             ones); counted_gib: of the whole model, as `slope pretrain` counts them
     state_gib, peak_gib     allocated between steps, and at the highest from the second step on; planned_gib: the

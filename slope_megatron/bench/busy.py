@@ -33,22 +33,34 @@ class Profile:
     Attributes:
         busy_ms: time of a step in which it works.
         kernels: name -> (ms, launches) of a step; times of kernels that overlap count in each.
-        clock_mhz: of its multiprocessors, as NVML gives it at the end of each step; None: it is not to be had.
+        board: what NVML says of the GPU at the end of the steps, by the names in `BOARD`; what it does not say is
+            missing.
     """
 
     busy_ms: float
     kernels: dict[str, tuple[float, float]]
-    clock_mhz: float | None
+    board: dict[str, float]
 
 
-def clock() -> float | None:
-    try:
-        return float(torch.cuda.clock_rate())
-    except Exception:  # NVML has many, none of which is worth a benchmark
-        return None
+# Clock of the multiprocessors, power and temperature; torch gives power in mW.
+BOARD: dict[str, Callable[[], float]] = {
+    "clock_mhz": lambda: float(torch.cuda.clock_rate()),
+    "watts": lambda: torch.cuda.power_draw() / 1e3,
+    "celsius": lambda: float(torch.cuda.temperature()),
+}
 
 
-def of_events(events: Iterable[dict], steps: int, clocks: list[float | None]) -> Profile:
+def board() -> dict[str, float]:
+    found = {}
+    for name, ask in BOARD.items():
+        try:
+            found[name] = ask()
+        except Exception:  # NVML has many, none of which is worth a benchmark
+            continue
+    return found
+
+
+def of_events(events: Iterable[dict], steps: int, boards: list[dict[str, float]]) -> Profile:
     """The profile of a trace of so many steps; its times are microseconds."""
     work = [event for event in events if works(event)]
     kernels: dict[str, tuple[float, float]] = {}
@@ -56,23 +68,23 @@ def of_events(events: Iterable[dict], steps: int, clocks: list[float | None]) ->
         spent, launches = kernels.get(event["name"], (0.0, 0.0))
         kernels[event["name"]] = (spent + event["dur"] / 1e3 / steps, launches + 1 / steps)
     busy_ms = union((event["ts"], event["ts"] + event["dur"]) for event in work) / 1e3 / steps
-    known = [value for value in clocks if value is not None]
-    return Profile(busy_ms, kernels, statistics.median(known) if known else None)
+    known = {name: [said[name] for said in boards if name in said] for name in BOARD}
+    return Profile(busy_ms, kernels, {name: statistics.median(values) for name, values in known.items() if values})
 
 
 def busy(step: Callable[[], object], steps: int) -> Profile:
     """Profile some steps; one step more warms up."""
-    clocks = []
+    boards = []
     with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=steps)) as profiler:
         step()
         torch.cuda.synchronize()
         profiler.step()
         for _ in range(steps):
             step()
-            clocks.append(clock())
+            boards.append(board())
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return of_events(events, steps, clocks)
+    return of_events(events, steps, boards)

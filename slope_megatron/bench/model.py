@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from slope_megatron.bench import engines
-from slope_megatron.bench.busy import Profile, busy
+from slope_megatron.bench.busy import BOARD, Profile, busy
 from slope_megatron.bench.engines import GIB, BuiltEngine
 from slope_megatron.bench.lone_rank import rank_0_of
 from slope_megatron.bench.progress import Clock
@@ -201,7 +201,7 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
         "mfu_actual": speed.get("mfu_actual", ""),
         "busy_ms": profile.busy_ms if profile else "",
         "busy_share": profile.busy_ms / timing.median(samples) if profile else "",
-        "clock_mhz": (profile and profile.clock_mhz) or "",
+        **{name: profile.board.get(name, "") if profile else "" for name in BOARD},
         "linears_gib": sum(parts["sparse_layers"].values()) / GIB,
         "counted_gib": sum(parts["model"].values()) / GIB,
         "state_gib": state / GIB or "",

@@ -46,7 +46,9 @@ def test_engines_are_visited_there_and_back(tmp_path):
     assert rows[0]["ratio"] == "1.0" and all(float(row["tokens_per_second"]) > 0 for row in rows)
     # Packed: half of the values, fp32 gradients and state; and both patterns and the reference's operands.
     assert all(float(row["linears_gib"]) < float(row["counted_gib"]) for row in rows)
-    assert not any(row[name] for row in rows for name in ("busy_ms", "busy_share", "clock_mhz", "peak_gib", "mfu"))
+    assert not any(
+        row[name] for row in rows for name in ("busy_ms", "busy_share", "clock_mhz", "watts", "peak_gib", "mfu")
+    )
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -145,10 +147,10 @@ def test_kernels_are_counted_by_the_step():
         {"name": "Memcpy HtoD", "cat": "gpu_memcpy", "ts": 9500.0, "dur": 500.0},
         {"name": "cudaLaunchKernel", "cat": "cuda_runtime", "ts": 0.0, "dur": 9000.0},
     ]
-    found = of_events(events, 2, [1200.0, None, 1400.0])
-    assert (found.busy_ms, found.clock_mhz) == (2.75, 1300.0)
+    found = of_events(events, 2, [{"clock_mhz": 1200.0}, {"watts": 690.0}, {"clock_mhz": 1400.0}])
+    assert (found.busy_ms, found.board) == (2.75, {"clock_mhz": 1300.0, "watts": 690.0})
     assert found.kernels == {"gemm": (3.0, 1.0), "Memset (Device)": (0.25, 0.5)}
-    assert of_events([], 1, [None]).clock_mhz is None
+    assert of_events([], 1, [{}]).board == {}
     row = {"mode": "paper", "visit": 1, "busy_ms": found.busy_ms, "kernels": found.kernels}
     assert [(one["kernel"], one["ms"], one["launches"]) for one in kernels([row])] == [
         ("gemm", 3.0, 1.0),
