@@ -1,15 +1,15 @@
 """Whole models as `slope pretrain` trains them, dense beside 2:4, on synthetic batches and one GPU.
 
-The trainer's own engines are built, timed and freed one after the other, there and back (A B C C B A); each visit has a
-row. A GPU that was idle is cold and has a higher clock, which would favour the first mode: it trains for --heat seconds
-before it is timed. Steps are timed as the trainer takes them, from fetching batches to the refresh. Some columns:
+The trainer's own engines are built, timed and freed one after the other, there and back (A B C C B A), so that a
+machine that slows down meanwhile does so for all; each visit has a row. Steps are timed as the trainer takes them, from
+fetching batches to the refresh. Some columns:
 
     ratio                   the mode's tokens/s by dense's, of the median step of all visits
     mfu, mfu_actual         as `slope pretrain` counts them: all products as if dense, and what sparse kernels multiply
     busy_ms, busy_share     time of a step in which the GPU works (torch.profiler, a few steps after the timed ones),
                             and its share of step_ms. Which kernels they are is in model_kernels.csv
     clock_mhz, watts, celsius
-                            of the GPU at the end of those steps: below its power limit clocks are higher
+                            of the GPU at the end of those steps
     linears_gib             weights, patterns, operands, gradients and optimizer of the 2:4 linears (dense: of the same
                             ones); counted_gib: of the whole model, as `slope pretrain` counts them
     state_gib, peak_gib     allocated between steps, and at the highest from the second step on; planned_gib: the
@@ -53,7 +53,6 @@ def add_arguments(parser) -> None:
     add("--micro-batches", type=int, default=4, help="micro-batches of a step")
     add("--steps", type=int, default=10, help="timed steps of each visit")
     add("--warmup", type=int, default=4, help="steps before them: kernels are compiled, chosen and captured")
-    add("--heat", type=float, default=20.0, help="seconds of steps before those of the first visit")
     add("--profiled", type=int, default=3, help="steps after them for busy_ms; 0: none")
     add("--cpu", action="store_true", help="try the command on the CPU: its times say nothing")
     add_budget(parser)
@@ -86,7 +85,6 @@ def work_of(arguments) -> ModelWork:
         profiled=0 if arguments.cpu else arguments.profiled,
         adapter_rank=arguments.adapter_rank,
         cuda_graphs=arguments.cuda_graphs,
-        heat=0.0 if arguments.cpu else arguments.heat,
     )
 
 

@@ -103,7 +103,6 @@ def visits(modes: list[str], work: ModelWork, clock: Clock, failed: list[str]) -
                 clear()
                 continue
             yield {"model": work.name, "mode": mode, "visit": number} | row
-            work = dataclasses.replace(work, heat=0.0)
         parallel.finish()
 
 
@@ -162,10 +161,7 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
     start_s = time.perf_counter() - started
     # From here on: what a replayed step takes is allocated when it is captured, and not again.
     engines.reset_peak()
-    heated = time.perf_counter() + work.heat
     for _ in range(work.warmup - 1):
-        built.step()
-    while time.perf_counter() < heated:
         built.step()
     torch.cuda.synchronize()
     state = engines.allocated()

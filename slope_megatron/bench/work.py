@@ -45,11 +45,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class ModelWork:
-    """What `slope bench model` times, whatever the mode.
-
-    Args:
-        heat: seconds that the first visit trains for before it is timed: a GPU that was idle has a higher clock.
-    """
+    """What `slope bench model` times, whatever the mode."""
 
     name: str
     model: ModelConfig
@@ -63,7 +59,6 @@ class ModelWork:
     profiled: int
     adapter_rank: int | str = 0
     cuda_graphs: str = "auto"
-    heat: float = 0.0
 
     def note(self) -> str:
         """For the CSV's first line and the chart."""
