@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from performance_tables import RESULTS, WHOLE, rounded, rows, thousands
+from performance_tables import RESULTS, WHOLE, rounded, rows, speed_of, thousands
 
 COLOURS = {"dense": "#8c8c8c", "dense-fp8": "#c9a46b", "paper": "#4c78a8", "full": "#2f4b7c", "fp8": "#e07b39"}
 LABELS = {
@@ -31,8 +31,7 @@ def draw(axes, name: str, label: str) -> None:
             axes.text(place, 0, " does not fit", rotation=90, ha="center", va="bottom", fontsize=9, color=COLOURS[mode])
             continue
         gain = f"\n{rounded(own[0]['ratio'], 2)} x" if mode != "dense" and own[0]["ratio"] else ""
-        bar = axes.bar(place, sum(float(row["tokens_per_second"]) for row in own) / len(own) / 1000, 0.8)
-        bar[0].set_color(COLOURS[mode])
+        bar = axes.bar(place, float(speed_of(own)), 0.8, color=COLOURS[mode])
         axes.bar_label(bar, [f"{thousands(own)}{gain}"], fontsize=9)
     axes.set_title(label, fontsize=10)
     axes.set_xticks([])

@@ -90,10 +90,13 @@ WHOLE = {
 WHOLE_MODES = {"dense": "dense", "dense-fp8": "dense e4m3", "paper": "`paper`", "full": "`full`", "fp8": "2:4 e4m3"}
 
 
+def speed_of(found: list[dict[str, str]]) -> Decimal:
+    """Tokens/s of a mode's visits, their mean, in thousands."""
+    return sum((Decimal(row["tokens_per_second"]) for row in found), Decimal(0)) / len(found) / 1000
+
+
 def thousands(found: list[dict[str, str]]) -> str:
-    """Tokens/s of a mode's visits, in thousands."""
-    speeds = [Decimal(row["tokens_per_second"]) for row in found]
-    speed = sum(speeds) / len(speeds) / 1000
+    speed = speed_of(found)
     return f"{rounded(str(speed), 0 if speed >= 100 else 1)}k"
 
 
@@ -125,6 +128,35 @@ def busy() -> str:
         cells = [f"{rounded(str(low), 3)} to {rounded(str(high), 3)}" for low, *_, high in (shares, planned)]
         body.append([label, *cells, f"{rounded(str(spread), 1)} %"])
     return table(["", "GPU busy", "planned / peak memory", "largest spread of a visit's steps"], body)
+
+
+# What a kernel does, by a part of its name; the first that fits.
+KERNELS = {
+    "attention": ("sdpa", "cudnn"),
+    "products": ("gemm", "nvjet", "cutlass"),
+    "additions to the fp32 sums": ("_accumulate", "_gather_add"),
+    "norm, clipping, update": ("_adamw", "multi_tensor"),
+    "gradients of activation and loss": ("_gradient_kernel",),
+    "rounding to e4m3": ("quantize", "amax", "rescale"),
+    "MVUE's estimate": ("_mvue",),
+}
+
+
+def kernels() -> str:
+    """The GPU's time in a step of LLaMA-3-8B with 16 blocks, by what it does; ms of the first visit."""
+    found, visits = rows("models/llama-3-8b-16-layers-kernels"), rows("models/llama-3-8b-16-layers")
+    spent = {(what, mode): Decimal(0) for what in KERNELS for mode in WHOLE_MODES}
+    for row in found:
+        for what, parts in KERNELS.items():
+            if any(part in row["kernel"] for part in parts):
+                spent[what, row["mode"]] += Decimal(row["ms"])
+                break
+    body = [[what, *(rounded(str(spent[what, mode]), 0) for mode in WHOLE_MODES)] for what in KERNELS]
+    whole_step = {mode: Decimal(find(visits, mode=mode, visit="1")["busy_ms"]) for mode in WHOLE_MODES}
+    rest = {mode: whole_step[mode] - sum(spent[what, mode] for what in KERNELS) for mode in WHOLE_MODES}
+    for label, times in (("other, and kernels of under 0.4 %", rest), ("all", whole_step)):
+        body.append([label, *(rounded(str(times[mode]), 0) for mode in WHOLE_MODES)])
+    return table(["ms", *WHOLE_MODES.values()], body)
 
 
 def peers() -> str:
@@ -208,6 +240,7 @@ def replicas() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "whole": whole,
     "busy": busy,
+    "kernels": kernels,
     "block": block,
     "peers": peers,
     "memory": memory,

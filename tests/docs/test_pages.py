@@ -73,6 +73,14 @@ def test_readme_is_read_in_two_minutes():
     assert max(len(cell.split()) for cell in cells) <= 8
 
 
+def test_readme_s_gain_is_the_benchmark_s():
+    (said,) = re.findall(r"LLaMA-3-8B's blocks: (.*?) times dense bf16", README.read_text())
+    found = tables.rows("models/llama-3-8b-16-layers")
+    ratios = {mode: next(row["ratio"] for row in found if row["mode"] == mode) for mode in ("paper", "full", "fp8")}
+    expected = {mode: tables.rounded(ratio, 2) for mode, ratio in ratios.items()}
+    assert said == f"`paper` {expected['paper']}, `full` {expected['full']}, e4m3 {expected['fp8']}"
+
+
 def test_readme_gives_each_figure_once():
     figures = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", re.sub(r"\]\([^)]*\)|\[arXiv[^]]*\]", "", prose(README)))
     assert len(figures) >= 3 and len(figures) == len(set(figures)), sorted(figures)
