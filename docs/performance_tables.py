@@ -135,9 +135,9 @@ KERNELS = {
     "attention": ("sdpa", "cudnn"),
     "products": ("gemm", "nvjet", "cutlass"),
     "additions to the fp32 sums": ("_accumulate", "_gather_add"),
-    "norm, clipping, update": ("_adamw", "multi_tensor"),
+    "AdamW": ("_adamw",),
     "gradients of activation and loss": ("_gradient_kernel",),
-    "rounding to e4m3": ("quantize", "amax", "rescale"),
+    "rounding to e4m3": ("quantize", "amax"),
     "MVUE's estimate": ("_mvue",),
 }
 
@@ -146,15 +146,17 @@ def kernels() -> str:
     """The GPU's time in a step of LLaMA-3-8B with 16 blocks, by what it does; ms of the first visit."""
     found, visits = rows("models/llama-3-8b-16-layers-kernels"), rows("models/llama-3-8b-16-layers")
     spent = {(what, mode): Decimal(0) for what in KERNELS for mode in WHOLE_MODES}
+    whole_step = {mode: Decimal(find(visits, mode=mode, visit="1")["busy_ms"]) for mode in WHOLE_MODES}
+    # The file has a kernel where it takes 0.4 % of its own mode's step; here one bound holds for all of them.
+    least = max(whole_step.values()) * 4 / 1000
     for row in found:
         for what, parts in KERNELS.items():
-            if any(part in row["kernel"] for part in parts):
+            if Decimal(row["ms"]) >= least and any(part in row["kernel"] for part in parts):
                 spent[what, row["mode"]] += Decimal(row["ms"])
                 break
     body = [[what, *(rounded(str(spent[what, mode]), 0) for mode in WHOLE_MODES)] for what in KERNELS]
-    whole_step = {mode: Decimal(find(visits, mode=mode, visit="1")["busy_ms"]) for mode in WHOLE_MODES}
     rest = {mode: whole_step[mode] - sum(spent[what, mode] for what in KERNELS) for mode in WHOLE_MODES}
-    for label, times in (("other, and kernels of under 0.4 %", rest), ("all", whole_step)):
+    for label, times in ((f"other, and kernels of under {rounded(str(least), 1)} ms", rest), ("all", whole_step)):
         body.append([label, *(rounded(str(times[mode]), 0) for mode in WHOLE_MODES)])
     return table(["ms", *WHOLE_MODES.values()], body)
 

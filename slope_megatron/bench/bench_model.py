@@ -4,7 +4,7 @@ The trainer's own engines are built, timed and freed one after the other, there 
 machine that slows down meanwhile does so for all; each visit has a row. Steps are timed as the trainer takes them, from
 fetching batches to the refresh. Some columns:
 
-    ratio                   the mode's tokens/s by dense's, of the median step of all visits
+    ratio                   the mode's tokens/s by dense's, each the mean of the visits
     mfu, mfu_actual         as `slope pretrain` counts them: all products as if dense, and what sparse kernels multiply
     busy_ms, busy_share     time of a step in which the GPU works (torch.profiler, a few steps after the timed ones),
                             and its share of step_ms. Which kernels they are is in model_kernels.csv
@@ -25,6 +25,7 @@ which this GPU has nobody for; losses mean nothing then. `--cpu --model tiny` tr
 
 import dataclasses
 import os
+import statistics
 import warnings
 from pathlib import Path
 
@@ -101,16 +102,14 @@ def prepare_environment(work: ModelWork) -> None:
 
 def finish(rows: list[dict]) -> list[dict]:
     """CSV rows: each visit's own figures, and how its mode compares with dense."""
-    from slope_megatron.ops.autotune import timing
-
-    samples: dict[str, list[float]] = {}
+    speeds: dict[str, list[float]] = {}
     for row in rows:
-        samples.setdefault(row["mode"], []).extend(row["samples"])
-    medians = {mode: timing.median(values) for mode, values in samples.items()}
+        speeds.setdefault(row["mode"], []).append(row["tokens_per_second"])
+    means = {mode: statistics.fmean(values) for mode, values in speeds.items()}
     done = []
     for row in rows:
-        own = {name: value for name, value in row.items() if name not in ("samples", "kernels")}
-        own["ratio"] = medians["dense"] / medians[row["mode"]] if "dense" in medians else ""
+        own = {name: value for name, value in row.items() if name != "kernels"}
+        own["ratio"] = means[row["mode"]] / means["dense"] if "dense" in means else ""
         done.append(rounded(own))
     return done
 

@@ -76,7 +76,7 @@ def configs(modes: list[str], work: ModelWork, clock: Clock) -> dict[str, Config
 
 
 def visits(modes: list[str], work: ModelWork, clock: Clock, failed: list[str]) -> Iterator[dict]:
-    """The row of each visit, with the "samples" of its step in ms and its "kernels"; none if it does not fit the GPU.
+    """The row of each visit, with its "kernels"; none if it does not fit the GPU.
 
     Args:
         failed: gets the modes that ended in another error.
@@ -205,6 +205,5 @@ def measured(built: BuiltEngine, work: ModelWork, started: float) -> dict:
         # Of the rounded weights of dense e4m3 `slope plan` knows nothing.
         "planned_gib": "" if built.rounded else engines.planned_bytes(config) / GIB,
         "start_s": start_s,
-        "samples": samples,
         "kernels": profile.kernels if profile else {},
     }

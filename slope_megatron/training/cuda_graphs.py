@@ -54,7 +54,6 @@ def untried(config: Config) -> str | None:
     layouts = {
         "tensor-parallel ranks": config.parallel.tensor_parallel > 1,
         "several replicas": replicas > 1,
-        "dropout": config.model.dropout > 0,
     }
     what = next((what for what, holds in layouts.items() if holds), None)
     return what and f"no GPU has run them with {what} yet; --cuda-graphs on captures"

@@ -166,7 +166,7 @@ AUTO = {
     "one GPU": ({}, 1, torch.bfloat16, ""),
     "tensor-parallel": ({"tensor_parallel": 2}, 1, torch.bfloat16, "with tensor-parallel ranks yet; --cuda-graphs on"),
     "replicas": ({}, 2, torch.bfloat16, "with several replicas yet; --cuda-graphs on"),
-    "dropout": ({"dropout": 0.1}, 1, torch.bfloat16, "with dropout yet; --cuda-graphs on"),
+    "dropout": ({"dropout": 0.1}, 1, torch.bfloat16, ""),
     "fp16": ({}, 1, torch.float16, "only bf16 training adds gradients up in place"),
     "stages": ({"pipeline_parallel": 2}, 1, torch.bfloat16, "it has pipeline stages"),
 }

@@ -21,6 +21,7 @@ CASES = {
     "recomputed": {"slope": SLOPE, "recompute": "full"},
     "gated": {"slope": SLOPE, "gated": True},
     "bert": {"slope": SLOPE, "bert": True},
+    "dropout": {"slope": SLOPE, "dropout": 0.1},
     "bert with dropout": {"slope": SLOPE, "bert": True, "dropout": 0.1},
 }
 
