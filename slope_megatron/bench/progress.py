@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 PACKAGES = ("slope_megatron", "slope_kernels")
 
@@ -85,12 +86,16 @@ def begin(arguments, gpu: bool = True) -> Clock:
     """The clock of a benchmark that runs in this process; its first line is the machine.
 
     Raises:
-        ValueError: it needs a `gpu`, and there is none to measure.
+        ValueError: it needs a `gpu`, and there is none to measure; or its results could not be written.
     """
     from slope_megatron.bench.common import machine, require_gpu
 
     if gpu:
         require_gpu()
+    try:
+        Path(arguments.out or ".").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out is {arguments.out}: no folder can be made there ({error.strerror})") from None
     clock = Clock(arguments.seconds)
     clock.show_log()
     clock.say(machine())
