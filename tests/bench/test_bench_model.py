@@ -10,7 +10,6 @@ import pytest
 
 from slope_megatron import cli
 from slope_megatron.bench.busy import BOARD
-from slope_megatron.bench.progress import begin
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--cpu --model tiny --layers 2 --micro-batch 2 --micro-batches 2 --steps 2 --warmup 2".split()
@@ -104,10 +103,12 @@ def test_what_cannot_be_timed_is_refused(words, message):
         arguments.run(arguments)
 
 
-def test_a_file_in_the_place_of_the_results_is_refused_before_anything_is_built(tmp_path):
+def test_a_file_in_the_place_of_the_results_is_refused_before_anything_is_built(tmp_path, monkeypatch):
     (tmp_path / "there").write_text("")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    arguments = cli.parse(["bench", "model", *TINY, "--out", str(tmp_path / "there")])
     with pytest.raises(ValueError, match=r"--out is .*/there: no folder can be made there \(File exists\)"):
-        begin(cli.parse(["bench", "model", *TINY, "--out", str(tmp_path / "there")]), gpu=False)
+        arguments.run(arguments)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
