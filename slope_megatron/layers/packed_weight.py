@@ -94,6 +94,8 @@ class PackedWeight(PrunedLinear):
     weight_column: torch.Tensor
     PATTERNS = ("weight_pattern", "weight_column")
     _kept: KeptOperands[Operands] | None
+    # Whether the second pruning is to be chosen anew as soon as the values are whole; see `values_arrive_later`.
+    _column_pattern_due = False
 
     def init_packed(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
         """Buffers, adapters and attributes; called once, at the end of the constructor.
@@ -169,6 +171,36 @@ class PackedWeight(PrunedLinear):
         kept.operands.set_column_pattern(self.weight_column, values)
         kept.mark_fresh(self.weight)
         kept.mark_last_pattern(self.weight_column)
+
+    def values_arrive_later(self, choose: bool) -> None:
+        """After a step whose values are gathered over data-parallel ranks only before the next forward.
+
+        That forward refreshes the operands then, as does whoever asks for them or for the layer's state.
+
+        Args:
+            choose: whether the second pruning is to be chosen anew.
+        """
+        self._column_pattern_due |= choose
+        if self._kept is not None:
+            self._kept.may_be_stale = True
+
+    def choose_if_due(self) -> None:
+        """The second pruning that `values_arrive_later` left to do; the values are whole by now."""
+        if self._column_pattern_due:
+            self._column_pattern_due = False
+            self.update_column_pattern()
+
+    def present_operands(self, weight: torch.Tensor) -> KeptOperands[Operands]:
+        self.choose_if_due()
+        return super().present_operands(weight)
+
+    def _save_to_state_dict(self, *arguments, **keywords) -> None:
+        self.choose_if_due()
+        super()._save_to_state_dict(*arguments, **keywords)
+
+    def _load_from_state_dict(self, *arguments, **keywords) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._column_pattern_due = False
 
     def build_operands(self, weight: torch.Tensor) -> Operands:
         return self.new_operands(weight, PRODUCTS)

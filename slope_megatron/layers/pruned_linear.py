@@ -22,6 +22,7 @@ from slope_megatron.layers.kept_operands import KeptOperands, lent
 from slope_megatron.layers.marks import gradient_sum
 from slope_megatron.layers.random_streams import RowStreams
 from slope_megatron.layers.sharded import sharded_tensors
+from slope_megatron.layers.zero_gradients import with_zero_gradients
 from slope_megatron.linear import slope_linear
 from slope_megatron.ops.backend import Following, MvueRng, Products
 from slope_megatron.ops.operands.bias import bias_gradient
@@ -45,6 +46,9 @@ class PrunedLinear(torch.nn.Module):
     # other evaluating forwards goes unnoticed. False: whoever trains calls `refresh` or `drop_operands` after every
     # change, as our engine does, and a forward refreshes only after a write that autograd has counted.
     watches_values = True
+    # Whether adapters that take no part yet get gradients of zeros: Megatron's reductions wait for a gradient of every
+    # parameter where they overlap with backward.
+    idle_adapters_get_zeros = False
     # For good: a replayed graph may change values, and runs no Python that could note it.
     _captured = False
     _kept: KeptOperands | None = None
@@ -257,6 +261,8 @@ class PrunedLinear(torch.nn.Module):
             before_backward=before_backward,
             gradient_sum=gradient_sum(weight),
         )
+        if self.idle_adapters_get_zeros and self.slope.rank and not self.adapters_active:
+            output = with_zero_gradients(output, self.adapter_l, self.adapter_r)
         if in_product:
             return bias_gradient(output, bias)
         return output if bias is None else output + bias

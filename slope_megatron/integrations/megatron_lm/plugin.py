@@ -86,11 +86,6 @@ def adapter_refusals(args, slope) -> list[str]:
     fp32 = not (args.bf16 or args.fp16)
     wrong = (
         (
-            args.overlap_grad_reduce,
-            "--overlap-grad-reduce is on with --slope-adapter-rank: it waits for gradients of every parameter, and "
-            "adapters have none before their step; leave it out",
-        ),
-        (
             args.use_distributed_optimizer and fp32,
             "--use-distributed-optimizer is on with --slope-adapter-rank in fp32: adapters cannot start anew in its "
             "shards; leave it out, or give --bf16",
@@ -130,6 +125,7 @@ def with_sparse_layers(model_class):
     def build(*positional, **keywords):
         from slope_megatron.integrations.megatron_lm.specs import refuse_no_spec, sparse_block_spec
         from slope_megatron.models.init_weights import init_weights
+        from slope_megatron.models.layer_spec import pruned_modules
 
         args, slope = settings()
         refuse_no_spec(keywords["transformer_layer_spec"])
@@ -147,6 +143,8 @@ def with_sparse_layers(model_class):
         if hasattr(model, "attn_mask_dimensions"):
             # BERT's mask as one row for all queries: where padding asks too, no row is all forbidden.
             model.attn_mask_dimensions = "b11s"
+        for module in pruned_modules(model):
+            module.idle_adapters_get_zeros = args.overlap_grad_reduce
         init_weights(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
         return model
 
@@ -163,10 +161,11 @@ def with_phase_and_refresh(train_step):
         args, slope = settings()
         if not slope.enabled:
             return train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
-        at = {"step": args.curr_iteration, "steps": args.train_iters, "seed": args.seed}
+        whole = not args.overlap_param_gather
+        at = {"step": args.curr_iteration, "steps": args.train_iters, "seed": args.seed, "whole": whole}
         with adapter_phase(model, optimizer, slope, **at):
             result = train_step(forward_step_func, data_iterator, model, optimizer, *positional, **keywords)
-        refresh_operands(model, slope, args.curr_iteration + 1)
+        refresh_operands(model, slope, args.curr_iteration + 1, whole=whole)
         return result
 
     return step
@@ -189,12 +188,13 @@ def with_phase(evaluate):
     return run
 
 
-def refresh_operands(chunks, slope, step: int) -> None:
-    """New values into the operands now, and the column pattern where its step has come.
+def refresh_operands(chunks, slope, step: int, *, whole: bool = True) -> None:
+    """New values into the operands, and the column pattern where its step has come.
 
     Args:
         chunks: the parts of the model on this rank, or the engines around them.
         step: optimizer steps made.
+        whole: whether every rank has all values now; else they are gathered in the next forward, and followed there.
     Raises:
         ValueError: there is nothing packed: a dense model would train in silence.
     """
@@ -209,4 +209,9 @@ def refresh_operands(chunks, slope, step: int) -> None:
     interval = slope.backward_mask_interval
     choose = interval > 0 and step % interval == 0
     for module in modules:
-        module.update_column_pattern() if choose else module.refresh()
+        if not whole:
+            module.values_arrive_later(choose)
+        elif choose:
+            module.update_column_pattern()
+        else:
+            module.refresh()
