@@ -64,7 +64,7 @@ def build() -> GPTModel:
         attention_dropout=0.0,
         perform_initialization=False,
         use_cpu_initialization=DEVICE.type == "cpu",
-        gradient_accumulation_fusion=False,  # packed gradients go through autograd
+        gradient_accumulation_fusion=False,  # serves dense linears alone, and needs NVIDIA's apex
     )
     model = GPTModel(config, sparse_spec(), vocab_size=VOCABULARY, max_sequence_length=LENGTH).to(DEVICE)
     init_weights(model, seed=1234, init_std=0.02, num_layers=config.num_layers)

@@ -35,7 +35,7 @@ class SlopeColumnParallelLinear(PackedWeight, ColumnParallelLinear):
         tp_group=None,
         **unsupported,
     ):
-        refuse_unsupported(config, skip_weight_param_allocation=skip_weight_param_allocation, **unsupported)
+        refuse_unsupported(skip_weight_param_allocation=skip_weight_param_allocation, **unsupported)
         # Built `input_size * n / m` wide, the parent allocates the packed weight itself; a dense one never exists.
         super().__init__(
             input_size * slope.n // slope.m,

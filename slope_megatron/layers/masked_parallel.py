@@ -11,7 +11,7 @@ class MaskedColumnParallelLinear(MaskedWeight, ColumnParallelLinear):
     """Megatron's `ColumnParallelLinear` whose weight is masked; `slope` is the one argument more."""
 
     def __init__(self, *arguments, slope: SlopeConfig, config, stride: int = 1, **keywords):
-        refuse_unsupported(config, skip_weight_param_allocation=keywords.get("skip_weight_param_allocation"))
+        refuse_unsupported(skip_weight_param_allocation=keywords.get("skip_weight_param_allocation"))
         super().__init__(*arguments, config=config, stride=stride, **keywords)
         self.gated = config.gated_linear_unit and keywords.get("tp_comm_buffer_name") == "fc1"
         self.init_masked(slope, partition_dim=0, stride=stride)
@@ -21,6 +21,5 @@ class MaskedRowParallelLinear(MaskedWeight, RowParallelLinear):
     """Megatron's `RowParallelLinear` whose weight is masked; `slope` is the one argument more."""
 
     def __init__(self, *arguments, slope: SlopeConfig, config, stride: int = 1, **keywords):
-        refuse_unsupported(config)
         super().__init__(*arguments, config=config, stride=stride, **keywords)
         self.init_masked(slope, partition_dim=1, stride=stride)

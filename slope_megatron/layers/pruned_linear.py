@@ -292,13 +292,8 @@ def check_shard(rows: int, columns: int, slope: SlopeConfig, unit: int, weight: 
         )
 
 
-def refuse_unsupported(config, **asked) -> None:
+def refuse_unsupported(**asked) -> None:
     """Options of Megatron's linears that a pruned weight cannot serve yet: refused with the reason, never ignored."""
-    if config.gradient_accumulation_fusion:
-        raise ValueError(
-            "gradient_accumulation_fusion is on: packed gradients go through autograd; set "
-            "gradient_accumulation_fusion=False"
-        )
     for name, value in asked.items():
         if value:
             raise ValueError(f"{name} is {value!r}: a packed 2:4 linear does not support it; keep this linear dense")

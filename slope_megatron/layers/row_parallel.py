@@ -35,7 +35,7 @@ class SlopeRowParallelLinear(PackedWeight, RowParallelLinear):
         tp_group=None,
         **unsupported,
     ):
-        refuse_unsupported(config, **unsupported)
+        refuse_unsupported(**unsupported)
         # Built `input_size * n / m` wide, the parent allocates the packed weight itself; a dense one never exists.
         super().__init__(
             input_size * slope.n // slope.m,

@@ -64,7 +64,6 @@ def test_bad_flags_are_one_sentence(flags, message):
 def test_what_packed_linears_cannot_serve_is_refused():
     wrong = argparse.Namespace(
         transformer_impl="transformer_engine",
-        gradient_accumulation_fusion=True,
         num_experts=8,
         optimizer="muon",
         reset_attention_mask=True,
@@ -74,7 +73,7 @@ def test_what_packed_linears_cannot_serve_is_refused():
     assert [text.split(" is ")[0] for text in refusals(wrong)] == list(vars(wrong))
     right = argparse.Namespace(
         transformer_impl="local",
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=True,
         num_experts=None,
         overlap_param_gather=True,
         use_torch_fsdp2=False,

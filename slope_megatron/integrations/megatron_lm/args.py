@@ -50,7 +50,6 @@ NO_MUON = "adam: Muon orthogonalises a matrix, and packed values are none, but t
 # (name in args, value that is refused or None for any, what to give instead)
 RULES = (
     ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
-    ("gradient_accumulation_fusion", True, "--no-gradient-accumulation-fusion: packed gradients go through autograd"),
     ("num_experts", None, "a model without experts: expert linears stay dense"),
     ("optimizer", "muon", NO_MUON),
     ("optimizer", "dist_muon", NO_MUON),
