@@ -67,10 +67,16 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int 
     return spec
 
 
-def stage_specs(stock: ModuleSpec, slope: SlopeConfig, config, rotary_base: int | None = None) -> list[ModuleSpec]:
-    """The stock spec as each block of this pipeline stage has it."""
-    first = get_transformer_layer_offset(config)
-    return [sparsify(stock, slope, first + index, rotary_base) for index in range(get_num_layers_to_build(config))]
+def stage_specs(
+    stock: ModuleSpec, slope: SlopeConfig, config, rotary_base: int | None = None, vp_stage: int | None = None
+) -> list[ModuleSpec]:
+    """The stock spec as each block of this pipeline stage has it.
+
+    Args:
+        vp_stage: which of the stage's parts, under a virtual pipeline.
+    """
+    first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage)
+    return [sparsify(stock, slope, first + index, rotary_base) for index in range(count)]
 
 
 def block_spec(slope: SlopeConfig, transformer_config, rotary_base: int | None = None) -> TransformerBlockSubmodules:

@@ -82,8 +82,9 @@ def exchange_cuda() -> None:
 
 
 def exchange_megatron() -> None:
-    """Megatron-LM's generator of random numbers, and what it would compile."""
+    """Megatron-LM's generator of random numbers, what it would compile, and memory that it frees too early."""
     import megatron.core.datasets.utils as datasets
+    import megatron.core.pipeline_parallel.schedules as schedules
     import megatron.core.tensor_parallel.random as random
 
     @contextlib.contextmanager
@@ -99,6 +100,9 @@ def exchange_megatron() -> None:
     random.CudaRNGStatesTracker.fork = fork
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # On a GPU a message is under way in the order of its stream; gloo may read the tensor later.
+    schedules.deallocate_output_tensor = lambda *_: None
+    schedules.custom_backward = lambda output, gradient: torch.autograd.backward(output, grad_tensors=gradient)
     with contextlib.suppress(ImportError):  # core 0.20 has none
         import megatron.legacy.fused_kernels as kernels
 

@@ -18,6 +18,7 @@ class Host:
     Args:
         overlap_grad_reduce: gradients are reduced during backward, in several buckets.
         overlap_param_gather: weights are gathered in the next forward.
+        chunks: parts of each pipeline stage, under a virtual pipeline.
         look_at: steps after which the model is evaluated and its state collected, as for a checkpoint.
     """
 
@@ -26,6 +27,7 @@ class Host:
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    chunks: int = 1
     look_at: tuple[int, ...] = ()
     slope: dict = dataclasses.field(default_factory=dict)
     config: dict = dataclasses.field(default_factory=dict)
@@ -74,12 +76,16 @@ def transformer_config(host: Host):
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=host.chunks if host.chunks > 1 else None,
+        # As Megatron-LM's arguments have it: of two stages, batched messages would be taken for each other.
+        overlap_p2p_comm=host.chunks > 1,
+        batch_p2p_comm=host.chunks == 1,
         **settings,
     )
 
 
-def build(config, args, slope):
-    """This rank's part of the model, of which the plugin's hook makes the linears sparse."""
+def build(config, args, slope) -> list:
+    """This rank's parts of the model, of which the plugin's hook makes the linears sparse."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -88,16 +94,22 @@ def build(config, args, slope):
     from slope_megatron.integrations.megatron_lm import plugin
 
     plugin.settings = lambda: (args, slope)
-    model = plugin.with_sparse_layers(GPTModel)(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(),
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    model = model.to(config.params_dtype)
-    return model.cuda() if torch.cuda.is_available() else model
+    parts = config.virtual_pipeline_model_parallel_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(parts)
+    models = []
+    for part in range(parts or 1):
+        model = plugin.with_sparse_layers(GPTModel)(
+            config=config,
+            transformer_layer_spec=get_gpt_layer_local_spec(),
+            vocab_size=VOCABULARY,
+            max_sequence_length=SEQUENCE,
+            pre_process=parallel_state.is_pipeline_first_stage() and part == 0,
+            post_process=parallel_state.is_pipeline_last_stage() and part == (parts or 1) - 1,
+            share_embeddings_and_output_weights=True,
+            vp_stage=part if parts else None,
+        ).to(config.params_dtype)
+        models.append(model.cuda() if torch.cuda.is_available() else model)
+    return models
 
 
 def wrapped(models: list, config, host: Host):
@@ -237,7 +249,7 @@ def train(host: Host) -> Outcome:
         name_types_as_on_gpus()
     args, slope = arguments(host), SlopeConfig(**{"backend": "reference", **host.slope})
     config = transformer_config(host)
-    chunks, optimizer = wrapped([build(config, args, slope)], config, host)
+    chunks, optimizer = wrapped(build(config, args, slope), config, host)
     step = plugin.with_phase_and_refresh(lambda _forward, at, *both: bare_step(at, *both))
     outcome = Outcome([], [], [])
     for at in range(host.steps):

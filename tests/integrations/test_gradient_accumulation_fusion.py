@@ -2,6 +2,8 @@
 
 import types
 
+import pytest
+
 from helpers.megatron_training import Host, train
 
 
@@ -25,7 +27,8 @@ def test_losses_are_those_without(ranks):
     ((plain, unfused),) = ranks.run(train_counted, Host(slope=slope), world=1)
     fusion = Host(slope=slope, config={"gradient_accumulation_fusion": True})
     ((losses, fused),) = ranks.run(train_counted, fusion, world=1)
-    assert losses == plain and losses[-1] < losses[0] - 0.5
+    # Of the embedding, which is the output layer too, the sum has another order.
+    assert losses == pytest.approx(plain, rel=1e-6) and losses[-1] < losses[0] - 0.5
     # The first QKV and the output layer, which is tied to the embedding, in each micro-batch.
     assert not unfused and sorted(set(fused)) == [(128, 64), (192, 64)]
     assert len(fused) == 2 * 4 * len(losses)

@@ -176,6 +176,16 @@ def test_losses_with_overlap_param_gather_are_those_without(version, tmp_path):
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) >= 2
 
 
+@pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
+def test_a_virtual_pipeline_is_the_same_model(version, tmp_path):
+    script = checkout_of(version, "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    common = [*GPT, "--data-path", tmp_path / "corpus", "--num-layers", 4]
+    parts = ["--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]
+    expected = losses(run(script, *common))
+    assert losses(run(script, *common, *parts, world=2)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_megatron_lm_trains_a_sparse_bert(tmp_path):
     script = checkout_of("core_v0.16.1", "pretrain_bert", tmp_path)
     corpus(tmp_path / "corpus", sentences=9)

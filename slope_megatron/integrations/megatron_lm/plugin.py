@@ -131,15 +131,14 @@ def with_sparse_layers(model_class):
         refuse_no_spec(keywords["transformer_layer_spec"])
         if not slope.enabled:
             return model_class(*positional, **keywords)
-        if keywords.get("vp_stage") is not None:
-            raise ValueError("--slope has no virtual pipeline: leave --num-layers-per-virtual-pipeline-stage out")
-        config = keywords["config"]
-        keywords["transformer_layer_spec"] = sparse_block_spec(keywords["transformer_layer_spec"], slope, config)
+        config, stock = keywords["config"], keywords["transformer_layer_spec"]
+        keywords["transformer_layer_spec"] = sparse_block_spec(stock, slope, config, keywords.get("vp_stage"))
         # Megatron's own initialisation is left out: `init_weights` writes every parameter below.
         config.perform_initialization = False
         # Blocks differ (the first QKV is dense): checkpoints must not stack their tensors over layers.
         config.hetereogenous_dist_checkpoint = True
         model = model_class(*positional, **keywords)
+        model.built_sparse = True
         if hasattr(model, "attn_mask_dimensions"):
             # BERT's mask as one row for all queries: where padding asks too, no row is all forbidden.
             model.attn_mask_dimensions = "b11s"
@@ -200,8 +199,10 @@ def refresh_operands(chunks, slope, step: int, *, whole: bool = True) -> None:
     """
     from slope_megatron.layers.packed_weight import PackedWeight
 
-    modules = [module for chunk in chunks for module in chunk.modules() if isinstance(module, PackedWeight)]
-    if not modules:
+    every = [module for chunk in chunks for module in chunk.modules()]
+    modules = [module for module in every if isinstance(module, PackedWeight)]
+    # A stage of a pipeline may have no block.
+    if not modules and not any(getattr(module, "built_sparse", False) for module in every):
         raise ValueError(
             "--slope was given and the model has no 2:4 layer: it was built where the hook does not reach; "
             "use a version that patches/README.md lists, or leave --slope out"

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from slope_megatron.config import SlopeConfig
+from slope_megatron.layers.norm import own_norm
 from slope_megatron.layers.packed_weight import PackedWeight
 from slope_megatron.models.layer_spec import stage_specs
 from slope_megatron.models.rules import LINEARS
@@ -38,9 +39,11 @@ def complete_bert_specs() -> None:
         logger.warning("Transformer Engine is not installed: of BERT's layer specs, only --spec local can be built")
 
 
-def sparse_block_spec(stock, slope: SlopeConfig, config) -> SparseBlockSpec:
+def sparse_block_spec(stock, slope: SlopeConfig, config, vp_stage: int | None = None) -> SparseBlockSpec:
     """The specs of this pipeline stage's blocks, their linears packed where they are sparse.
 
+    Args:
+        vp_stage: which of the stage's parts, under a virtual pipeline.
     Raises:
         ValueError: a spec for all blocks already, or one whose linears are not Megatron's own.
     """
@@ -48,8 +51,9 @@ def sparse_block_spec(stock, slope: SlopeConfig, config) -> SparseBlockSpec:
         raise ValueError("--slope wants one layer spec for all blocks: leave per-block specs and experts out")
     refuse_other_linears(stock)
     stock = with_plain_mlp(stock)
-    specs = [without_new_arguments(spec) for spec in stage_specs(stock, slope, config)]
-    block = SparseBlockSpec(layer_specs=specs, layer_norm=specs[0].submodules.input_layernorm)
+    specs = [without_new_arguments(spec) for spec in stage_specs(stock, slope, config, vp_stage=vp_stage)]
+    # A stage may have no block.
+    block = SparseBlockSpec(layer_specs=specs, layer_norm=own_norm(stock.submodules.input_layernorm))
     block.submodules = stock.submodules
     return block
 
