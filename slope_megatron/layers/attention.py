@@ -5,11 +5,19 @@ import functools
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import divide
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slope_megatron.layers.rotary import apply_rope
+
+# torch's kernels of each backend that Megatron names; of `auto`, torch chooses. What a kernel cannot do, torch refuses.
+KERNELS = {
+    AttnBackend.flash: [SDPBackend.FLASH_ATTENTION],
+    AttnBackend.fused: [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    AttnBackend.unfused: [SDPBackend.MATH],
+}
 
 
 class SdpaAttention(MegatronModule):
@@ -54,6 +62,7 @@ class SdpaAttention(MegatronModule):
                 raise ValueError(
                     f"{name} is {getattr(config, name)!r}: SdpaAttention has {plain!r} alone; leave it out"
                 )
+        self.kernels = KERNELS.get(config.attention_backend)
         self.attn_mask_type = attn_mask_type
         self.rotary_base = rotary_base
         self.softmax_scale = softmax_scale
@@ -80,7 +89,8 @@ class SdpaAttention(MegatronModule):
         allowed = None if causal or attention_mask is None else ~attention_mask
         # Each rank drops its own heads: the tensor-parallel random state, as in Megatron's own attention.
         dropout = self.dropout if self.training else 0.0
-        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+        random = tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
+        with random, sdpa_kernel(self.kernels) if self.kernels else contextlib.nullcontext():
             context = torch.nn.functional.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),

@@ -9,17 +9,27 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from slope_megatron.layers.packed_weight import PackedWeight, Region
 from slope_megatron.models.canonical import Shard, shards
 from slope_megatron.models.layer_spec import masked_modules, sparse_modules
-from slope_megatron.models.rules import ADAPTER, ONE, ZERO, initial_std
+from slope_megatron.models.rules import ADAPTER, EMBEDDING, ONE, ZERO, initial_std
 from slope_megatron.sparsity import counter
 from slope_megatron.sparsity.pieces import pieces
 
 
 @torch.no_grad()
-def init_weights(model: torch.nn.Module, *, seed: int, init_std: float, num_layers: int) -> None:
+def init_weights(
+    model: torch.nn.Module,
+    *,
+    seed: int,
+    init_std: float,
+    num_layers: int,
+    embedding_std: float | None = None,
+    norm_weight: float = 1.0,
+) -> None:
     """Write all parameters and patterns in place, and mark what tensor parallelism cuts.
 
     Args:
         num_layers: blocks of the whole model, over all pipeline stages.
+        embedding_std: of embeddings, also where they are the output layer; None: `init_std`.
+        norm_weight: of norms; 0 where they multiply by 1 + weight.
     """
     parameters = dict(model.named_parameters())
     for shard in shards(model):
@@ -27,10 +37,13 @@ def init_weights(model: torch.nn.Module, *, seed: int, init_std: float, num_laye
             continue
         mark_cut(parameters[shard.local_name], shard)
         std = initial_std(shard.local_name, init_std, num_layers)
+        # By its name in the whole model: a last stage's copy of tied embeddings has another here.
+        if embedding_std is not None and EMBEDDING.search(shard.name):
+            std = embedding_std
         if isinstance(shard.owner, PackedWeight) and shard.leaf == "weight":
             shard.owner.init_weight(seed, packed_region(shard, shard.owner), std)
         else:
-            init_shard(shard, seed, std)
+            init_shard(shard, seed, std, norm_weight)
     choose_derived(model)
 
 
@@ -71,10 +84,10 @@ def packed_region(shard: Shard, owner: PackedWeight) -> Region:
     )
 
 
-def init_shard(shard: Shard, seed: int, std: float) -> None:
-    """A parameter that is not packed: ones, zeros, or normal numbers at canonical indices."""
+def init_shard(shard: Shard, seed: int, std: float, norm_weight: float = 1.0) -> None:
+    """A parameter that is not packed: of a norm, zeros, or normal numbers at canonical indices."""
     if ONE.search(shard.local_name):
-        shard.data.fill_(1.0)
+        shard.data.fill_(norm_weight)
         return
     if ZERO.search(shard.local_name):
         shard.data.zero_()

@@ -6,12 +6,7 @@ import dataclasses
 import pytest
 
 from slope_megatron.config import SlopeConfig, add_config_arguments, read_config
-from slope_megatron.integrations.megatron_lm.args import (
-    add_slope_arguments,
-    refusals,
-    slope_config_from_args,
-    value_table,
-)
+from slope_megatron.integrations.megatron_lm.args import add_slope_arguments, slope_config_from_args, value_table
 
 
 def parse(*flags):
@@ -59,26 +54,6 @@ def test_bad_flags_are_one_sentence(flags, message):
     with pytest.raises(ValueError) as error:
         slope_config_from_args(parse(*flags))
     assert message in str(error.value)
-
-
-def test_what_packed_linears_cannot_serve_is_refused():
-    wrong = argparse.Namespace(
-        transformer_impl="transformer_engine",
-        num_experts=8,
-        optimizer="muon",
-        reset_attention_mask=True,
-        use_torch_fsdp2=True,
-        use_megatron_fsdp=True,
-    )
-    assert [text.split(" is ")[0] for text in refusals(wrong)] == list(vars(wrong))
-    right = argparse.Namespace(
-        transformer_impl="local",
-        gradient_accumulation_fusion=True,
-        num_experts=None,
-        overlap_param_gather=True,
-        use_torch_fsdp2=False,
-    )
-    assert not refusals(right) and not refusals(argparse.Namespace())
 
 
 def test_the_table_says_where_every_value_came_from(tmp_path):

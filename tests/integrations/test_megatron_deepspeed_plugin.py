@@ -129,13 +129,21 @@ def test_what_it_can_serve_is_taken(monkeypatch):
     ("flags", "values", "message"),
     [
         ([], {"zero_stage": 3}, "zero_stage is 3 with --slope: use --zero-stage 1 or 2"),
-        ([], {"num_experts": [8]}, "--num-experts is [8] with --slope"),
+        ([], {"num_experts": [1, 8]}, "num_experts is [1, 8] with --slope: use a model without experts"),
+        ([], {"universal_checkpoint": True}, "universal_checkpoint is True with --slope: use this run's own"),
+        ([], {"fp8_hybrid": True}, "fp8_hybrid is True with --slope: use --slope-fp8"),
+        ([], {"init_method_xavier_uniform": True}, "init_method_xavier_uniform is True with --slope: use --init"),
         ([], {"deepspeed": False}, "--deepspeed is off with --slope"),
         ([], {"kd": True}, "no --kd"),
         (
             [],
             {"deepspeed_config_dict": {"optimizer": {"type": "Muon"}}},
             "the DeepSpeed configuration's optimizer is Muon with --slope: use adam",
+        ),
+        (
+            [],
+            {"deepspeed_config_dict": {"checkpoint": {"load_universal": True}}},
+            "the DeepSpeed configuration's load_universal is on with --slope: use this run's own checkpoints",
         ),
         (["--slope-adapter-rank", "4"], {}, "--slope-adapter-rank is 4"),
         (["--slope-pattern", "wanda"], {}, "--slope-pattern is wanda"),

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 
-def attention_error(groups):
-    from megatron.core.transformer.enums import AttnMaskType
+def attention_error(groups, backend="auto"):
+    from megatron.core.transformer.enums import AttnBackend, AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from slope_megatron.layers.attention import SdpaAttention
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=groups)
+    config.attention_backend = AttnBackend[backend]
     layer = SdpaAttention(config, 1, AttnMaskType.causal, "self").double()
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(6, 2, 4, 8, generator=generator, dtype=torch.float64)
@@ -29,6 +30,24 @@ def attention_error(groups):
 def test_causal_attention_equals_the_formula(ranks, groups):
     # Ten fp64 operations on numbers of size one: far under 1e-12.
     assert ranks.run(attention_error, groups, world=1)[0] < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["flash", "unfused", "local"])
+def test_each_backend_equals_the_formula(ranks, backend):
+    assert ranks.run(attention_error, 2, backend, world=1)[0] < 1e-12
+
+
+def backend_that_is_not_there():
+    try:
+        attention_error(2, "fused")
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_backend_that_the_machine_does_not_have_is_not_replaced(ranks):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has fused kernels")
+    assert "No available kernel" in ranks.run(backend_that_is_not_there, world=1)[0]
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,40 @@ def spec_table(slope):
     return [sorted(sparse_linears(SlopeConfig(**slope), layer)) for layer in (0, 1)]
 
 
+def differences(config):
+    """Tensors, by canonical name, that start otherwise with standards of their own: {name: (ratio, first number)}."""
+    from slope_megatron.models.canonical import shards
+    from slope_megatron.models.init_weights import init_weights
+    from slope_megatron.models.provider import build_bare_model
+
+    model = build_bare_model(config, VOCABULARY, torch.float64)
+    common = {"seed": 3, "init_std": 0.02, "num_layers": config.model.num_layers}
+    init_weights(model, **common)
+    plain = {shard.local_name: shard.data.clone() for shard in shards(model)}
+    init_weights(model, **common, embedding_std=0.1, norm_weight=0.0)
+    found = {}
+    for shard in shards(model):
+        before, now = plain[shard.local_name].flatten().double(), shard.data.flatten().double()
+        if not torch.equal(before, now):
+            ratios = (now / before).unique()
+            found[shard.local_name] = (shard.name, ratios.min().item(), ratios.max().item())
+    return found
+
+
+def test_embeddings_and_norms_start_as_the_host_wants_them(ranks):
+    """A last stage's tied copy, too; every other tensor as before."""
+    first, last = ranks.run(differences, small_config(pipeline_parallel=2), world=2, pipeline_parallel=2)
+    found = {**first, **last}
+    copies = {name for name, (canonical, *_) in found.items() if canonical == "embedding.word_embeddings.weight"}
+    assert copies == {"embedding.word_embeddings.weight", "output_layer.weight"}
+    for name, (canonical, low, high) in found.items():
+        if name.endswith("norm.weight"):
+            assert low == high == 0, name
+        else:
+            assert "_embeddings.weight" in canonical and low == pytest.approx(5) and high == pytest.approx(5), name
+    assert any(name.endswith("norm.weight") for name in found)
+
+
 def test_which_linears_are_sparse():
     pair, four = ["linear_fc1", "linear_fc2"], ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"]
     assert spec_table({}) == [["linear_fc1", "linear_fc2", "linear_proj"], four]

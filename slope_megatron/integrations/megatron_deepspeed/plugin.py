@@ -21,16 +21,22 @@ import types
 from collections.abc import Iterator
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.integrations.megatron_lm.args import (
-    NO_MUON,
-    add_slope_arguments,
-    refusals,
-    slope_config_from_args,
-)
+from slope_megatron.integrations.megatron_lm.args import add_slope_arguments, slope_config_from_args
 from slope_megatron.integrations.megatron_lm.plugin import refresh_operands, unsupported_here, wrap
+from slope_megatron.integrations.megatron_lm.refused import (
+    NO_FP8,
+    NO_MATRIX,
+    NO_XAVIER,
+    SAME_START,
+    Rule,
+    above,
+    among,
+    refusals,
+)
 from slope_megatron.models.rules import initial_std, sparse_linears
 
 logger = logging.getLogger(__name__)
+NO_UNIVERSAL = "this run's own checkpoints: a universal one holds no patterns, and other patterns would be drawn"
 COMPRESSION = "deepspeed.compression.compress"
 # Our name of a block linear: where the upstream's layer holds it, and the module part of its canonical name.
 ATTRIBUTES = {
@@ -40,13 +46,24 @@ ATTRIBUTES = {
     "linear_fc2": ("mlp", "dense_4h_to_h"),
 }
 RULES = (
-    ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
-    ("gradient_accumulation_fusion", True, "--no-gradient-accumulation-fusion: packed gradients go through autograd"),
-    ("zero_stage", 3, "--zero-stage 1 or 2: operands are derived from values that stage 3 scatters"),
-    ("ds_sequence_parallel_fpdt", True, "no --ds-sequence-parallel-fpdt: it multiplies by dense weights itself"),
-    ("enable_zbh1_pipeline", True, "the ordinary pipeline: zero-bubble takes dense weight gradients apart"),
-    ("mos", True, "no --mos: the teacher would be built sparse"),
-    ("kd", True, "no --kd: the teacher would be built sparse"),
+    Rule(
+        "transformer_impl",
+        "--transformer-impl local: its own linears would stay dense",
+        among("transformer_engine"),
+    ),
+    Rule("gradient_accumulation_fusion", "--no-gradient-accumulation-fusion: packed gradients go through autograd"),
+    Rule("fp8_e4m3", NO_FP8),
+    Rule("fp8_hybrid", NO_FP8),
+    Rule("init_method_xavier_uniform", NO_XAVIER),
+    Rule("data_parallel_random_init", SAME_START),
+    Rule("num_layers_per_virtual_pipeline_stage", "stages of one piece: a virtual pipeline was never tried"),
+    Rule("num_experts", "a model without experts", lambda value: max(value or [1]) > 1),
+    Rule("zero_stage", "--zero-stage 1 or 2: operands are derived from values that stage 3 scatters", above(2)),
+    Rule("universal_checkpoint", NO_UNIVERSAL),
+    Rule("ds_sequence_parallel_fpdt", "no --ds-sequence-parallel-fpdt: it multiplies by dense weights itself"),
+    Rule("enable_zbh1_pipeline", "the ordinary pipeline: zero-bubble takes dense weight gradients apart"),
+    Rule("mos", "no --mos: the teacher would be built sparse"),
+    Rule("kd", "no --kd: the teacher would be built sparse"),
 )
 
 
@@ -101,18 +118,25 @@ def settings():
     if not slope.enabled:
         return args, slope
     wrong = refusals(args, RULES) + unsupported_here(slope)
-    if max(getattr(args, "num_experts", None) or [1]) > 1:
-        wrong.append(f"--num-experts is {args.num_experts} with --slope: use a model without experts")
     if slope.adapter_rank:
         wrong.append(f"--slope-adapter-rank is {slope.adapter_rank}: lazy adapters are not served here; use 0")
     if not args.deepspeed:
         wrong.append("--deepspeed is off with --slope: give --deepspeed and a --deepspeed_config")
-    own = (getattr(args, "deepspeed_config_dict", None) or {}).get("optimizer") or {}
-    if str(own.get("type", "")).lower() == "muon":
-        wrong.append(f"the DeepSpeed configuration's optimizer is {own['type']} with --slope: use {NO_MUON}")
+    wrong += configuration_problems(getattr(args, "deepspeed_config_dict", None) or {})
     if wrong:
         raise ValueError("; ".join(wrong))
     return args, slope
+
+
+def configuration_problems(configuration: dict) -> list[str]:
+    """Settings of a DeepSpeed configuration that packed weights cannot serve."""
+    wrong = []
+    kind = str((configuration.get("optimizer") or {}).get("type", ""))
+    if "muon" in kind.lower():
+        wrong.append(f"the DeepSpeed configuration's optimizer is {kind} with --slope: use {NO_MATRIX}")
+    if (configuration.get("checkpoint") or {}).get("load_universal"):
+        wrong.append(f"the DeepSpeed configuration's load_universal is on with --slope: use {NO_UNIVERSAL}")
+    return wrong
 
 
 def with_packed_linears(init):

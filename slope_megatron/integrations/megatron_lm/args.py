@@ -46,30 +46,6 @@ def slope_config_from_args(args: argparse.Namespace) -> SlopeConfig:
     return SlopeConfig(**values)
 
 
-NO_MUON = "adam: Muon orthogonalises a matrix, and packed values are none, but the kept weights side by side"
-# (name in args, value that is refused or None for any, what to give instead)
-RULES = (
-    ("transformer_impl", "transformer_engine", "--transformer-impl local: its own linears would stay dense"),
-    ("num_experts", None, "a model without experts: expert linears stay dense"),
-    ("optimizer", "muon", NO_MUON),
-    ("optimizer", "dist_muon", NO_MUON),
-    ("reset_attention_mask", True, "no --reset-attention-mask: attention is causal over a sample, whatever its mask"),
-    ("use_torch_fsdp2", True, "no --use-torch-fsdp2: operands are derived from whole weights, which it scatters"),
-    ("use_megatron_fsdp", True, "no --use-megatron-fsdp: operands are derived from whole weights, which it scatters"),
-)
-
-
-def refusals(args: argparse.Namespace, rules=RULES) -> list[str]:
-    """Settings of a Megatron script that packed linears cannot serve, each with the flag to give instead."""
-    found = []
-    for name, refused, instead in rules:
-        value = getattr(args, name, None)
-        wrong = value is not None if refused is None else value == refused
-        if wrong:
-            found.append(f"{name} is {value!r} with --slope: use {instead}")
-    return found
-
-
 def value_table(config: Config, origins: dict[str, str]) -> str:
     """Every effective value and where it came from: `origins` of `read_config`, or the default."""
     rows = [

@@ -21,11 +21,15 @@ keeps its gradients, so there is no telling whether one was used. When fused or 
 that is loaded, write the weights is the upstream's affair, and nothing here knows for sure.
 """
 
+import argparse
 import functools
+import inspect
 import logging
 import sys
 
-from slope_megatron.integrations.megatron_lm.args import add_slope_arguments, refusals, slope_config_from_args
+from slope_megatron.integrations.megatron_lm.args import add_slope_arguments, slope_config_from_args
+from slope_megatron.integrations.megatron_lm.arguments import unknown
+from slope_megatron.integrations.megatron_lm.refused import refusals
 
 logger = logging.getLogger(__name__)
 # Where the scripts build their model: a module, or the script itself.
@@ -75,10 +79,26 @@ def settings():
 
     args = get_args()
     slope = slope_config_from_args(args).with_rank_for(args.hidden_size)
-    wrong = refusals(args) + unsupported_here(slope) + adapter_refusals(args, slope) if slope.enabled else []
+    if not slope.enabled:
+        return args, slope
+    wrong = refusals(args) + unsupported_here(slope) + adapter_refusals(args, slope)
     if wrong:
         raise ValueError("; ".join(wrong))
+    warn_of_unknown()
     return args, slope
+
+
+@functools.cache
+def warn_of_unknown() -> None:
+    """Name the arguments that were given and that no table of ours knows: the upstream is newer, or changed."""
+    import megatron.training.arguments as arguments
+    from megatron.training import get_args
+
+    parser = inspect.unwrap(arguments.add_megatron_arguments)(argparse.ArgumentParser())
+    values = vars(get_args())
+    new = [name for name in unknown(parser) if name in values and values[name] != parser.get_default(name)]
+    if new:
+        logger.warning("--slope was never tried with %s: compare a run without, or leave them out", ", ".join(new))
 
 
 def adapter_refusals(args, slope) -> list[str]:
@@ -144,7 +164,14 @@ def with_sparse_layers(model_class):
             model.attn_mask_dimensions = "b11s"
         for module in pruned_modules(model):
             module.idle_adapters_get_zeros = args.overlap_grad_reduce
-        init_weights(model, seed=args.seed, init_std=args.init_method_std, num_layers=args.num_layers)
+        init_weights(
+            model,
+            seed=args.seed,
+            init_std=args.init_method_std,
+            num_layers=args.num_layers,
+            embedding_std=config.embedding_init_method_std,
+            norm_weight=0.0 if config.layernorm_zero_centered_gamma else 1.0,
+        )
         return model
 
     return functools.update_wrapper(build, model_class, assigned=(), updated=())
