@@ -68,6 +68,7 @@ def transformer_config(host: Host):
         num_layers=LAYERS,
         hidden_size=64,
         num_attention_heads=4,
+        init_method_std=0.1,
         use_cpu_initialization=not torch.cuda.is_available(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
