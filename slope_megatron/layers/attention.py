@@ -23,6 +23,8 @@ KERNELS = {
 class SdpaAttention(MegatronModule):
     """Softmax(Q K^T / sqrt(d)) V in the constructor dialect of Megatron's `DotProductAttention`.
 
+    Query-key layer scaling divides the scores by the layer's number and multiplies them by it inside the softmax, which
+    keeps fp16 scores small: here they are fp32, and it changes nothing.
     With a `rotary_base` it applies rotary embeddings to Q and K first, for a model whose Megatron part has none.
     Shapes: query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this rank; output `[s, b, heads * d]`.
     """
@@ -51,10 +53,8 @@ class SdpaAttention(MegatronModule):
                 f"context_parallel_size is {config.context_parallel_size}: SdpaAttention sees one rank's "
                 "sequence only; use 1"
             )
-        if config.apply_query_key_layer_scaling or config.window_size is not None:
-            raise ValueError(
-                "query-key layer scaling and window attention are not supported by SdpaAttention: leave them off"
-            )
+        if config.window_size is not None:
+            raise ValueError("window attention is not supported by SdpaAttention: leave it off")
         for name, plain in (("softmax_type", "vanilla"), ("qk_clip", False), ("log_max_attention_logit", False)):
             # Options of later cores. The first changes the softmax; the others need the attention scores, which flash
             # kernels never write.

@@ -122,7 +122,8 @@ def look_at_operands() -> None:
     observe(plugin, flag("--micro-batch-size") * flag("--seq-length"))
 
 
-def main(checkout: str, script: str) -> None:
+def prepare(checkout: str) -> None:
+    """Before the upstream is imported; for the rest of the process."""
     if not hasattr(typing, "override"):
         typing.override = lambda function: function
     torch.set_num_threads(1)
@@ -131,6 +132,10 @@ def main(checkout: str, script: str) -> None:
     mode = CpuForCuda()
     mode.__enter__()
     exchange_megatron()
+
+
+def main(checkout: str, script: str) -> None:
+    prepare(checkout)
     look_at_operands()
     sys.argv = sys.argv[2:]
     runpy.run_path(script, run_name="__main__")

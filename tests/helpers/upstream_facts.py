@@ -22,8 +22,10 @@ FOLDER = HERE.parents[1] / "integrations"
 ARGUMENTS, CONFIGURATIONS = FOLDER / "megatron_lm_arguments.json", FOLDER / "megatron_lm_configurations.json"
 # Arguments that are served and say what kind of model and run it is; sizes, rates and paths do not.
 FEATURES = """
-    add_bias_linear add_qkv_bias attention_backend attention_output_gate deterministic_mode qk_layernorm normalization
-    swiglu squared_relu position_embedding_type rotary_interleaved group_query_attention
+    transformer_impl num_experts context_parallel_size overlap_param_gather num_layers_per_virtual_pipeline_stage
+    num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage apply_query_key_layer_scaling
+    gradient_accumulation_fusion add_bias_linear add_qkv_bias attention_backend attention_output_gate deterministic_mode
+    qk_layernorm normalization swiglu squared_relu position_embedding_type rotary_interleaved group_query_attention
     untie_embeddings_and_output_weights bf16 fp16 tensor_model_parallel_size sequence_parallel
     pipeline_model_parallel_size pipeline_model_parallel_layout decoder_first_pipeline_num_layers
     decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
@@ -105,7 +107,7 @@ def own_configurations(checkout: Path) -> dict:
     from slope_megatron.integrations.megatron_lm.refused import RULES
 
     parser = parser_of(checkout)
-    wanted = {*FEATURES, *names(BESIDE), *(rule.name for rule in RULES), "gradient_accumulation_fusion"}
+    wanted = {*FEATURES, *names(BESIDE), *(rule.name for rule in RULES)}
     configurations = {}
     for name, model_args in trained(checkout).items():
         values = vars(parser.parse_args(command_line(parser, model_args)))

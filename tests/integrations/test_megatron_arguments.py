@@ -96,8 +96,8 @@ def test_nothing_is_refused_where_nothing_was_given():
 
 
 def test_options_of_the_local_attention_are_transformer_engines_to_serve():
-    args = {"apply_query_key_layer_scaling": True, "window_size": (128, 0), "layernorm_zero_centered_gamma": True}
-    assert len(refusals(argparse.Namespace(transformer_impl="local", **args))) == 3
+    args = {"window_size": (128, 0), "layernorm_zero_centered_gamma": True}
+    assert len(refusals(argparse.Namespace(transformer_impl="local", **args))) == 2
     assert len(refusals(argparse.Namespace(transformer_impl="another", **args))) == 0
 
 

@@ -12,12 +12,12 @@ from slope_megatron.integrations.megatron_lm.refused import RULES
 # They do with 2:4 linears what they do with dense ones.
 WORKS: dict[str, str] = {
     "the model and its attention": """
-    activation_func_clamp_value add_bias_linear add_qkv_bias apply_residual_connection_post_layernorm attention_backend
-    attention_dropout attention_output_gate attention_softmax_in_fp32 decoder_num_layers decoder_seq_length
-    encoder_num_layers encoder_seq_length ffn_hidden_size fp32_residual_connection glu_linear_offset
-    group_query_attention hidden_dropout hidden_size kv_channels layernorm_epsilon normalization num_attention_heads
-    num_layers num_query_groups openai_gelu qk_l2_norm qk_layernorm quick_geglu seq_length spec squared_relu swiglu
-    untie_embeddings_and_output_weights
+    activation_func_clamp_value add_bias_linear add_qkv_bias apply_query_key_layer_scaling
+    apply_residual_connection_post_layernorm attention_backend attention_dropout attention_output_gate
+    attention_softmax_in_fp32 decoder_num_layers decoder_seq_length encoder_num_layers encoder_seq_length
+    ffn_hidden_size fp32_residual_connection glu_linear_offset group_query_attention hidden_dropout hidden_size
+    kv_channels layernorm_epsilon normalization num_attention_heads num_layers num_query_groups openai_gelu qk_l2_norm
+    qk_layernorm quick_geglu seq_length spec squared_relu swiglu untie_embeddings_and_output_weights
     """,
     "weights as they start": """
     embedding_init_method_std init_method_std perform_initialization seed use_cpu_initialization

@@ -89,7 +89,6 @@ RULES = (
     Rule("use_grouped_gemm_for_dense_mlp", OTHER_MLP),
     Rule("delay_wgrad_compute", "no --delay-wgrad-compute: 2:4 linears compute their gradients at once"),
     # Attention and norms of the local spec
-    Rule("apply_query_key_layer_scaling", LOCAL_ATTENTION, when=local),
     Rule("window_size", LOCAL_ATTENTION, when=local),
     Rule("softmax_type", LOCAL_ATTENTION, other_than("vanilla"), when=local),
     Rule("flash_attention_version", LOCAL_ATTENTION, when=local),
@@ -121,7 +120,12 @@ RULES = (
     ),
     Rule("context_parallel_size", "1: attention sees one rank's sequence only", above(1)),
     Rule("hybrid_context_parallel", "no --hybrid-context-parallel: attention takes no packed samples"),
-    Rule("tensor_parallel_num_weight_shards", "--tensor-model-parallel-size: 2:4 products want whole shards"),
+    Rule(
+        "tensor_parallel_num_weight_shards",
+        "--tensor-model-parallel-size: 2:4 products want whole shards",
+        # The upstream fills in the tensor-parallel size where nothing was given.
+        when=lambda args: args.tensor_parallel_num_weight_shards > getattr(args, "tensor_model_parallel_size", 1),
+    ),
     Rule("use_torch_fsdp2", NO_FSDP),
     Rule("use_megatron_fsdp", NO_FSDP),
     Rule("ckpt_format", "torch_dist or torch: this one is of sharded weights", among("torch_dcp", "fsdp_dtensor")),
