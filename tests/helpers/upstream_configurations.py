@@ -8,6 +8,7 @@
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 
 from helpers.upstream_facts import CONFIGURATIONS
@@ -60,14 +61,25 @@ def passed(rules: tuple[Rule, ...] = RULES) -> list[int]:
     return [sum(not problems(changed(values, rules, count), rules) for values in every) for count in counts]
 
 
-# Flags of arguments whose name says another.
+# Flags whose arguments have other names.
 FLAGS = {
-    ("add_bias_linear", False): "--disable-bias-linear",
-    ("microbatch_group_size_per_vp_stage", None): "--microbatch-group-size-per-virtual-pipeline-stage",
+    "add_bias_linear": "--disable-bias-linear",
+    "microbatch_group_size_per_vp_stage": "--microbatch-group-size-per-virtual-pipeline-stage",
 }
 # What two steps on a CPU cannot show, or what the toy's own flags say.
 LEFT_OUT = {"async_save", "ckpt_format", "dist_ckpt_optim_fully_reshardable", "gradient_accumulation_fusion"}
 LEFT_OUT |= set(names(BESIDE))
+# The same model and step otherwise: with these or without, up to rounding.
+LAYOUT = {
+    *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "use_tp_pp_dp_mapping"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("microbatch_group_size_per_vp_stage", "use_distributed_optimizer", "num_distributed_optimizer_instances"),
+    *("overlap_grad_reduce", "overlap_param_gather", "ddp_average_in_collective"),
+    *("recompute_granularity", "recompute_method", "recompute_modules", "recompute_num_layers"),
+    *("attention_backend", "apply_query_key_layer_scaling", "deterministic_mode", "cross_entropy_loss_fusion"),
+}
 TOY = """
     --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --seed 7
     --micro-batch-size 1 --global-batch-size 8 --train-iters 2 --lr 3e-3 --min-lr 3e-3 --lr-decay-style constant
@@ -87,10 +99,12 @@ class Toy:
     Args:
         world: ranks.
         flags: of the upstream's script, without `TOY`.
+        model: those of them that say what is trained, without layout.
     """
 
     world: int
     flags: tuple[str, ...]
+    model: tuple[str, ...]
 
 
 def toy(values: dict) -> Toy:
@@ -106,24 +120,24 @@ def toy(values: dict) -> Toy:
         kept.pop("num_virtual_stages_per_pipeline_rank", None)
     if data == 1:
         kept.pop("num_distributed_optimizer_instances", None)
-    flags = ["--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(pipeline)]
-    flags += ["--num-layers", "4" if pipeline > 1 else "2"]
-    for name, value in sorted(kept.items()):
-        if name in (
-            "microbatch_group_size_per_vp_stage",
-            "recompute_num_layers",
-            "num_distributed_optimizer_instances",
-        ):
-            value = min(value, 2)
-        flag = FLAGS.get((name, value if isinstance(value, bool) else None), "--" + name.replace("_", "-"))
-        if value is None or (value is False and (name, False) not in FLAGS):
-            continue
-        flags.append(flag)
-        if not isinstance(value, bool):
-            flags += [str(part) for part in value] if isinstance(value, list) else [str(value)]
-    if "--group-query-attention" in flags:
-        flags += ["--num-query-groups", "2"]
-    return Toy(tensor * pipeline * data, tuple(flags))
+    kept |= {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    kept |= {"num_layers": 4 if pipeline > 1 else 2}
+    if "group_query_attention" in kept:
+        kept["num_query_groups"] = 2
+    flags = {name: flags_of(name, value) for name, value in sorted(kept.items())}
+    model = [words for name, words in flags.items() if name not in LAYOUT]
+    every, own = (tuple(itertools.chain.from_iterable(words)) for words in (flags.values(), model))
+    return Toy(tensor * pipeline * data, every, own)
+
+
+def flags_of(name: str, value) -> list[str]:
+    """An argument as flags; numbers of stages, layers and replicas as small as the toy."""
+    flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+    if isinstance(value, bool):
+        return [flag] if value or name in FLAGS else []
+    if name in ("microbatch_group_size_per_vp_stage", "recompute_num_layers", "num_distributed_optimizer_instances"):
+        value = min(value, 2)
+    return [flag, *map(str, value if isinstance(value, list) else [value])] if value is not None else []
 
 
 def combinations() -> dict[Toy, list[str]]:

@@ -37,13 +37,13 @@ def test_the_numbers_of_the_page_are_these():
 @pytest.mark.parametrize(
     ("name", "refused"),
     [
-        ("gpt/gpt3_mcore_te_tp2_pp2_mla", ["multi_latent_attention"]),
-        ("gpt/gpt3_mcore_te_tp1_pp1_mup", ["use_mup"]),
-        ("gpt/gpt3_mcore_te_tp2_pp1_gdn", ["experimental_attention_variant"]),
+        ("gpt/gpt3_mcore_te_tp2_pp2_mla", "multi_latent_attention"),
+        ("gpt/gpt3_mcore_te_tp1_pp1_mup", "use_mup"),
+        ("gpt/gpt3_mcore_te_tp2_pp1_gdn", "experimental_attention_variant"),
     ],
 )
 def test_what_stays_refused_is_refused_by_name(name, refused):
-    assert problems(changed(configurations()[name])) == refused
+    assert refused in problems(changed(configurations()[name]))
 
 
 def start(script: Path, runs: Path, rank: int, world: int) -> subprocess.Popen:
@@ -102,12 +102,32 @@ def runs_on_a_cpu(toy: Toy) -> bool:
     return "--defer-embedding-wgrad-compute" not in toy.flags
 
 
+def losses(said: str) -> list[float]:
+    return [float(text) for text in re.findall(r"lm loss: (\S+)", said)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("toy", combinations(), ids=lambda toy: f"{toy.world}:" + "".join(toy.flags[4:]))
+@pytest.mark.parametrize("toy", combinations(), ids=lambda toy: f"{toy.world}:" + " ".join(toy.flags))
 def test_a_combination_of_features_trains_two_steps(toy, outcomes):
     if not runs_on_a_cpu(toy):
         pytest.skip("--defer-embedding-wgrad-compute wants a GPU: apex or Transformer Engine")
     said = outcomes(toy)
-    losses = [float(text) for text in re.findall(r"lm loss: (\S+)", said)]
     # The logarithm of 128 entries is 4.85, and the weights are small.
-    assert len(losses) == 2 and all(4.7 < loss < 5.0 for loss in losses), said[-6000:]
+    assert len(losses(said)) == 2 and all(4.7 < loss < 5.0 for loss in losses(said)), said[-6000:]
+
+
+# Of a bf16 loss near 4.85, whose tokens' logits differ by some roundings of 2^-9 between layouts; the second step's
+# weights have moved by Adam, which takes the sign of a small gradient for its size.
+FIRST_STEP, SECOND_STEP = 2e-3, 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted({toy.model for toy in combinations()}), ids=" ".join)
+def test_every_layout_of_a_model_has_its_losses(model, outcomes):
+    alike = [toy for toy in combinations() if toy.model == model and runs_on_a_cpu(toy)]
+    if len(alike) < 2:
+        pytest.skip("one layout of this model is all that there is")
+    first, *others = (losses(outcomes(toy)) for toy in alike)
+    for found in others:
+        assert found[0] == pytest.approx(first[0], rel=FIRST_STEP)
+        assert found[1] == pytest.approx(first[1], rel=SECOND_STEP)
