@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "ops": {"slope_kernels", "sparsity", *LEAVES},
     "linear": {"ops", *LEAVES},
     "layers": {"linear", "ops", "sparsity", *LEAVES},
+    "torch_layers": {"layers", "linear", "ops", "sparsity", *LEAVES},
     "inference": {"ops", "sparsity", *LEAVES},
     "models": {"layers", "sparsity", *LEAVES},
     "export": {"models", "data", "inference", "sparsity", *LEAVES},

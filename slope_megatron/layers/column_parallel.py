@@ -10,10 +10,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.packed_weight import PackedWeight
-from slope_megatron.layers.pruned_linear import refuse_unsupported
+from slope_megatron.layers.tensor_parallel import TensorParallel, refuse_unsupported
 
 
-class SlopeColumnParallelLinear(PackedWeight, ColumnParallelLinear):
+class SlopeColumnParallelLinear(TensorParallel, PackedWeight, ColumnParallelLinear):
     """Megatron's `ColumnParallelLinear` with packed N:M weights; `slope` is the one argument more."""
 
     def __init__(
@@ -53,4 +53,5 @@ class SlopeColumnParallelLinear(PackedWeight, ColumnParallelLinear):
         )
         self.input_size = input_size
         self.gated = config.gated_linear_unit and tp_comm_buffer_name == "fc1"
-        self.init_packed(slope, partition_dim=0, stride=stride)
+        self.init_packed(slope)
+        self.init_parallel(partition_dim=0, stride=stride)

@@ -79,9 +79,10 @@ class MaskedWeight(PrunedLinear):
 
     weight_mask: torch.Tensor
     weight_scale: torch.Tensor | None
+    tp_group: dist.ProcessGroup
     PATTERNS = ("weight_mask",)
 
-    def init_masked(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
+    def init_masked(self, slope: SlopeConfig) -> None:
         """Called once, at the end of the constructor.
 
         Raises:
@@ -96,7 +97,7 @@ class MaskedWeight(PrunedLinear):
         # A scale that nobody has chosen or loaded makes itself known in the first loss.
         scale = torch.full((1,), torch.nan, device=self.weight.device) if self.baseline.soft else None
         self.register_buffer("weight_scale", scale)
-        self.init_adapters(slope, columns, partition_dim, stride)
+        self.init_adapters(slope, columns)
 
     def mask(self) -> torch.Tensor:
         """S as bool `[N, K]`."""

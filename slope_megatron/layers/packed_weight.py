@@ -1,4 +1,4 @@
-"""PackedWeight: what the column- and the row-parallel layer share.
+"""PackedWeight: what all layers with packed values share, Megatron's and torch's own.
 
 N out, K in (this rank's shard), C = K n/m kept per row.
 
@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.kept_operands import KeptOperands, lent
@@ -50,6 +49,11 @@ class DoublePruning:
     dropped: int
     energy: float
     energy_dropped: float
+
+
+def input_unit(slope: SlopeConfig) -> int:
+    """What the inputs must be a multiple of: then the kept ones are whole bytes of a bitmask."""
+    return 8 * slope.m // math.gcd(8 * slope.m, slope.n)
 
 
 class EphemeralOperands:
@@ -88,7 +92,7 @@ class EphemeralOperands:
 
 
 class PackedWeight(PrunedLinear):
-    """Mixed into Megatron's linears, whose constructor leaves `weight` as `[N, C]`: no dense weight ever exists."""
+    """Mixed into a linear whose constructor leaves `weight` as `[N, C]`: no dense weight need ever exist."""
 
     weight_pattern: torch.Tensor
     weight_column: torch.Tensor
@@ -97,25 +101,19 @@ class PackedWeight(PrunedLinear):
     # Whether the second pruning is to be chosen anew as soon as the values are whole; see `values_arrive_later`.
     _column_pattern_due = False
 
-    def init_packed(self, slope: SlopeConfig, partition_dim: int, stride: int) -> None:
-        """Buffers, adapters and attributes; called once, at the end of the constructor.
+    def init_packed(self, slope: SlopeConfig) -> None:
+        """Buffers and adapters; called once, at the end of the constructor.
 
-        Args:
-            partition_dim: axis of the weight that tensor parallelism cuts: 0 (column) or 1 (row).
         Raises:
             ValueError: the shard cuts a group or a byte of a bitmask.
         """
         rows, kept = self.weight.shape
         columns = kept * slope.m // slope.n
-        # Of these inputs the kept ones are whole bytes of a bitmask.
-        unit = 8 * slope.m // math.gcd(8 * slope.m, slope.n)
-        check_shard(rows, columns, slope, unit, "packed")
+        check_shard(rows, columns, slope, input_unit(slope), "packed")
         device = self.weight.device
         self.register_buffer("weight_pattern", torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device))
         self.register_buffer("weight_column", torch.zeros(rows, kept // 8, dtype=torch.uint8, device=device))
-        if not hasattr(self.weight, "tensor_model_parallel"):  # core 0.20 has marked it, and asserts that nobody did
-            set_tensor_model_parallel_attributes(self.weight, True, partition_dim, stride)
-        self.init_adapters(slope, columns, partition_dim, stride)
+        self.init_adapters(slope, columns)
         self.keep_operands = True
 
     # -- the build ----------------------------------------------------------------------------------------------------
@@ -236,6 +234,7 @@ class PackedWeight(PrunedLinear):
         """The kept operands; or, where the values are here only while the layer computes, some built for each use."""
         if self.keep_operands:
             return super().product_operands(weight)
+        self.choose_if_due()
         return EphemeralOperands(self.new_operands, weight), None
 
     def gradient_rng(self) -> MvueRng | None:

@@ -1,4 +1,4 @@
-"""PrunedLinear: what every linear with a pruned weight shares, packed or masked, column- or row-parallel.
+"""PrunedLinear: what every linear with a pruned weight shares, packed or masked; Megatron's and torch's own.
 
 N out, K in (this rank's shard), R adapter rank.
 
@@ -12,30 +12,23 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from slope_megatron.config import SlopeConfig
-from slope_megatron.layers.communication import TensorParallelCommunication
 from slope_megatron.layers.kept_operands import KeptOperands, lent
 from slope_megatron.layers.marks import gradient_sum
 from slope_megatron.layers.random_streams import RowStreams
-from slope_megatron.layers.sharded import sharded_tensors
 from slope_megatron.layers.zero_gradients import with_zero_gradients
-from slope_megatron.linear import slope_linear
+from slope_megatron.linear import Communication, slope_linear
 from slope_megatron.ops.backend import Following, MvueRng, Products
 from slope_megatron.ops.operands.bias import bias_gradient
 from slope_megatron.sparsity.tokens import sample_by_sample
 
 
 class PrunedLinear(torch.nn.Module):
-    """Mixed into Megatron's linears. A subclass names its patterns, builds operands and may prune the gradient."""
+    """A subclass names its patterns, builds operands and may prune the gradient."""
 
     weight: torch.nn.Parameter
-    config: ModelParallelConfig
     slope: SlopeConfig
-    tp_group: dist.ProcessGroup
     # Names of the buffers that say which weights count.
     PATTERNS: tuple[str, ...] = ()
     # Gate and up of a gated MLP lie above each other in each shard: checkpoints and initialization see them apart.
@@ -54,31 +47,19 @@ class PrunedLinear(torch.nn.Module):
     _kept: KeptOperands | None = None
     _present: frozenset[str] = frozenset()
 
-    @classmethod
-    def configured(cls, slope: SlopeConfig) -> type:
-        """This class with `slope` bound: what Megatron's layer specs take, some of which only call a class."""
-        return type(cls.__name__, (cls,), {"__init__": functools.partialmethod(cls.__init__, slope=slope)})
-
-    def init_adapters(self, slope: SlopeConfig, columns: int, partition_dim: int, stride: int) -> None:
+    def init_adapters(self, slope: SlopeConfig, columns: int) -> None:
         """Adapters and what goes with them; called once, at the end of the constructor.
 
         Args:
             columns: K.
-            partition_dim: axis of the weight that tensor parallelism cuts: 0 (column) or 1 (row).
         """
-        self.slope, self.partition_dim = slope, partition_dim
-        self.replicated_adapter = "l" if partition_dim == 0 else "r"
+        self.slope = slope
         rows = self.weight.shape[0]
         if slope.rank:
             self.adapter_l = torch.nn.Parameter(self.weight.new_zeros(slope.rank, columns))
             self.adapter_r = torch.nn.Parameter(self.weight.new_zeros(rows, slope.rank))
-            cut = self.adapter_r if partition_dim == 0 else self.adapter_l
-            set_tensor_model_parallel_attributes(cut, True, partition_dim, stride)
         self.adapters_active = False
         self.row_streams: RowStreams | None = None
-        if self.config.perform_initialization:
-            # By Megatron, in the constructor.
-            self.mark_present("weight")
 
     def current_rng(self) -> MvueRng | None:
         """The generator of dY's unbiased estimate in this micro-batch; None where no gradient is asked for."""
@@ -131,10 +112,6 @@ class PrunedLinear(torch.nn.Module):
     def __getstate__(self):
         # Copies build operands of their own.
         return {**self.__dict__, "_kept": None}
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """For Megatron's checkpoints: each tensor with the axis along which it is cut."""
-        return sharded_tensors(self, prefix, sharded_offsets, metadata)
 
     # -- operands -----------------------------------------------------------------------------------------------------
 
@@ -221,26 +198,24 @@ class PrunedLinear(torch.nn.Module):
         """Of the unbiased estimate that wgrad reads instead of dY; None: no estimate."""
         return None
 
-    def _forward_impl(self, input, weight, *, bias, allreduce_dgrad, sequence_parallel, tp_group=None, **_):
-        """Megatron's hook for the product itself; gathers and reductions around it are Megatron's own."""
+    def multiply(self, input, weight, bias, communication: Communication | None = None) -> torch.Tensor:
+        """Y for `input` `[..., K]`: the product with `weight`, adapters that have joined and a bias, if there is one.
+
+        Args:
+            weight: the parameter, or what was given instead of it.
+            communication: of a parallel layer; None on one rank.
+        """
         multiply = self._multiply
         if self.watches_values and torch.compiler.is_compiling():
             # Whether values have changed is not for torch.compile to trace.
             multiply = torch.compiler.disable(multiply)
-        arguments = (input, weight, bias, allreduce_dgrad, sequence_parallel)
         if not torch.is_inference_mode_enabled():
-            return multiply(*arguments)
+            return multiply(input, weight, bias, communication)
         # Operands that are made here stay: made of inference tensors, they could never be refreshed in training.
         with torch.inference_mode(False), torch.no_grad():
-            return multiply(*arguments)
+            return multiply(input, weight, bias, communication)
 
-    def _multiply(self, input, weight, bias, allreduce_dgrad: bool, sequence_parallel: bool) -> torch.Tensor:
-        communication = TensorParallelCommunication(
-            group=self.tp_group,
-            sequence_parallel=sequence_parallel,
-            allreduce_dgrad=allreduce_dgrad,
-            replicated_adapter=self.replicated_adapter,
-        )
+    def _multiply(self, input, weight, bias, communication: Communication | None) -> torch.Tensor:
         adapters = (self.adapter_l, self.adapter_r) if self.adapters_active else None
         operands, before_backward = self.product_operands(weight)
         rng = self.gradient_rng()
@@ -290,10 +265,3 @@ def check_shard(rows: int, columns: int, slope: SlopeConfig, unit: int, weight: 
             f"a {weight} {slope.nm} shard of {rows} x {columns} (out x in on this rank) cannot be cut: out must be a "
             f"multiple of {slope.m} and in one of {unit}; choose other widths or a smaller tensor-parallel size"
         )
-
-
-def refuse_unsupported(**asked) -> None:
-    """Options of Megatron's linears that a pruned weight cannot serve yet: refused with the reason, never ignored."""
-    for name, value in asked.items():
-        if value:
-            raise ValueError(f"{name} is {value!r}: a packed 2:4 linear does not support it; keep this linear dense")

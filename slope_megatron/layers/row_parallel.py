@@ -10,10 +10,10 @@ from megatron.core.tensor_parallel import RowParallelLinear
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.packed_weight import PackedWeight
-from slope_megatron.layers.pruned_linear import refuse_unsupported
+from slope_megatron.layers.tensor_parallel import TensorParallel, refuse_unsupported
 
 
-class SlopeRowParallelLinear(PackedWeight, RowParallelLinear):
+class SlopeRowParallelLinear(TensorParallel, PackedWeight, RowParallelLinear):
     """Megatron's `RowParallelLinear` with packed N:M weights; `slope` is the one argument more."""
 
     input_size_per_partition: int
@@ -52,4 +52,5 @@ class SlopeRowParallelLinear(PackedWeight, RowParallelLinear):
         )
         self.input_size = input_size
         self.input_size_per_partition = self.input_size_per_partition * slope.m // slope.n
-        self.init_packed(slope, partition_dim=1, stride=stride)
+        self.init_packed(slope)
+        self.init_parallel(partition_dim=1, stride=stride)

@@ -19,9 +19,10 @@ from megatron.core.tensor_parallel.mappings import (
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.packed_weight import PackedWeight
+from slope_megatron.layers.tensor_parallel import TensorParallel
 
 
-class PackedColumnParallelLinear(PackedWeight, ColumnParallelLinear):
+class PackedColumnParallelLinear(TensorParallel, PackedWeight, ColumnParallelLinear):
     """W's rows (outputs) cut over the tensor-parallel ranks; built like a dense linear that is there already."""
 
     def __init__(self, dense: ColumnParallelLinear, slope: SlopeConfig):
@@ -37,7 +38,8 @@ class PackedColumnParallelLinear(PackedWeight, ColumnParallelLinear):
         )
         self.input_size = dense.input_size
         self.tp_group = get_tensor_model_parallel_group()
-        self.init_packed(slope, partition_dim=0, stride=1)
+        self.init_packed(slope)
+        self.init_parallel(partition_dim=0, stride=1)
 
     def forward(self, input_):
         """`[s, b, K]` -> (`[s, b, N/TP]`, or `[s, b, N]` with `gather_output`; the bias if left to the caller)."""
@@ -53,7 +55,7 @@ class PackedColumnParallelLinear(PackedWeight, ColumnParallelLinear):
         return output, self.bias if self.skip_bias_add else None
 
 
-class PackedRowParallelLinear(PackedWeight, RowParallelLinear):
+class PackedRowParallelLinear(TensorParallel, PackedWeight, RowParallelLinear):
     """W's columns (inputs) cut over the tensor-parallel ranks; built like a dense linear that is there already."""
 
     def __init__(self, dense: RowParallelLinear, slope: SlopeConfig):
@@ -69,7 +71,8 @@ class PackedRowParallelLinear(PackedWeight, RowParallelLinear):
         self.input_size = dense.input_size
         self.input_size_per_partition = dense.input_size_per_partition
         self.tp_group = get_tensor_model_parallel_group()
-        self.init_packed(slope, partition_dim=1, stride=1)
+        self.init_packed(slope)
+        self.init_parallel(partition_dim=1, stride=1)
 
     def forward(self, input_):
         """`[s, b, K/TP]` -> (`[s, b, N]`, cut along s under sequence parallelism; the bias if left to the caller)."""
