@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
@@ -35,7 +36,7 @@ MASKED = (MaskedColumnParallelLinear, MaskedRowParallelLinear)
 
 
 def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int | None = None) -> ModuleSpec:
-    """A copy of one transformer block's spec with its sparse linears, the core attention and torch's norms replaced.
+    """A copy of one block's spec with its sparse linears, Megatron's core attention and torch's norms replaced.
 
     Raises:
         ValueError: the block is no attention + MLP: experts would silently stay dense.
@@ -48,7 +49,8 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int 
             "the MLP of this layer spec has no linear_fc1 and linear_fc2 of its own (mixture of experts?): its experts "
             "would stay dense; give a spec with a plain MLP"
         )
-    attention.core_attention = SdpaAttention if rotary_base is None else SdpaAttention.configured(rotary_base)
+    if attention.core_attention is DotProductAttention:  # Transformer Engine's has flash kernels of its own
+        attention.core_attention = SdpaAttention if rotary_base is None else SdpaAttention.configured(rotary_base)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(spec.submodules, name, own_norm(getattr(spec.submodules, name)))
     for name in ("q_layernorm", "k_layernorm"):

@@ -18,6 +18,7 @@ class Host:
     Args:
         overlap_grad_reduce: gradients are reduced during backward, in several buckets.
         overlap_param_gather: weights are gathered in the next forward.
+        engine: the layer spec is Transformer Engine's.
         chunks: parts of each pipeline stage, under a virtual pipeline.
         look_at: steps after which the model is evaluated and its state collected, as for a checkpoint.
     """
@@ -27,6 +28,7 @@ class Host:
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    engine: bool = False
     chunks: int = 1
     look_at: tuple[int, ...] = ()
     slope: dict = dataclasses.field(default_factory=dict)
@@ -85,23 +87,27 @@ def transformer_config(host: Host):
     )
 
 
-def build(config, args, slope) -> list:
+def build(config, args, slope, engine: bool = False) -> list:
     """This rank's parts of the model, of which the plugin's hook makes the linears sparse."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt import gpt_layer_specs as specs
 
     from slope_megatron.integrations.megatron_lm import plugin
 
     plugin.settings = lambda: (args, slope)
+    # As the upstream's builder calls them.
+    norms = {"qk_layernorm": config.qk_layernorm}
+    local = specs.get_gpt_layer_local_spec(**norms, normalization=config.normalization)
+    spec = specs.get_gpt_layer_with_transformer_engine_spec(**norms) if engine else local
     parts = config.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(parts)
     models = []
     for part in range(parts or 1):
         model = plugin.with_sparse_layers(GPTModel)(
             config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(),
+            transformer_layer_spec=spec,
             vocab_size=VOCABULARY,
             max_sequence_length=SEQUENCE,
             pre_process=parallel_state.is_pipeline_first_stage() and part == 0,
@@ -250,7 +256,7 @@ def train(host: Host) -> Outcome:
         name_types_as_on_gpus()
     args, slope = arguments(host), SlopeConfig(**{"backend": "reference", **host.slope})
     config = transformer_config(host)
-    chunks, optimizer = wrapped(build(config, args, slope), config, host)
+    chunks, optimizer = wrapped(build(config, args, slope, host.engine), config, host)
     step = plugin.with_phase_and_refresh(lambda _forward, at, *both: bare_step(at, *both))
     outcome = Outcome([], [], [])
     for at in range(host.steps):

@@ -46,7 +46,7 @@ def test_what_is_read_beside_a_refused_argument_is_looked_at_when_that_is_served
 
 # One refused value each; True for the others.
 VALUES = {
-    "transformer_impl": "transformer_engine",
+    "transformer_impl": "inference_optimized",
     "softmax_type": "learnable",
     "window_size": (128, 0),
     "flash_attention_version": 3,
@@ -98,7 +98,7 @@ def test_nothing_is_refused_where_nothing_was_given():
 def test_options_of_the_local_attention_are_transformer_engines_to_serve():
     args = {"window_size": (128, 0), "layernorm_zero_centered_gamma": True}
     assert len(refusals(argparse.Namespace(transformer_impl="local", **args))) == 2
-    assert len(refusals(argparse.Namespace(transformer_impl="another", **args))) == 0
+    assert len(refusals(argparse.Namespace(transformer_impl="transformer_engine", **args))) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "dist_muon", "adaptive_muon", "soap"])

@@ -78,11 +78,15 @@ def checkout_of(version: str, name: str, folder: Path) -> Path:
     return checkout / patch.file
 
 
-def run(script: Path, *flags, world: int = 1, gpu: bool = False) -> subprocess.CompletedProcess:
-    """The script on `world` ranks; what the last one returned, which is the one that logs."""
+def run(script: Path, *flags, world: int = 1, gpu: bool = False, more=()) -> subprocess.CompletedProcess:
+    """The script on `world` ranks; what the last one returned, which is the one that logs.
+
+    Args:
+        more: folders of packages that the script is to find.
+    """
     common = {"LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world), "TORCHDYNAMO_DISABLE": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))}
+    common |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests", *more)))}
     starter, own, backend = "upstream_on_gpu.py" if gpu else "cpu_for_cuda.py", FLAGS, "nccl" if gpu else "gloo"
     if "--deepspeed_config" in flags:
         starter, own = "megatron_deepspeed.py", DEEPSPEED_FLAGS
@@ -184,6 +188,31 @@ def test_a_virtual_pipeline_is_the_same_model(version, tmp_path):
     parts = ["--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]
     expected = losses(run(script, *common))
     assert losses(run(script, *common, *parts, world=2)) == pytest.approx(expected, rel=1e-5)
+
+
+ENGINE, STAND_IN = ("--transformer-impl", "transformer_engine"), HELPERS / "te_stand_in"
+LLAMA = "--swiglu --normalization RMSNorm --qk-layernorm --disable-bias-linear".split()
+
+
+@pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
+def test_losses_under_transformer_engine_are_the_local_spec_s(version, tmp_path):
+    """With a stand-in for it in plain torch."""
+    script = checkout_of(version, "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    common = [*GPT, *LLAMA, "--data-path", tmp_path / "corpus"]
+    expected = losses(run(script, *common))
+    assert losses(run(script, *common, *ENGINE, more=[STAND_IN])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_local_spec_reads_what_was_saved_under_transformer_engine(tmp_path):
+    script = checkout_of("core_v0.16.1", "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    common = [*GPT, *LLAMA, "--data-path", tmp_path / "corpus"]
+    save = ["--save", tmp_path / "saved", "--save-interval", 10, "--exit-interval", 10]
+    expected = losses(run(script, *common))
+    assert losses(run(script, *common, *ENGINE, *save, more=[STAND_IN])) == pytest.approx(expected[:10], rel=1e-5)
+    # In the second line after a start the upstream logs the mean of both.
+    assert losses(run(script, *common, "--load", tmp_path / "saved"))[2:] == pytest.approx(expected[12:], rel=1e-5)
 
 
 def test_megatron_lm_trains_a_sparse_bert(tmp_path):

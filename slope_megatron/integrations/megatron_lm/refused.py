@@ -78,8 +78,8 @@ RULES = (
     # Transformer Engine
     Rule(
         "transformer_impl",
-        "--transformer-impl local: its own linears would stay dense",
-        among("transformer_engine", "inference_optimized"),
+        "--transformer-impl transformer_engine or local: its own linears would stay dense",
+        among("inference_optimized"),
     ),
     Rule("fused_residual_rmsnorm", "no --fused-residual-rmsnorm: it is Transformer Engine's"),
     Rule("te_precision_config_file", NO_FP8),
@@ -90,7 +90,7 @@ RULES = (
     Rule("delay_wgrad_compute", "no --delay-wgrad-compute: 2:4 linears compute their gradients at once"),
     # Attention and norms of the local spec
     Rule("window_size", LOCAL_ATTENTION, when=local),
-    Rule("softmax_type", LOCAL_ATTENTION, other_than("vanilla"), when=local),
+    Rule("softmax_type", "vanilla: --slope does not start the offsets of others", other_than("vanilla")),
     Rule("flash_attention_version", LOCAL_ATTENTION, when=local),
     Rule("dataloader_inter_document_masking", LOCAL_ATTENTION + ", causal over a sample", when=local),
     Rule("sft", "unpacked samples: " + LOCAL_ATTENTION + ", which takes no packed ones", when=local),

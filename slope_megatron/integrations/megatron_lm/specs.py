@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from slope_megatron.config import SlopeConfig
+from slope_megatron.integrations.megatron_lm.transformer_engine import norms_apart
 from slope_megatron.layers.norm import own_norm
 from slope_megatron.layers.packed_weight import PackedWeight
 from slope_megatron.models.layer_spec import stage_specs
@@ -49,8 +50,8 @@ def sparse_block_spec(stock, slope: SlopeConfig, config, vp_stage: int | None = 
     """
     if isinstance(stock, TransformerBlockSubmodules):
         raise ValueError("--slope wants one layer spec for all blocks: leave per-block specs and experts out")
+    stock = norms_apart(with_plain_mlp(stock))
     refuse_other_linears(stock)
-    stock = with_plain_mlp(stock)
     specs = [without_new_arguments(spec) for spec in stage_specs(stock, slope, config, vp_stage=vp_stage)]
     # A stage may have no block.
     block = SparseBlockSpec(layer_specs=specs, layer_norm=own_norm(stock.submodules.input_layernorm))
@@ -65,7 +66,7 @@ def refuse_no_spec(spec) -> None:
 
 
 def refuse_other_linears(spec) -> None:
-    """Refuse linears with a norm inside, as Transformer Engine has them: packed ones would leave the norm out."""
+    """Refuse linears that are not Megatron's own: they may do more than a packed one in their place."""
     attention = spec.submodules.self_attention.submodules
     for linear in (attention.linear_qkv, attention.linear_proj):
         if linear not in (ColumnParallelLinear, RowParallelLinear):
