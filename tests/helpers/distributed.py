@@ -65,6 +65,7 @@ class Place:
     world: int
     tensor_parallel: int
     pipeline_parallel: int
+    context_parallel: int
     device: str
 
 
@@ -88,6 +89,7 @@ def _start_groups(place: Place) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=place.tensor_parallel,
         pipeline_model_parallel_size=place.pipeline_parallel,
+        context_parallel_size=place.context_parallel,
         create_gloo_process_groups=place.device == "cuda",
     )
     if place.device == "cpu":
@@ -146,13 +148,21 @@ class RankPool:
         """Made when a test is not skipped."""
         return gpu_context() if self.device == "cuda" else fork_server()
 
-    def run(self, function, *arguments, world: int, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> list:
+    def run(
+        self,
+        function,
+        *arguments,
+        world: int,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        context_parallel: int = 1,
+    ) -> list:
         """What `function(*arguments)` returned on each of `world` ranks; `function` must be importable by name."""
         self.skip_if_too_few(world)
         meeting, ranks = new_meeting(), []
         for rank in range(world):
             ours, theirs = self.context.Pipe()
-            place = Place(meeting, rank, world, tensor_parallel, pipeline_parallel, self.device)
+            place = Place(meeting, rank, world, tensor_parallel, pipeline_parallel, context_parallel, self.device)
             process = self.context.Process(target=_play_rank, args=(theirs, function, arguments, place))
             process.start()
             theirs.close()

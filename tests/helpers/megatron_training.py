@@ -79,6 +79,7 @@ def transformer_config(host: Host):
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         virtual_pipeline_model_parallel_size=host.chunks if host.chunks > 1 else None,
         # As Megatron-LM's arguments have it: of two stages, batched messages would be taken for each other.
         overlap_p2p_comm=host.chunks > 1,
@@ -165,15 +166,30 @@ def samples(step: int):
         yield (start + 7 * torch.arange(SEQUENCE + 1)) % VOCABULARY
 
 
+def own_positions():
+    """Of a sequence in 2 C pieces, pieces r and 2 C - 1 - r: rank r of C context-parallel ones has them."""
+    import torch
+    from megatron.core import parallel_state
+
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    pieces = torch.arange(SEQUENCE).chunk(2 * ranks)
+    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
+
+
 def forward_step(batches, model):
     """As the upstream's: (output, what makes a loss of it)."""
     import torch
 
     tokens = next(batches)
     tokens = tokens.cuda() if torch.cuda.is_available() else tokens
-    positions = torch.arange(SEQUENCE, device=tokens.device)[None]
-    output = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-    return output, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
+    positions = own_positions().to(tokens.device)[None]
+    output = model(tokens[:, positions[0]], positions, None, labels=tokens[:, positions[0] + 1])
+
+    def loss(losses):
+        count = torch.tensor(losses.numel(), dtype=torch.int)
+        return losses.float().sum(), count, {"loss": losses.detach().float().mean()}
+
+    return output, loss
 
 
 def run_schedule(chunks, step: int, forward_only: bool = False) -> float:
@@ -194,8 +210,9 @@ def run_schedule(chunks, step: int, forward_only: bool = False) -> float:
     )
     # Stages that are not the last one know nothing of the loss.
     total = sum(float(item["loss"]) for item in found) / SAMPLES
-    replicas_of_one = parallel_state.get_tensor_model_parallel_world_size()
-    sums = torch.tensor([total / replicas_of_one], dtype=torch.float64)
+    # Ranks that see the same samples, whole or in part.
+    same = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    sums = torch.tensor([total / same], dtype=torch.float64)
     sums = sums.cuda() if torch.cuda.is_available() else sums
     dist.all_reduce(sums)
     return sums.item()
@@ -233,8 +250,8 @@ def look(chunks, host: Host, step: int) -> tuple[float, dict]:
     return loss, collected
 
 
-def name_types_as_on_gpus() -> None:
-    """Megatron's distributed optimizer wants to see `torch.cuda.FloatTensor` and the like."""
+def answer_as_a_gpu() -> None:
+    """Megatron's distributed optimizer wants to see `torch.cuda.FloatTensor` and the like; its attention, a stream."""
     import torch
 
     name_type = torch.Tensor.type
@@ -244,6 +261,7 @@ def name_types_as_on_gpus() -> None:
         return found if arguments or keywords else found.replace("torch.", "torch.cuda.")
 
     torch.Tensor.type = named
+    torch.cuda.Stream = object
 
 
 def train(host: Host) -> Outcome:
@@ -253,7 +271,7 @@ def train(host: Host) -> Outcome:
     from slope_megatron.integrations.megatron_lm import plugin
 
     if cpu_host.prepare():
-        name_types_as_on_gpus()
+        answer_as_a_gpu()
     args, slope = arguments(host), SlopeConfig(**{"backend": "reference", **host.slope})
     config = transformer_config(host)
     chunks, optimizer = wrapped(build(config, args, slope, host.engine), config, host)

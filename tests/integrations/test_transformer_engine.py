@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
+import torch
 
-from helpers.megatron_training import Host, arguments, build, name_types_as_on_gpus, train, transformer_config
+from helpers.megatron_training import Host, answer_as_a_gpu, arguments, build, train, transformer_config
 from helpers.te_ranks import te_ranks
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,33 @@ def test_sequence_parallel_ranks_are_one(engine_ranks):
         assert found.losses == pytest.approx(alone.losses, rel=1e-5)
 
 
+def test_context_parallel_ranks_are_one(engine_ranks):
+    """Adapters, too; gradients, and the distributed optimizer's parts, go over context-parallel ranks."""
+    slope = {**ENGINE.slope, "adapter_rank": 4, "lazy_fraction": 0.34}
+    host = dataclasses.replace(ENGINE, slope=slope, look_at=(4,))
+    (alone,) = engine_ranks.run(train, host, world=1)
+    cut = engine_ranks.run(train, host, world=2, context_parallel=2)
+    for found in cut:
+        assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert same_states(cut[0].states, cut[1].states) and same_columns(cut[0].states, alone.states)
+    plain = dataclasses.replace(ENGINE, look_at=(4,))
+    over = dataclasses.replace(plain, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    (alone,) = engine_ranks.run(train, plain, world=1)
+    sharded = engine_ranks.run(train, over, world=2, context_parallel=2)
+    assert sharded[0].losses == pytest.approx(alone.losses, rel=1e-5)
+    assert same_states(sharded[0].states, sharded[1].states)
+
+
+def same_states(ours, theirs) -> bool:
+    return all(torch.equal(ours[0][name], theirs[0][name]) for name in ours[0].keys() | theirs[0].keys())
+
+
+def same_columns(ours, theirs) -> bool:
+    """Whether the second pruning is the same but for ties that rounding decides."""
+    names = [name for name in ours[0] if name.endswith("weight_column")]
+    return all((ours[0][name] != theirs[0][name]).float().mean() < 0.01 for name in names)
+
+
 def test_norms_centered_at_zero_start_as_the_others(engine_ranks):
     """They are the same functions; where the optimizer takes their weights is not."""
     (plain,) = engine_ranks.run(train, ENGINE, world=1)
@@ -47,7 +75,7 @@ def check_parts():
     from slope_megatron.integrations import cpu_host
 
     cpu_host.prepare()
-    name_types_as_on_gpus()
+    answer_as_a_gpu()
     slope = SlopeConfig(backend="reference")
     (model,) = build(transformer_config(ENGINE), arguments(ENGINE), slope, engine=True)
     block = model.decoder.layers[1]
@@ -78,7 +106,7 @@ def exchange_checkpoints(folder):
     from slope_megatron.models.canonical import sharded_state_dict
 
     cpu_host.prepare()
-    name_types_as_on_gpus()
+    answer_as_a_gpu()
     sparse, dense = SlopeConfig(backend="reference"), SlopeConfig(enabled=False)
     models = {
         name: build(transformer_config(ENGINE), arguments(ENGINE), slope, engine)[0]

@@ -204,6 +204,16 @@ def test_losses_under_transformer_engine_are_the_local_spec_s(version, tmp_path)
     assert losses(run(script, *common, *ENGINE, more=[STAND_IN])) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
+def test_context_parallel_ranks_are_one(version, tmp_path):
+    script = checkout_of(version, "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    common = [*GPT, *ENGINE, "--data-path", tmp_path / "corpus"]
+    expected = losses(run(script, *common, more=[STAND_IN]))
+    cut = run(script, *common, "--context-parallel-size", 2, world=2, more=[STAND_IN])
+    assert losses(cut) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_local_spec_reads_what_was_saved_under_transformer_engine(tmp_path):
     script = checkout_of("core_v0.16.1", "pretrain_gpt", tmp_path)
     corpus(tmp_path / "corpus")

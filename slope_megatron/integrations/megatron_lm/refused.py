@@ -118,7 +118,12 @@ RULES = (
         "overlap_param_gather_with_optimizer_step",
         "no --overlap-param-gather-with-optimizer-step: operands are made of weights that are whole after the step",
     ),
-    Rule("context_parallel_size", "1: attention sees one rank's sequence only", above(1)),
+    Rule(
+        "context_parallel_size",
+        "1, or --transformer-impl transformer_engine: torch's attention sees one rank's part of a sequence alone",
+        above(1),
+        when=local,
+    ),
     Rule("hybrid_context_parallel", "no --hybrid-context-parallel: attention takes no packed samples"),
     Rule(
         "tensor_parallel_num_weight_shards",

@@ -12,6 +12,7 @@ Engine or not, and a sparse one's are read by each other.
 
 import copy
 import dataclasses
+from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
@@ -61,7 +62,8 @@ def norms_apart(stock: ModuleSpec) -> ModuleSpec:
         return stock
     stock = copy.deepcopy(stock)
     block, names = stock.submodules, ["input_layernorm"]
-    attention, mlp = block.self_attention.submodules, getattr(block.mlp, "submodules", None)
+    attention = block.self_attention.submodules
+    mlp: Any = getattr(block.mlp, "submodules", None)
     attention.linear_qkv, attention.linear_proj = ColumnParallelLinear, RowParallelLinear
     if is_fused(getattr(mlp, "linear_fc1", None)):
         names.append("pre_mlp_layernorm")
