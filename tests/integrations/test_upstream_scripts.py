@@ -86,7 +86,9 @@ def run(script: Path, *flags, world: int = 1, gpu: bool = False, more=()) -> sub
     """
     common = {"LOCAL_WORLD_SIZE": str(world), "WORLD_SIZE": str(world), "TORCHDYNAMO_DISABLE": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests", *more)))}
+    # What this process finds, in folders of its own perhaps, is found there too.
+    found = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    common |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests", *more, *found)))}
     starter, own, backend = "upstream_on_gpu.py" if gpu else "cpu_for_cuda.py", FLAGS, "nccl" if gpu else "gloo"
     if "--deepspeed_config" in flags:
         starter, own = "megatron_deepspeed.py", DEEPSPEED_FLAGS
