@@ -145,6 +145,7 @@ _table: dict[Key, Any] = {}
 _algorithms: dict[tuple[str, Hashable], Any] = {}
 _broadcast: Callable[[dict | None], dict] | None = None
 _decides = True
+_is_common: Callable[[Key], bool] | None = None
 
 
 def table() -> dict[Key, Any]:
@@ -193,7 +194,7 @@ def clear() -> None:
 def decide(key: Key, measure: Callable[[], OneDecision]) -> OneDecision:
     """Make the choice for `key` and record it: what this process measures, or the deciding rank of several."""
     decision: Any
-    if _broadcast is None:
+    if _broadcast is None or (_is_common and not _is_common(key)):
         decision = measure()
     else:
         decision = _read(_broadcast(dataclasses.asdict(measure()) if _decides else None))
@@ -201,16 +202,22 @@ def decide(key: Key, measure: Callable[[], OneDecision]) -> OneDecision:
     return decision
 
 
-def agree_over(broadcast: Callable[[dict | None], dict] | None, decides: bool) -> None:
+def agree_over(
+    broadcast: Callable[[dict | None], dict] | None,
+    decides: bool,
+    is_common: Callable[[Key], bool] | None = None,
+) -> None:
     """Make choices common to a group of ranks that meet the same products in the same order.
 
     Args:
         broadcast: gets the deciding rank's choice as a dict (None on the others) and returns it on every rank;
             None: every process decides for itself.
         decides: whether this rank is the one that measures.
+        is_common: whether every rank meets this product, in the same order; each decides for itself on others. None:
+            they meet all.
     """
-    global _broadcast, _decides
-    _broadcast, _decides = broadcast, decides
+    global _broadcast, _decides, _is_common
+    _broadcast, _decides, _is_common = broadcast, decides, is_common
 
 
 def machine() -> dict[str, str]:

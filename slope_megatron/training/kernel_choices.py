@@ -1,8 +1,9 @@
 """The measured kernel choices as run state: the first rank of each stage decides, a resumed run takes them over."""
 
+import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,23 @@ def file_of(run: Path) -> Path:
     return run / f"kernel_choices_stage_{parallel_state.get_pipeline_model_parallel_rank()}.json"
 
 
-def share(run: Path, *, resumed: bool, hinted: bool = False) -> None:
+def stage_group() -> dist.ProcessGroup:
+    """The ranks of this pipeline stage, with all replicas of it."""
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
+def share(run: Path, *, resumed: bool, hinted: bool = False, own: Collection[tuple[int, int]] = ()) -> None:
     """Let the ranks of this stage agree on every choice, and take over those of the run that goes on.
 
     A table is taken over by all of them or by none: a rank that made a choice anew would wait for the others to do so.
 
     Args:
         hinted: measurements begin with what earlier runs on this machine have chosen.
+        own: shapes (N, K) of experts' weights. Which numbers of tokens come to an expert, and when, differs by rank, so
+            that a rank would wait for others that never meet the product: on products of these shapes, whosever weight
+            it is, each rank decides for itself. The shapes are the same on all ranks, and so is what is left.
     """
-    group = parallel_state.get_tensor_and_data_parallel_group()
+    group = stage_group()
     first = dist.get_global_rank(group, 0)
     decides, alone = dist.get_rank() == first, group.size() == 1
 
@@ -45,7 +54,12 @@ def share(run: Path, *, resumed: bool, hinted: bool = False) -> None:
         take_over(saved if alone else broadcast(saved), path, group)
     if hinted and decides and torch.cuda.is_available():
         hints.load(hints.file_of_machine())
-    choices.agree_over(None if alone else broadcast, decides=decides)
+    choices.agree_over(None if alone else broadcast, decides, functools.partial(is_common, own))
+
+
+def is_common(own: Collection[tuple[int, int]], key: choices.Key) -> bool:
+    """Whether a product is of none of these shapes, in either direction, or with adapters in its operand."""
+    return not any(key.rows in shape and (key.columns in shape or key.augmented) for shape in own)
 
 
 def take_over(saved: dict | None, path: Path, group: dist.ProcessGroup) -> None:
@@ -76,7 +90,7 @@ def save(run: Path) -> None:
     On a GPU they are hints for this machine's next runs, too. A disk that refuses them costs those their measuring, not
     this run its life.
     """
-    group = parallel_state.get_tensor_and_data_parallel_group()
+    group = stage_group()
     if dist.get_rank() != dist.get_global_rank(group, 0) or not choices.table():
         return
     write(file_of(run), choices.save, "a resumed run measures anew")

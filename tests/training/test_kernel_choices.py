@@ -65,3 +65,23 @@ def test_a_saved_table_is_taken_over_by_all_ranks_or_by_none(ranks, tmp_path, wh
     for (old, new), decided in results:
         assert new is None and (old is not None) == (tiles == 2)
         assert decided == [tiles, 4]
+
+
+def met_by_one_rank_alone():
+    """Rank 1 meets another number of an expert's tokens than rank 0, between two products that both meet."""
+    from slope_megatron.ops import choices
+    from slope_megatron.ops.choices import Choice, Key, Product
+    from slope_megatron.training import kernel_choices
+
+    choices.clear()
+    kernel_choices.share(Path("none"), resumed=False, own={(64, 256)})
+    rank = dist.get_rank()
+    expert = Key(Product.DGRAD, 256, 64, 16 * (rank + 1), torch.bfloat16)
+    tiles = [choices.decide(key, lambda: Choice(True, rank + 1)).tiles for key in (key_of(32), expert, key_of(64))]
+    augmented = [Key(Product.FORWARD, 64, 272, 32, torch.bfloat16, augmented=augmented) for augmented in (True, False)]
+    return tiles, [kernel_choices.is_common({(64, 256)}, key) for key in augmented]
+
+
+def test_experts_products_are_each_ranks_own_and_nobody_waits(ranks):
+    first, second = ranks.run(met_by_one_rank_alone, world=2)
+    assert first == ([1, 1, 1], [False, True]) and second == ([1, 2, 1], [False, True])

@@ -12,6 +12,8 @@ Found by name, in core 0.16 and 0.20 alike; a name that is gone is refused with 
 
     megatron.training.arguments.add_megatron_arguments   the --slope flags join the parser
     GPTModel, BertModel, in the module that builds it    block linears replaced, weights the same at every TP size
+    megatron.training.training, setup_model_and_optimizer and save_checkpoint
+                                                         choices of kernels common to ranks, and kept beside checkpoints
     megatron.training.training.train_step                adapters join at their step; after it, operands follow weights
     megatron.training.training.evaluate                  in the phase of the steps that are done
 
@@ -41,7 +43,11 @@ def install(script: dict) -> None:
     import megatron.training.arguments as arguments
     import megatron.training.training as training
 
+    from slope_megatron.integrations.megatron_lm.common_choices import with_common_choices, with_saved_choices
+
     wrap(vars(arguments), "add_megatron_arguments", with_flags, arguments.__name__)
+    wrap(vars(training), "setup_model_and_optimizer", with_common_choices, training.__name__)
+    wrap(vars(training), "save_checkpoint", with_saved_choices, training.__name__)
     wrap(vars(training), "train_step", with_phase_and_refresh, training.__name__)
     wrap(vars(training), "evaluate", with_phase, training.__name__)
     found = 0
