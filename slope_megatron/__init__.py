@@ -6,7 +6,7 @@ Importing this package touches neither CUDA, Megatron nor DeepSpeed.
 __version__ = "0.1.0"
 
 # The library's, in `slope_megatron.torch_layers`; imported when first asked for.
-LIBRARY = ("sparsify", "densify", "after_step", "follow_optimizer", "join_adapters", "load_sparse_state")
+LIBRARY = ("sparsify", "densify", "before_step", "after_step", "follow_optimizer", "join_adapters", "load_sparse_state")
 
 
 def __getattr__(name: str):

@@ -3,11 +3,12 @@
 from slope_megatron.torch_layers.convert import densify, sparsify
 from slope_megatron.torch_layers.linear import SlopeLinear, sparse_linears
 from slope_megatron.torch_layers.saving import load_sparse_state
-from slope_megatron.torch_layers.training import after_step, follow_optimizer, join_adapters
+from slope_megatron.torch_layers.training import after_step, before_step, follow_optimizer, join_adapters
 
 __all__ = [
     "SlopeLinear",
     "after_step",
+    "before_step",
     "densify",
     "follow_optimizer",
     "join_adapters",

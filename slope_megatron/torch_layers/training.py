@@ -1,4 +1,4 @@
-"""What a training loop does besides its own: after each optimizer step, one call.
+"""What a training loop does besides its own: after each optimizer step, one call; with adapters, one before it.
 
 Operands follow the weights by themselves (`PrunedLinear.watches_values`). The second pruning is chosen anew every
 `backward_mask_interval` steps, and adapters join for the last `lazy_fraction` of them.
@@ -9,6 +9,17 @@ import torch.distributed as dist
 
 from slope_megatron.layers.random_streams import RngState
 from slope_megatron.torch_layers.linear import sparse_linears
+
+
+def before_step(model: torch.nn.Module) -> None:
+    """Call before `optimizer.step()` where several ranks train adapters; under DeepSpeed there is no such moment.
+
+    Adapters that take no part yet have gradients of zeros there (`SlopeLinear.idle_adapters_get_zeros`); without any,
+    the optimizer neither decays them nor counts their steps, the same as on one rank.
+    """
+    for linear in sparse_linears(model).values():
+        if linear.slope.rank and not linear.adapters_active:
+            linear.adapter_l.grad = linear.adapter_r.grad = None
 
 
 def after_step(model: torch.nn.Module, steps_done: int, steps: int | None = None) -> None:
@@ -44,7 +55,7 @@ def join_adapters(model: torch.nn.Module) -> None:
 
 
 def follow_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int | None = None, done: int = 0):
-    """Have `optimizer.step()` make the call of `after_step`; returns the hook's handle.
+    """Have `optimizer.step()` make the calls of `before_step` and `after_step`; returns the handles of both hooks.
 
     Args:
         done: steps that were done before, of a run that goes on.
@@ -56,7 +67,8 @@ def follow_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, s
         count += 1
         after_step(model, count, steps)
 
-    return optimizer.register_step_post_hook(after)
+    before = optimizer.register_step_pre_hook(lambda *_: before_step(model))
+    return before, optimizer.register_step_post_hook(after)
 
 
 class CountMicroBatches:
