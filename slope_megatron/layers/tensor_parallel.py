@@ -11,8 +11,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 
 from slope_megatron.config import SlopeConfig
 from slope_megatron.layers.communication import TensorParallelCommunication
+from slope_megatron.layers.marks import mark
 from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.layers.sharded import sharded_tensors
+from slope_megatron.layers.token_buckets import in_buckets
 
 
 class TensorParallel(PrunedLinear):
@@ -20,6 +22,7 @@ class TensorParallel(PrunedLinear):
 
     config: ModelParallelConfig
     tp_group: dist.ProcessGroup
+    is_expert: bool
 
     @classmethod
     def configured(cls, slope: SlopeConfig) -> type:
@@ -37,6 +40,9 @@ class TensorParallel(PrunedLinear):
         cut = [self.weight]
         if self.slope.rank:
             cut.append(self.adapter_r if partition_dim == 0 else self.adapter_l)
+            for factor in (self.adapter_l, self.adapter_r):
+                # False: an expert's, whose gradient is summed over the ranks that hold this expert alone.
+                mark(factor, allreduce=getattr(self.weight, "allreduce", True))
         for parameter in cut:
             # core 0.20 has marked the weight, and asserts that nobody did.
             if not hasattr(parameter, "tensor_model_parallel"):
@@ -57,7 +63,8 @@ class TensorParallel(PrunedLinear):
             allreduce_dgrad=allreduce_dgrad,
             replicated_adapter=self.replicated_adapter,
         )
-        return self.multiply(input, weight, bias, communication)
+        multiply = in_buckets(self.multiply) if self.is_expert else self.multiply
+        return multiply(input, weight, bias, communication)
 
 
 def refuse_unsupported(**asked) -> None:

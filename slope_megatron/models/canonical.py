@@ -69,14 +69,24 @@ def shards(model: MegatronModule) -> Iterator[Shard]:
             continue
         first_local_row = 0
         for part in parts:
+            axes = part.prepend_axis_num
             yield Shard(
-                name=part.key,
+                name=numbered(part.key, part.global_offset[:axes]),
                 local_name=local_name,
                 owner=modules.get(local_name.rpartition(".")[0]),
                 data=part.data,
                 first_local_row=first_local_row,
-                shape=tuple(part.global_shape),
-                offset=tuple(part.global_offset),
+                shape=tuple(part.global_shape[axes:]),
+                offset=tuple(part.global_offset[axes:]),
                 main=not any(part.replica_id) if isinstance(part.replica_id, tuple) else part.replica_id == 0,
             )
             first_local_row += part.data.shape[0]
+
+
+def numbered(name: str, index: tuple[int, ...]) -> str:
+    """The name of one expert's tensor: checkpoints stack those of all experts along an axis of its own.
+
+    Args:
+        index: the expert's global number, or nothing.
+    """
+    return name.replace(".experts.experts.", f".experts.experts.{index[0]}.") if index else name

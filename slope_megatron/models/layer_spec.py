@@ -6,13 +6,17 @@ Megatron changes around them (norms, bias-dropout-add, checkpoint key maps) is i
 
 import copy
 import dataclasses
-from typing import TypeAlias
+import functools
+import logging
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
@@ -29,6 +33,7 @@ from slope_megatron.layers.pruned_linear import PrunedLinear
 from slope_megatron.layers.row_parallel import SlopeRowParallelLinear
 from slope_megatron.models.rules import sparse_linears
 
+logger = logging.getLogger(__name__)
 BlockLinear: TypeAlias = ColumnParallelLinear | RowParallelLinear
 # Column- and row-parallel linear of SLoPe and of the baselines; a dense model keeps Megatron's.
 PACKED = (SlopeColumnParallelLinear, SlopeRowParallelLinear)
@@ -39,16 +44,11 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int 
     """A copy of one block's spec with its sparse linears, Megatron's core attention and torch's norms replaced.
 
     Raises:
-        ValueError: the block is no attention + MLP: experts would silently stay dense.
+        ValueError: the block is no attention + MLP or experts: its linears would silently stay dense.
     """
     spec = copy.deepcopy(spec)  # the stock specs share their submodule objects
     attention = spec.submodules.self_attention.submodules
-    mlp = getattr(spec.submodules.mlp, "submodules", None)
-    if not hasattr(mlp, "linear_fc1"):
-        raise ValueError(
-            "the MLP of this layer spec has no linear_fc1 and linear_fc2 of its own (mixture of experts?): its experts "
-            "would stay dense; give a spec with a plain MLP"
-        )
+    mlps = mlps_of(spec)
     if attention.core_attention is DotProductAttention:  # Transformer Engine's has flash kernels of its own
         attention.core_attention = SdpaAttention if rotary_base is None else SdpaAttention.configured(rotary_base)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
@@ -58,27 +58,72 @@ def sparsify(spec: ModuleSpec, slope: SlopeConfig, block: int, rotary_base: int 
     own = slope.for_block(block)
     column, row = (linear.configured(own) for linear in (MASKED if own.baseline else PACKED))
     replacements = {
-        "linear_qkv": (attention, column),
-        "linear_proj": (attention, row),
-        "linear_fc1": (mlp, column),
-        "linear_fc2": (mlp, row),
+        "linear_qkv": ([attention], column),
+        "linear_proj": ([attention], row),
+        "linear_fc1": (mlps, column),
+        "linear_fc2": (mlps, row),
     }
     for name in sparse_linears(slope, block):
-        holder, linear = replacements[name]
-        setattr(holder, name, linear)
+        holders, linear = replacements[name]
+        for holder in holders:
+            setattr(holder, name, linear)
     return spec
 
 
+def mlps_of(spec: ModuleSpec) -> list[MLPSubmodules]:
+    """What holds the linears of one block's MLP: one; or the routed experts' and the shared ones'.
+
+    Grouped experts become sequential ones, in `spec` itself: a packed weight has a product of its own.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    mlp = submodules_of(spec.submodules.mlp)
+    if hasattr(mlp, "linear_fc1"):
+        return [mlp]
+    if not hasattr(mlp, "experts"):
+        raise ValueError(
+            "the MLP of this layer spec has neither linear_fc1 and linear_fc2 nor experts: it would stay dense; give a "
+            "spec with Megatron's MLP or MoELayer"
+        )
+    is_partial = isinstance(mlp.experts, functools.partial)
+    if (mlp.experts.func if is_partial else mlp.experts.module) is not SequentialMLP:
+        say_sequential()
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        build = functools.partial if is_partial else ModuleSpec
+        mlp.experts = build(SequentialMLP, submodules=linears)
+    return [submodules_of(part) for part in (mlp.experts, mlp.shared_experts) if part is not None]
+
+
+@functools.cache
+def say_sequential() -> None:
+    logger.warning(
+        "grouped experts (--moe-grouped-gemm) run one after another here: each packed weight has products of its own"
+    )
+
+
+def submodules_of(builder: Any) -> Any:
+    """Of a part of a spec: a ModuleSpec or, in later cores, a bound builder; None: it has none."""
+    if isinstance(builder, functools.partial):
+        return builder.keywords.get("submodules")
+    return getattr(builder, "submodules", None)
+
+
 def stage_specs(
-    stock: ModuleSpec, slope: SlopeConfig, config, rotary_base: int | None = None, vp_stage: int | None = None
+    stock: ModuleSpec | list[ModuleSpec],
+    slope: SlopeConfig,
+    config,
+    rotary_base: int | None = None,
+    vp_stage: int | None = None,
 ) -> list[ModuleSpec]:
-    """The stock spec as each block of this pipeline stage has it.
+    """The stock spec, one for all blocks or each its own, as each block of this pipeline stage has it.
 
     Args:
         vp_stage: which of the stage's parts, under a virtual pipeline.
     """
     first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage)
-    return [sparsify(stock, slope, first + index, rotary_base) for index in range(count)]
+    stocks = stock if isinstance(stock, list) else [stock] * count
+    return [sparsify(one, slope, first + index, rotary_base) for index, one in enumerate(stocks)]
 
 
 def block_spec(slope: SlopeConfig, transformer_config, rotary_base: int | None = None) -> TransformerBlockSubmodules:

@@ -16,6 +16,8 @@ import typing
 import torch
 from torch.overrides import TorchFunctionMode
 
+from helpers.experts_on_gloo import exchange_dispatch, exchange_streams
+
 CPU = torch.device("cpu")
 
 
@@ -37,18 +39,6 @@ class CpuForCuda(TorchFunctionMode):
         return func(*[CPU if is_cuda(value) else value for value in args], **kwargs)
 
 
-class Stream:
-    """Nothing is asynchronous here; an event is the same nothing."""
-
-    cuda_stream = 0
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __getattr__(self, name):
-        return lambda *_, **__: 0.0
-
-
 def exchange_cuda() -> None:
     cuda = torch.cuda
     cuda.is_available = lambda: True
@@ -65,10 +55,7 @@ def exchange_cuda() -> None:
     cuda.memory_stats = lambda *_, **__: collections.defaultdict(int)
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         setattr(cuda, name, lambda *_, **__: 0)
-    cuda.Stream = cuda.Event = Stream
-    cuda.current_stream = lambda *_: Stream()
-    cuda.default_stream = lambda *_: Stream()
-    cuda.stream = lambda _: contextlib.nullcontext()
+    exchange_streams()
     for name in ("Float", "Int", "Long", "Byte", "Double", "BFloat16", "Half", "Bool"):
         setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     torch.nn.Module.cuda = lambda self, *_, **__: self
@@ -107,6 +94,8 @@ def exchange_megatron() -> None:
         import megatron.legacy.fused_kernels as kernels
 
         kernels.load = lambda args: None
+    with contextlib.suppress(ImportError):  # Megatron-DeepSpeed's core has none
+        exchange_dispatch()
     # The wheel's compiled helpers serve the checkout too: python's own path finds them first where they are copied.
     datasets.compile_helpers = lambda: None
 

@@ -78,18 +78,21 @@ def test_one_digest_on_up_to_eight_ranks(ranks, gated):
     assert len(set(digests(ranks, gated, [(1, 1), (3, 2), (4, 2)]).values())) == 1
 
 
-def test_a_mixture_of_experts_is_refused(ranks):
-    assert "its experts would stay dense" in ranks.run(sparsify_experts, world=1)[0]
+def test_a_block_without_an_mlp_is_refused(ranks):
+    assert "it would stay dense" in ranks.run(sparsify_no_mlp, world=1)[0]
 
 
-def sparsify_experts():
+def sparsify_no_mlp():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.identity_op import IdentityOp
 
     from slope_megatron.config import SlopeConfig
     from slope_megatron.models.layer_spec import sparsify
 
+    stock = get_gpt_layer_local_spec()
+    stock.submodules.mlp = IdentityOp
     try:
-        sparsify(get_gpt_layer_local_spec(num_experts=4), SlopeConfig(), 0)
+        sparsify(stock, SlopeConfig(), 0)
     except ValueError as error:
         return str(error)
     return "nothing was raised"

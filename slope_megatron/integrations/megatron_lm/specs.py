@@ -8,6 +8,7 @@ import functools
 import logging
 
 import megatron.core.models.bert.bert_layer_specs as bert_layer_specs
+import megatron.core.transformer.moe.moe_utils as moe_utils
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -16,7 +17,7 @@ from slope_megatron.config import SlopeConfig
 from slope_megatron.integrations.megatron_lm.transformer_engine import norms_apart
 from slope_megatron.layers.norm import own_norm
 from slope_megatron.layers.packed_weight import PackedWeight
-from slope_megatron.models.layer_spec import stage_specs
+from slope_megatron.models.layer_spec import mlps_of, stage_specs
 from slope_megatron.models.rules import LINEARS
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ def complete_bert_specs() -> None:
         logger.warning("Transformer Engine is not installed: of BERT's layer specs, only --spec local can be built")
 
 
+def complete_router() -> None:
+    """Without Transformer Engine, core 0.16's router asks for a name that its failed import has left out."""
+    vars(moe_utils).setdefault("te_general_gemm", None)
+
+
 def sparse_block_spec(stock, slope: SlopeConfig, config, vp_stage: int | None = None) -> SparseBlockSpec:
     """The specs of this pipeline stage's blocks, their linears packed where they are sparse.
 
@@ -48,15 +54,30 @@ def sparse_block_spec(stock, slope: SlopeConfig, config, vp_stage: int | None = 
     Raises:
         ValueError: a spec for all blocks already, or one whose linears are not Megatron's own.
     """
-    if isinstance(stock, TransformerBlockSubmodules):
-        raise ValueError("--slope wants one layer spec for all blocks: leave per-block specs and experts out")
-    stock = norms_apart(with_plain_mlp(stock))
-    refuse_other_linears(stock)
-    specs = [without_new_arguments(spec) for spec in stage_specs(stock, slope, config, vp_stage=vp_stage)]
+    one_for_all = not isinstance(stock, TransformerBlockSubmodules)
+    stocks = [norms_apart(with_plain_mlp(spec)) for spec in ([stock] if one_for_all else stock.layer_specs)]
+    for spec in stocks:
+        refuse_other_linears(spec)
+    if config.num_moe_experts:
+        refuse_lost_gradients(config)
+        complete_router()
+    specs = stage_specs(stocks[0] if one_for_all else stocks, slope, config, vp_stage=vp_stage)
     # A stage may have no block.
-    block = SparseBlockSpec(layer_specs=specs, layer_norm=own_norm(stock.submodules.input_layernorm))
-    block.submodules = stock.submodules
+    norm = own_norm(stocks[0].submodules.input_layernorm if one_for_all else stock.layer_norm)
+    block = SparseBlockSpec(layer_specs=[without_new_arguments(spec) for spec in specs], layer_norm=norm)
+    block.submodules = stock.submodules if one_for_all else None
     return block
+
+
+def refuse_lost_gradients(config) -> None:
+    """Refuse experts whose gradients Megatron leaves on their ranks: at EP 1 it treats them as dense weights."""
+    sizes = config.expert_tensor_parallel_size, config.tensor_model_parallel_size
+    if config.expert_model_parallel_size == 1 and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"--expert-tensor-parallel-size is {sizes[0]} and --tensor-model-parallel-size {sizes[1]} without expert "
+            "parallelism: Megatron would not add up the gradients of experts over tensor-parallel ranks; give "
+            "--expert-model-parallel-size, or equal sizes"
+        )
 
 
 def refuse_no_spec(spec) -> None:
@@ -85,7 +106,7 @@ def with_plain_mlp(stock):
 
 def without_new_arguments(spec):
     """Core 0.20 tells every linear its name and all process groups; packed ones know their tensor-parallel group."""
-    for holder in (spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules):
+    for holder in (spec.submodules.self_attention.submodules, *mlps_of(spec)):
         for linear in LINEARS:
             packed = getattr(holder, linear, None)
             if isinstance(packed, type) and issubclass(packed, PackedWeight):
