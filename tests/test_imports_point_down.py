@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "export": {"models", "data", "inference", "sparsity", *LEAVES},
     "training": {"models", "layers", "ops", "data", "sparsity", *LEAVES},
     "evaluation": {"training", "models", "layers", "data", "export", "inference", *LEAVES},
-    "integrations": {"training", "models", "layers", *LEAVES},
+    "integrations": {"training", "export", "models", "layers", "data", *LEAVES},
     "planner": {"training", "models", *LEAVES},
     "preflight": {"planner", "models", *LEAVES},
     "bench": {

@@ -9,7 +9,7 @@ from slope_megatron.cli.parser import manual
 HF = """\
 Write the newest checkpoint of RUN as a `transformers` model: config.json, generation_config.json, safetensors (dense,
 with zeros where the run is 2:4), tokenizer files. The padding of the vocabulary is removed. The family (OPT, GPT-2,
-LLaMA, Mistral, Qwen 3, BERT) is the one that this architecture is.
+LLaMA, Mistral, Mixtral, Qwen 3, BERT) is the one that this architecture is.
 """
 PACKED = """\
 Write the newest checkpoint of RUN in packed form: kept values, pattern bitmasks and adapters in safetensors, for
@@ -46,7 +46,7 @@ def add_parser(subcommands) -> None:
             epilog=manual(EXAMPLES[name]),
         )
         add = form.add_argument
-        add("source", type=Path, metavar="RUN", help="run folder")
+        add("source", type=Path, metavar="RUN", help="run folder, or what --save named in Megatron-LM")
         add("target", type=Path, metavar="OUT", help="folder to write; must be new or empty, appears when complete")
         add("--step", type=int, help="checkpoint of this step (default: the newest)")
         add("--tokenizer", type=Path, metavar="PATH", help="tokenizer's file or folder (default: the run's data's)")
@@ -61,7 +61,7 @@ def add_parser(subcommands) -> None:
                 help="fold: added to the weights, which are then no longer 2:4; lora: beside them, as a PEFT LoRA in "
                 "OUT/adapter; drop: left out, which changes the model (default: %(default)s)",
             )
-            families = ("auto", "opt", "gpt2", "llama", "mistral", "qwen3", "bert")
+            families = ("auto", "opt", "gpt2", "llama", "mistral", "mixtral", "qwen3", "bert")
             add("--family", choices=families, default="auto", help="Hugging Face's model type (default: %(default)s)")
             add(
                 "--dtype",
@@ -75,10 +75,12 @@ def open_run(arguments):
     """The source, once the target is known to be free."""
     from slope_megatron.export.output_folder import check_target, parse_size
     from slope_megatron.export.trained_run import TrainedRun
+    from slope_megatron.integrations.megatron_lm.saved_model import SavedModel, is_saved_model
 
     size = parse_size(arguments.max_shard_size)
     check_target(arguments.target, 0)
-    return TrainedRun(arguments.source, arguments.step, arguments.tokenizer), size
+    source = SavedModel if is_saved_model(arguments.source) else TrainedRun
+    return source(arguments.source, arguments.step, arguments.tokenizer), size
 
 
 def run_hf(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ import torch
 from slope_megatron.config import ModelConfig
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.yaml_file import write_yaml
+from slope_megatron.export.experts_model import ExpertsModel
 from slope_megatron.export.hf_config import as_dict, model_config
 from slope_megatron.export.hf_import import HfWeights
 from slope_megatron.export.output_folder import new_folder
@@ -60,6 +61,11 @@ def open_folder(folder: Path) -> tuple[dict, HfWeights]:
         sums.check_folder(folder, "export the run again", lambda name: name.endswith(".safetensors"))
     state = SafetensorsFolder(folder)
     model = model_config(fields)
+    if isinstance(model, ExpertsModel):
+        raise ValueError(
+            f"{folder} holds a mixture of experts, which `slope pretrain` does not train: import a dense model, or "
+            "train this one in Megatron-LM with --slope"
+        )
     weights = HfWeights(state, fields)
     check_shapes(state, weights, model)
     return fields, weights

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from slope_megatron.config import ModelConfig
+from slope_megatron.export.experts_model import ExpertsModel
 from slope_megatron.export.hf_names import ACTIVATIONS, FAMILIES
 
 
@@ -16,6 +17,7 @@ class Fields:
         names: our field -> theirs.
         absent: their fields that may be left out -> what that means.
         fixed: our fields of which the family has one value.
+        kind: of architecture.
         required: their fields that our blocks must find with this value, or absent.
         written: what an export says beside those.
         dropouts: theirs of our one dropout.
@@ -28,6 +30,7 @@ class Fields:
     required: dict[str, object]
     written: dict[str, object] = dataclasses.field(default_factory=dict)
     fixed: dict[str, object] = dataclasses.field(default_factory=dict)
+    kind: type[ModelConfig] = ModelConfig
 
 
 ENDS = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings"}
@@ -88,6 +91,13 @@ MISTRAL = dataclasses.replace(
     required={"sliding_window": None},
     written={"attention_bias": False, "sliding_window": None},
 )
+MIXTRAL = dataclasses.replace(
+    MISTRAL,
+    architecture="MixtralForCausalLM",
+    names={**LLAMA.names, "num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
+    written={"sliding_window": None},
+    kind=ExpertsModel,
+)
 QWEN3 = dataclasses.replace(
     LLAMA,
     architecture="Qwen3ForCausalLM",
@@ -116,7 +126,15 @@ BERT = Fields(
     written={"type_vocab_size": 2},
     fixed={"architecture": "bert"},
 )
-TABLES = {"opt": OPT, "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen3": QWEN3, "bert": BERT}
+TABLES = {
+    "opt": OPT,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "qwen3": QWEN3,
+    "bert": BERT,
+}
 DECODERS = ("opt", "gpt2", "llama", "mistral", "qwen3")
 # What a configuration of theirs does not hold: how ours was trained and padded.
 OURS_ALONE = ("dropout", "init_std", "vocab_multiple", "ffn_hidden_size", "num_query_groups")
@@ -161,7 +179,7 @@ def model_config(hf_config) -> ModelConfig:
         refuse_unless(family, fields, "word_embed_proj_dim", values["hidden_size"])
     if values.get("position") == "rope":
         values["rotary_base"] = rotary_base(family, fields)
-    return ModelConfig(**values)
+    return table.kind(**values)
 
 
 def rotary_base(family: str, fields: dict) -> int:
@@ -242,6 +260,8 @@ def choose_family(model: ModelConfig, asked: str = "auto") -> str:
     candidates: tuple[str, ...] = DECODERS if model.activation == "relu" else ("gpt2", "opt", *DECODERS[2:])
     if model.architecture == "bert":
         candidates = ("bert",)
+    if isinstance(model, ExpertsModel):
+        candidates = ("mixtral",)
     if asked != "auto":
         if asked not in candidates:
             raise ValueError(

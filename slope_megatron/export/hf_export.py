@@ -27,7 +27,7 @@ from slope_megatron.export.output_folder import (
     write_files,
     write_json,
 )
-from slope_megatron.export.trained_run import TrainedRun
+from slope_megatron.export.trained_model import TrainedModel
 from slope_megatron.storage import sums
 
 ADAPTERS = ("fold", "lora", "drop")
@@ -42,7 +42,7 @@ class HfPlan:
         files: of the model; adapter: of the adapter's folder, or None.
     """
 
-    source: TrainedRun
+    source: TrainedModel
     family: str
     adapters: str
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class HfPlan:
 
 
 def plan(
-    source: TrainedRun,
+    source: TrainedModel,
     *,
     family: str = "auto",
     adapters: str = "fold",
@@ -89,7 +89,7 @@ def plan(
     return HfPlan(source, chosen, adapters, kind, plan_files(entries, max_shard_bytes), adapter)
 
 
-def hf_parts(source: TrainedRun, family: str, fetch) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_parts(source: TrainedModel, family: str, fetch) -> Iterator[tuple[str, torch.Tensor]]:
     """`(their name, tensor)` of the whole model, from `fetch(canonical name)`, which is called once a name."""
     table = FAMILIES[family]
     for canonical, how, names in table_rows(table, source.model):

@@ -63,10 +63,12 @@ def table_rows(family: Family, model: ModelConfig) -> list[Row]:
     """The table of a whole model: its ends, an output layer of its own if it has one, and every block."""
     rows = [*family.body, *(() if model.tie_embeddings else family.head)]
     for block in range(model.num_layers):
-        rows += [
-            (canonical.format(i=block), how, tuple(name.format(i=block) for name in names))
-            for canonical, how, names in family.block
-        ]
+        for canonical, how, names in family.block:
+            experts = getattr(model, "num_experts", 1) if "{e}" in canonical else 1
+            rows += [
+                (canonical.format(i=block, e=expert), how, tuple(name.format(i=block, e=expert) for name in names))
+                for expert in range(experts)
+            ]
     return rows
 
 

@@ -23,7 +23,8 @@ class Family:
 
     Args:
         prefix: what stands before every name of the body; some published files leave it out.
-        body, block, head: rows; `head` only counts where the output layer has a weight of its own.
+        body, block, head: rows; `head` only counts where the output layer has a weight of its own. `{e}` in a row of a
+            block is the number of an expert.
         ties: copies, and the names of what they are copies of (an output layer's weight only where it is tied).
         ignored: names of constants. `*` stands for any text.
     """
@@ -97,6 +98,21 @@ LLAMA = Family(
     ignored=("*rotary_emb.inv_freq",),
 )
 
+EXPERT, EXPERTS = "mlp.experts.experts.{e}", "layers.{i}.block_sparse_moe"
+MIXTRAL = dataclasses.replace(
+    LLAMA,
+    block=(
+        *LLAMA.block[:4],
+        ("decoder.layers.{i}.mlp.router.weight", "plain", (f"{EXPERTS}.gate.weight",)),
+        (
+            f"decoder.layers.{{i}}.{EXPERT}.linear_fc1.weight",
+            "stack",
+            (f"{EXPERTS}.experts.{{e}}.w1.weight", f"{EXPERTS}.experts.{{e}}.w3.weight"),
+        ),
+        (f"decoder.layers.{{i}}.{EXPERT}.linear_fc2.weight", "plain", (f"{EXPERTS}.experts.{{e}}.w2.weight",)),
+    ),
+)
+
 QWEN3 = dataclasses.replace(
     LLAMA,
     block=(
@@ -161,7 +177,15 @@ BERT = Family(
     ignored=("embeddings.position_ids",),
 )
 
-FAMILIES = {"opt": OPT, "llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3, "gpt2": GPT2, "bert": BERT}
+FAMILIES = {
+    "opt": OPT,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": MIXTRAL,
+    "qwen3": QWEN3,
+    "gpt2": GPT2,
+    "bert": BERT,
+}
 # Hugging Face's names of the activations we have.
 ACTIVATIONS = {
     "relu": "relu",

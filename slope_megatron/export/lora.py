@@ -11,14 +11,14 @@ import torch
 from slope_megatron.export.hf_import import INVERSES, full_name, table_rows
 from slope_megatron.export.hf_names import FAMILIES
 from slope_megatron.export.output_folder import Entry
-from slope_megatron.export.trained_run import TrainedRun
+from slope_megatron.export.trained_model import TrainedModel
 
 PREFIX = "base_model.model."
 # B `[N, r]` has the rows of the weight `[N, K]`; Conv1D's weights are transposed, LoRA's factors are not.
 OF_ROWS = {"plain": "plain", "transpose": "plain", "qkv": "qkv", "qkv_conv1d": "qkv_split", "stack": "stack"}
 
 
-def tensors(source: TrainedRun, family: str, with_numbers: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(source: TrainedModel, family: str, with_numbers: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """`(PEFT's name, tensor)` of all adapters, without numbers unless they are asked for."""
     table = FAMILIES[family]
 
@@ -39,7 +39,7 @@ def tensors(source: TrainedRun, family: str, with_numbers: bool = False) -> Iter
             yield f"{module}.lora_B.weight", part
 
 
-def config(entries: list[Entry], source: TrainedRun, family: str) -> dict:
+def config(entries: list[Entry], source: TrainedModel, family: str) -> dict:
     """adapter_config.json: every module by its whole name, for the first linear has no adapter."""
     modules = [entry.name for entry in entries if entry.name.endswith(".lora_A.weight")]
     return {

@@ -8,6 +8,7 @@ import torch
 
 from slope_megatron.config.saved import saved_form
 from slope_megatron.export import output_folder
+from slope_megatron.export.experts_model import ExpertsModel
 from slope_megatron.export.output_folder import (
     Entry,
     new_folder,
@@ -16,16 +17,18 @@ from slope_megatron.export.output_folder import (
     write_files,
     write_json,
 )
-from slope_megatron.export.trained_run import TrainedRun
+from slope_megatron.export.trained_model import TrainedModel
 from slope_megatron.inference.packed_file import FORMAT, PATTERN
 from slope_megatron.storage import sums
 
 
-def plan(source: TrainedRun, max_shard_bytes: int = 5 * 10**9) -> dict[str, list[Entry]]:
+def plan(source: TrainedModel, max_shard_bytes: int = 5 * 10**9) -> dict[str, list[Entry]]:
     """
     Raises:
-        ValueError: an encoder.
+        ValueError: an encoder, or a mixture of experts.
     """
+    if isinstance(source.model, ExpertsModel):
+        raise ValueError("the packed form has no experts: use `slope export hf`")
     if source.model.architecture != "gpt":
         raise ValueError(
             f"the run's architecture is {source.model.architecture}: the packed form is for decoders that generate; "
@@ -34,7 +37,7 @@ def plan(source: TrainedRun, max_shard_bytes: int = 5 * 10**9) -> dict[str, list
     return plan_files((Entry(name, source.shape(name), source.dtype(name)) for name in sorted(source)), max_shard_bytes)
 
 
-def sparse_bytes(source: TrainedRun) -> dict[str, int]:
+def sparse_bytes(source: TrainedModel) -> dict[str, int]:
     """Bytes of the sparse linears' weights: as they are stored here, and as the same linears dense."""
     packed = dense = 0
     for name in source:
@@ -45,7 +48,7 @@ def sparse_bytes(source: TrainedRun) -> dict[str, int]:
     return {"packed": packed, "dense": dense}
 
 
-def describe(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> str:
+def describe(source: TrainedModel, files: dict[str, list[Entry]], target: Path) -> str:
     """For people, a line a file."""
     sizes, lines = sparse_bytes(source), ["config.json", *tokenizer_files(source), sums.FOLDER]
     if sizes["dense"]:
@@ -54,13 +57,13 @@ def describe(source: TrainedRun, files: dict[str, list[Entry]], target: Path) ->
     return output_folder.describe(f"{target}: packed model of step {source.step}", files, lines)
 
 
-def tokenizer_files(source: TrainedRun) -> dict[str, bytes]:
+def tokenizer_files(source: TrainedModel) -> dict[str, bytes]:
     """`{file name: content}`, as data are prepared with them."""
     return source.tokenizer.files if source.tokenizer is not None else {}
 
 
 @torch.no_grad()
-def export(source: TrainedRun, files: dict[str, list[Entry]], target: Path) -> None:
+def export(source: TrainedModel, files: dict[str, list[Entry]], target: Path) -> None:
     """Write what was planned; the folder appears when it is complete."""
     model = dataclasses.asdict(source.model)
     with new_folder(target, total_bytes(files)) as folder:

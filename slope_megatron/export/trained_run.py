@@ -1,33 +1,19 @@
-"""A run's checkpoint as a mapping `{canonical name: tensor}`, in one process, without Megatron and DeepSpeed.
-
-The checkpoint is read by whole tensors, whatever layout wrote it. Left out: the optimizer, the second pruning (only
-training needs it), adapters that had not joined yet, and the rows that pad the vocabulary. A baseline's weight comes
-as it is multiplied.
-"""
+"""`TrainedModel` of a run that `slope pretrain` wrote."""
 
 import dataclasses
 import functools
-import itertools
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
 
 from slope_megatron.config.json_file import read_json
 from slope_megatron.config.saved import WEIGHTS, SavedConfig
 from slope_megatron.data.fast_tokenizer import FastTokenizer
 from slope_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from slope_megatron.export.run_tokenizer import check_given, choose_tokenizer, own_tokenizer
-from slope_megatron.models.shapes import VOCABULARY_ROWS
-from slope_megatron.sparsity.packing import unpack, unpack_bits
-from slope_megatron.sparsity.soft_threshold import BESIDE, arguments, as_multiplied
+from slope_megatron.export.trained_model import OTHER_STEP, TrainedModel
 from slope_megatron.storage import latest, sums
 
 STEP = re.compile(r"step_\d{8,}")
-LEFT_OUT = (".weight_column", "_extra_state")
-OTHER_STEP = "take another checkpoint with --step"
-ADAPTERS = (".adapter_l", ".adapter_r")
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -75,8 +61,8 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
     return latest.find(complete)
 
 
-class TrainedRun(Mapping[str, torch.Tensor]):
-    """See the module's docstring.
+class TrainedRun(TrainedModel):
+    """The newest checkpoint of a run, or that of a step.
 
     Args:
         run: run folder.
@@ -88,10 +74,6 @@ class TrainedRun(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, run: Path | str, step: int | None = None, tokenizer: Path | None = None):
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-        from slope_megatron.storage.tensors import CheckedReader
-
         self.run = Path(run)
         self.folder = find_checkpoint(self.run, step)
         # Those with the tensors are checked as they are read.
@@ -102,27 +84,16 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         self.config = config.dense_twin if state.get("form") == "dense" else config
         self.step = state["steps_done"]
         self.adapters_active = self.config.slope.adapters_count(self.config.train.steps, self.step)
-        self.reader = CheckedReader(self.folder, OTHER_STEP)
-        entries = self.reader.read_metadata().state_dict_metadata
-        self.entries = {
-            name: entry
-            for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and self._counts(name)
-        }
-        self.masks = {name: self.entries.pop(name) for name in list(self.entries) if name.endswith(BESIDE)}
+        self.open_tensors(self.folder)
         self.tokenizer_folder = choose_tokenizer(self.run, Path(self.config.data.data), tokenizer)
         self.vocabulary = self._vocabulary()
-        positions, seq_length = self.entries.get("embedding.position_embeddings.weight"), self.config.data.seq_length
+        positions = self.tensors.places.get("embedding.position_embeddings.weight")
+        asked = self.config.model.max_positions or self.config.data.seq_length
         self.model = dataclasses.replace(
             self.config.model,
             vocab_size=self.vocabulary,
-            max_positions=positions.size[0] if positions else self.config.model.max_positions or seq_length,
+            max_positions=positions.shape[0] if positions else asked,
         )
-
-    def _counts(self, name: str) -> bool:
-        if name.startswith("optimizer.") or any(part in name for part in LEFT_OUT):
-            return False
-        return self.adapters_active or not name.endswith(ADAPTERS)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | FastTokenizer | None:
@@ -149,73 +120,3 @@ class TrainedRun(Mapping[str, torch.Tensor]):
         raise ValueError(
             f"the vocabulary of {self.run} is that of its data, and {self.config.data.data} is gone: give --tokenizer"
         )
-
-    # -- tensors ------------------------------------------------------------------------------------------------------
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor; without the padding of the vocabulary."""
-        stored = tuple(self.entries[name].size)
-        return (min(stored[0], self.vocabulary), *stored[1:]) if name in VOCABULARY_ROWS else stored
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.entries[name].properties.dtype
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read([name])[name]
-
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Some tensors at once.
-
-        Raises:
-            ValueError: they are not what was written.
-        """
-        from slope_megatron.storage.tensors import read_tensors
-
-        read, entries = {name: arguments(name, self.masks) for name in names}, {**self.entries, **self.masks}
-        state = {
-            one: torch.empty(entries[one].size, dtype=entries[one].properties.dtype)
-            for one in itertools.chain(*read.values())
-        }
-        read_tensors(state, self.reader)
-        whole = {name: as_multiplied(*(state[one] for one in read[name])) for name in names}
-        return {
-            name: tensor[: self.vocabulary] if name in VOCABULARY_ROWS else tensor for name, tensor in whole.items()
-        }
-
-    # -- dense --------------------------------------------------------------------------------------------------------
-
-    def is_packed(self, name: str) -> bool:
-        return f"{name}_pattern" in self.entries
-
-    def has_adapter(self, name: str) -> bool:
-        """Whether the linear with this weight has adapters that take part."""
-        return f"{name.removesuffix('.weight')}.adapter_l" in self.entries
-
-    def dense_shape(self, name: str) -> tuple[int, ...]:
-        """Of the dense tensor."""
-        rows, *rest = self.shape(name)
-        return (rows, 8 * self.shape(f"{name}_pattern")[1]) if self.is_packed(name) else (rows, *rest)
-
-    def dense(self, name: str, fold: bool) -> torch.Tensor:
-        """The dense tensor: zeros where pruned. `fold` adds (1/R) (L R)^T, summed in fp32 at least, then rounded."""
-        linear = name.removesuffix(".weight")
-        names = [name, f"{name}_pattern"] if self.is_packed(name) else [name]
-        folded = fold and name.endswith(".weight") and self.has_adapter(name)
-        stored = self.read([*names, *(linear + leaf for leaf in ADAPTERS)] if folded else names)
-        weight = stored[name]
-        if self.is_packed(name):
-            weight = unpack(weight, unpack_bits(stored[f"{name}_pattern"]))
-        if not folded:
-            return weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        left, right = (stored[linear + leaf].to(wide) for leaf in ADAPTERS)
-        return torch.addmm(weight.to(wide), right, left, alpha=1.0 / len(left)).to(weight.dtype)

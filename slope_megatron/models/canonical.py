@@ -12,6 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 
+from slope_megatron.models.canonical_names import numbered
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -81,12 +83,3 @@ def shards(model: MegatronModule) -> Iterator[Shard]:
                 main=not any(part.replica_id) if isinstance(part.replica_id, tuple) else part.replica_id == 0,
             )
             first_local_row += part.data.shape[0]
-
-
-def numbered(name: str, index: tuple[int, ...]) -> str:
-    """The name of one expert's tensor: checkpoints stack those of all experts along an axis of its own.
-
-    Args:
-        index: the expert's global number, or nothing.
-    """
-    return name.replace(".experts.experts.", f".experts.experts.{index[0]}.") if index else name

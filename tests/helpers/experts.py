@@ -131,6 +131,13 @@ def forward_backward(ddp, step: int) -> float:
     return float(total / parallel_state.get_data_parallel_world_size())
 
 
+def metadata() -> dict:
+    """What Megatron's `sharded_state_dict` takes."""
+    from megatron.core import parallel_state
+
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
 def tensors(model, of=lambda parameter: parameter.detach()) -> list[tuple]:
     """`(name, offset, shape, part)` of everything that a checkpoint holds here, parameters as `of` makes them."""
     from slope_megatron.models.canonical import shards

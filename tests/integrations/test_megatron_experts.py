@@ -11,6 +11,7 @@ from helpers.experts import (
     build,
     forward_backward,
     in_data_parallel,
+    metadata,
     start,
     tensors,
     together,
@@ -133,12 +134,6 @@ def load(layout, folder):
     state = dist_checkpointing.load(model.sharded_state_dict(metadata=metadata()), str(folder))
     model.load_state_dict(state)
     return tensors(model)
-
-
-def metadata():
-    from megatron.core import parallel_state
-
-    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def test_a_checkpoint_is_read_at_another_layout(ranks, tmp_path):
