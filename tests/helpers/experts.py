@@ -87,7 +87,7 @@ def build(layout: Layout, slope, seed: int = 1, **more):
     from slope_megatron.integrations.megatron_lm import plugin
 
     config = transformer_config(layout, **more)
-    args = types.SimpleNamespace(seed=seed, init_method_std=0.02, num_layers=BLOCKS)
+    args = types.SimpleNamespace(seed=seed, init_method_std=0.02, num_layers=BLOCKS, overlap_grad_reduce=False)
     plugin.settings = lambda: (args, slope)
     return plugin.with_sparse_layers(GPTModel)(
         config=config,

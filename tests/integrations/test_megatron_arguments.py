@@ -47,6 +47,7 @@ def test_what_is_read_beside_a_refused_argument_is_looked_at_when_that_is_served
 # One refused value each; True for the others.
 VALUES = {
     "transformer_impl": "inference_optimized",
+    "expert_tensor_parallel_num_weight_shards": 2,
     "softmax_type": "learnable",
     "window_size": (128, 0),
     "flash_attention_version": 3,

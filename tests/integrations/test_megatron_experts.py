@@ -68,6 +68,14 @@ def test_weights_gradients_and_loss_are_those_of_one_rank(ranks, of_one_rank, la
         )
 
 
+def test_shared_experts_beside_the_dispatch_are_the_same(ranks, of_one_rank):
+    layout, overlapped = Layout(tensor=2, expert=2), {**SHARED, "moe_shared_expert_overlap": True}
+    results = ranks.run(first_step, layout, overlapped, 4, world=layout.world)
+    assert [found for found, *_ in results] == pytest.approx([of_one_rank[0]] * layout.world, rel=1e-6)
+    for name, gradient in together([parts for _, _, parts in results]).items():
+        torch.testing.assert_close(gradient, of_one_rank[2][name], rtol=1e-4, atol=1e-7)
+
+
 def test_experts_and_shared_experts_are_packed_and_the_router_is_dense(ranks, of_one_rank):
     _, weights, gradients = of_one_rank
     block = "decoder.layers.1.mlp"

@@ -19,6 +19,25 @@ WORKS: dict[str, str] = {
     kv_channels layernorm_epsilon normalization num_attention_heads num_layers num_query_groups openai_gelu qk_l2_norm
     qk_layernorm quick_geglu seq_length spec squared_relu swiglu untie_embeddings_and_output_weights
     """,
+    "experts and their dispatch": """
+    ep_overlap_early_attn_memory_release expert_model_parallel_size expert_tensor_parallel_size gtp_expert_remat_nccl_ub
+    high_priority_a2a_comm_stream moe_apply_probs_on_input moe_aux_loss_coeff moe_combine_bwd_dtype moe_deepep_num_sms
+    moe_dispatch_fwd_dtype moe_enable_deepep moe_enable_routing_replay moe_expert_capacity_factor
+    moe_expert_rank_capacity_factor moe_extended_tp moe_ffn_hidden_size moe_flex_dispatcher_backend
+    moe_flex_dispatcher_num_sms moe_grouped_gemm moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute
+    moe_hybridep_num_sms moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs moe_input_jitter_eps
+    moe_layer_freq moe_layer_recompute moe_ncclep_static_shape moe_ncclep_zero_copy moe_pad_expert_input_to_capacity
+    moe_pad_experts_for_cuda_graph_inference moe_per_layer_logging moe_permute_fusion moe_permute_fusion_into_hybridep
+    moe_router_bias_update_rate moe_router_dtype moe_router_enable_expert_bias moe_router_force_biased
+    moe_router_force_load_balancing moe_router_fusion moe_router_group_topk moe_router_load_balancing_type
+    moe_router_num_groups moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_router_pre_softmax
+    moe_router_quantile_balancing_ema moe_router_score_function moe_router_topk moe_router_topk_scaling_factor
+    moe_routing_trace_capture_hidden_states moe_routing_trace_capture_logits moe_routing_trace_dump_weights
+    moe_routing_trace_max_training_iters moe_routing_trace_path moe_shared_expert_gate
+    moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_token_dispatcher_type moe_token_drop_policy
+    moe_use_legacy_grouped_gemm moe_z_loss_coeff num_experts save_tokens_per_expert_interval
+    use_fused_weighted_squared_relu
+    """,
     "weights as they start": """
     embedding_init_method_std init_method_std perform_initialization seed use_cpu_initialization
     """,
@@ -171,30 +190,10 @@ NO_EFFECT: dict[str, str] = {
 
 # Refused argument: those that are read beside it only. When it is served, they have to be looked at, too.
 BESIDE: dict[str, str] = {
-    "num_experts": """
-    ep_overlap_early_attn_memory_release expert_model_parallel_size expert_tensor_parallel_num_weight_shards
-    expert_tensor_parallel_size gtp_expert_remat_nccl_ub high_priority_a2a_comm_stream moe_apply_probs_on_input
-    moe_aux_loss_coeff moe_combine_bwd_dtype moe_deepep_num_sms moe_dispatch_fwd_dtype moe_enable_deepep
-    moe_enable_routing_replay moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_extended_tp
-    moe_ffn_hidden_size moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_grouped_gemm
-    moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms
-    moe_hybridep_num_sms_preprocessing moe_hybridep_pad_uneven_dispatch_inputs moe_input_jitter_eps moe_latent_size
-    moe_layer_freq moe_layer_recompute moe_mlp_glu_interleave_size moe_ncclep_static_shape moe_ncclep_zero_copy
-    moe_pad_expert_input_to_capacity moe_pad_experts_for_cuda_graph_inference moe_paged_stash
+    "moe_paged_stash": """
     moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_page_size
-    moe_per_layer_logging moe_permute_fusion moe_permute_fusion_into_hybridep moe_router_bias_update_rate
-    moe_router_dtype moe_router_enable_expert_bias moe_router_force_biased moe_router_force_load_balancing
-    moe_router_fusion moe_router_group_topk moe_router_load_balancing_type moe_router_num_groups
-    moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_router_pre_softmax
-    moe_router_quantile_balancing_ema moe_router_score_function moe_router_topk moe_router_topk_scaling_factor
-    moe_routing_trace_capture_hidden_states moe_routing_trace_capture_logits moe_routing_trace_dump_weights
-    moe_routing_trace_max_training_iters moe_routing_trace_path moe_shared_expert_gate
-    moe_shared_expert_glu_interleave_size moe_shared_expert_intermediate_size moe_shared_expert_overlap
-    moe_single_grouped_bias moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy
-    moe_upcycling_granularity moe_use_grouped_tensor moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff
-    overlap_dispatch_backward_with_experts_wgrad save_tokens_per_expert_interval use_fused_weighted_squared_relu
-    use_grouped_gemm_for_shared_expert
     """,
+    "moe_use_upcycling": "moe_upcycling_granularity",
     "multi_latent_attention": """
     cache_mla_latents kv_lora_rank mla_down_proj_fusion mscale mscale_all_dim q_lora_rank qk_head_dim
     qk_pos_emb_head_dim rotary_scaling_factor v_head_dim

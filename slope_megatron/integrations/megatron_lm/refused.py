@@ -72,6 +72,9 @@ NO_HYBRID = "pretrain_gpt.py with attention and MLP in every block: --slope has 
 NO_EXPORT = "the script without ModelOpt: it builds a model of its own, which the hook does not reach"
 NO_OFFLOAD = "--recompute-granularity: moving what 2:4 products keep for backward to the host was never tried"
 OTHER_MLP = "the plain MLP: it puts linears of its own in the place of those that --slope replaces"
+GROUPED = "experts one after another: it is of a grouped product, and each packed weight has products of its own"
+INTERLEAVED = "gate above up: patterns and checkpoints know no other order"
+WHOLE_SHARDS = "--tensor-model-parallel-size: 2:4 products want whole shards"
 LOCAL_ATTENTION = "the default: the local spec's attention with --slope is torch's scaled_dot_product_attention"
 
 RULES = (
@@ -127,7 +130,7 @@ RULES = (
     Rule("hybrid_context_parallel", "no --hybrid-context-parallel: attention takes no packed samples"),
     Rule(
         "tensor_parallel_num_weight_shards",
-        "--tensor-model-parallel-size: 2:4 products want whole shards",
+        WHOLE_SHARDS,
         # The upstream fills in the tensor-parallel size where nothing was given.
         when=lambda args: args.tensor_parallel_num_weight_shards > getattr(args, "tensor_model_parallel_size", 1),
     ),
@@ -135,7 +138,24 @@ RULES = (
     Rule("use_megatron_fsdp", NO_FSDP),
     Rule("ckpt_format", "torch_dist or torch: this one is of sharded weights", among("torch_dcp", "fsdp_dtensor")),
     # Experts
-    Rule("num_experts", "a model without experts: expert linears stay dense"),
+    Rule("moe_latent_size", "no --moe-latent-size: its two projections would stay dense"),
+    Rule("moe_use_upcycling", "a checkpoint with experts: copies of a dense MLP cannot be made of packed weights"),
+    Rule("overlap_dispatch_backward_with_experts_wgrad", "nothing: 2:4 linears compute their gradients at once"),
+    Rule("use_grouped_gemm_for_shared_expert", OTHER_MLP),
+    Rule("moe_paged_stash", GROUPED),
+    Rule("moe_single_grouped_weight", GROUPED),
+    Rule("moe_single_grouped_bias", GROUPED),
+    Rule("moe_use_grouped_tensor", GROUPED),
+    Rule("moe_mlp_glu_interleave_size", INTERLEAVED),
+    Rule("moe_shared_expert_glu_interleave_size", INTERLEAVED),
+    Rule(
+        "expert_tensor_parallel_num_weight_shards",
+        WHOLE_SHARDS,
+        when=lambda args: (
+            args.expert_tensor_parallel_num_weight_shards
+            > (getattr(args, "expert_tensor_parallel_size", None) or getattr(args, "tensor_model_parallel_size", 1))
+        ),
+    ),
     Rule("overlap_moe_expert_parallel_comm", "no --overlap-moe-expert-parallel-comm: it takes weight gradients apart"),
     # Other models
     Rule("multi_latent_attention", "attention with one projection for query, key and value: MLA's are not replaced"),
