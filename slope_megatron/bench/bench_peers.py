@@ -6,9 +6,10 @@ launched from Python, the dense block too. A peer that cannot run, or gives wron
 """
 
 import gc
+import sys
 
 from slope_megatron.bench.common import bar_chart, machine, print_table, rounded, write_csv
-from slope_megatron.bench.models import MODELS, Model
+from slope_megatron.bench.models import MODELS, TINY, Model
 from slope_megatron.bench.progress import Clock, add_budget, begin
 
 NOTES = {
@@ -17,6 +18,8 @@ NOTES = {
     "torch-cusparselt-training": "torch's own training path: pruned and packed in every forward",
     "torch-cutlass-training": "torch's own training path with CUTLASS",
     "fst-style": "MLP alone, transposable masks, MVUE wgrad, dense parameter; our re-implementation on our kernels",
+    "te-bf16": "Transformer Engine's own dense block",
+    "te-fp8": "Transformer Engine's own dense block, products in e4m3 with current scaling",
 }
 
 
@@ -32,8 +35,8 @@ def add_arguments(parser) -> None:
 
 
 def all_peers() -> dict:
-    """{name: linear, or one for each linear of a block}."""
-    from slope_megatron.bench import peers
+    """{name: linear, one for each linear of a block, or a whole block}; of what is not installed, a line instead."""
+    from slope_megatron.bench import peers, te_block
     from slope_megatron.bench.linears import MODES
 
     mlp_alone = {"qkv": MODES["dense"], "proj": MODES["dense"], "fc1": peers.Fst, "fc2": peers.Fst}
@@ -44,17 +47,24 @@ def all_peers() -> dict:
         "torch-cutlass-training": peers.TorchCutlassTraining,
         "fst-style": mlp_alone,
     }
+    if te_block.is_installed():
+        others |= {"te-bf16": te_block.TeBlock, "te-fp8": te_block.TeFloat8Block}
+    else:
+        print("Transformer Engine is not installed: its blocks, te-bf16 and te-fp8, are left out", file=sys.stderr)
     return others | {mode: linear for mode, linear in MODES.items() if mode != "dense"}
 
 
 def reasons(wanted: dict, clock: Clock) -> dict[str, str | None]:
     """Each peer's reason for being refused; None: it runs and multiplies right. This project's modes have tests."""
-    from slope_megatron.bench import peers
+    from slope_megatron.bench import peers, te_block
 
     found = dict.fromkeys(wanted)
-    for name in wanted:
+    for name, kind in wanted.items():
         if name in NOTES:
-            found[name] = peers.wrong(wanted[name]["fc1"] if isinstance(wanted[name], dict) else wanted[name])
+            if name.startswith("te-"):
+                found[name] = te_block.wrong(kind, TINY)
+            else:
+                found[name] = peers.wrong(kind["fc1"] if isinstance(kind, dict) else kind)
             clock.say(f"{name}: {found[name] or 'runs'}")
     return found
 

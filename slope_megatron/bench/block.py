@@ -6,14 +6,19 @@ positions, grouped queries, SwiGLU):
 Attention is torch's scaled_dot_product_attention; norms, biases, activations and residuals are fused by torch.compile.
 """
 
+from typing import TypeAlias, cast
+
 import torch
 import torch.nn.functional as F
 
 from slope_megatron.bench.linears import DTYPE, LinearMaker
 from slope_megatron.bench.models import Model
+from slope_megatron.bench.te_block import TeBlock
 from slope_megatron.layers.fused import allow_variants
 
 SEQUENCE = 2048
+# What `Block` takes, or a block of others.
+BlockMaker: TypeAlias = LinearMaker | dict[str, LinearMaker] | type[TeBlock]
 # A variant of the functions below for each model and pass.
 allow_variants()
 
@@ -114,6 +119,13 @@ class Block(torch.nn.Module):
         return add_bias(residual, linears["fc2"](bias_relu(linears["fc1"](normed), vectors["fc1"])), vectors["fc2"])
 
 
+def block_of(model: Model, linear: BlockMaker) -> torch.nn.Module:
+    """A block of others as it is, or `Block` with these linears."""
+    if isinstance(linear, type) and issubclass(linear, TeBlock):
+        return linear(model, SEQUENCE)
+    return Block(model, cast("LinearMaker | dict[str, LinearMaker]", linear))
+
+
 def accumulate_in_fp32(module: torch.nn.Module) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Each gradient is added to an fp32 sum as soon as it is there and then dropped: what a bf16 engine does."""
     sums: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -134,12 +146,12 @@ class Stack:
     def __init__(
         self,
         model: Model,
-        linear: LinearMaker | dict[str, LinearMaker],
+        linear: BlockMaker,
         blocks: int,
         tokens: int,
         accumulate: str,
     ):
-        self.blocks = torch.nn.Sequential(*(Block(model, linear) for _ in range(blocks)))
+        self.blocks = torch.nn.Sequential(*(block_of(model, linear) for _ in range(blocks)))
         self.x = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE, requires_grad=True)
         self.dy = torch.randn(tokens, model.hidden, device="cuda", dtype=DTYPE) * 1e-3
         self.accumulate = accumulate

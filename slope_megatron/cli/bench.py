@@ -10,7 +10,7 @@ BENCHMARKS = {
     "model": "whole models as `slope pretrain` trains them, dense and 2:4: tokens/s, MFU, memory",
     "block": "whole transformer blocks, training and forward alone",
     "parallel": "training steps on several GPUs: tensor parallel, and replicas from one up",
-    "peers": "blocks of torch's own 2:4 tensors, of an FST-style MLP and of this project's modes, in one run",
+    "peers": "blocks of torch's 2:4 tensors, an FST-style MLP, Transformer Engine and this project's modes, in one run",
     "decode": "prefill and decoding of a few blocks at inference",
     "refresh": "kernels that move weights, as a share of copy bandwidth",
 }
