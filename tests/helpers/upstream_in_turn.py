@@ -32,6 +32,8 @@ def main(checkout: str, script: str, runs: str) -> None:
     for index, each in enumerate(json.loads(Path(runs).read_text())):
         print(f"== run {index}", flush=True)
         os.environ["MASTER_PORT"] = str(each["port"])
+        # Of Transformer Engine, which the upstream wants set as the flag is.
+        os.environ["NVTE_APPLY_QK_LAYER_SCALING"] = str(int("--apply-query-key-layer-scaling" in each["flags"]))
         sys.argv = [script, *each["flags"]]
         runpy.run_path(script, run_name="__main__")
         forget()

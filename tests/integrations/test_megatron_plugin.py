@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from slope_megatron.config import SlopeConfig
 from slope_megatron.integrations.megatron_lm import plugin
 
 
@@ -91,3 +92,20 @@ def test_hooking_twice_is_once():
         plugin.wrap(namespace, "add_megatron_arguments", plugin.with_flags, "here")
     hooked = namespace["add_megatron_arguments"]
     assert hooked.slope_hook and not hasattr(hooked.__wrapped__, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"bf16": False, "use_distributed_optimizer": True}, "--use-distributed-optimizer is on"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer is on with --slope-adapter-rank"),
+        ({"iterations_to_skip": [4, 10]}, "--iterations-to-skip has the step at which adapters join"),
+    ],
+)
+def test_what_adapters_could_not_join_under_is_refused(values, said):
+    common = {"bf16": True, "fp16": False, "use_distributed_optimizer": False, "train_iters": 12}
+    args = types.SimpleNamespace(**{**common, **values})
+    adapters = SlopeConfig(adapter_rank=4, lazy_fraction=0.25)  # they join at step 9, counted from 0
+    (text,) = plugin.adapter_refusals(args, adapters)
+    assert text.startswith(said) and not plugin.adapter_refusals(args, SlopeConfig())
+    assert not plugin.adapter_refusals(types.SimpleNamespace(**common, iterations_to_skip=[9, 11]), adapters)

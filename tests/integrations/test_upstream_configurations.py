@@ -1,4 +1,7 @@
-"""The upstream's own training configurations: how many `--slope` takes, and that each combination of theirs runs."""
+"""The upstream's own training configurations: how many `--slope` takes, and that each combination of theirs runs.
+
+On CPU ranks, those of Transformer Engine with a stand-in for it in plain torch.
+"""
 
 import contextlib
 import json
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from integrations.test_patches import FOLDER
-from integrations.test_upstream_scripts import HELPERS, ROOT, checkout_of
+from integrations.test_upstream_scripts import HELPERS, ROOT, STAND_IN, checkout_of
 
 from helpers.upstream_configurations import TOY, Toy, changed, combinations, configurations, passed, problems, table
 from slope_megatron.launch.ports import free_port
@@ -26,7 +29,7 @@ def test_the_selection_is_the_220_that_train():
 
 def test_no_change_takes_a_configuration_away():
     counts = passed()
-    assert counts == sorted(counts) and counts[-1] >= 119
+    assert counts == sorted(counts) and counts[0] >= 174 and counts[-1] >= 189
     assert passed(()) == [220] * len(counts)
 
 
@@ -51,7 +54,7 @@ def start(script: Path, runs: Path, rank: int, world: int) -> subprocess.Popen:
     environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHDYNAMO_DISABLE": 1, "CUDA_DEVICE_MAX_CONNECTIONS": 1}
     # What --deterministic-mode asks for.
     environment |= {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests", STAND_IN)))}
     command = [sys.executable, "-W", "ignore", HELPERS / "upstream_in_turn.py", script.parent, script, runs]
     out = (runs.parent / f"rank{rank}.log").open("w")
     return subprocess.Popen(
@@ -98,8 +101,10 @@ def outcomes(tmp_path_factory):
 
 
 def runs_on_a_cpu(toy: Toy) -> bool:
-    # It wants the fused gradient accumulation of apex or Transformer Engine.
-    return "--defer-embedding-wgrad-compute" not in toy.flags
+    # The one wants the fused gradient accumulation of apex or Transformer Engine; the upstream refuses the others at
+    # this size, where replicas of attention are not as many as those of experts.
+    mapped = {"--context-parallel-size", "--use-tp-pp-dp-mapping"} <= set(toy.flags)
+    return "--defer-embedding-wgrad-compute" not in toy.flags and not mapped
 
 
 def losses(said: str) -> list[float]:
@@ -110,7 +115,7 @@ def losses(said: str) -> list[float]:
 @pytest.mark.parametrize("toy", combinations(), ids=lambda toy: f"{toy.world}:" + " ".join(toy.flags))
 def test_a_combination_of_features_trains_two_steps(toy, outcomes):
     if not runs_on_a_cpu(toy):
-        pytest.skip("--defer-embedding-wgrad-compute wants a GPU: apex or Transformer Engine")
+        pytest.skip("it wants apex or Transformer Engine on a GPU, or more ranks")
     said = outcomes(toy)
     # The logarithm of 128 entries is 4.85, and the weights are small.
     assert len(losses(said)) == 2 and all(4.7 < loss < 5.0 for loss in losses(said)), said[-6000:]

@@ -116,6 +116,17 @@ def adapter_refusals(args, slope) -> list[str]:
             "--use-distributed-optimizer is on with --slope-adapter-rank in fp32: adapters cannot start anew in its "
             "shards; leave it out, or give --bf16",
         ),
+        (
+            getattr(args, "use_precision_aware_optimizer", False),
+            "--use-precision-aware-optimizer is on with --slope-adapter-rank: adapters cannot start anew in the fp32 "
+            "weights that it keeps to itself; leave it out",
+        ),
+        (
+            # The upstream counts its steps from 1.
+            (slope.adapter_start(args.train_iters or 0) or 0) + 1 in (getattr(args, "iterations_to_skip", None) or []),
+            "--iterations-to-skip has the step at which adapters join, and they would not start anew: skip another, or "
+            "give another --slope-lazy-fraction",
+        ),
     )
     return [problem for applies, problem in wrong if applies and slope.adapter_rank]
 
