@@ -19,7 +19,7 @@ def whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
         yield DTensor.full_tensor(parameter).detach()
     elif is_partitioned(parameter):
         # Whoever has such a parameter has DeepSpeed.
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         with GatheredParameters([parameter]):
             yield parameter

