@@ -36,9 +36,9 @@ class SafetensorsFolder(Mapping[str, torch.Tensor]):
         ValueError: what `weight_files` raises, or a file is damaged or lacks a tensor.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | str):
         self.files: dict[str, Path] = {}
-        for path, wanted in weight_files(folder).items():
+        for path, wanted in weight_files(Path(folder)).items():
             try:
                 with safe_open(path, framework="pt") as opened:
                     found = set(opened.keys())
@@ -79,18 +79,19 @@ def check_written(folder: Path, names: Callable[[str], bool] = sums.every) -> No
         sums.note_absence(folder)
 
 
-def is_packed_folder(folder: Path) -> bool:
+def is_packed_folder(folder: Path | str) -> bool:
     """Whether `slope export packed` wrote it."""
-    config = folder / "config.json"
+    config = Path(folder) / "config.json"
     return config.is_file() and read_json(config, AGAIN).get("model_type") == "slope-packed"
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, dict]:
+def read_config(folder: Path | str) -> tuple[ModelConfig, dict]:
     """Architecture, and all of config.json.
 
     Raises:
         ValueError: not such a folder, damaged, of another format, or with settings that this version does not have.
     """
+    folder = Path(folder)
     if not is_packed_folder(folder):
         raise ValueError(f"{folder} holds no packed model: give a folder that `slope export packed` wrote")
     # A tokenizer may be gone: --tokenizer gives another.

@@ -5,8 +5,12 @@ Each number depends on (seed, canonical name, index in the whole tensor) alone, 
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from slope_megatron.layers.packed_weight import PackedWeight, Region
+from slope_megatron.layers.pruned_linear import PrunedLinear
+from slope_megatron.models.bert import PostNormLayer
 from slope_megatron.models.canonical import Shard, shards
 from slope_megatron.models.layer_spec import masked_modules, sparse_modules
 from slope_megatron.models.rules import ADAPTER, EMBEDDING, ONE, ZERO, initial_std
@@ -30,7 +34,10 @@ def init_weights(
         num_layers: blocks of the whole model, over all pipeline stages.
         embedding_std: of embeddings, also where they are the output layer; None: `init_std`.
         norm_weight: of norms; 0 where they multiply by 1 + weight.
+    Raises:
+        ValueError: what `check_norms` raises.
     """
+    check_norms(model)
     parameters = dict(model.named_parameters())
     for shard in shards(model):
         if shard.local_name not in parameters:
@@ -45,6 +52,27 @@ def init_weights(
         else:
             init_shard(shard, seed, std, norm_weight)
     choose_derived(model)
+
+
+def check_norms(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: a norm was within the linear that a sparse one has replaced, as in Transformer Engine's specs.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, TransformerLayer) or isinstance(layer, PostNormLayer):
+            continue
+        linears = {
+            "input_layernorm": getattr(layer.self_attention, "linear_qkv", None),
+            "pre_mlp_layernorm": getattr(layer.mlp, "linear_fc1", None),
+        }
+        for norm, linear in linears.items():
+            if isinstance(linear, PrunedLinear) and isinstance(getattr(layer, norm), IdentityOp):
+                raise ValueError(
+                    f"{name}.{norm} is an IdentityOp in front of a sparse linear: this spec's norm was within the "
+                    f"linear that it replaced; set {norm} in the spec, to TENorm or WrappedTorchNorm, or start from "
+                    "get_gpt_layer_local_spec"
+                )
 
 
 @torch.no_grad()

@@ -67,6 +67,29 @@ def test_the_layer_spec_learns_and_its_weights_load_again():
     assert said.endswith("the next loss differs by 0.0\n")
 
 
+def test_a_spec_whose_norm_was_within_the_linear_is_refused():
+    """As in Transformer Engine's specs, whose own norm is nothing there."""
+    code = (
+        "import sys, pytest; sys.path.insert(0, 'examples'); import layer_spec\n"
+        "from megatron.core.transformer.identity_op import IdentityOp\n"
+        "stock = layer_spec.sparse_spec\n"
+        "def spec():\n"
+        "    found = stock(); found.submodules.pre_mlp_layernorm = IdentityOp; return found\n"
+        "layer_spec.sparse_spec = spec; layer_spec.start_ranks()\n"
+        "with pytest.raises(ValueError, match=r'decoder.layers.0.pre_mlp_layernorm is an IdentityOp in front of a'):\n"
+        "    layer_spec.build()\n"
+        "print('refused')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": PATHS},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.endswith("refused\n"), result.stderr[-3000:]
+
+
 def losses_of(said: str) -> list[float]:
     """First and last, of the last line that tells them."""
     line = [line for line in said.splitlines() if line.startswith("loss ")][-1]
