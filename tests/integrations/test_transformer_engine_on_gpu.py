@@ -10,7 +10,8 @@ import importlib.util
 import pytest
 import torch
 from integrations.test_patches import PATCHES
-from integrations.test_upstream_scripts import DISTRIBUTED, ENGINE, GPT, ON_GPU, checkout_of, corpus, losses, run
+from integrations.test_upstream_layouts import DISTRIBUTED, ENGINE
+from integrations.test_upstream_scripts import GPT, ON_GPU, checkout_of, corpus, losses, run
 
 from helpers.megatron_training import Host, train
 
