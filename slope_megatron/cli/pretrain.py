@@ -45,7 +45,8 @@ CONFIGURATION FILES (--config)
 RUN FOLDER (--out)
   run.json             the configuration, its origins, versions, the command
   metrics.jsonl        one line every --log-interval steps, at validations, bad steps and jumps of the loss; a number
-                       that is not finite is null
+                       that is not finite is null. `epoch` and `consumed_tokens` count from step 0, `wall_seconds` over
+                       all attempts
   checkpoints/         step_00000500/ and so on; `latest` names the newest complete one
   ranks/               heartbeats; failure.txt names the rank that died or hung
   summary.json, DONE   the run in figures, at its end; seconds and tokens/s over all `attempts`, which it lists, and
@@ -140,6 +141,10 @@ def check(config: Config) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    # Chatter of the libraries that says nothing about this run (missing optional packages, deprecations): said as they
+    # are imported.
+    warnings.filterwarnings("default" if arguments.verbose else "ignore")
+    os.environ.setdefault("DS_LOG_LEVEL", "info" if arguments.verbose else "error")
     from slope_megatron.training.watch.launcher import Launcher
 
     check_core()
@@ -148,9 +153,6 @@ def run(arguments: argparse.Namespace) -> int:
     launcher.guard(STOPPED_EARLY)
     config, origins = read_config(arguments)
     check(config)
-    # Chatter of the libraries that says nothing about this run (missing optional packages, deprecations).
-    warnings.filterwarnings("default" if arguments.verbose else "ignore")
-    os.environ.setdefault("DS_LOG_LEVEL", "info" if arguments.verbose else "error")
     if config.parallel.tensor_parallel > 1:
         # Kernels start in the order in which they were asked for: a collective before the product that hides it.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -100,7 +100,9 @@ class TrainConfig:
         "write checkpoints in the background: the state is copied to host memory, and training goes on while a thread "
         "of each rank writes and checks its file; the next checkpoint waits for the last",
     )
-    log_interval: int = option(10, "steps between two lines of metrics.jsonl", must=COUNT)
+    log_interval: int = option(
+        10, "steps between two lines of metrics.jsonl and, off a terminal, of the log", must=COUNT
+    )
     resume: bool = option(False, "go on from the newest checkpoint of the run folder")
     auto_resume: bool = option(
         False,

@@ -13,11 +13,12 @@ from slope_megatron.data.batches import MicroBatches, ValidationBatches
 from slope_megatron.data.prefetch import Prefetch
 from slope_megatron.training import kernel_choices, summary
 from slope_megatron.training.checkpoint import attempts, store
+from slope_megatron.training.checkpoint.recovery import what_is_safe
 from slope_megatron.training.checkpoint.saver import UNWANTED, Saver
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine, StepResult
 from slope_megatron.training.teardown import Remains
-from slope_megatron.training.telemetry import accounting, flops, memory
+from slope_megatron.training.telemetry import accounting, console, flops, memory
 from slope_megatron.training.telemetry.layer_stats import LayerStats, Samples
 from slope_megatron.training.telemetry.progress_bar import Progress
 from slope_megatron.training.together import Agreed, on_first_rank
@@ -38,6 +39,7 @@ class Run:
             or tail changes the model's form.
         initial: the same of the engine: the layers' figures are asked for if it is there.
         data_check: of the data that it trains on, if it goes on in the background.
+        train_tokens: of the training split, which is one epoch.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class Run:
         vocabulary: int,
         watch: RankWatch,
         writers: list,
+        train_tokens: int,
         build: Callable[[Path], tuple[Engine, Samples | None]],
         initial: Samples | None = None,
         data_check: DataCheck | None = None,
     ):
-        self.run, self.vocabulary, self.watch = run, vocabulary, watch
+        self.run, self.vocabulary, self.watch, self.train_tokens = run, vocabulary, watch, train_tokens
         self.first = dist.get_rank() == 0
         self.writers, self.build, self.data_check = writers, build, data_check
         self.adopt(engine, initial)
@@ -92,7 +95,7 @@ class Run:
         Raises:
             Diverged: too many bad steps in a row; what is on disk is of the last good one.
         """
-        progress = Progress(self.run.name, self.last_step, self.engine.steps_done, visible=self.first)
+        self.progress = Progress(self.run.name, self.last_step, self.engine.steps_done, visible=self.first)
         started = time.perf_counter()
         if self.last_step == self.engine.steps_done == 0:
             # Nothing is trained: what the run would begin with is validated and saved.
@@ -117,14 +120,14 @@ class Run:
                 held = memory.measure(self.engine.device) if joining else None
                 if held:
                     logger.info("adapters have joined: %s at the highest so far", memory.gib(held.peak))
-                progress.step(result.loss, self.tokens / result.seconds)
+                self.progress.step(result.loss, self.tokens / result.seconds)
                 self.after_step(self.engine.steps_done, result)
                 self.watch.reach(self.engine.steps_done, "batch")
         except Diverged as error:
             self.saver.finish()
             raise Diverged(f"{error}. {what_is_safe(self.run)}") from None
         finally:
-            progress.close()
+            self.progress.close()
             self.batches.close()
         self.saver.finish()
         self.await_data_check()
@@ -228,8 +231,12 @@ class Run:
         adapters = self.engine.phases.adapters_on(done - 1)
         counts = flops.flops_per_token(self.config, self.vocabulary, adapters=adapters)
         held = memory.measure(self.engine.device)
-        self.record(
+        consumed = done * self.tokens
+        values = dict(
             step=done,
+            consumed_tokens=consumed,
+            epoch=consumed / self.train_tokens,
+            wall_seconds=attempts.wall_seconds(self.engine.attempts),
             loss=result.loss,
             grad_norm=result.grad_norm,
             learning_rate=result.learning_rate,
@@ -240,6 +247,9 @@ class Run:
             **({"peak_memory_gib": round(held.peak / memory.GIB, 3)} if held else {}),
             **news,
         )
+        self.record(**values)
+        if not self.progress.drawn:
+            logger.info("%s", console.step_line(values, self.last_step, self.engine.skipped_steps))
 
     def record(self, **values) -> None:
         for writer in self.writers:
@@ -282,12 +292,5 @@ class Run:
         found: dict[str, float] = {}
         if self.validation is not None:
             self.val_loss = found["val_loss"] = self.engine.evaluate(self.validation)
+            logger.info("step %d: validation loss %.4f nats per token", done, self.val_loss)
         self.record(step=done, **found, double_pruning=accounting.double_pruning(self.engine))
-
-
-def what_is_safe(run: Path) -> str:
-    """For the message of a fault: what is kept, and how to go on."""
-    newest = store.newest_known(run)
-    if newest is None:
-        return "No checkpoint was written yet: start anew with --overwrite."
-    return f"Checkpoint {newest} is complete: the same command with --resume goes on from it."

@@ -26,9 +26,9 @@ from slope_megatron.training.checkpoint.init_from import check_init, load_init
 from slope_megatron.training.checkpoint.saver import UNWANTED
 from slope_megatron.training.data_check import DataCheck
 from slope_megatron.training.engine import Engine
-from slope_megatron.training.loop import Run, what_is_safe
+from slope_megatron.training.loop import Run
 from slope_megatron.training.teardown import Remains
-from slope_megatron.training.telemetry import accounting, layer_stats, memory
+from slope_megatron.training.telemetry import accounting, console, layer_stats, memory
 from slope_megatron.training.telemetry.writers import check_installed, open_writers
 from slope_megatron.training.together import Agreed, agreed, from_every_rank, on_first_rank
 from slope_megatron.training.watch import process
@@ -115,7 +115,7 @@ def pretrain(config: Config, origins: dict[str, str], launcher: Launcher | None 
     resume_from = recovery.find_checkpoint(config, run) if resumed else None
     timeout, rank = config.watch.hang_timeout, dist.get_rank()
     processes, saves = from_every_rank(process.own(rank)), config.train.save_interval > 0
-    watch = RankWatch(run, processes, rank, lambda: what_is_safe(run), timeout, launcher, saves)
+    watch = RankWatch(run, processes, rank, lambda: recovery.what_is_safe(run), timeout, launcher, saves)
     watch.start()
     training = None
     try:
@@ -160,7 +160,10 @@ def begin(
     # None of them raises.
     writers = open_writers(config, run, began) if dist.get_rank() == 0 else []
     kernel_choices.share(run, resumed=resume_from is not None, hinted=True)
-    return Run(engine, run, datasets, vocabulary, watch, writers, build, initial, data_check)
+    tokens = plan.manifest["splits"]["train"]["tokens"]
+    state = accounting.formula_rank_bytes(engine, adapters=False)
+    logger.info("%s", console.start_table(config, vocabulary, dist.get_world_size(), tokens, state))
+    return Run(engine, run, datasets, vocabulary, watch, writers, tokens, build, initial, data_check)
 
 
 def check_products(engine: Engine) -> None:
@@ -193,7 +196,7 @@ def out_of_memory(config: Config, training: Run | None) -> memory.OutOfMemory:
     engine = getattr(training, "engine", None)
     where = f"in step {engine.steps_done + 1}" if engine else "building the model"
     reason = memory.explain(config, dist.get_rank(), where, memory.measure(torch.cuda.current_device()))
-    return memory.OutOfMemory(f"{reason}. {what_is_safe(training.run)}" if training else reason)
+    return memory.OutOfMemory(f"{reason}. {recovery.what_is_safe(training.run)}" if training else reason)
 
 
 def build_engine(config: Config, vocabulary: int, dtype: torch.dtype, train_set, resume_from: Path | None):

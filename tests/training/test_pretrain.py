@@ -77,6 +77,30 @@ def test_a_run_stops_resumes_exactly_and_sums_up(corpus, tmp_path):
     assert json.loads((whole / "run.json").read_text())["origins"]["slope.adapter_rank"] == "flag"
 
 
+def test_off_a_terminal_the_log_is_lines_that_people_read(corpus, tmp_path):
+    """A table, then a line each of steps, validations and saves; no bar, and nothing of the libraries' imports."""
+    run = tmp_path / "run"
+    common = ["--data", corpus, "--out", run, *MODEL, *RUN, "--log-interval", 3, "--brief"]
+    assert slope(*common, "--stop-at", 5).returncode == 0
+    wall_before = metrics(run)[-2]["wall_seconds"]
+    done = slope(*common, "--resume")
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert "\r" not in done.stderr and "Warning" not in done.stderr
+    steps = [line for line in said if line.startswith("step ") and " | " in line]
+    assert [line.split(" | ")[0] for line in steps] == ["step 6/8", "step 8/8"]
+    assert all(line.endswith("tokens/s | skipped 0") and "loss " in line and "lr " in line for line in steps)
+    assert any(line.startswith("step 8: validation loss ") for line in said)
+    assert "checkpoint step_00000008 is saved" in said
+    assert any(line.startswith("layout      TP 1 x PP 1 x DP 1 = 1") for line in said)
+    assert any(line.startswith("tokens      2,048 in 8 steps: ") for line in said)
+    last = [line for line in metrics(run) if "loss" in line][-1]
+    assert last["consumed_tokens"] == 8 * 8 * 32
+    tokens = json.loads((corpus / "manifest.json").read_text())["splits"]["train"]["tokens"]
+    assert last["epoch"] == last["consumed_tokens"] / tokens
+    assert last["wall_seconds"] > wall_before > 0, "times add up over attempts"
+
+
 BAD = [
     (["--hidden-size", 72], "--hidden-size is 72"),
     (["--slope-nm", "5:4"], "--slope-nm is '5:4'"),

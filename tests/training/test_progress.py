@@ -8,6 +8,7 @@ from slope_megatron.training.telemetry.progress_bar import Progress
 
 
 def test_a_clock_that_is_set_back_stops_no_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     wall = [1e9]
     monkeypatch.setattr("tqdm.std.time", lambda: wall[0])
     progress = Progress("run", 10, 0, visible=True)
@@ -23,6 +24,7 @@ def test_nobody_reads_it_any_more(monkeypatch):
     """The launcher that read standard error through a pipe was killed: the run is to be saved all the same."""
     reader, writer = os.pipe()
     stream = open(writer, "w", buffering=1)  # noqa: SIM115 - closing it fails
+    stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)
     progress = Progress("run", 10, 0, visible=True)
     progress.bar.mininterval = 0.0

@@ -46,6 +46,11 @@ def note_state(engine: Engine, attempt: dict) -> None:
     attempt["state_bytes"] = max(here, attempt.get("state_bytes", 0))
 
 
+def wall_seconds(attempts: list[dict]) -> float:
+    """From each attempt's start to its last step so far, added up."""
+    return sum(attempt["wall_seconds"] for attempt in attempts)
+
+
 def totals(attempts: list[dict], tokens_per_step: int) -> dict:
     """Sums over the attempts, the mean tokens/s of all timed steps (None: there are none), and the attempts."""
     sums = {name: sum(attempt[name] for attempt in attempts) for name in TOTALS}

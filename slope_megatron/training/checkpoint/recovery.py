@@ -107,3 +107,11 @@ def load(engine: Engine, folder: Path) -> Path:
             pass_over(str(error).partition(";")[0])
             passed = (*passed, folder)
             folder = newest_good(Path(engine.config.train.out), engine.run_config, passed)
+
+
+def what_is_safe(run: Path) -> str:
+    """For the message of a fault: what is kept, and how to go on."""
+    newest = store.newest_known(run)
+    if newest is None:
+        return "No checkpoint was written yet: start anew with --overwrite."
+    return f"Checkpoint {newest} is complete: the same command with --resume goes on from it."

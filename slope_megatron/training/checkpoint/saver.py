@@ -83,9 +83,11 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
         self.failure = self.saving.finish()
-        if self.failure:
+        name = self.saving.target.name
+        if not self.failure:
+            logger.info("checkpoint %s is saved", name)
+        else:
             kept = store.newest_known(self.run)
             safe = f"{kept.name} is kept" if kept else "there is none before it"
-            name = self.saving.target.name
             logger.error("checkpoint %s could not be written (%s): %s%s", name, self.failure, safe, goes_on)
         self.saving = self.thread = None

@@ -8,20 +8,19 @@ from tqdm import tqdm
 
 
 class Progress:
-    """One line on rank 0: step, loss, tokens/s, time left. Where nobody watches a terminal, a line twice a minute."""
+    """One line on rank 0's terminal: step, loss, tokens/s, time left. Off a terminal none (`console.step_line`)."""
 
     def __init__(self, name: str, steps: int, done: int, visible: bool):
-        watched = sys.stderr.isatty()
+        self.drawn = visible and sys.stderr.isatty()
         self.bar = tqdm(
             total=steps,
             initial=done,
             desc=name,
             unit="step",
-            disable=not visible,
-            mininterval=0.2 if watched else 30.0,
-            maxinterval=1.0 if watched else 30.0,
-            dynamic_ncols=watched,
-            ascii=not watched,
+            disable=not self.drawn,
+            mininterval=0.2,
+            maxinterval=1.0,
+            dynamic_ncols=True,
             miniters=1,
         )
         # tqdm reads the wall clock, which may be set while the run goes on: no line would come for as long.
