@@ -66,8 +66,8 @@ def read_prompts(arguments) -> list[str]:
     from slope_megatron.data.prompts import read_prompts_of
 
     if arguments.prompt is not None:
-        if not arguments.prompt:
-            raise ValueError("--prompt is empty: the model needs a text to go on from")
+        if not arguments.prompt.strip():
+            raise ValueError("--prompt is empty or blank: the model needs a text to go on from")
         return [arguments.prompt]
     return read_prompts_of(arguments.prompts)
 

@@ -34,6 +34,8 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", Manual)
         settings.setdefault("allow_abbrev", False)
         super().__init__(*arguments, **settings)
+        # Flags of other programs that this parser has under another name.
+        self.synonyms: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         """One sentence on standard error; exit code 2."""
@@ -54,6 +56,8 @@ class Parser(argparse.ArgumentParser):
         """The flag that was meant by the first one that this parser does not have, if one is near."""
         known = [name for action in self._actions for name in action.option_strings]
         flags = [word.split("=")[0] for word in rest if word.startswith("-")]
+        if flags and flags[0] in self.synonyms:
+            return f" (did you mean {self.synonyms[flags[0]]}?)"
         near = difflib.get_close_matches(flags[0], known, n=1, cutoff=0.7) if flags else []
         return f" (did you mean {near[0]}?)" if near else ""
 

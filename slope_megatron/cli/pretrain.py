@@ -24,6 +24,35 @@ DIVERGED = 65
 STOPPED_UNSAVED = 143
 # EX_OSERR: the device has no more memory.
 OUT_OF_MEMORY = 71
+# Megatron-LM's flags, and what they are here.
+MEGATRON_FLAGS = {
+    "--train-iters": "--steps",
+    "--exit-interval": "--stop-at",
+    "--eval-iters": "--eval-samples",
+    "--save": "--out",
+    "--load": "--resume",
+    "--data-path": "--data",
+    "--data-cache-path": "--cache",
+    "--tensor-model-parallel-size": "--tensor-parallel",
+    "--pipeline-model-parallel-size": "--pipeline-parallel",
+    "--recompute-granularity": "--recompute",
+    "--max-position-embeddings": "--max-positions",
+    "--make-vocab-size-divisible-by": "--vocab-multiple",
+    "--init-method-std": "--init-std",
+    "--hidden-dropout": "--dropout",
+    "--attention-dropout": "--dropout",
+    "--disable-bias-linear": "--no-linear-bias",
+    "--untie-embeddings-and-output-weights": "--no-tie-embeddings",
+    "--lr-decay-style": "--lr-schedule",
+    "--lr-warmup-iters": "--warmup-steps",
+    "--lr-warmup-fraction": "--warmup-fraction",
+    "--adam-beta1": "--beta1",
+    "--adam-beta2": "--beta2",
+    "--adam-eps": "--eps",
+    "--bf16": "--dtype bf16",
+    "--fp16": "--dtype fp16",
+    "--tensorboard-dir": "--tensorboard",
+}
 USAGE = "slope pretrain --data FOLDER --out FOLDER [--config YAML ...] [OPTION ...]"
 DESCRIPTION = """\
 Pretrain a 2:4 sparse model (or, with --no-slope, its dense baseline) on prepared data.
@@ -110,6 +139,7 @@ def add_parser(subcommands) -> None:
     )
     parser.add_argument("--brief", action="store_true", help="do not print the table of all values at the start")
     add_config_arguments(parser)
+    parser.synonyms = MEGATRON_FLAGS
     parser.set_defaults(run=run)
 
 
@@ -132,6 +162,13 @@ def check(config: Config) -> None:
         from slope_megatron.training.checkpoint.run_folder import check_free
 
         check_free(config)
+    rank, width = config.slope.rank, config.model.hidden_size
+    if rank > width:
+        logger.warning(
+            "--slope-adapter-rank is %d and --hidden-size %d: adapters of a rank above the width add no more than a "
+            "dense matrix does, and take more; give a smaller one",
+            *(rank, width),
+        )
     warmup = config.optimizer.warmup(config.train.steps)
     if warmup >= config.train.steps:
         logger.warning(

@@ -42,6 +42,13 @@ def datasets_for(config: Config):
     if valid_samples and manifest["settings"]["valid_percent"] == 0:
         logger.warning("%s was prepared with --valid-percent 0: nothing is validated", data.data)
         valid_samples = 0
+    held = (manifest["splits"]["valid"]["tokens"] - 1) // data.seq_length
+    if kind == "gpt" and 0 < held < valid_samples:
+        logger.warning(
+            "--eval-samples is %d and the valid split has %d samples of %d tokens: some are validated more than once; "
+            "give at most %d, or prepare more text",
+            *(valid_samples, held, data.seq_length, held),
+        )
     return build_datasets(
         data.data,
         seq_length=data.seq_length,

@@ -9,6 +9,7 @@ import pytest
 
 from slope_megatron import cli
 from slope_megatron.cli.bench import BENCHMARKS
+from slope_megatron.cli.pretrain import MEGATRON_FLAGS
 
 
 def pages(parser: argparse.ArgumentParser):
@@ -98,3 +99,21 @@ def test_a_log_line_stands_above_the_bar():
     with tqdm(total=3, file=stream, desc="run"):
         logger.warning("a line")
     assert "a line" in [line.split("\r")[-1] for line in stream.getvalue().split("\n")]
+
+
+@pytest.mark.parametrize("flag", sorted(MEGATRON_FLAGS))
+def test_flags_of_megatron_are_answered_with_ours(flag, capsys):
+    meant = MEGATRON_FLAGS[flag]
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(["pretrain", flag, "5"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"unrecognized arguments: {flag} 5 (did you mean {meant}?)" in said
+    assert said.count("\n") == 1
+    known = PAGES["slope pretrain"]._option_string_actions
+    assert meant.split()[0] in known
+    assert flag not in known
+
+
+def test_a_blank_prompt_is_refused(capsys):
+    assert cli.main(["generate", "nowhere", "--prompt", "  "]) == 2
+    assert "--prompt is empty or blank: the model needs a text to go on from" in capsys.readouterr().err

@@ -101,6 +101,15 @@ def test_off_a_terminal_the_log_is_lines_that_people_read(corpus, tmp_path):
     assert last["wall_seconds"] > wall_before > 0, "times add up over attempts"
 
 
+def test_limits_that_are_reached_are_said(corpus, tmp_path):
+    wide = ["--slope-adapter-rank", 65, "--slope-lazy-fraction", 0.5, "--steps", 1, "--save-interval", 0, "--brief"]
+    done = slope("--data", corpus, "--out", tmp_path / "run", *MODEL, *RUN, *wide, "--eval-samples", 10_000)
+    assert done.returncode == 0, done.stderr
+    assert "--slope-adapter-rank is 65 and --hidden-size 64: adapters of a rank above the width" in done.stderr
+    tokens = json.loads((corpus / "manifest.json").read_text())["splits"]["valid"]["tokens"]
+    assert f"--eval-samples is 10000 and the valid split has {(tokens - 1) // 32} samples of 32 tokens" in done.stderr
+
+
 BAD = [
     (["--hidden-size", 72], "--hidden-size is 72"),
     (["--slope-nm", "5:4"], "--slope-nm is '5:4'"),
