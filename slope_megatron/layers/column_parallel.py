@@ -33,6 +33,8 @@ class SlopeColumnParallelLinear(TensorParallel, PackedWeight, ColumnParallelLine
         tp_comm_buffer_name: str | None = None,
         disable_grad_reduce: bool = False,
         tp_group=None,
+        name: str | None = None,
+        pg_collection=None,
         **unsupported,
     ):
         refuse_unsupported(skip_weight_param_allocation=skip_weight_param_allocation, **unsupported)

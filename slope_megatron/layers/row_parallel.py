@@ -33,6 +33,8 @@ class SlopeRowParallelLinear(TensorParallel, PackedWeight, RowParallelLinear):
         is_expert: bool = False,
         tp_comm_buffer_name: str | None = None,
         tp_group=None,
+        name: str | None = None,
+        pg_collection=None,
         **unsupported,
     ):
         refuse_unsupported(**unsupported)
