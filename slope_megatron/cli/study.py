@@ -166,18 +166,14 @@ def estimator(arguments: argparse.Namespace, rows):
 
     from slope_megatron.study import estimate
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    assumed = estimate.ASSUMED_FLOPS["cuda" if on_gpu else "cpu"]
-    if arguments.tflops is not None:
-        assumed = arguments.tflops * 1e12
-    slots = len(devices()) * arguments.at_once
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    assumed, slots = estimate.flops(arguments.tflops), len(devices()) * arguments.at_once
     return lambda runs: estimate.minutes(runs, rows.rows, device, assumed, slots, arguments.at_once)
 
 
 def describe(arguments: argparse.Namespace, runs: list, rows) -> str:
     """The list of --dry-run: what each run is, whether it has a row, and how long the others take."""
-
+    from slope_megatron.study import estimate
     from slope_megatron.study.runs import millions
 
     minutes = estimator(arguments, rows)
@@ -195,8 +191,9 @@ def describe(arguments: argparse.Namespace, runs: list, rows) -> str:
         lines.append(f"{run.name:56} {state:8} {rate:>9} {size} {own}".rstrip())
     tokens, total = sum(run.tokens for run in left.values()), minutes(list(left.values()))
     lines.append(
-        f"{len(runs)} runs, {len(left)} to train: {millions(tokens)} M tokens, about {total:,.0f} minutes "
-        f"on {len(devices())} x {arguments.at_once} at once"
+        f"{len(runs)} runs, {len(left)} to train (equal ones once): {millions(tokens)} M tokens, about "
+        f"{estimate.duration(total)} on {len(devices())} x {arguments.at_once} at once; by this device's rows, or at "
+        f"{estimate.flops(arguments.tflops) / 1e12:g} TFLOP/s (--tflops)"
     )
     return "\n".join(lines) + "\n"
 

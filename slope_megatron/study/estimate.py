@@ -36,3 +36,18 @@ def minutes(runs: Sequence[Run], rows: Sequence[Row], device: str, assumed: floa
     """
     computing = sum(run.flops / flops_per_second(run, rows, device, assumed) for run in runs)
     return (computing / (slots / at_once) + STARTING_SECONDS * len(runs) / slots) / 60.0
+
+
+def flops(tflops: float | None) -> float:
+    """FLOP/s of a device that no row tells of: what was given in TFLOP/s, or a guess."""
+    import torch
+
+    return ASSUMED_FLOPS["cuda" if torch.cuda.is_available() else "cpu"] if tflops is None else tflops * 1e12
+
+
+def duration(minutes: float) -> str:
+    """In the unit that people would name."""
+    if minutes < 120:
+        return f"{minutes:.0f} minutes"
+    hours = minutes / 60
+    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"

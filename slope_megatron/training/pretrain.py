@@ -14,7 +14,7 @@ from slope_megatron.config import Config
 from slope_megatron.data.manifest import load_manifest
 from slope_megatron.data.samples import datasets_for
 from slope_megatron.models.layer_spec import weights_to_prune
-from slope_megatron.models.provider import DTYPES, build_model
+from slope_megatron.models.provider import DTYPES, build_model, padded_vocabulary
 from slope_megatron.models.rules import sparsity_table
 from slope_megatron.ops.backend import check_weight
 from slope_megatron.sparsity.packing import pack_bits
@@ -58,11 +58,14 @@ class Plan:
     def make(cls, config: Config) -> "Plan":
         """
         Raises:
-            ValueError: a package is missing, the run cannot be written, or there is no such data.
+            ValueError: a package is missing, the run cannot be written, there is no such data, or the model has too few
+                tokens for it.
         """
         check_installed(config)
         disk.probe(Path(config.train.out))
-        return cls(load_manifest(config.data.data), resolve_dtype(config))
+        manifest = load_manifest(config.data.data)
+        padded_vocabulary(config.model, manifest["vocab_size"])
+        return cls(manifest, resolve_dtype(config))
 
 
 def open_folder(config: Config, origins: dict[str, str], dtype: str, samples: int, locks: list) -> bool:

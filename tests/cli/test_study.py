@@ -96,7 +96,10 @@ def test_a_dry_run_lists_runs_tokens_and_minutes(config, tmp_path):
     assert own["sweep/s-dense-lr0.001-seed1"] == 0.5 and f" about {once / 2:.0f} minutes on" in lines[-1]
     assert "ladder/m-narrow-lrbest-seed2" in lines[-2] and "waits" in lines[-2] and "of sweep" in lines[-2]
     # Two of the ladder are of the sweep's settings, if its best rate is the middle one.
-    assert lines[-1].startswith("22 runs, 20 to train: ") and lines[-1].endswith(" minutes on 1 x 2 at once")
+    assert (
+        lines[-1].startswith("22 runs, 20 to train (equal ones once): ")
+        and " minutes on 1 x 2 at once; by this device's rows" in lines[-1]
+    )
 
 
 def test_without_prepared_text_rows_tell_of_which_they_are(config, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import commands
+from slope_megatron.cli import main
 from slope_megatron.launch.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(corpus, tmp_path, flags, m
     assert len(said) == 1 and message in said[0]
     assert "Traceback" not in result.stderr
     assert not out.exists()
+
+
+def test_a_vocabulary_that_is_too_small_is_refused_before_anything_is_written(corpus, tmp_path, capsys):
+    assert main(["pretrain", "--data", str(corpus), "--out", str(tmp_path / "run"), "--vocab-size", "100"]) == 2
+    assert "--vocab-size is 100 and the data's tokenizer has" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_folder_of_another_run_is_refused(corpus, tmp_path):
