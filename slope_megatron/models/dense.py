@@ -50,6 +50,18 @@ def load_dense(
     if masks is None and pattern not in PATTERNS:
         raise ValueError(f"the pattern to prune with is {pattern!r}: it must be one of {', '.join(PATTERNS)}")
     check_names(config, source)
+    fill_dense(model, source, config.train.seed, pattern, masks)
+
+
+@torch.no_grad()
+def fill_dense(
+    model: torch.nn.Module,
+    source: Mapping[str, torch.Tensor],
+    seed: int,
+    pattern: str,
+    masks: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """`load_dense` of a model whose names are known to be those of `source`, of any architecture."""
     parameters = dict(model.named_parameters())
     for shard in shards(model):
         owner = shard.owner
@@ -59,12 +71,12 @@ def load_dense(
         if pruned and shard.leaf in DERIVED:
             continue
         if pruned and shard.leaf in ADAPTERS:
-            init_shard(shard, config.train.seed, 1.0)
+            init_shard(shard, seed, 1.0)
         elif isinstance(owner, PackedWeight) and shard.leaf == "weight":
             region = packed_region(shard, owner)
             whole = checked(source[shard.name], shard.name, (shard.shape[0], region.row_length))
             mask = masks[shard.local_name] if masks is not None else None
-            prune_into(owner, region, whole, pattern, config.train.seed, mask)
+            prune_into(owner, region, whole, pattern, seed, mask)
         else:
             copy_part(shard, source[shard.name])
     choose_derived(model)

@@ -166,6 +166,25 @@ def test_adapters_join_resume_and_are_the_same_at_two_ranks(tmp_path):
     assert losses(run(script, *common, *cut, world=2)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_dense_checkpoint_is_pruned_as_it_is_loaded(tmp_path):
+    """Saved on one rank, all blocks in one tensor; by magnitude unless --slope-pattern says otherwise."""
+    script = checkout_of("core_v0.16.1", "pretrain_gpt", tmp_path)
+    corpus(tmp_path / "corpus")
+    common = [*GPT, "--data-path", tmp_path / "corpus", "--make-vocab-size-divisible-by", 64]
+    dense = losses(run(script, *common, "--no-slope", "--save", tmp_path / "dense", "--save-interval", STEPS))
+    load = [*common, "--pretrained-checkpoint", tmp_path / "dense", "--load", tmp_path / "none", "--seed", 8]
+    result = run(script, *load)
+    found = losses(result)
+    said = result.stdout + result.stderr
+    assert "are pruned, the largest stay (--slope-pattern magnitude), and training begins" in said
+    # Of an untrained model the first loss is the logarithm of 128, 4.85.
+    assert len(found) == STEPS and found[0] < 4.4 and found[-1] < dense[-1] + 0.5
+    two = run(script, *load, "--tensor-model-parallel-size", 2, world=2)
+    assert losses(two) == pytest.approx(found, rel=1e-5)
+    at_random = losses(run(script, *load, "--slope-pattern", "random"))
+    assert at_random[0] > found[0]
+
+
 def test_megatron_lm_trains_a_sparse_bert(tmp_path):
     script = checkout_of("core_v0.16.1", "pretrain_bert", tmp_path)
     corpus(tmp_path / "corpus", sentences=9)

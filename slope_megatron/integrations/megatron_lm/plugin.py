@@ -44,8 +44,10 @@ def install(script: dict) -> None:
     import megatron.training.training as training
 
     from slope_megatron.integrations.megatron_lm.common_choices import with_common_choices, with_saved_choices
+    from slope_megatron.integrations.megatron_lm.dense_start import with_dense_start
 
     wrap(vars(arguments), "add_megatron_arguments", with_flags, arguments.__name__)
+    wrap(vars(training), "load_checkpoint", with_dense_start, training.__name__)
     wrap(vars(training), "setup_model_and_optimizer", with_common_choices, training.__name__)
     wrap(vars(training), "save_checkpoint", with_saved_choices, training.__name__)
     wrap(vars(training), "train_step", with_phase_and_refresh, training.__name__)
