@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from integrations.test_patches import FOLDER
-from integrations.test_upstream_scripts import HELPERS, ROOT, STAND_IN, checkout_of
+from integrations.test_upstream_layouts import STAND_IN
+from integrations.test_upstream_scripts import HELPERS, ROOT, checkout_of
 
 from helpers.upstream_configurations import TOY, Toy, changed, combinations, configurations, passed, problems, table
 from slope_megatron.launch.ports import free_port
