@@ -19,7 +19,7 @@ PACKAGES = (
 
 CORE = "megatron-core"
 # The first version whose models are built here, and the first one whose models are not.
-CORE_FROM, CORE_BELOW = (0, 16, 1), (0, 17)
+CORE_FROM, CORE_BELOW = (0, 16, 1), (0, 20)
 
 
 def versions() -> dict[str, str]:

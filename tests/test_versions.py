@@ -8,24 +8,24 @@ from slope_megatron import versions
 from slope_megatron.cli import main
 
 SAID = (
-    "megatron-core 0.19.2 is installed, and models are built with 0.16.1 or later and below 0.17: "
+    "megatron-core 0.21.0 is installed, and models are built with 0.16.1 or later and below 0.20: "
     "pip install 'megatron-core==0.16.1'"
 )
 
 
 @pytest.fixture
 def later_core(monkeypatch):
-    """What pip takes on Python 3.12 where nothing pins it."""
+    """What pip may take one day where nothing pins it."""
     real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.19.2" if name == "megatron-core" else real(name))
+    monkeypatch.setattr(metadata, "version", lambda name: "0.21.0" if name == "megatron-core" else real(name))
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.16.1+local", "0.16.2rc1"])
+@pytest.mark.parametrize("version", ["0.16.1", "0.16.1+local", "0.16.2rc1", "0.17.1", "0.18.2", "0.19.2"])
 def test_versions_that_build_models(version):
     assert versions.unsupported_core(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.17.0", "0.17.0rc0", "0.16.0", "0.15.3", "1.0"])
+@pytest.mark.parametrize("version", ["0.20.0", "0.20.0rc0", "0.16.0", "0.15.3", "1.0"])
 def test_versions_that_do_not(version):
     assert versions.unsupported_core(version).startswith(f"megatron-core {version} is installed")
 
@@ -54,8 +54,8 @@ def test_whoever_builds_a_model_refuses(monkeypatch):
     from helpers.models import small_config
     from slope_megatron.models.provider import build_bare_model
 
-    monkeypatch.setattr(megatron.core, "__version__", "0.19.2")
-    with pytest.raises(ValueError, match=r"^megatron-core 0\.19\.2 is installed"):
+    monkeypatch.setattr(megatron.core, "__version__", "0.21.0")
+    with pytest.raises(ValueError, match=r"^megatron-core 0\.21\.0 is installed"):
         build_bare_model(small_config(), 64, torch.float32)
 
 

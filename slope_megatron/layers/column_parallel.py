@@ -33,8 +33,8 @@ class SlopeColumnParallelLinear(TensorParallel, PackedWeight, ColumnParallelLine
         tp_comm_buffer_name: str | None = None,
         disable_grad_reduce: bool = False,
         tp_group=None,
-        name: str | None = None,
-        pg_collection=None,
+        name: str | None = None,  # from core 0.18 on, to be told apart in logs
+        pg_collection=None,  # from core 0.20 on: of all its groups, `tp_group` is the one that counts here
         **unsupported,
     ):
         refuse_unsupported(skip_weight_param_allocation=skip_weight_param_allocation, **unsupported)

@@ -33,8 +33,8 @@ class SlopeRowParallelLinear(TensorParallel, PackedWeight, RowParallelLinear):
         is_expert: bool = False,
         tp_comm_buffer_name: str | None = None,
         tp_group=None,
-        name: str | None = None,
-        pg_collection=None,
+        name: str | None = None,  # from core 0.18 on, to be told apart in logs
+        pg_collection=None,  # from core 0.20 on: of all its groups, `tp_group` is the one that counts here
         **unsupported,
     ):
         refuse_unsupported(**unsupported)

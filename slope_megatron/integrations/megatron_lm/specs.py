@@ -1,4 +1,4 @@
-"""Megatron-LM's layer specs as `--slope` needs them: of core 0.16 and 0.20, GPT's and BERT's.
+"""Megatron-LM's layer specs as `--slope` needs them: of core 0.16 to 0.20, GPT's and BERT's.
 
 Imported where a model is built: the upstream's own megatron.core is the one that counts.
 """
@@ -16,9 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from slope_megatron.config import SlopeConfig
 from slope_megatron.integrations.megatron_lm.transformer_engine import norms_apart
 from slope_megatron.layers.norm import own_norm
-from slope_megatron.layers.packed_weight import PackedWeight
-from slope_megatron.models.layer_spec import mlps_of, stage_specs
-from slope_megatron.models.rules import LINEARS
+from slope_megatron.models.layer_spec import stage_specs
 
 logger = logging.getLogger(__name__)
 LOCAL = "give --transformer-impl local, and to pretrain_bert.py --spec local too"
@@ -64,7 +62,7 @@ def sparse_block_spec(stock, slope: SlopeConfig, config, vp_stage: int | None = 
     specs = stage_specs(stocks[0] if one_for_all else stocks, slope, config, vp_stage=vp_stage)
     # A stage may have no block.
     norm = own_norm(stocks[0].submodules.input_layernorm if one_for_all else stock.layer_norm)
-    block = SparseBlockSpec(layer_specs=[without_new_arguments(spec) for spec in specs], layer_norm=norm)
+    block = SparseBlockSpec(layer_specs=specs, layer_norm=norm)
     block.submodules = stock.submodules if one_for_all else None
     return block
 
@@ -96,28 +94,9 @@ def refuse_other_linears(spec) -> None:
 
 
 def with_plain_mlp(stock):
-    """Core 0.20's specs hold the MLP as a bound builder: turned back into the ModuleSpec that it still takes."""
+    """From core 0.18 on, specs hold the MLP as a bound builder: turned back into the ModuleSpec that it still takes."""
     builder = stock.submodules.mlp
     if isinstance(builder, functools.partial) and hasattr(builder.func, "__self__"):
         stock = copy.deepcopy(stock)
         stock.submodules.mlp = ModuleSpec(module=builder.func.__self__, submodules=builder.keywords["submodules"])
     return stock
-
-
-def without_new_arguments(spec):
-    """Core 0.20 tells every linear its name and all process groups; packed ones know their tensor-parallel group."""
-    for holder in (spec.submodules.self_attention.submodules, *mlps_of(spec)):
-        for linear in LINEARS:
-            packed = getattr(holder, linear, None)
-            if isinstance(packed, type) and issubclass(packed, PackedWeight):
-                setattr(holder, linear, with_old_arguments(packed))
-    return spec
-
-
-def with_old_arguments(packed: type[PackedWeight]) -> type[PackedWeight]:
-    """The same class with the constructor of core 0.16."""
-
-    def init(self, *positional, name=None, pg_collection=None, **keywords):
-        packed.__init__(self, *positional, **keywords)
-
-    return type(packed.__name__, (packed,), {"__init__": init})
