@@ -2,6 +2,7 @@
 
 import platform
 import re
+import sys
 from importlib import metadata
 
 PACKAGES = (
@@ -20,6 +21,8 @@ PACKAGES = (
 CORE = "megatron-core"
 # The first version whose models are built here, and the first one whose models are not.
 CORE_FROM, CORE_BELOW = (0, 16, 1), (0, 20)
+# The first one that has megatron-core 0.17 and later.
+NEWER_PYTHON = (3, 12)
 
 
 def versions() -> dict[str, str]:
@@ -33,6 +36,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def numbers_of(version: str) -> tuple[int, ...]:
+    """(0, 17, 0) of 0.17.0, and of its pre-releases, which are of that version here."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
 def unsupported_core(version: str | None = None) -> str | None:
     """Why models cannot be built with megatron-core, and the way out; None: they can, or it is not installed.
 
@@ -44,8 +52,7 @@ def unsupported_core(version: str | None = None) -> str | None:
     found = version or versions().get(CORE)
     if found is None:
         return None
-    # Pre-releases of a version are of that version here: 0.17.0rc0 is 0.17.
-    numbers = tuple(map(int, re.findall(r"\d+", found)[:3]))
+    numbers = numbers_of(found)
     if numbers >= CORE_FROM and numbers[:2] < CORE_BELOW:
         return None
     first, below = ".".join(map(str, CORE_FROM)), ".".join(map(str, CORE_BELOW))
@@ -53,6 +60,24 @@ def unsupported_core(version: str | None = None) -> str | None:
         f"{CORE} {found} is installed, and models are built with {first} or later and below {below}: "
         f"pip install '{CORE}=={first}'"
     )
+
+
+def core_in_use() -> str | None:
+    """What the installed megatron-core, where models can be built with it, means; None: it is not installed."""
+    found = versions().get(CORE)
+    if found is None or unsupported_core(found):
+        return unsupported_core(found) if found else None
+    if sys.version_info < NEWER_PYTHON:
+        return (
+            f"{CORE} {found} is in use: pip takes no later one than 0.16.1 on Python {platform.python_version()}, for "
+            "0.17 and later want 3.12; both give the same losses, so this is no fault"
+        )
+    if numbers_of(found)[:2] < (0, 17):
+        return (
+            f"{CORE} {found} is in use although this Python ({platform.python_version()}) can have a later one: "
+            f"pip install --upgrade '{CORE}<{'.'.join(map(str, CORE_BELOW))}'"
+        )
+    return f"{CORE} {found} is in use"
 
 
 def check_core(version: str | None = None) -> None:

@@ -2,20 +2,32 @@
 # The tests. Without a flag: the fast tier. --all: also many ranks, faults, whole runs and SLURM (--no-slurm: without).
 # --gpu: the tests marked so of operations, kernels, layers and training, on a GPU host. It runs no linters, and
 # installs nothing where python has torch already (SLOPE_VENV=none, which it sets itself if SLOPE_VENV is unset).
+# --core 0.19: those fast tests alone that build models, train, load or export them, with the newest megatron-core that
+# constraints.txt pins, on Python 3.12 (PYTHON, python3.12 or of pyenv), in .venv-core-0.19 (SLOPE_VENV_CORE); no linters.
 # Other flags go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 tier=(-m "not slow")
-slurm=${SLOPE_TEST_SLURM:-} gpu=
+slurm=${SLOPE_TEST_SLURM:-} gpu= core=
 arguments=()
-for argument in "$@"; do
+while [ $# -gt 0 ]; do
+  argument=$1
+  shift
   case $argument in
     --all) tier=() slurm=${slurm:-1} ;;
     --no-slurm) slurm=0 ;;
     --gpu) gpu=1 ;;
+    --core)
+      core=${1:-}
+      [ "$core" = 0.19 ] || {
+        echo "tests/run.sh: error: --core is '$core': 0.19 is the one that has an environment of its own" >&2
+        exit 2
+      }
+      shift
+      ;;
     -h | --help)
-      sed -n '2,5s/^# //p' "$0"
+      sed -n '2,7s/^# //p' "$0"
       exit 0
       ;;
     *) arguments+=("$argument") ;;
@@ -31,6 +43,22 @@ if [ "$gpu" ]; then
     exit 2
   }
   exec python -m pytest --durations=15 -m gpu tests/ops tests/kernels tests/layers tests/training "${arguments[@]}"
+fi
+if [ "$core" ]; then
+  # pyenv's own python3.12 on PATH is a stub that fails where another version is chosen.
+  for PYTHON in "${PYTHON:-python3.12}" "$HOME"/.pyenv/versions/3.12.*/bin/python; do
+    "$PYTHON" -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null && break
+    PYTHON=
+  done
+  [ "$PYTHON" ] || {
+    echo "tests/run.sh: error: --core $core wants Python 3.12, and none is there: install it, or set PYTHON" >&2
+    exit 2
+  }
+  SLOPE_VENV=${SLOPE_VENV_CORE:-$PWD/.venv-core-$core}
+  slope_environment "$PWD"
+  exec python -m pytest --durations=15 "${tier[@]}" tests/models tests/layers tests/export tests/integrations \
+    tests/training/test_{checkpoint,engine,pretrain,megatron_ddp,baselines,init_from}.py tests/test_versions.py \
+    "${arguments[@]}"
 fi
 slope_environment "$PWD"
 

@@ -74,3 +74,18 @@ def test_doctor_says_it_and_others_go_on(later_core, tmp_path, capsys):
 
 def test_the_plugin_goes_on(later_core):
     import slope_megatron.integrations.megatron_lm.plugin  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("core", "python", "said"),
+    [
+        ("0.16.1", (3, 11, 7), "pip takes no later one than 0.16.1 on Python"),
+        ("0.16.1", (3, 12, 1), "can have a later one: pip install --upgrade 'megatron-core<0.20'"),
+        ("0.19.2", (3, 12, 1), "megatron-core 0.19.2 is in use"),
+        ("0.21.0", (3, 12, 1), "megatron-core 0.21.0 is installed, and models are built with"),
+    ],
+)
+def test_doctor_says_which_core_is_in_use_and_why(monkeypatch, core, python, said):
+    monkeypatch.setattr(versions, "versions", lambda: {"megatron-core": core})
+    monkeypatch.setattr(versions.sys, "version_info", python)
+    assert said in versions.core_in_use()

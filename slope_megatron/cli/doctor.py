@@ -47,7 +47,7 @@ def examine() -> dict:
     import torch
 
     from slope_megatron.ops.backend import available, choose
-    from slope_megatron.versions import unsupported_core, versions
+    from slope_megatron.versions import core_in_use, versions
 
     chosen = choose("auto")
     reasons = available()
@@ -55,7 +55,7 @@ def examine() -> dict:
     why = {name: reason or "available" for name, reason in reasons.items()}
     return {
         "versions": versions(),
-        "models": unsupported_core() or "available",
+        "models": core_in_use() or "megatron-core is not installed",
         "system": platform.platform(),
         "cpu": {"cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
         "gpu": device,

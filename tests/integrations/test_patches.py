@@ -40,6 +40,22 @@ ADDED = {
         "bd224e40fb247097052dc632399ec8f04f9bf49f",
         "14cc8a869f13a190b9f93161134fe98298dc46f9",
     ),
+    "megatron-lm/core_v0.17.1/pretrain_gpt.patch": (
+        "bd224e40fb247097052dc632399ec8f04f9bf49f",
+        "5b1c61e04eafb30f285047fe4b2639bd50a16569",
+    ),
+    "megatron-lm/core_v0.17.1/pretrain_bert.patch": (
+        "8b666542afa4b77637b9fef38250ed591eecd3eb",
+        "2fc08f4f967feed079a942b03cff59841300d610",
+    ),
+    "megatron-lm/core_v0.18.2/pretrain_gpt.patch": (
+        "bd224e40fb247097052dc632399ec8f04f9bf49f",
+        "44cbb2ea107e22916b292c49e487b907f342a85e",
+    ),
+    "megatron-lm/core_v0.19.0/pretrain_gpt.patch": (
+        "bd224e40fb247097052dc632399ec8f04f9bf49f",
+        "71f2e3f99166eb51c03becfece7b6bf6d75e2aaf",
+    ),
     "megatron-lm/main_d98e8a64/pretrain_gpt.patch": (
         "bd224e40fb247097052dc632399ec8f04f9bf49f",
         "7e287e1f825d41c3a672fc4bd3fb45c5ac1163d2",

@@ -137,7 +137,7 @@ def check_operands(result: subprocess.CompletedProcess, kind: str, linears: int,
         assert (new > 0) == (step % patterns_every == 0), f"step {step}"
 
 
-@pytest.mark.parametrize("version", ["core_v0.16.1", "main_d98e8a64"])
+@pytest.mark.parametrize("version", ["core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0", "main_d98e8a64"])
 def test_megatron_lm_trains_a_sparse_gpt(version, tmp_path):
     script = checkout_of(version, "pretrain_gpt", tmp_path)
     corpus(tmp_path / "corpus")
