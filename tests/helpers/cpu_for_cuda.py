@@ -32,7 +32,8 @@ class CpuForCuda(TorchFunctionMode):
     def __torch_function__(self, func, kinds, args=(), kwargs=None):
         kwargs = {key: CPU if is_cuda(value) else value for key, value in (kwargs or {}).items()}
         kwargs.pop("pin_memory", None)
-        if func is torch.Tensor.cuda:
+        # A build for CUDA finds pinned memory worth having, as the GPU is said to be there.
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.")
