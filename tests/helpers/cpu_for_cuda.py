@@ -59,6 +59,8 @@ def exchange_cuda() -> None:
     exchange_streams()
     for name in ("Float", "Int", "Long", "Byte", "Double", "BFloat16", "Half", "Bool"):
         setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+    # torch's CUDA build would look for its accelerator, whatever torch.cuda says.
+    torch.accelerator.is_available = lambda: False
     torch.nn.Module.cuda = lambda self, *_, **__: self
     start = torch.distributed.init_process_group
 
