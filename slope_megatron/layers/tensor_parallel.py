@@ -22,7 +22,8 @@ class TensorParallel(PrunedLinear):
 
     config: ModelParallelConfig
     tp_group: dist.ProcessGroup
-    is_expert: bool
+    # Megatron-DeepSpeed's linears do not say.
+    is_expert: bool = False
 
     @classmethod
     def configured(cls, slope: SlopeConfig) -> type:

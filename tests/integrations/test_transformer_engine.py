@@ -86,7 +86,7 @@ def check_parts():
 def test_norms_and_attention_are_transformer_engine_s(engine_ranks):
     norm = "transformer_engine.pytorch.norms.LayerNorm"
     attention = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
-    linear = "slope_megatron.integrations.megatron_lm.specs.SlopeColumnParallelLinear"
+    linear = "slope_megatron.layers.tensor_parallel.SlopeColumnParallelLinear"
     assert engine_ranks.run(check_parts, world=1) == [[norm, norm, attention, linear, norm]]
 
 
