@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402, after the number of its threads
 
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, and Triton defines some of its own as soon as anybody imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 LOGGERS = (logging.root, logging.getLogger("slope_megatron"))
 
 

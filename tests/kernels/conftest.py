@@ -1,13 +1,7 @@
 """Kernels run on the GPU where there is one, and in Triton's interpreter elsewhere."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined: before any module of slope_kernels.triton is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

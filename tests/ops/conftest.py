@@ -1,13 +1,7 @@
 """Problems and devices of the tests of the products."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined: before any module of slope_kernels.triton is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

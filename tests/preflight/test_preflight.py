@@ -267,6 +267,6 @@ def test_a_link_to_nowhere_and_a_later_megatron_core_are_named(tmp_path, monkeyp
     [text] = failures(node_checks.check_disk(config, 50272))
     assert f"{tmp_path}/runs is a link to {tmp_path}/gone, which does not exist" in text
     assert not node_checks.check_megatron()
-    monkeypatch.setattr(versions, "versions", lambda: {"megatron-core": "0.17.0"})
+    monkeypatch.setattr(versions, "versions", lambda: {"megatron-core": "0.20.0"})
     [text] = failures(node_checks.check_megatron())
-    assert text.startswith("megatron-core 0.17.0 is installed")
+    assert text.startswith("megatron-core 0.20.0 is installed")
